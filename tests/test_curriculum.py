@@ -1,0 +1,323 @@
+"""Curricula against SkyLadder's formulas written out slowly, and against what every curriculum promises."""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchladder import curriculum
+from torchladder.curriculum import full_at, skyladder, windows
+from torchladder.registry import ConfigError
+
+RAMPS = ["linear", "sine", "cosine", "exponential", "logarithmic", "inverse"]
+STEPS, SEQ_LEN = 100_000, 8192
+
+
+def make(name, steps=1000, seq_len=1024, **settings):
+    return curriculum.registry.get(name)(steps=steps, seq_len=seq_len, **settings)
+
+
+# --- SkyLadder's family ----------------------------------------------------------------------------------------------
+
+
+def reference(shape, step, length, first, last):
+    """The paper's formulas with the last window at seq_len, cosine over its whole half period and log over steps."""
+    if step >= length:
+        return last
+    x = step / length
+    if shape in ("dm", "lin"):
+        return first + math.floor((last - first) * Fraction(step, length))
+    if shape == "sin":
+        return first + int((last - first) * math.sin(math.pi / 2 * x))
+    if shape == "cos":
+        return first + int((last - first) * (1 - math.cos(math.pi * x)) / 2)
+    if shape == "exp":
+        return int(first * (last / first) ** x)
+    if shape == "log":
+        return int(first * (last / first) ** (math.log(1 + step) / math.log(1 + length)))
+    return last - math.floor((last - first) * Fraction(step, length))  # inv
+
+
+def family():
+    """Every name in use: (name, shape, N or None, percent or None, initial window, multiple)."""
+    for rate in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32):
+        yield f"dm{rate}", "dm", rate, None, 32, 1
+    for shape in ("lin", "sin", "cos", "exp", "log", "inv"):
+        for rate in (2, 8):
+            yield f"{shape}{rate}", shape, rate, None, 32, 1
+        for percent in (29, 70, 80, 90, 95, 100):
+            yield f"{shape}{percent}p", shape, None, percent, 32, 1
+    for shape in ("dm", "exp", "sin"):
+        for rate in (2, 8):
+            yield f"{shape}{rate}inc1024", shape, rate, None, 32, 1024
+    for rate in (1, 2, 4, 8):
+        for first in (4, 8, 16, 32, 64, 128, 256, 512):
+            yield f"dm{rate}st{first}", "dm", rate, None, first, 1
+    yield "exp2st8inc256", "exp", 2, None, 8, 256
+
+
+@pytest.mark.parametrize(("name", "shape", "rate", "percent", "first", "multiple"), list(family()), ids=str)
+def test_skyladder_names_follow_the_formulas(name, shape, rate, percent, first, multiple):
+    length = (SEQ_LEN - first) * rate if rate else STEPS * percent // 100
+    made = skyladder(name, steps=STEPS, seq_len=SEQ_LEN)
+    for step in [*range(40), *range(40, STEPS, 977), length - 1, length, STEPS - 1]:
+        window = reference(shape, step, length, first, SEQ_LEN)
+        if step < length:
+            window = min(window // multiple * multiple or first, SEQ_LEN)
+        assert made(step) == window, step
+
+
+def test_values_of_the_released_code():
+    """Windows read off SkyLadder's own schedules at 8K; they differ where those end at 8193 instead of 8192."""
+
+    def at(name, *steps):
+        made = skyladder(name, STEPS, SEQ_LEN)
+        return [made(step) for step in steps]
+
+    assert at("dm1", 0, 100, 8000, 8159, 8160) == [32, 132, 8032, 8191, 8192]
+    assert at("dm8", 1000, 8000, 32000, 65279, 65280) == [157, 1032, 4032, 8191, 8192]
+    assert at("exp8", 8000, 16000, 32000, 65280) == [63, 124, 484, 8192]
+    assert at("exp2", 4000, 8000) == [124, 484]
+    assert at("sin8", 1000, 8000, 32000) == [228, 1593, 5712]
+    assert at("lin95p", 1000, 94999, 95000) == [117, 8191, 8192]
+    assert at("dm2inc1024", 1000, 4000, 8000, 8160) == [32, 1024, 3072, 4096]
+    assert at("exp8inc1024", 32000, 48000, 65000, 65280) == [32, 1024, 7168, 8192]
+    assert at("inv8", 0, 32000, 65279, 65280) == [8192, 4192, 33, 8192]
+
+
+def test_numbers_are_read_as_written():
+    dm1, dm3, dm16, dm32 = (skyladder(f"dm{n}", 10**6, SEQ_LEN) for n in (1, 3, 16, 32))
+    assert [dm1(1600), dm3(1600), dm16(1600), dm32(1600)] == [1632, 565, 132, 82]
+    assert full_at(dm16, 10**6, SEQ_LEN) == 2 * 65_280
+    assert full_at(dm32, 10**6, SEQ_LEN) == 4 * 65_280
+
+
+def test_cosine_uses_the_whole_ramp():
+    cos8 = skyladder("cos8", STEPS, SEQ_LEN)
+    assert cos8(65_280 // 2) == pytest.approx((32 + 8192) / 2, abs=1)
+    assert full_at(cos8, STEPS, SEQ_LEN) > 64_000
+
+
+def test_constant_name():
+    assert windows(skyladder("constant", STEPS, SEQ_LEN), STEPS) == [(0, SEQ_LEN)]
+
+
+@pytest.mark.parametrize(
+    "schedule", ["dm", "8", "foo8", "sin70pp", "dm8incc", "dm8 ", "DM8", "strict", "", "dm8inc4st4"]
+)
+def test_unknown_names_come_with_the_grammar(schedule):
+    with pytest.raises(ConfigError, match=r"unknown schedule .*A schedule is 'constant', or a shape"):
+        skyladder(schedule, STEPS, SEQ_LEN)
+
+
+def test_unknown_name_hints_at_the_nearest():
+    with pytest.raises(ConfigError, match="Did you mean 'exp8'"):
+        skyladder("expo8", STEPS, SEQ_LEN)
+
+
+def test_document_names_point_at_masks():
+    with pytest.raises(ConfigError, match=r"\[attention\] masks = \[\"document\", \"chunk\"\] and schedule = 'dm8'"):
+        skyladder("intradm8", STEPS, SEQ_LEN)
+    with pytest.raises(ConfigError, match=r"\[attention\] masks = \[\"document\"\]\."):
+        skyladder("intramask", STEPS, SEQ_LEN)
+
+
+# --- what every ramp promises ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def ramps(draw):
+    seq_len = draw(st.integers(1, 3000))
+    final = draw(st.integers(1, seq_len))
+    length = draw(
+        st.sampled_from([{}, {"every": draw(st.integers(1, 50))}, {"ramp": draw(st.floats(1e-6, 1))}]),
+    )
+    return make(
+        draw(st.sampled_from(RAMPS)),
+        steps=draw(st.integers(1, 5000)),
+        seq_len=seq_len,
+        initial_window=draw(st.integers(1, final)),
+        final_window=final,
+        multiple_of=draw(st.integers(1, 300)),
+        **length,
+    )
+
+
+@given(ramps(), st.lists(st.integers(0, 200_000), min_size=2))
+def test_ramps_are_pure_bounded_and_monotone(ramp, steps):
+    steps = sorted(steps)
+    seen = [ramp(step) for step in steps]
+    assert all(isinstance(window, int) for window in seen)
+    assert seen == [replace(ramp)(step) for step in reversed(steps)][::-1]
+    assert all(ramp.initial_window <= window <= ramp.final_window for window in seen)
+    climb = [window for step, window in zip(steps, seen, strict=True) if step < ramp.length]
+    assert climb == sorted(climb, reverse=isinstance(ramp, curriculum.Inverse))
+
+
+@given(ramps())
+def test_ramps_end_exactly_at_the_final_window(ramp):
+    assert ramp(ramp.length) == ramp(ramp.length + 1) == ramp(10**9) == ramp.final_window
+    if ramp.length and not isinstance(ramp, curriculum.Inverse):
+        assert ramp(0) == ramp.initial_window
+    if ramp.every:
+        assert ramp.length == (ramp.final_window - ramp.initial_window) * ramp.every
+    else:
+        assert 1 <= ramp.length <= ramp.steps
+
+
+@pytest.mark.parametrize("name", RAMPS)
+def test_rounding_ends_at_a_final_window_that_is_no_multiple(name):
+    ramp = make(name, seq_len=1000, multiple_of=128, every=1)
+    on_the_way = {ramp(step) for step in range(ramp.length)}
+    assert on_the_way <= {32, 128, 256, 384, 512, 640, 768, 896}
+    assert ramp(ramp.length) == 1000
+
+
+def test_ramp_share_and_default():
+    assert make("linear", ramp=0.29, steps=100).length == 29
+    assert make("linear", steps=100_000).length == 64_000
+    assert make("linear", steps=1)(0) == 32
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_stages():
+    made = curriculum.Stages(seq_len=1024, stages=[(0, 128), (10, 512), (30, 256), (31, 1024)])
+    assert windows(made, 40) == [(0, 128), (10, 512), (30, 256), (31, 1024)]
+    assert full_at(made, 40, 1024) == 31
+
+
+def test_constant():
+    assert windows(make_constant(window=None), 5) == [(0, 64)]
+    assert windows(make_constant(window=8), 5) == [(0, 8)]
+
+
+def make_constant(window):
+    return curriculum.Constant(seq_len=64, window=window)
+
+
+# --- settings that cannot be -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"initial_window": 0}, "initial_window = 0: must be 1 or more"),
+        ({"initial_window": 2000}, "initial_window = 2000: must not exceed the final window, 1024"),
+        ({"initial_window": 64, "final_window": 32}, "initial_window = 64: must not exceed the final window, 32"),
+        ({"final_window": 2048}, "final_window = 2048: a row has 1024 tokens"),
+        ({"every": 0}, "every = 0"),
+        ({"every": -3}, "every = -3"),
+        ({"ramp": 0.0}, "ramp = 0.0: must be above 0"),
+        ({"ramp": 1.5}, "ramp = 1.5"),
+        ({"ramp": math.nan}, "ramp = nan"),
+        ({"every": 8, "ramp": 0.5}, "every = 8 and ramp = 0.5: set one"),
+        ({"multiple_of": 0}, "multiple_of = 0"),
+    ],
+)
+@pytest.mark.parametrize("name", RAMPS)
+def test_impossible_ramps(name, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make(name, **settings)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "must begin at step 0"),
+        ([(5, 32)], "must begin at step 0"),
+        ([(0, 32), (10, 64), (10, 128)], "10 comes after 10"),
+        ([(0, 32), (10, 64), (5, 128)], "5 comes after 10"),
+        ([(0, 0)], "window from step 0 = 0"),
+        ([(0, 32), (10, 4096)], "window from step 10 = 4096: must be from 1 to the 1024"),
+    ],
+)
+def test_impossible_stages(stages, message):
+    with pytest.raises(ConfigError, match=message):
+        curriculum.Stages(seq_len=1024, stages=stages)
+
+
+@pytest.mark.parametrize("window", [0, -1, 65])
+def test_impossible_constants(window):
+    with pytest.raises(ConfigError, match=f"window = {window}: must be from 1 to the 64"):
+        make_constant(window)
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+@given(ramps(), st.integers(1, 300))
+def test_windows_rebuild_the_run(ramp, steps):
+    stretches = windows(ramp, steps)
+    ends = [first for first, _ in stretches[1:]] + [steps]
+    rebuilt = [window for (first, window), end in zip(stretches, ends, strict=True) for _ in range(first, end)]
+    assert rebuilt == [ramp(step) for step in range(steps)]
+    assert all(one[1] != next_one[1] for one, next_one in pairwise(stretches))
+
+
+@given(ramps(), st.integers(1, 300))
+def test_full_at_is_the_first_step_that_stays_full(ramp, steps):
+    full = full_at(ramp, steps, ramp.seq_len)
+    steps_not_full = [step for step in range(steps) if ramp(step) < ramp.seq_len]
+    expected = steps_not_full[-1] + 1 if steps_not_full else 0
+    assert full == (expected if expected < steps else None)
+
+
+def test_full_at_says_when_the_ramp_outlasts_the_run():
+    dm8 = skyladder("dm8", STEPS, SEQ_LEN)
+    assert full_at(dm8, STEPS, SEQ_LEN) == 65_280
+    assert full_at(dm8, 65_281, SEQ_LEN) == 65_280
+    assert full_at(dm8, 65_280, SEQ_LEN) is None
+
+
+def test_windows_of_a_long_run_are_quick():
+    begin = time.perf_counter()
+    assert len(windows(skyladder("dm8", STEPS, SEQ_LEN), STEPS)) == 8192 - 32 + 1
+    assert time.perf_counter() - begin < 1
+
+
+# --- parts of a registry ---------------------------------------------------------------------------------------------
+
+
+def test_settings_are_the_parameters_without_the_facts():
+    ramp = ["initial_window", "final_window", "every", "ramp", "multiple_of"]
+    for name in RAMPS:
+        assert list(curriculum.registry.parameters(name)) == ramp
+    assert list(curriculum.registry.parameters("constant")) == ["window"]
+    assert list(curriculum.registry.parameters("stages")) == ["stages"]
+    assert list(curriculum.registry.parameters("skyladder")) == ["schedule"]
+
+
+def test_a_plugin_is_built_from_its_own_settings():
+    @curriculum.register("staircase")
+    @dataclass(frozen=True)
+    class Staircase:
+        """A few fixed windows, each for the same number of steps."""
+
+        stairs: list[int]
+        steps_per_stair: int = 1000
+
+        def __call__(self, step: int) -> int:
+            return self.stairs[min(step // self.steps_per_stair, len(self.stairs) - 1)]
+
+    try:
+        section = SimpleNamespace(name="staircase", stairs=[512, 2048, 8192], steps_per_stair=10)
+        made = curriculum.registry.build(section, steps=100, seq_len=8192)
+        assert windows(made, 100) == [(0, 512), (10, 2048), (20, 8192)]
+        assert full_at(made, 100, 8192) == 20
+    finally:
+        del curriculum.registry._parts["staircase"]
+
+
+def test_build_hands_over_the_facts():
+    section = SimpleNamespace(name="skyladder", schedule="dm8")
+    assert curriculum.registry.build(section, steps=STEPS, seq_len=SEQ_LEN)(1000) == 157
+    with pytest.raises(ConfigError, match=r"unknown curriculum 'liner'\. Did you mean 'linear'"):
+        curriculum.registry.get("liner")

@@ -1,0 +1,95 @@
+"""The house's law: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import torchladder
+
+ROOT = Path(torchladder.__file__).parent
+
+VOCABULARY = ["registry", "mask"]  # in order: mask may import registry
+PARTS = [
+    "curriculum",
+    "data",
+    "models",
+    "distributed",
+    "optim",
+    "checkpoint",
+    "metrics",
+    "profiling",
+    "generate",
+    "plots",
+]
+LAYERS = [["registry"], ["mask"], PARTS, ["config"], ["plan"], ["trainer"], ["train", "commands"]]
+OPTIONAL = {"flash_attn", "wandb", "matplotlib"}
+"""Third-party packages that may be imported inside a function: extras, and what would slow down every start."""
+
+
+def files():
+    return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def layer(name: str) -> int:
+    return next(number for number, rooms in enumerate(LAYERS) if name in rooms)
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "torchladder":
+            rooms |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torchladder."):
+            rooms.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("torchladder.")}
+    return rooms
+
+
+def test_every_file_has_a_layer():
+    known = {name for rooms in LAYERS for name in rooms}
+    assert {room(path) for path in files()} <= known
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_from_below(path):
+    own = room(path)
+    for other in imported_rooms(path) - {own}:
+        assert layer(other) < layer(own), f"{own} imports {other}"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_stand_at_the_top(path):
+    for function in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert {str(name).split(".")[0] for name in names} <= OPTIONAL, f"{function.name} imports {names}"
+
+
+def test_the_curriculum_knows_no_tensors():
+    source = (ROOT / "curriculum.py").read_text()
+    assert "torch" not in {name.split(".")[0] for name in _all_imports(source)}
+
+
+def test_data_knows_no_masks_or_windows():
+    for path in (ROOT / "data").glob("*.py"):
+        assert "mask" not in imported_rooms(path)
+        assert "window" not in path.read_text(), f"{path.name} speaks of windows"
+
+
+def _all_imports(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names

@@ -1,0 +1,28 @@
+"""``torchladder <command>``: what is done before, beside and after training."""
+
+from __future__ import annotations
+
+import sys
+
+from torchladder import config
+from torchladder.commands import plan, report
+from torchladder.registry import ConfigError, unknown
+
+COMMANDS = {"plan": plan, "report": report}
+
+
+def main() -> int:
+    """Runs the command that the command line names; returns its exit code."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: torchladder <command> ...\n")
+        for name, module in COMMANDS.items():
+            print(f"  {name:10} {(module.__doc__ or '').splitlines()[0]}")
+        print("\nTraining itself: ./run_train.sh, or python -m torchladder.train.")
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            raise unknown("command", words[0], COMMANDS)
+        return COMMANDS[words[0]].run(words[1:])
+    except ConfigError as error:
+        return config.fail(error)

@@ -1,0 +1,241 @@
+"""Tokenized documents on disk: the Megatron ``.bin``/``.idx`` pair, written whole and read by memory map.
+
+``.bin`` holds the tokens of all documents back to back. ``.idx`` holds, little-endian: the magic ``MMIDIDX\\0\\0``,
+uint64 version 1, uint8 dtype code, uint64 sequences, uint64 document indices (a 34-byte header); then int32
+lengths[sequences], int64 byte pointers[sequences], int64 document indices. Document i is the sequences
+``indices[i] .. indices[i + 1]``; indices begin with 0 and end with the number of sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+from array import array
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from torchladder.registry import ConfigError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # 9 + 8 + 1 + 8 + 8 = 34 bytes
+# Megatron and GPT-NeoX agree on these; they disagree only on 6 and 7, which are floats, and tokens are whole numbers.
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+
+WHOLE = 1 << 26
+"""Bytes up to which a fingerprint reads a whole ``.bin``; of larger ones it reads ``SAMPLES`` pieces."""
+SAMPLES, SAMPLE = 256, 1 << 16
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """Returns the token type Megatron gives a vocabulary: uint16 below 65500 tokens, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def prefix_of(path: str | Path) -> str:
+    """Returns the path without its ``.bin`` or ``.idx``; a pair is known by its prefix."""
+    text = str(path)
+    return text[:-4] if text.endswith((".bin", ".idx")) else text
+
+
+class Writer:
+    """Writes documents one by one; the pair appears under its name only when it is complete.
+
+        with Writer("data/train", dtype_for(tokenizer.vocab_size)) as writer:
+            writer.add(ids)
+
+    Args:
+        path: the pair's prefix, or either of its files.
+        dtype: type of a token on disk.
+    """
+
+    def __init__(self, path: str | Path, dtype: np.dtype) -> None:
+        if np.dtype(dtype) not in CODES:
+            allowed = ", ".join(sorted(str(known) for known in CODES))
+            raise ConfigError(f"tokens cannot be stored as {np.dtype(dtype)}. Known: {allowed}.")
+        self.prefix = prefix_of(path)
+        self.dtype = np.dtype(dtype)
+        self.lengths = array("i")
+        self._range = np.iinfo(self.dtype)
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(f"{self.prefix}.bin.partial", "wb", buffering=1 << 20)  # noqa: SIM115 - closed by __exit__
+
+    def add(self, tokens: np.ndarray | list[int]) -> None:
+        """Appends one document.
+
+        Raises:
+            ConfigError: a token does not fit the dtype.
+        """
+        ids = np.asarray(tokens) if len(tokens) else np.empty(0, self.dtype)
+        if len(ids) and (ids.min() < self._range.min or ids.max() > self._range.max):
+            worst = ids.max() if ids.max() > self._range.max else ids.min()
+            raise ConfigError(
+                f"token {worst} of document {len(self.lengths)} does not fit {self.dtype} "
+                f"({self._range.min} to {self._range.max}) in {self.prefix}.bin."
+            )
+        self._file.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
+        self.lengths.append(len(ids))
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        else:
+            self._file.close()
+            os.unlink(self._file.name)
+
+    def _finish(self) -> None:
+        _sync(self._file)
+        lengths = np.frombuffer(self.lengths, dtype=np.int32) if self.lengths else np.empty(0, np.int32)
+        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+        with open(f"{self.prefix}.idx.partial", "wb") as index:
+            count = len(lengths)
+            index.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], count, count + 1))
+            index.write(lengths.astype("<i4").data)
+            index.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8").data)
+            index.write(np.arange(count + 1, dtype="<i8").data)
+            _sync(index)
+        # The index goes first and comes last: at no moment does an index stand beside tokens that are not its own.
+        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+        os.replace(f"{self.prefix}.bin.partial", f"{self.prefix}.bin")
+        os.replace(f"{self.prefix}.idx.partial", f"{self.prefix}.idx")
+
+
+class Indexed:
+    """Reads a pair by memory map: opening it reads the index, a document is read when it is asked for.
+
+    Args:
+        path: the pair's prefix, or either of its files.
+
+    Attributes:
+        lengths: (documents,) int64, tokens in each document.
+        starts: (documents,) int64, where each document begins in ``flat``.
+        flat: all tokens of the ``.bin``, read-only.
+
+    Raises:
+        ConfigError: a file is missing, is not of this format, is cut short, or the index points past the end.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.prefix = prefix_of(path)
+        for suffix in (".bin", ".idx"):
+            if not os.path.isfile(self.prefix + suffix):
+                raise ConfigError(f"{self.prefix}{suffix} is missing: tokens are a pair of .bin and .idx.")
+        self.dtype, self.lengths, self.starts = self._read_index()
+        self.flat = self._map_tokens()
+        end = int((self.starts + self.lengths).max(initial=0))
+        if end > len(self.flat):
+            raise ConfigError(
+                f"{self.prefix}.idx points past the end of {self.prefix}.bin: it needs {end * self.dtype.itemsize} "
+                f"bytes, the file has {os.path.getsize(self.prefix + '.bin')}. The .bin is cut short, or not its pair."
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        start = int(self.starts[document])
+        return self.flat[start : start + int(self.lengths[document])]
+
+    def __reduce__(self) -> tuple[type[Indexed], tuple[str]]:
+        return Indexed, (self.prefix,)  # a worker maps the files itself instead of receiving the tokens
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens in all documents."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the content, the same wherever the files lie.
+
+        It promises to differ when the ``.idx`` differs in any byte (documents, lengths, dtype), when the ``.bin`` has
+        another size, and, up to 64 MiB, when any token differs. Of a larger ``.bin`` it sees 256 evenly spread pieces
+        of 64 KiB, the first and the last bytes among them; a change between them goes unseen.
+        """
+        digest = hashlib.sha256(Path(f"{self.prefix}.idx").read_bytes())
+        size = os.path.getsize(f"{self.prefix}.bin")
+        digest.update(str(size).encode())
+        with open(f"{self.prefix}.bin", "rb") as file:
+            if size <= WHOLE:
+                digest.update(file.read())
+            else:
+                for sample in range(SAMPLES):
+                    file.seek((size - SAMPLE) * sample // (SAMPLES - 1))
+                    digest.update(file.read(SAMPLE))
+        return digest.hexdigest()
+
+    def _read_index(self) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+        """Returns the token type, and per document its length and its first token's place in the file."""
+        name = f"{self.prefix}.idx"
+        raw = np.memmap(name, dtype=np.uint8, mode="r") if os.path.getsize(name) else np.empty(0, np.uint8)
+        dtype, sequences, documents = self._read_header(raw)
+        bounds = list(accumulate([HEADER.size, 4 * sequences, 8 * sequences, 8 * documents]))
+        # One mode byte per sequence may follow, in multimodal files.
+        if len(raw) not in (bounds[3], bounds[3] + sequences):
+            raise ConfigError(f"{name} has {len(raw)} bytes, its header asks for {bounds[3]}: it is cut short or damaged.")
+        lengths = raw[bounds[0] : bounds[1]].view("<i4").astype(np.int64)
+        pointers = raw[bounds[1] : bounds[2]].view("<i8")
+        indices = np.asarray(raw[bounds[2] : bounds[3]].view("<i8"))
+        if lengths.min(initial=0) < 0 or pointers.min(initial=0) < 0 or (pointers % dtype.itemsize).any():
+            raise ConfigError(f"{name} is damaged: it holds a length or a pointer that cannot be.")
+        starts = np.asarray(pointers // dtype.itemsize)
+        if len(indices) == 1 and sequences:
+            return dtype, lengths, starts  # GPT-NeoX's merge forgets the documents: each sequence is one
+        return dtype, *self._join(lengths, starts, indices)
+
+    def _read_header(self, raw: np.ndarray) -> tuple[np.dtype, int, int]:
+        name = f"{self.prefix}.idx"
+        if len(raw) < HEADER.size:
+            raise ConfigError(f"{name} has {len(raw)} bytes, fewer than the header's {HEADER.size}: it is cut short.")
+        magic, version, code, sequences, documents = HEADER.unpack(raw[: HEADER.size].tobytes())
+        if magic != MAGIC:
+            raise ConfigError(f"{name} begins with {magic!r}, not {MAGIC!r}: it is not a Megatron .idx.")
+        if version != 1:
+            raise ConfigError(f"{name} is of version {version}. Known: 1.")
+        if code not in DTYPES:
+            known = ", ".join(f"{number} ({np.dtype(dtype)})" for number, dtype in DTYPES.items())
+            raise ConfigError(f"{name} stores tokens as dtype code {code}. Known: {known}.")
+        return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, documents
+
+    def _join(self, lengths: np.ndarray, starts: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Joins the sequences of each document, which must lie back to back."""
+        sequences = len(lengths)
+        whole = len(indices) and indices[0] == 0 and indices[-1] == sequences and (np.diff(indices) >= 0).all()
+        if not whole:
+            raise ConfigError(f"{self.prefix}.idx is damaged: its document indices do not run from 0 to {sequences}.")
+        if len(indices) == sequences + 1 and (np.diff(indices) == 1).all():
+            return lengths, starts
+        inside = np.setdiff1d(np.arange(1, sequences), indices)  # sequences that continue the one before
+        if (starts[inside] != starts[inside - 1] + lengths[inside - 1]).any():
+            raise ConfigError(f"{self.prefix}.idx has a document whose sequences do not lie back to back.")
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        first = np.append(starts, 0)[indices[:-1]]  # an empty document at the very end begins nowhere
+        return np.diff(ends[indices]), first
+
+    def _map_tokens(self) -> np.ndarray:
+        with open(f"{self.prefix}.bin", "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < self.dtype.itemsize:
+                return np.empty(0, self.dtype)  # nothing to map
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # A plain array over the map: slices of np.memmap cost several times as much.
+        return np.frombuffer(mapped, dtype=self.dtype, count=size // self.dtype.itemsize)
+
+
+def _sync(file: BinaryIO) -> None:
+    """Sees a file through to the disk and closes it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

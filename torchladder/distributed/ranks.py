@@ -1,0 +1,103 @@
+"""The processes of a run: who am I, which device is mine, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchladder.registry import ConfigError
+
+
+@dataclass(frozen=True)
+class CommConfig:
+    """Communication between ranks."""
+
+    init_timeout_seconds: int = 300
+    """Seconds that ranks wait for each other at start-up, compilation and the first data included."""
+
+    train_timeout_seconds: int = 300
+    """Seconds after which a collective counts as hung once training runs."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks for the run: logs, pictures, files."""
+        return self.rank == 0
+
+    def sum(self, value: float) -> float:
+        """Returns the sum of a number over all ranks."""
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def max(self, value: float) -> float:
+        """Returns the largest of a number over all ranks."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def broadcast(self, value: Any) -> Any:
+        """Returns rank 0's object on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def _reduce(self, value: float, op: dist.ReduceOp.RedOpType) -> float:
+        if self.size == 1:
+            return value
+        # On the CPU, through gloo: the accelerator is never waited for. float64 holds counts below 2**53 exactly.
+        box = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(box, op=op)
+        return type(value)(box.item())
+
+
+def join(config: CommConfig) -> Ranks:
+    """Joins the process group that torchrun set up, or makes one of this process alone.
+
+    Raises:
+        ConfigError: torchrun started more processes than this machine has GPUs.
+    """
+    rank, size, local_rank = (int(os.environ.get(key, value)) for key, value in _SINGLE.items())
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}. "
+                "Start as many processes as GPUs (NGPU)."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=config.init_timeout_seconds),
+        # Without torchrun there is nobody to meet: a store in this process's own memory is enough.
+        **({} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
+    )
+    return Ranks(rank, size, device)
+
+
+def leave() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+_SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""What torchrun sets in the environment, and what holds without it."""

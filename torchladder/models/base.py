@@ -1,0 +1,167 @@
+"""The contract of a model, and the registry that knows models by name and flavor.
+
+A model section names a model, one of its flavors, and any field of the model's config that should differ from the
+flavor. Registering a model declares all three:
+
+    @models.register("llama", flavors={"debug": LlamaConfig(dim=64, ...), "1b": LlamaConfig(dim=2048, ...)})
+    class Llama(Model):
+        def __init__(self, config: LlamaConfig, attend: Attend, seq_len: int) -> None: ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from docstring_parser import parse_from_object
+from torch import Tensor, nn
+
+from torchladder.registry import ConfigError, Registry, unknown
+
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""``(q (B, H, T, K), k (B, G, T, K), v (B, G, T, K), form) -> (B, H, T, K)``: what a kernel offers a model."""
+
+ModelClass = TypeVar("ModelClass", bound="type[Model]")
+
+
+class Model(nn.Module, ABC):
+    """A language model, as the rest of the library sees it.
+
+    Attributes:
+        config: the facts the model was built from, a frozen dataclass.
+        layers: name -> block, in the order of the forward pass: the unit of compilation, checkpointing and sharding.
+    """
+
+    config: Any
+    layers: nn.ModuleDict
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, attention_mask: Any, labels: Tensor | None = None) -> Tensor:
+        """Returns logits (B, T, V), or with labels the fp32 sum of the loss over all labels that are not -100.
+
+        Args:
+            tokens: (B, T) int64.
+            attention_mask: the form that the kernel derived from ``start``; the model hands it on unread.
+            labels: (B, T) int64, the token to predict at each place, -100 for none.
+        """
+
+    @abstractmethod
+    def init_weights(self, seed: int) -> None:
+        """Draws every parameter from its own generator (``generator``), so that weights do not depend on the layout."""
+
+    @abstractmethod
+    def parallel_plan(self) -> dict[str, str]:
+        """Returns how tensor parallelism shards the linear layers: module path -> ``"colwise"`` or ``"rowwise"``.
+
+        A ``*`` in a path stands for every block; what the plan does not name is replicated.
+        """
+
+    @abstractmethod
+    def flops(self, tokens: int, pairs: int) -> int:
+        """Returns the floating-point operations of one forward and backward pass.
+
+        Args:
+            tokens: tokens in the batch.
+            pairs: attended (query, key) pairs in the batch, ``mask.pairs(start)``.
+        """
+
+    @abstractmethod
+    def palm_flops(self, tokens: int) -> int:
+        """Returns the operations by the PaLM convention (arXiv 2204.02311, appendix B): full attention, no mask."""
+
+    def num_parameters(self) -> int:
+        """Returns the number of parameters, each shared one counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """Returns the generator of one parameter: the same draws wherever, and beside whatever, the parameter lives."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class ModelRegistry(Registry[Model]):
+    """Models by name, each with its flavors: one config per size."""
+
+    def __init__(self) -> None:
+        super().__init__("model", {"attend": "what the attention kernel offers", "seq_len": "tokens in a row"})
+        self._flavors: dict[str, dict[str, Any]] = {}
+
+    def register(self, name: str, flavors: Mapping[str, Any] | None = None) -> Callable[[ModelClass], ModelClass]:
+        """Returns a decorator that makes ``name`` stand for the decorated model class.
+
+        Args:
+            name: what the section calls the model.
+            flavors: flavor -> config, at least one; the first is the section's default.
+
+        Raises:
+            ConfigError: another model already has that name, or there is no flavor.
+        """
+        if not flavors:
+            raise ConfigError(f"model {name!r} needs at least one flavor.")
+        add = super().register(name)
+
+        def add_with_flavors(model: ModelClass) -> ModelClass:
+            self._flavors[name] = dict(flavors)
+            return add(model)
+
+        return add_with_flavors
+
+    def flavors(self, name: str) -> dict[str, Any]:
+        """Returns flavor -> config of a model, in the order of their registration."""
+        self.get(name)
+        return dict(self._flavors[name])
+
+    def parameters(self, name: str) -> dict[str, inspect.Parameter]:
+        """Returns the settings of a model: its flavor, and each field of its config, where None keeps the flavor's."""
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        settings = {"flavor": inspect.Parameter("flavor", keyword, default=next(iter(self.flavors(name))), annotation=str)}
+        for field, hint in get_type_hints(self.config_type(name)).items():
+            settings[field] = inspect.Parameter(field, keyword, default=None, annotation=hint | None)
+        return settings
+
+    def docs(self, name: str) -> dict[str, str]:
+        """Returns one line of help per setting, taken from the docstrings below the config's fields."""
+        parsed = parse_from_object(self.config_type(name))
+        lines = {field.arg_name: field.description or "" for field in parsed.params}
+        return {"flavor": f"Size of the model: {', '.join(self.flavors(name))}.", **lines}
+
+    def config_type(self, name: str) -> type:
+        """Returns the dataclass of a model's config."""
+        return type(next(iter(self.flavors(name).values())))
+
+    def resolve(self, section: Any) -> Any:
+        """Returns the config that a section describes: its flavor with the section's own values over it.
+
+        Args:
+            section: an object with ``name``, ``flavor`` and any of the config's fields; None keeps the flavor's value.
+
+        Raises:
+            ConfigError: no such model, no such flavor, or values that do not fit together.
+        """
+        flavors = self.flavors(section.name)
+        if section.flavor not in flavors:
+            raise unknown(f"{section.name} flavor", section.flavor, flavors)
+        flavor = flavors[section.flavor]
+        chosen = {field.name: getattr(section, field.name, None) for field in fields(flavor)}
+        return replace(flavor, **{field: value for field, value in chosen.items() if value is not None})
+
+    def build(self, section: Any, **facts: Any) -> Model:
+        """Makes the model that a section describes, on the current default device (``meta`` included).
+
+        Args:
+            section: as for ``resolve``.
+            **facts: ``attend`` and ``seq_len``; the model receives the ones it declares.
+        """
+        model = self.get(section.name)
+        declared = inspect.signature(model).parameters
+        return model(config=self.resolve(section), **{key: facts[key] for key in facts if key in declared})
+
+
+registry = ModelRegistry()
+register = registry.register

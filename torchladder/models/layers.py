@@ -1,0 +1,142 @@
+"""The layers of a Llama-like block: rotary positions, grouped-query attention, SwiGLU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchladder.models.base import Attend
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretches the slow rotations for contexts longer than the original one (Llama 3.1, arXiv 2407.21783).
+
+    Attributes:
+        factor: how many times longer; 1 leaves the rotations as they are.
+        low_freq_factor: rotations with fewer than this many turns in the original context slow down by ``factor``.
+        high_freq_factor: rotations with more turns than this stay; those between are interpolated.
+        original_seq_len: the context in tokens that the turns are counted over.
+    """
+
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_seq_len: int = 8192
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        turns = self.original_seq_len * frequencies / (2 * math.pi)
+        keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        keep = keep.clamp(0, 1)
+        return frequencies * (keep + (1 - keep) / self.factor)
+
+
+class RoPE(nn.Module):
+    """Rotary position embedding (arXiv 2104.09864), first half against second half of a head, in fp32 throughout.
+
+    One instance serves every block. The table is made anew whenever the module is moved or cast, so it is fp32 on any
+    model and never holds what ``to_empty`` left.
+
+    Args:
+        head_dim: features per head, even.
+        seq_len: tokens in a row; positions run from 0 to ``seq_len - 1``.
+        theta: the base of the rotations' frequencies.
+        scaling: how the frequencies are stretched.
+        positions: index (T,) -> position (T,), for positions that are scaled or restart.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        seq_len: int,
+        theta: float,
+        scaling: RopeScaling | None = None,
+        positions: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = theta
+        self.scaling = scaling or RopeScaling()
+        self.positions = positions
+        self.cos: Tensor
+        self.sin: Tensor
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(seq_len, 1, head_dim // 2, dtype=torch.float32), persistent=False)
+        self.reset(theta)
+
+    def reset(self, theta: float) -> None:
+        """Fills the table for rotations of base ``theta``, in place, so that compiled blocks see the new one."""
+        self.theta = theta
+        length, device = len(self.cos), self.cos.device
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        position = torch.arange(length, dtype=torch.float32, device=device)
+        if self.positions is not None:
+            position = self.positions(position)
+        angles = torch.outer(position, self.scaling(1.0 / theta**exponent))[:, None]  # (T, 1, K / 2)
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotates the heads of ``x`` (B, T, H, K); the result has the type of ``x``."""
+        length = x.shape[1]
+        cos, sin = self.cos[:length], self.sin[:length]
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
+        super()._apply(fn, recurse)
+        self.cos, self.sin = self.cos.float(), self.sin.float()
+        self.reset(self.theta)
+        return self
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions; the kernel does the rest.
+
+    Args:
+        dim: features per token.
+        heads: query heads and key-value heads.
+        head_dim: features per head.
+        rope: the rotation of queries and keys, or None for attention without positions.
+        attend: the kernel's attention.
+    """
+
+    def __init__(self, dim: int, heads: tuple[int, int], head_dim: int, rope: RoPE | None, attend: Attend) -> None:
+        super().__init__()
+        n_heads, n_kv_heads = heads
+        self.head_dim = head_dim
+        self.rope = rope
+        self.attend = attend
+        self.q_proj = nn.Linear(dim, n_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(n_heads * head_dim, dim, bias=False)
+
+    def forward(self, x: Tensor, attention_mask: Any) -> Tensor:
+        # The number of heads is read off the projections: under tensor parallelism a rank holds a share of them.
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, K)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
+        if self.rope is not None:
+            q, k = self.rope(q), self.rope(k)
+        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention_mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, ffn_dim, bias=False)
+        self.up_proj = nn.Linear(dim, ffn_dim, bias=False)
+        self.down_proj = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
