@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -119,7 +120,7 @@ class Stream:
             begin += until - offset
         return Spans(*map(np.concatenate, zip(*pieces, strict=True)))
 
-    @property
+    @cached_property
     def _tokens(self) -> int:
         return int(self.lengths.sum())
 

@@ -1,0 +1,177 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli
+
+from torchladder import config
+from torchladder.registry import ConfigError
+
+PLUGIN = '''
+from dataclasses import dataclass
+from torchladder import curriculum
+
+@curriculum.register("staircase")
+@dataclass(frozen=True)
+class Staircase:
+    """A few fixed windows, each for the same number of steps."""
+    stairs: list[int]
+    steps_per_stair: int = 1000
+    """Steps on each stair."""
+
+    def __call__(self, step: int) -> int:
+        return self.stairs[min(step // self.steps_per_stair, len(self.stairs) - 1)]
+'''
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "run.toml") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def load(file: str, *argv: str) -> config.Config:
+    return config.load(["--job.config_file", file, *argv])
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(write):
+    file = write("[training]\nsteps = 7\nseq_len = 64\n")
+    loaded = load(file, "--training.steps", "9")
+    assert (loaded.training.steps, loaded.training.seq_len) == (9, 64)
+    assert loaded.training.local_batch_size == config.TrainingConfig().local_batch_size
+
+
+def test_a_part_has_its_own_keys_and_no_others(write):
+    file = write('[curriculum]\nname = "linear"\nevery = 8\n')
+    assert load(file).curriculum.every == 8
+    with pytest.raises(ConfigError, match="stages") as error:
+        load(write('[curriculum]\nname = "stages"\nevery = 8\n'))
+    assert "every" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[trainnig]\nsteps = 1\n", ["run.toml", "trainnig", "training"]),
+        ("[training]\nstep = 1\n", ["run.toml", "step", "'steps'"]),
+        ("[training]\nsteps = 'many'\n", ["run.toml", "training.steps", "integer"]),
+        ("[training]\nsteps = 1.5\n", ["run.toml", "training.steps", "integer"]),
+        ("[training]\nsteps = 0\n", ["run.toml", "training.steps = 0", "1 or more"]),
+        ("[attention]\nmasks = 'chunk'\n", ["run.toml", "attention.masks", "list"]),
+        ("[attention]\nkernel = 'flx'\n", ["run.toml", "attention.kernel", "flex"]),
+        ("[curriculum]\nname = 'linaer'\n", ["linaer", "'linear'"]),
+        ("[model]\nname = 'lama'\n", ["lama", "'llama'"]),
+        ("[tokenizer]\nname = 'byte'\n", ["byte", "'bytes'"]),
+        ("steps = 1\n", ["run.toml", "steps", "section"]),
+        ("[training\n", ["run.toml"]),
+        ("[job]\nplugins = ['no_such_plugin_anywhere']\n", ["no_such_plugin_anywhere"]),
+        ("[training]\nsteps = 2020-01-01\n", ["training.steps"]),
+    ],
+)
+def test_a_wrong_file_is_one_error_that_names_the_place(write, text, words):
+    with pytest.raises(ConfigError) as error:
+        load(write(text))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_missing_file_names_the_nearest(write):
+    write("[training]\nsteps = 1\n", "small.toml")
+    file = write("", "run.toml")
+    with pytest.raises(ConfigError, match=r"small\.toml"):
+        load(file.replace("run.toml", "smal.toml"))
+
+
+@pytest.mark.parametrize("argv", [["--training.stepz", "3"], ["--training.steps", "three"], ["--trainig.steps", "3"]])
+def test_a_wrong_command_line_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        config.load(argv)
+    assert error.value.code == 2
+    assert "training.steps" in "".join(capsys.readouterr())
+
+
+def test_files_extend_files(write):
+    write('[curriculum]\nname = "linear"\nevery = 4\n[training]\nsteps = 5\nseq_len = 128\n', "base.toml")
+    child = load(write('[job]\nextends = "base.toml"\n[training]\nsteps = 6\n'))
+    assert (child.training.steps, child.training.seq_len, child.curriculum.every) == (6, 128, 4)
+    # Another part starts its section afresh.
+    child = load(write('[job]\nextends = "base.toml"\n[curriculum]\nname = "constant"\n'))
+    assert child.curriculum.name == "constant"
+    assert not hasattr(child.curriculum, "every")
+
+
+def test_extending_in_a_circle_is_an_error(write):
+    write('[job]\nextends = "run.toml"\n', "base.toml")
+    with pytest.raises(ConfigError, match="extends"):
+        load(write('[job]\nextends = "base.toml"\n'))
+
+
+def test_another_part_on_the_command_line_drops_the_files_settings_and_says_so(write, capsys):
+    file = write('[curriculum]\nname = "linear"\nevery = 4\n')
+    assert load(file, "--curriculum.name", "constant").curriculum.name == "constant"
+    assert "every" in capsys.readouterr().out
+
+
+def test_resolved_settings_give_the_same_run(write):
+    file = write(
+        '[curriculum]\nname = "stages"\nstages = [[0, 32], [4, 64]]\n[training]\nseq_len = 64\n'
+        '[data]\nsources = [{ name = "python-stdlib", weight = 2.0 }]\n'
+    )
+    first = load(file)
+    second = load(write(first.to_toml(), "resolved.toml"))
+    assert first.to_toml() == second.to_toml()
+    assert tomli.loads(second.to_toml())["curriculum"]["stages"] == [[0, 32], [4, 64]]
+
+
+def test_a_plugin_beside_the_file_is_a_part_like_any_other(write, tmp_path):
+    write(PLUGIN, "my_staircase_plugin.py")
+    file = write(
+        '[job]\nplugins = ["my_staircase_plugin"]\n[curriculum]\nname = "staircase"\nstairs = [8, 16]\n'
+        "[training]\nseq_len = 16\n"
+    )
+    assert load(file, "--curriculum.steps_per_stair", "500").curriculum.steps_per_stair == 500
+    shown = subprocess.run(
+        [sys.executable, "-m", "torchladder.train", "--job.config_file", file, "--help"], capture_output=True, text=True
+    )
+    assert shown.returncode == 0
+    assert "--curriculum.steps_per_stair" in shown.stdout
+    assert "Steps on each stair." in shown.stdout
+
+
+def test_a_required_key_may_come_from_the_command_line_alone(write, capsys):
+    write(PLUGIN.replace("staircase", "staircase2"), "my_second_plugin.py")
+    file = write('[job]\nplugins = ["my_second_plugin"]\n[curriculum]\nname = "staircase2"\n')
+    assert load(file, "--curriculum.stairs", "4", "8").curriculum.stairs == [4, 8]
+    with pytest.raises(SystemExit) as error:
+        load(file)
+    assert error.value.code == 2
+    assert "curriculum.stairs" in "".join(capsys.readouterr())
+
+
+def test_help_explains_every_key(capsys):
+    """A key without a word about its meaning helps nobody."""
+    silent = []
+    kind = config._config_type({}, [])
+    for section, one in config._fields(kind).items():
+        with pytest.raises(SystemExit):
+            config.load(["--help"])
+        shown = capsys.readouterr().out
+        for key in config._fields(one.type):
+            assert f"--{section}.{key}" in shown, f"--help lacks {section}.{key}"
+        break
+    registries = {name: registry for name, (registry, _) in config.PARTS.items()}
+    for section, registry in registries.items():
+        for part in registry.names():
+            docs = registry.docs(part)
+            silent += [f"{section} {part}.{key}" for key in registry.parameters(part) if not docs.get(key)]
+    assert not [name for name in silent if "staircase" not in name]
+
+
+def test_settings_survive_json():
+    """The error path of every key goes through JSON: TOML's types and no others."""
+    assert json.loads(json.dumps(tomli.loads(Path("pyproject.toml").read_text())))

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from torchladder.generate import SamplesConfig, draw, generate
+from torchladder.registry import ConfigError
+
+V = 7
+
+
+def successor(tokens: torch.Tensor) -> torch.Tensor:
+    """A model that is sure of the next number, modulo V."""
+    return 50.0 * torch.nn.functional.one_hot((tokens + 1) % V, V).float()
+
+
+def continued(prompt, max_len=64, stop=None, **settings):
+    config = SamplesConfig(max_new_tokens=5, **settings)
+    return generate(successor, prompt, config, max_len, torch.Generator().manual_seed(0), stop)
+
+
+def test_the_prompt_is_continued():
+    assert continued([1, 2]) == [3, 4, 5, 6, 0]
+    assert continued([1, 2], temperature=0.0) == [3, 4, 5, 6, 0]
+
+
+def test_text_ends_where_it_stops():
+    assert continued([1], stop=4) == [2, 3]
+
+
+def test_rows_never_exceed_the_model():
+    lengths = []
+
+    def forward(tokens):
+        lengths.append(tokens.shape[1])
+        return successor(tokens)
+
+    config = SamplesConfig(max_new_tokens=20)
+    new = generate(forward, [0] * 10, config, 12, torch.Generator().manual_seed(0))
+    assert max(lengths) == 12
+    assert new[:4] == [1, 2, 3, 4]
+
+
+def test_drawing_follows_the_distribution_within_the_nucleus():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[draw(logits, 1.0, 0.8, generator)] += 1
+    assert counts[2] == counts[3] == 0
+    assert counts[0] / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)
+
+
+def test_the_likeliest_token_always_stays():
+    logits = torch.tensor([3.0, 0.0])
+    assert draw(logits, 1.0, 1e-9, torch.Generator().manual_seed(0)) == 0
+
+
+@pytest.mark.parametrize("settings", [{"freq": -1}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}])
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        SamplesConfig(**settings)
+
+
+def test_samples_are_due_when_asked_for():
+    assert not SamplesConfig().due(10, last=True)
+    config = SamplesConfig(prompts=["a"], freq=5)
+    assert [step for step in range(1, 12) if config.due(step, last=step == 11)] == [5, 10, 11]

@@ -1,0 +1,349 @@
+"""Metrics: the numbers by hand, the file's keys, a run that stops and goes on, and every output."""
+
+import json
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from torchladder import metrics
+from torchladder.metrics import Metrics, MetricsConfig, Run, device, report
+from torchladder.registry import ConfigError
+
+KEYS = (
+    "step loss grad_norm lr window tokens tps flops mfu mfu_palm attention_saved memory_gib seconds"  # the contract
+).split()
+SEQ_LEN = 16
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes forward only when told to."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(report.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def flops(tokens, pairs):
+    return 60 * tokens + 12 * pairs
+
+
+def make(folder, step=0, config=None, **facts):
+    defaults = {"folder": folder, "steps": 100, "seq_len": SEQ_LEN, "flops": flops, "device": torch.device("cpu")}
+    return Metrics(config or MetricsConfig(), Run(**defaults | facts), step)
+
+
+def take(reporter, step, tokens=64, pairs=128, **values):
+    reporter.count(tokens, pairs)
+    reporter.log(step, **{"loss": 2.0, "grad_norm": 0.5, "lr": 1e-3, "window": 4} | values)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_numbers_by_hand(tmp_path, clock):
+    with make(tmp_path, config=MetricsConfig(peak_flops=1e4), ranks=2) as reporter:
+        clock.now += 1
+        reporter.count(32, 64)
+        clock.now += 1
+        take(reporter, 1, tokens=32, pairs=64, loss=3.5, grad_norm=1.25, lr=1e-3, window=4)
+        clock.now += 4
+        take(reporter, 10, tokens=64, pairs=64 * 17 // 2, window=16)
+    first, second = lines(tmp_path)
+    assert list(first) == list(second) == KEYS
+    # 64 tokens in 2 s on 2 devices; 60 * 64 + 12 * 128 FLOPs; PaLM counts 64 * 16 pairs, causal rows have 64 * 17 / 2.
+    assert first == pytest.approx(
+        {
+            "step": 1,
+            "loss": 3.5,
+            "grad_norm": 1.25,
+            "lr": 1e-3,
+            "window": 4,
+            "tokens": 64,
+            "tps": 16.0,
+            "flops": 5376,
+            "mfu": 5376 / (2 * 2 * 1e4),
+            "mfu_palm": (60 * 64 + 12 * 64 * 16) / (2 * 2 * 1e4),
+            "attention_saved": 1 - 128 / 544,
+            "memory_gib": first["memory_gib"],
+            "seconds": 2.0,
+        }
+    )
+    assert second["tokens"] == 128
+    assert second["flops"] == 5376 + 60 * 64 + 12 * 544
+    assert second["tps"] == 8.0
+    assert second["attention_saved"] == 0.0
+    assert second["seconds"] == 6.0
+
+
+def test_memory_is_of_this_process(tmp_path):
+    with make(tmp_path) as reporter:
+        take(reporter, 1)
+    assert 0.05 < lines(tmp_path)[0]["memory_gib"] < 1000
+
+
+def test_paused_time_is_not_training_time(tmp_path, clock):
+    with make(tmp_path) as reporter:
+        clock.now += 2
+        with reporter.pause():
+            clock.now += 100
+        take(reporter, 1, tokens=64)
+    assert lines(tmp_path)[0]["tps"] == 32.0
+    assert lines(tmp_path)[0]["seconds"] == 102.0
+
+
+def test_due():
+    reporter = SimpleNamespace(config=MetricsConfig(log_freq=10), run=SimpleNamespace(steps=25))
+    assert [step for step in range(1, 26) if Metrics.due(reporter, step)] == [1, 10, 20, 25]
+
+
+def test_unknown_device_and_numbers_that_json_lacks(tmp_path):
+    with make(tmp_path) as reporter:
+        take(reporter, 1, loss=float("nan"), grad_norm=float("inf"))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    line = json.loads(text)
+    assert [line[key] for key in ("loss", "grad_norm", "mfu", "mfu_palm")] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A10G", 125e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA TITAN X", None),
+    ],
+)
+def test_peaks(name, peak):
+    assert device._peak(name) == peak
+
+
+def test_a_cpu_has_no_known_peak():
+    assert metrics.peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("settings", [{"log_freq": 0}, {"peak_flops": 0.0}, {"peak_flops": -1.0}])
+def test_impossible_settings(settings):
+    with pytest.raises(ConfigError, match=rf"metrics\.{next(iter(settings))}"):
+        MetricsConfig(**settings)
+
+
+# --- stopping and going on -------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_has_one_line_per_step_and_goes_on_counting(tmp_path, clock):
+    with make(tmp_path) as reporter:
+        reporter.validation(0, 5.0, SEQ_LEN)
+        for step in (1, 10, 20, 30):
+            clock.now += 1
+            take(reporter, step)
+        reporter.validation(20, 3.0, SEQ_LEN)
+        reporter.validation(30, 2.0, SEQ_LEN)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "loss": 1.')  # killed while writing
+
+    clock.now += 1000
+    with make(tmp_path, step=20) as reporter:
+        for step in (30, 40):
+            clock.now += 5
+            take(reporter, step)
+    seen = lines(tmp_path)
+    assert [line["step"] for line in seen if "loss" in line] == [1, 10, 20, 30, 40]
+    assert [line["step"] for line in seen if "validation_loss" in line] == [0, 20]
+    assert [line["tokens"] for line in seen if "loss" in line] == [64, 128, 192, 256, 320]
+    assert [line["flops"] for line in seen if "loss" in line] == [5376 * n for n in range(1, 6)]
+    assert [line["seconds"] for line in seen if "loss" in line] == [1, 2, 3, 8, 13]
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    with make(tmp_path) as reporter:
+        reporter.validation(0, 5.0, SEQ_LEN)
+        take(reporter, 1)
+    with make(tmp_path) as reporter:
+        reporter.validation(0, 4.0, SEQ_LEN)
+    assert lines(tmp_path) == [{"step": 0, "validation_loss": 4.0, "window": SEQ_LEN}]
+
+
+def test_resuming_without_a_file(tmp_path):
+    with make(tmp_path / "new" / "folder", step=20) as reporter:
+        take(reporter, 30)
+    assert lines(tmp_path / "new" / "folder")[0]["tokens"] == 64
+
+
+def test_other_ranks_are_silent(tmp_path, caplog):
+    with caplog.at_level(logging.INFO), make(tmp_path, rank=1) as reporter:
+        assert reporter.due(10)
+        take(reporter, 10)
+        reporter.validation(10, 1.0, SEQ_LEN)
+    assert list(tmp_path.iterdir()) == []
+    assert caplog.text == ""
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def events(folder):
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return {
+        tag: [(event.step, pytest.approx(event.value)) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def test_tensorboard(tmp_path, clock):
+    config = MetricsConfig(enable_tensorboard=True, peak_flops=1e6, save_tb_folder="events")
+    with make(tmp_path, config=config) as reporter:
+        for step in (10, 20, 30):
+            clock.now += 1
+            take(reporter, step, loss=step / 10)
+        reporter.validation(30, 2.5, SEQ_LEN)
+        reporter.validation(30, 2.75, 4)
+    with make(tmp_path, step=20, config=config) as reporter:
+        clock.now += 1
+        take(reporter, 30, loss=7.0)
+    seen = events(tmp_path / "events")
+    assert seen["loss_metrics/global_avg_loss"] == [(10, 1.0), (20, 2.0), (30, 7.0)]
+    assert seen["curriculum/window"] == [(10, 4), (20, 4), (30, 4)]
+    assert seen["mfu(%)"][0] == (10, 100 * 5376 / 1e6)
+    expected = {"grad_norm", "lr", "throughput(tps)", "tflops", "mfu_palm(%)", "memory/max_reserved(GiB)"}
+    assert expected | {"curriculum/attention_saved"} <= set(seen)
+
+
+def test_validation_has_a_tag_per_window(tmp_path):
+    with make(tmp_path, config=MetricsConfig(enable_tensorboard=True)) as reporter:
+        reporter.validation(30, 2.5, SEQ_LEN)
+        reporter.validation(30, 2.75, 4)
+    assert events(tmp_path / "tb") == {
+        "validation_metrics/global_avg_loss": [(30, 2.5)],
+        "validation_metrics/loss_at_window_4": [(30, 2.75)],
+    }
+
+
+def test_wandb(tmp_path, monkeypatch, clock):
+    logged = []
+    session = SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished")
+    )
+    init = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: init.append(settings) or session))
+    monkeypatch.setenv("WANDB_PROJECT", "ladders")
+    with make(tmp_path, config=MetricsConfig(enable_wandb=True), settings={"lr": 1}) as reporter:
+        clock.now += 1
+        take(reporter, 10)
+    assert init == [{"project": "ladders", "dir": str(tmp_path), "config": {"lr": 1}}]
+    assert logged[0][0] == 10
+    assert logged[0][1]["loss_metrics/global_avg_loss"] == 2.0
+    assert "mfu(%)" not in logged[0][1]
+    assert logged[1] == "finished"
+
+
+def test_wandb_missing(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"torchladder\[wandb\]"):
+        make(tmp_path, config=MetricsConfig(enable_wandb=True))
+    assert len(lines(tmp_path)) == 1
+
+
+def test_console_line(tmp_path, clock, caplog):
+    with caplog.at_level(logging.INFO), make(tmp_path) as reporter:
+        clock.now += 2
+        take(reporter, 10, tokens=24_690, pairs=24_690, loss=3.65329, grad_norm=1.2, window=1)
+        reporter.validation(10, 3.5, SEQ_LEN)
+    train, validation = caplog.messages
+    assert train.startswith("step: 10  loss: 3.6533  grad_norm: 1.2000  memory: ")
+    assert train.endswith("tps: 12,345  tflops: 0.00  mfu: n/a  window: 1  saved: 88.2%  eta: 0:00:18")
+    assert validation == "validate step: 10  loss: 3.5000  window: 16"
+
+
+def test_console_shows_mfu_in_percent(tmp_path, clock, caplog):
+    with caplog.at_level(logging.INFO), make(tmp_path, config=MetricsConfig(peak_flops=5376 / 0.031)) as reporter:
+        clock.now += 1
+        take(reporter, 10)
+    assert "mfu: 3.10%" in caplog.text
+
+
+def on_a_terminal(monkeypatch, stream):
+    """Makes every module speak to a terminal."""
+    console = metrics.console.__class__(file=stream, force_terminal=True, width=200, highlight=False)
+    for module in (sys.modules["torchladder.metrics.outputs"], sys.modules["torchladder.metrics.console"]):
+        monkeypatch.setattr(module, "console", console)
+
+
+@pytest.fixture
+def log():
+    """The package's log on the console, put back afterwards."""
+    package = logging.getLogger("torchladder")
+    before = package.handlers, package.level
+    yield metrics.init_logger
+    package.handlers, package.level = before
+
+
+def test_terminal_has_colours_and_a_bar(tmp_path, clock, monkeypatch, log, capsys):
+    on_a_terminal(monkeypatch, sys.stdout)
+    log()
+    with make(tmp_path) as reporter:
+        take(reporter, 10)
+    out = capsys.readouterr().out
+    assert "\x1b[31mstep: 10\x1b[0m" in out
+    assert "10/100" in out
+    assert "eta:" not in out
+
+
+def test_terminal_without_colours_and_bar(tmp_path, clock, monkeypatch, log, capsys):
+    on_a_terminal(monkeypatch, sys.stdout)
+    log()
+    config = MetricsConfig(disable_color_printing=True, disable_progress_bar=True)
+    with make(tmp_path, config=config) as reporter:
+        take(reporter, 10)
+    out = capsys.readouterr().out
+    assert "step: 10  loss: 2.0000" in out
+    assert "eta:" in out
+    assert "10/100" not in out
+
+
+# --- logging ---------------------------------------------------------------------------------------------------------
+
+
+def test_log_of_the_first_rank(log, capsys):
+    log()
+    log()  # a second call does not print twice
+    logging.getLogger("torchladder.data").info("hello %s", "there [red]")
+    assert capsys.readouterr().out.strip().endswith("] hello there [red]")
+
+
+def test_other_ranks_only_warn(log, capsys):
+    log(3)
+    logging.getLogger("torchladder.data").info("hello")
+    logging.getLogger("torchladder.data").warning("oh")
+    out = capsys.readouterr().out
+    assert "hello" not in out
+    assert out.strip().endswith("[rank 3] warning: oh")
+
+
+def test_errors_come_with_their_traceback(log, capsys):
+    log()
+    try:
+        raise ValueError("no")
+    except ValueError:
+        logging.getLogger("torchladder").exception("failed")
+    assert "ValueError: no" in capsys.readouterr().out

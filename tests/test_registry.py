@@ -1,0 +1,62 @@
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from torchladder.registry import ConfigError, Registry, unknown
+
+
+@pytest.fixture
+def shapes():
+    registry = Registry("shape", facts={"size": "how large"})
+
+    @registry.register("square")
+    @dataclass(frozen=True)
+    class Square:
+        """A square.
+
+        Attributes:
+            color: its paint.
+        """
+
+        size: int
+        color: str = "red"
+        holes: list[int] = field(default_factory=list)
+
+    @registry.register("disc")
+    def disc(radius: float, size: int) -> tuple:
+        """A disc.
+
+        Args:
+            radius: from the middle to the rim.
+        """
+        return radius, size
+
+    return registry
+
+
+def test_a_part_is_built_from_its_settings_and_the_facts_it_declares(shapes):
+    square = shapes.build(SimpleNamespace(name="square", color="blue", holes=[1]), size=3, weight=9)
+    assert (square.size, square.color, square.holes) == (3, "blue", [1])
+    assert shapes.build(SimpleNamespace(name="disc", radius=2.0), size=3) == (2.0, 3)
+
+
+def test_the_parameters_without_the_facts_are_the_settings(shapes):
+    assert list(shapes.parameters("square")) == ["color", "holes"]
+    assert shapes.parameters("disc")["radius"].annotation is float
+
+
+def test_docs_speak_of_the_settings(shapes):
+    assert shapes.docs("disc")["radius"] == "from the middle to the rim."
+    assert shapes.docs("square")["color"] == "its paint."
+
+
+def test_unknown_names_come_with_the_nearest(shapes):
+    with pytest.raises(ConfigError, match=r"unknown shape 'sqare'. Did you mean 'square'\? Known: disc, square."):
+        shapes.get("sqare")
+    assert "Did you mean" not in str(unknown("shape", "xyz", ["square"]))
+
+
+def test_a_name_is_taken_once(shapes):
+    with pytest.raises(ConfigError, match="twice"):
+        shapes.register("disc")(lambda: None)

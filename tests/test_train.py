@@ -1,0 +1,181 @@
+"""Runs, whole: what they leave, that they learn, and that they go on as if they had never stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchladder import train
+
+ROOT = Path(__file__).parents[1]
+DEBUG = ["--job.config_file", str(ROOT / "train_configs" / "debug.toml")]
+LINE = {
+    "step", "loss", "grad_norm", "lr", "window", "tokens", "tps", "flops", "mfu", "mfu_palm", "attention_saved",
+    "memory_gib", "seconds",
+}  # fmt: skip
+
+
+def run(folder: Path, *argv: str) -> list[dict]:
+    """Trains the debug config in this process; returns the lines of its metrics."""
+    assert train.main([*DEBUG, "--job.dump_folder", str(folder), *argv]) == 0
+    return lines(folder)
+
+
+def torchrun(ranks: int, folder: Path, *argv: str) -> list[dict]:
+    """Trains the debug config on several ranks over gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    result = subprocess.run(
+        [*command, "-m", "torchladder.train", *DEBUG, "--job.dump_folder", str(folder), *argv],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return lines(folder)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(found: list[dict]) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in found if "loss" in line}
+
+
+def validations(found: list[dict]) -> dict[tuple[int, int], float]:
+    return {(line["step"], line["window"]): line["validation_loss"] for line in found if "validation_loss" in line}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 20 steps that never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, "--samples.prompts", "import ", "--samples.max_new_tokens", "8", "--validation.windows", "16")
+    return folder
+
+
+def test_what_a_run_leaves(whole):
+    found = lines(whole)
+    assert [line["step"] for line in found if "loss" in line] == list(range(1, 21))
+    assert all(set(line) == LINE for line in found if "loss" in line)
+    assert set(validations(found)) == {(step, window) for step in (0, 10, 20) for window in (16, 256)}
+    assert (whole / "config.toml").is_file()
+    assert (whole / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    assert "import " in (whole / "samples.txt").read_text()
+    assert any((whole / "tb").iterdir())
+
+
+def test_the_run_learns_and_climbs(whole):
+    found = [line for line in lines(whole) if "loss" in line]
+    assert found[-1]["loss"] < found[0]["loss"] - 0.5
+    windows = [line["window"] for line in found]
+    assert windows[0] == 8
+    assert windows[-1] == 256
+    assert windows == sorted(windows)
+    assert found[0]["attention_saved"] > 0.9 > found[-1]["attention_saved"]
+
+
+def test_the_resolved_settings_give_the_same_run(whole, tmp_path):
+    resolved = ["--job.config_file", str(whole / "config.toml"), "--job.dump_folder", str(tmp_path)]
+    assert train.main([*resolved, "--training.steps", "20"]) == 0
+    assert losses(lines(tmp_path)) == losses(lines(whole))
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_run_that_stopped_goes_on_bit_for_bit(whole, tmp_path, mode):
+    saving = ["--checkpoint.enable", "--checkpoint.interval", "7", "--checkpoint.async_mode", mode]
+    run(tmp_path, *saving, "--validation.windows", "16")
+    assert losses(lines(tmp_path)) == losses(lines(whole))
+    kept = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    assert kept == ["step-14", "step-20", "step-7"]
+
+    again = run(tmp_path, *saving, "--checkpoint.load_step", "7", "--validation.windows", "16")
+    assert losses(again) == losses(lines(whole))
+    assert validations(again) == validations(lines(whole))
+    assert [line["step"] for line in again if "loss" in line] == list(range(1, 21))  # each step once
+    assert again[-1].get("tokens", 0) in (0, 20 * 1024)
+
+
+def test_a_finished_run_does_nothing_more(whole, tmp_path):
+    saving = ["--checkpoint.enable", "--training.steps", "4", "--checkpoint.interval", "2"]
+    first = run(tmp_path, *saving)
+    assert run(tmp_path, *saving) == first
+
+
+def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
+    saving = ["--checkpoint.enable", "--training.steps", "6", "--checkpoint.interval", "2"]
+    first = run(tmp_path, *saving)
+    (tmp_path / "checkpoint" / "step-6" / ".metadata").unlink()
+    (tmp_path / "checkpoint" / "step-100.partial").mkdir()
+    assert losses(run(tmp_path, *saving)) == losses(first)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--data.seed", "5"], ["data.seed", "--checkpoint.accept_changes"]),
+        (["--model.dim", "32"], ["model.dim", "32", "64"]),
+        (["--curriculum.initial_window", "16"], ["curriculum.initial_window", "16"]),
+        (["--checkpoint.load_step", "3"], ["load_step = 3", "2"]),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path_factory, capsys, argv, words):
+    folder = tmp_path_factory.getbasetemp() / "refused"
+    saving = ["--checkpoint.enable", "--training.steps", "2", "--checkpoint.interval", "2"]
+    if not folder.exists():
+        run(folder, *saving)
+    assert train.main([*DEBUG, "--job.dump_folder", str(folder), *saving, "--training.steps", "4", *argv]) == 2
+    shown = capsys.readouterr().err
+    for word in words:
+        assert word in shown
+
+
+def test_accumulation_equals_one_large_batch(whole, tmp_path):
+    four = run(tmp_path, "--training.local_batch_size", "1", "--training.global_batch_size", "4")
+    for step, loss in losses(lines(whole)).items():
+        assert losses(four)[step] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("argv", [[], ["--parallelism.data_parallel_replicate_degree", "2"]], ids=["fsdp", "replicate"])
+def test_two_ranks_give_one_ranks_losses(whole, tmp_path, argv):
+    two = torchrun(2, tmp_path, "--training.local_batch_size", "2", "--validation.windows", "16", *argv)
+    one = lines(whole)
+    assert losses(two)[1] == pytest.approx(losses(one)[1], rel=1e-6)
+    for step, loss in losses(one).items():
+        assert losses(two)[step] == pytest.approx(loss, rel=1e-4)
+    for key, loss in validations(one).items():
+        if key[0] != 0 or True:
+            assert validations(two)[key] == pytest.approx(loss, rel=0.05)
+
+
+def test_a_checkpoint_of_two_ranks_continues_on_one(whole, tmp_path):
+    saving = ["--checkpoint.enable", "--checkpoint.interval", "10"]
+    torchrun(2, tmp_path, "--training.local_batch_size", "2", "--training.global_batch_size", "4", *saving)
+    again = run(tmp_path, "--training.global_batch_size", "4", *saving, "--checkpoint.load_step", "10")
+    for step, loss in losses(lines(whole)).items():
+        assert losses(again)[step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_recomputed_activations_and_bf16_train(tmp_path, whole):
+    full = run(tmp_path / "ac", "--activation_checkpoint.mode", "full", "--training.steps", "5")
+    for step, loss in losses(full).items():
+        assert loss == pytest.approx(losses(lines(whole))[step], rel=1e-5)
+    half = run(tmp_path / "bf16", "--training.mixed_precision_param", "bfloat16", "--training.steps", "5")
+    for step, loss in losses(half).items():
+        assert loss == pytest.approx(losses(lines(whole))[step], rel=2e-2)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "sdpa"])
+def test_kernels_train_alike(whole, tmp_path, kernel):
+    for step, loss in losses(run(tmp_path, "--attention.kernel", kernel, "--training.steps", "5")).items():
+        assert loss == pytest.approx(losses(lines(whole))[step], rel=1e-4)
+
+
+def test_flex_says_that_it_cannot_train_on_a_cpu(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("flex trains here")
+    assert train.main([*DEBUG, "--job.dump_folder", str(tmp_path), "--attention.kernel", "flex"]) == 2
+    assert "flex" in capsys.readouterr().err
+    assert not (tmp_path / "metrics.jsonl").exists()

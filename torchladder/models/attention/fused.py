@@ -1,0 +1,134 @@
+"""Scaled dot-product attention as an explicit pair of functions, forward and backward.
+
+An operator that autograd and the compiler cannot see into has to know its own backward. PyTorch's fused kernels come as
+such pairs; the ones that ``torch.nn.functional.scaled_dot_product_attention`` would choose are called here, and where
+there is none (no fused kernel takes an explicit mask on CUDA, for one) the textbook formulas are.
+
+Shapes: q, out (N, H, Q, K); k, v (N, G, S, K) with G dividing H; ``lse`` (N, H, Q), the natural logarithm of the sum of
+the exponentials of each query's scores. With ``bias`` None attention is causal and Q = S.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+aten = torch.ops.aten
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the output and ``lse``.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        bias: (Q, S), 0 where a query sees a key and -inf elsewhere; None for causal attention.
+    """
+    q, k, v = (_dense_heads(x) for x in (q, k, v))
+    backend, scale = _backend(q, k, v, bias), q.shape[-1] ** -0.5
+    if backend == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, bias is None, attn_mask=bias)
+    if backend == "cudnn":
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
+        return out, lse.squeeze(-1)
+    if backend == "flash":
+        padded = (_pad(x) for x in (q, k, v))
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(*padded, 0.0, True, scale=scale)
+        return out[..., : q.shape[-1]], lse
+    return _textbook(q, k, v, bias)
+
+
+def backward(
+    grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k and v for the gradient ``grad`` of the output."""
+    grad, q, k, v, out = (_dense_heads(x) for x in (grad, *qkv, out))
+    backend, scale, length = _backend(q, k, v, bias), q.shape[-1] ** -0.5, q.shape[2]
+    if backend == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, bias is None, attn_mask=bias
+        )
+    if backend == "cudnn":
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout of 0
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            *(grad, q, k, v, out, lse.contiguous()[..., None], unused, unused),
+            *(None, None, None, length, length, 0.0, True),
+            scale=scale,
+        )
+    if backend == "flash":
+        unused = torch.empty(2, dtype=torch.uint64, device=q.device)
+        padded = (_pad(x) for x in (grad, q, k, v, out))
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            *(*padded, lse.contiguous(), None, None, length, length, 0.0, True, unused, unused), scale=scale
+        )
+        return tuple(x[..., : q.shape[-1]] for x in grads)  # type: ignore[return-value]
+    return _textbook_backward(grad, (q, k, v), out, lse, bias)
+
+
+def _backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
+    if bias is not None:
+        return "cpu" if q.device.type == "cpu" else "textbook"
+    grouped = q.shape[1] != k.shape[1]
+    choice = SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=grouped))
+    if choice == SDPBackend.CUDNN_ATTENTION:
+        return "cudnn"
+    if choice == SDPBackend.FLASH_ATTENTION:
+        return {"cpu": "cpu", "cuda": "flash"}.get(q.device.type, "textbook")
+    return "textbook"
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pad(x: Tensor) -> Tensor:
+    """Flash attention on CUDA takes heads of a multiple of 8 features; zeros change no score."""
+    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
+
+
+# --- the textbook ----------------------------------------------------------------------------------------------------
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns the scores of one head, in the type that sums are kept in (N, Q, S)."""
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if bias is None:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        return scores.masked_fill(later, -torch.inf)
+    return scores + bias.to(scores)
+
+
+def _textbook(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One head at a time, which bounds the memory that the scores take."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=exact)
+    group = q.shape[1] // k.shape[1]
+    for h in range(q.shape[1]):
+        scores = _scores(q[:, h].to(exact), k[:, h // group].to(exact), bias)
+        lse[:, h] = scores.logsumexp(-1)
+        out[:, h] = (scores.softmax(-1) @ v[:, h // group].to(exact)).to(q.dtype)
+    return out, lse
+
+
+def _textbook_backward(
+    grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients from the probabilities ``exp(scores - lse)`` (arXiv 2205.14135, algorithm 4)."""
+    exact = lse.dtype
+    grads = tuple(torch.zeros_like(x, dtype=exact) for x in qkv)
+    group = qkv[0].shape[1] // qkv[1].shape[1]
+    for h in range(qkv[0].shape[1]):
+        g = h // group
+        q, k, v = qkv[0][:, h].to(exact), qkv[1][:, g].to(exact), qkv[2][:, g].to(exact)
+        d_out = grad[:, h].to(exact)
+        p = (_scores(q, k, bias) - lse[:, h, :, None]).exp()
+        delta = (d_out * out[:, h].to(exact)).sum(-1, keepdim=True)
+        d_scores = p * (d_out @ v.transpose(-1, -2) - delta) * q.shape[-1] ** -0.5
+        grads[0][:, h] = d_scores @ k
+        grads[1][:, g] += d_scores.transpose(-1, -2) @ q
+        grads[2][:, g] += p.transpose(-1, -2) @ d_out
+    dq, dk, dv = (x.to(qkv[0].dtype) for x in grads)
+    return dq, dk, dv

@@ -1,0 +1,112 @@
+"""What a kernel is, and which one to use where.
+
+A kernel turns ``start`` (see ``torchladder.mask``) into its own form once per batch, and every layer of the model attends
+with that form.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchladder import mask
+from torchladder.registry import ConfigError, Registry
+
+UNIFORM = frozenset({"causal", "chunk"})
+"""Masks that cut a row into chunks of one width, together as well as alone."""
+
+SEGMENTS = frozenset({"causal", "document", "chunk", "sliding"})
+"""Masks that make segments under one window, in any mix."""
+
+
+class Kernel(ABC):
+    """Attention under the masks of a run.
+
+    Args:
+        masks: names of the masks that ``start`` is composed of.
+        device: where attention runs.
+        training: whether gradients are needed.
+
+    Attributes:
+        why: one phrase for the start-up report: why this kernel serves the run.
+
+    Raises:
+        ConfigError: the kernel cannot express the masks, or cannot run on the device.
+    """
+
+    name: ClassVar[str]
+    expresses: ClassVar[frozenset[str] | None] = None
+    """The masks that the kernel can compute; None for any ``start``, a plugin's mask included."""
+
+    def __init__(self, masks: list[str], device: torch.device, training: bool) -> None:
+        self.why = "as configured"
+        beyond = [name for name in masks if self.expresses is not None and name not in self.expresses]
+        if beyond:
+            raise ConfigError(
+                f"kernel {self.name!r} cannot express the mask {beyond[0]!r}, only "
+                f"{', '.join(sorted(self.expresses or []))}. Use flex (CUDA), sdpa, dense or auto."
+            )
+        self.check(device, training)
+
+    def check(self, device: torch.device, training: bool) -> None:  # noqa: B027 - most kernels run everywhere
+        """Raises ConfigError where the kernel cannot run."""
+
+    @abstractmethod
+    def derive(self, start: Tensor, device: torch.device) -> Any:
+        """Returns the kernel's form of a mask.
+
+        Args:
+            start: (B, T) int32 on the CPU.
+            device: where attention runs.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, form: Any) -> Tensor:
+        """Returns attention (B, H, T, K) of ``q`` (B, H, T, K) over ``k`` and ``v`` (B, G, T, K); G divides H."""
+
+
+registry: Registry[Kernel] = Registry(
+    "kernel", facts={"masks": "names", "device": "where attention runs", "training": "whether gradients are needed"}
+)
+register = registry.register
+
+
+def kernel(name: str, masks: list[str], device: torch.device | str, training: bool = True) -> Kernel:
+    """Returns the kernel of that name, or for ``auto`` the one that suits the device and the masks.
+
+    Args:
+        name: a registered kernel, or ``auto``.
+        masks: names of the masks that ``start`` will be composed of.
+        device: where attention will run.
+        training: whether gradients will be needed.
+
+    Raises:
+        ConfigError: an unknown name, or a kernel that cannot do it.
+    """
+    device = torch.device(device)
+    for known in masks:
+        mask.registry.get(known)
+    if name != "auto":
+        return registry.get(name)(masks=masks, device=device, training=training)
+    name, why = _choose(masks, device)
+    chosen = registry.get(name)(masks=masks, device=device, training=training)
+    chosen.why = why
+    return chosen
+
+
+def _choose(masks: list[str], device: torch.device) -> tuple[str, str]:
+    if UNIFORM.issuperset(masks):
+        return "fold", f"{' + '.join(masks)} cuts rows into chunks of one width, each a row of plain causal attention"
+    if device.type == "cuda":
+        return "flex", f"it takes any mask ({' + '.join(masks)}), and one compiled graph serves every window"
+    return "sdpa", f"it takes any mask ({' + '.join(masks)}) and trains on {device.type}, where flex cannot"
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, form: None = None) -> Tensor:
+    """Attends with full causal attention: what a model does where no kernel is given."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,0 +1,42 @@
+"""Fused causal attention over the pieces that a mask falls into: fast on any device, and the way to train on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchladder import mask
+from torchladder.models.attention import pieces
+from torchladder.models.attention.kernel import UNIFORM, Kernel, register
+
+_fold = pieces.operator("fold", lambda width, batch, length: pieces.uniform(batch, length, int(width)))
+_sdpa = pieces.operator("sdpa", lambda start, batch, length: pieces.of(start))
+
+
+@register("fold")
+class Fold(Kernel):
+    """Chunks of one width: ``(B, T)`` folds to ``(B * T / w, w)`` and is plain causal attention there."""
+
+    name = "fold"
+    expresses = UNIFORM
+
+    def derive(self, start: Tensor, device: torch.device) -> Tensor:
+        return torch.tensor(mask.fold(start))  # stays on the CPU, where the operator reads it
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, form: Tensor) -> Tensor:
+        return _fold(q, k, v, form)
+
+
+@register("sdpa")
+class Sdpa(Kernel):
+    """Any mask: plain causal attention per segment where there are segments, masked blocks of queries elsewhere."""
+
+    name = "sdpa"
+
+    def derive(self, start: Tensor, device: torch.device) -> Tensor:
+        return start.cpu()  # the operator reads it to lay out its pieces
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, form: Tensor) -> Tensor:
+        return _sdpa(q, k, v, form)
