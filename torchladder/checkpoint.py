@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,7 @@ class Checkpointer:
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
-        self._writing: tuple[Future[Any], Path, int] | None = None
+        self._writing: tuple[Future[Any], Path] | None = None
 
     def due(self, step: int, last: bool) -> bool:
         """Whether a checkpoint is to be saved after that many steps."""
@@ -115,10 +116,7 @@ class Checkpointer:
     def save(self, step: int, run: dict[str, Any], last: bool = False) -> None:
         """Saves the state after ``step`` steps; ``run`` goes into ``run.json``."""
         self.wait()
-        path = self.folder / f"step-{step}"
-        if complete(path):
-            return
-        partial = path.with_suffix(".partial")
+        partial = self.folder / f"step-{step}.partial"
         if _rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -128,24 +126,32 @@ class Checkpointer:
         if self.config.async_mode == "async" and not last:
             future = dcp.async_save(state, checkpoint_id=partial)
             assert isinstance(future, Future)
-            self._writing = future, partial, step
+            self._writing = future, partial
         else:
             dcp.save(state, checkpoint_id=partial)
-            self._finish(partial, step)
+            self._finish(partial)
 
     def wait(self) -> None:
         """Waits until a checkpoint that is being written is complete."""
         if self._writing is not None:
-            future, partial, step = self._writing
+            future, partial = self._writing
             future.result()
             self._writing = None
-            self._finish(partial, step)
+            self._finish(partial)
 
-    def load(self) -> dict[str, Any] | None:
+    def poll(self) -> None:
+        """Completes a checkpoint that has been written meanwhile; never waits."""
+        if self._writing is not None and self._writing[0].done():
+            self.wait()
+
+    def load(self, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
         """Loads the checkpoint to continue from and returns its ``run.json``; None where the run starts anew.
 
+        Args:
+            check: raises ConfigError where the ``run.json`` is of another run; asked before anything is loaded.
+
         Raises:
-            ConfigError: the checkpoint that the settings name is not there or not complete.
+            ConfigError: the checkpoint that the settings name is not there, not complete or of another run.
         """
         config = self.config
         if not config.enable:
@@ -156,13 +162,18 @@ class Checkpointer:
             raise ConfigError(f"checkpoint.load_step = {config.load_step}: {self.folder} has the steps {known}.")
         if found:
             step = config.load_step if config.load_step != -1 else found[-1]
-            return self._load(self.folder / f"step-{step}", model_only=False)
+            path = self.folder / f"step-{step}"
+            check(json.loads((path / RUN).read_text()))
+            return self._load(path, model_only=False)
         if config.initial_load_path:
             path = Path(config.initial_load_path)
             if not complete(path):
                 raise ConfigError(f"checkpoint.initial_load_path = {str(path)!r}: no complete checkpoint is there.")
-            run = self._load(path, model_only=config.initial_load_model_only)
-            return None if config.initial_load_model_only else run
+            if config.initial_load_model_only:
+                self._load(path, model_only=True)
+                return None
+            check(json.loads((path / RUN).read_text()))
+            return self._load(path, model_only=False)
         return None
 
     def _load(self, path: Path, model_only: bool) -> dict[str, Any]:
@@ -189,18 +200,22 @@ class Checkpointer:
         model, optimizer = get_state_dict(self.model, () if model_only else self.optimizer)
         return {"model": model} if model_only else {"model": model, "optimizer": optimizer}
 
-    def _finish(self, partial: Path, step: int) -> None:
-        dist.barrier()
-        if _rank() == 0:
-            for file in partial.iterdir():
-                _sync(file)
-            partial.rename(partial.with_suffix(""))
-            _sync(self.folder)
-            logger.info("saved %s", partial.with_suffix(""))
-            keep = self.config.keep_latest_k
-            for old in steps(self.folder)[:-keep] if keep else []:
-                shutil.rmtree(self.folder / f"step-{old}")
-        dist.barrier()
+    def _finish(self, partial: Path) -> None:
+        """Gives a checkpoint its name; on rank 0, whose part of DCP ends when every rank's files are written."""
+        if _rank() != 0:
+            return
+        final, old = partial.with_suffix(""), partial.with_suffix(".old")
+        for file in partial.iterdir():
+            _sync(file)
+        if final.exists():  # of a run that went on from an earlier step
+            final.rename(old)
+        partial.rename(final)
+        _sync(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+        logger.info("saved %s", final)
+        keep = self.config.keep_latest_k
+        for step in steps(self.folder)[:-keep] if keep else []:
+            shutil.rmtree(self.folder / f"step-{step}")
 
 
 def complete(path: Path) -> bool:

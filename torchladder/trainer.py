@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
-import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from torchladder import checkpoint, data, mask, models, optim, plan, plots, profiling
+from torchladder import checkpoint, data, mask, models, optim, plots, profiling
 from torchladder.data import Batch
 from torchladder.distributed import mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.generate import generate
-from torchladder.metrics import Metrics
+from torchladder.metrics import Metrics, Run
 from torchladder.models import attention
+from torchladder.plan import Plan, lines
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class Trainer:
         ConfigError: a part refuses its settings, or its input is not there.
     """
 
-    def __init__(self, plan: plan.Plan, ranks: Ranks) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks) -> None:
         config = self.config = plan.config
         self.plan = plan
         self.ranks = ranks
@@ -44,73 +46,45 @@ class Trainer:
         self.curriculum = plan.window
         self.masks = [mask.registry.get(name) for name in config.attention.masks]
         self.kernel = attention.kernel(config.attention.kernel, config.attention.masks, ranks.device)
-        self.tokenizer = data.tokenizer.build(config.tokenizer, config.data)
+        self.tokenizer = self._tokenizer()
         self.loader = self._loader("train")
         self.validation = self._loader("validation") if config.validation.enable else None
         self.mesh = mesh.build(config.parallelism, ranks.size, ranks.device.type)
         self.model = self._model()
         self.optimizer = optim.build(config.optimizer, self.model)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
-        folder = self.folder / config.checkpoint.folder
-        self.checkpointer = checkpoint.Checkpointer(config.checkpoint, folder, self.model, self.optimizer)
-        self.metrics = Metrics(config.metrics, self.folder, ranks.rank)
-        self._start()
-
-    def _loader(self, split: str) -> data.Loader:
-        batch, training = self.plan.batch, self.config.training
-        return data.registry.build(
-            self.config.data,
-            split=split,
-            tokenizer=self.tokenizer,
-            seq_len=training.seq_len,
-            dp_rank=self.ranks.rank,
-            dp_degree=batch.data_ranks,
-            local_batch_size=batch.local,
-            global_batch_size=batch.rows if split == "train" else batch.local * batch.data_ranks,
-        )
-
-    def _model(self) -> models.Model:
-        """Makes the model on meta, spreads it, then gives it memory and its first weights."""
-        config, training = self.config, self.config.training
-        with torch.device("meta"):
-            model = models.registry.build(config.model, attend=self.kernel.attend, seq_len=training.seq_len)
-        self.compute = getattr(torch, training.mixed_precision_param)
-        precision = parallelize.Precision(self.compute, getattr(torch, training.mixed_precision_reduce))
-        parallelize.parallelize(
-            model,
-            self.mesh,
-            config.activation_checkpoint,
-            config.compile,
-            precision,
-            config.parallelism.fsdp_reshard_after_forward,
-        )
-        model.to_empty(device=self.ranks.device)
-        with torch.no_grad():
-            model.init_weights(config.debug.seed)
-        return model
+        saves = self.folder / config.checkpoint.folder
+        self.checkpointer = checkpoint.Checkpointer(config.checkpoint, saves, self.model, self.optimizer)
+        self._resume()
+        self._announce()
+        self.metrics = Metrics(config.metrics, self._run(), self.step)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Trains from the current step to the last."""
-        config = self.config
-        last = config.training.steps
+        config, steps = self.config, self.config.training.steps
         gc.disable()
-        with profiling.profile(config.profiling, self.folder, self.ranks.rank) as profiler:
+        with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, self.step) as profiler:
             if self.step == 0:
                 self.validate()
-            while self.step < last:
+            while self.step < steps:
                 self.train_step()
-                if self.step % config.validation.freq == 0 or self.step == last:
-                    self.validate()
-                if config.samples.due(self.step, self.step == last):
-                    self.sample()
-                if self.checkpointer.due(self.step, self.step == last):
-                    self.checkpointer.save(self.step, self.state(), self.step == last)
-                if self.step % config.training.gc_freq == 0:
-                    gc.collect(1)
+                last = self.step == steps
+                with self.metrics.pause():
+                    if last or self.step % config.validation.freq == 0:
+                        self.validate()
+                    if config.samples.due(self.step, last):
+                        self.sample()
+                    if self.checkpointer.due(self.step, last):
+                        self.checkpointer.save(self.step, self.state(), last)
+                    if self.step % config.training.gc_freq == 0:
+                        gc.collect(1)
+                self.checkpointer.poll()
                 profiler.step()
-        self.close()
+            self.checkpointer.wait()
+        gc.enable()
+        self._draw()
 
     def train_step(self) -> None:
         """One optimizer step: pick the window, gather gradients, move the weights."""
@@ -127,21 +101,181 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
 
         lr = self.schedule.set(self.step)
-        self.checkpointer.wait_for_staging()
         self.optimizer.step()
         self.step += 1
-        self.report(loss, norm, lr, window, pairs)
+        self._report(window, loss, norm, lr, pairs)
 
     def forward_backward(self, batch: Batch, start: Tensor, num_labels: int) -> Tensor:
         """Adds the gradients of a micro-batch; returns its part of the mean loss over the step's labels."""
         form = self.kernel.derive(start, self.ranks.device)
-        with self.precision():
-            loss = self.model(batch.tokens, form, batch.labels) / num_labels
+        with self._precision():
+            loss = self.model(batch.tokens, form, batch.labels) / max(num_labels, 1)
         loss.backward()
         return loss.detach()
 
-    def precision(self) -> AbstractContextManager[Any]:
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Reports the loss on held-out rows, at full context and at the windows asked for."""
+        if self.validation is None:
+            return
+        config = self.config.validation
+        for window in sorted({*config.windows, self.config.training.seq_len}):
+            self.validation.seek(0)
+            loss, num_labels = 0.0, 0
+            for number, batch in enumerate(self.validation):
+                if number == config.steps:
+                    break
+                # Documents stay apart if the run keeps them apart; the curriculum's window has no part in this.
+                start = mask.compose(*(allow(batch.positions, window) for allow in self.masks))
+                form = self.kernel.derive(start, self.ranks.device)
+                num_labels += batch.num_labels
+                batch = batch.to(self.ranks.device)
+                with self._precision():
+                    loss += self.model(batch.tokens, form, batch.labels)
+            mean = self.ranks.sum(float(loss)) / max(self.ranks.sum(num_labels), 1)
+            self.metrics.validation(self.step, mean, window)
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        """Continues the prompts, on every rank alike, and adds the texts to samples.txt."""
+        config, tokenizer = self.config.samples, self.tokenizer
+        assert tokenizer is not None
+        generator = torch.Generator().manual_seed(self.config.debug.seed + self.step)
+
+        def forward(tokens: Tensor) -> Tensor:
+            start = torch.zeros(tokens.shape, dtype=torch.int32)
+            with self._precision():
+                return self.model(tokens.to(self.ranks.device), self.kernel.derive(start, self.ranks.device))
+
+        for prompt in config.prompts:
+            ids = tokenizer.encode(prompt) or [tokenizer.eos]
+            new = generate(forward, ids, config, self.config.training.seq_len, generator, tokenizer.eos)
+            text = f"{prompt}{tokenizer.decode(new)}"
+            if self.ranks.first:
+                logger.info("sample after step %d:\n%s", self.step, text)
+                with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+                    file.write(f"--- step {self.step}\n{text}\n")
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds beside model and optimizer."""
+        return {
+            "step": self.step,
+            "row": self.loader.row,
+            "fingerprints": self._fingerprints(),
+            "torch": torch.__version__,
+        }
+
+    def _resume(self) -> None:
+        """Continues from the newest checkpoint, if there is one and it is of this run."""
+        saved = self.checkpointer.load(
+            lambda run: checkpoint.check(
+                run["fingerprints"], self._fingerprints(), self.config.checkpoint.accept_changes
+            )
+        )
+        if saved is not None:
+            self.step = saved["step"]
+            self.loader.seek(saved["row"])
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Returns what must be as it was for a run to go on: data, tokenizer, and what gives the state its meaning."""
+        config = self.config
+        settings = {
+            "model": dataclasses.asdict(self.model.config),
+            "curriculum": dataclasses.asdict(config.curriculum),
+            "attention": {"masks": config.attention.masks},
+            "training": {"global_batch_size": self.plan.batch.rows, "max_norm": config.training.max_norm},
+        }
+        named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
+        return named | {f"data.{name}": value for name, value in self.loader.fingerprint().items()}
+
+    # --- building -----------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self) -> data.Tokenizer | None:
+        section = self.config.data
+        return data.tokenizer.registry.build(
+            self.config.tokenizer,
+            texts=lambda: data.training_texts(section),
+            cache=data.cache_path(section.cache_folder),
+        )
+
+    def _loader(self, split: str) -> data.Loader:
+        batch = self.plan.batch
+        return data.registry.build(
+            self.config.data,
+            split=split,
+            tokenizer=self.tokenizer,
+            seq_len=self.config.training.seq_len,
+            dp_rank=self.ranks.rank,
+            dp_degree=batch.data_ranks,
+            local_batch_size=batch.local,
+            global_batch_size=batch.rows if split == "train" else batch.local * batch.data_ranks,
+        )
+
+    def _model(self) -> models.Model:
+        """Makes the model on meta, spreads it, then gives it memory and its first weights."""
+        config, training = self.config, self.config.training
+        with torch.device("meta"):
+            model = models.registry.build(config.model, attend=self.kernel.attend, seq_len=training.seq_len)
+        self.compute = getattr(torch, training.mixed_precision_param)
+        parallelize.parallelize(
+            model,
+            self.mesh,
+            config.activation_checkpoint,
+            config.compile,
+            parallelize.Precision(self.compute, getattr(torch, training.mixed_precision_reduce)),
+            config.parallelism.fsdp_reshard_after_forward,
+        )
+        model.to_empty(device=self.ranks.device)
+        model.init_weights(config.debug.seed)
+        return model
+
+    def _precision(self) -> AbstractContextManager[Any]:
         """Computes in the run's type; FSDP2 casts by itself."""
         if self.mesh is not None or self.compute == torch.float32:
             return nullcontext()
         return torch.autocast(self.ranks.device.type, self.compute)
+
+    # --- telling ------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> Run:
+        return Run(
+            folder=self.folder,
+            steps=self.config.training.steps,
+            seq_len=self.config.training.seq_len,
+            flops=self.model.flops,
+            device=self.ranks.device,
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
+            settings=dataclasses.asdict(self.config),
+        )
+
+    def _announce(self) -> None:
+        """Says what the run will do, and writes its resolved settings."""
+        if not self.ranks.first:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.toml").write_text(self.config.to_toml())
+        said = [*lines(self.plan), f"kernel      {self.kernel.name}: {self.kernel.why}"]
+        said += [f"data        {line}" for line in self.loader.describe()]
+        said += [f"            {line}" for line in self.validation.describe()] if self.validation else []
+        if self.step:
+            said.append(f"resume      after step {self.step:,}")
+        for line in said:
+            logger.info(line)
+        if self.config.job.print_config:
+            logger.info("settings:\n%s", self.config.to_toml())
+
+    def _report(self, window: int, loss: Tensor, norm: Tensor, lr: float, pairs: int) -> None:
+        """Counts a step, and reports the ones that are due; only those wait for the accelerator."""
+        self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs))
+        if self.metrics.due(self.step):
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            mean = self.ranks.sum(loss.item())
+            self.metrics.log(self.step, loss=mean, grad_norm=norm.item(), lr=lr, window=window)
+
+    def _draw(self) -> None:
+        """Leaves the picture of loss and window."""
+        if self.ranks.first:
+            plots.ladder(self.folder / "ladder.png", self.folder / "metrics.jsonl")

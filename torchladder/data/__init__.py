@@ -1,16 +1,14 @@
 """Documents to rows. The names other rooms use, and the parts that register themselves."""
 
-from torchladder.data import loader, packing, sources, tokenizer
+from torchladder.data import loader, packing, prepare, sources, tokenizer
 from torchladder.data.base import IGNORED, Batch, Loader, Tokenizer, register, registry
 from torchladder.data.cache import cache_path
 from torchladder.data.corpus import SourceConfig, training_texts
-from torchladder.data.prepare import Prepared, prepare, tokenize
 
 __all__ = [
     "IGNORED",
     "Batch",
     "Loader",
-    "Prepared",
     "SourceConfig",
     "Tokenizer",
     "cache_path",
@@ -20,7 +18,6 @@ __all__ = [
     "register",
     "registry",
     "sources",
-    "tokenize",
     "tokenizer",
     "training_texts",
 ]

@@ -1,7 +1,8 @@
-"""What the rest of the library knows of data: batches, the loader and the tokenizer contract, and the loaders' names."""
+"""What the rest of the library knows of data: batches, the contracts of loader and tokenizer, the loaders by name."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ class Batch:
     Attributes:
         tokens: (B, T) int64.
         labels: (B, T) int64, the token after each token; -100 where there is none.
-        positions: (B, T) int32, 0 at the first token of a document and of a row. Stays on the CPU, where masks are born.
+        positions: (B, T) int32, 0 at the first token of a document and of a row. Stays on the CPU, where masks begin.
     """
 
     tokens: Tensor
@@ -76,8 +77,8 @@ class Loader(Protocol):
         ...
 
 
-class Tokenizer(Protocol):
-    """Text to token ids and back. Subclass it to inherit ``encode_batch``.
+class Tokenizer(ABC):
+    """Text to token ids and back.
 
     Attributes:
         bos: the id that may begin a document, None where the vocabulary has none.
@@ -91,13 +92,13 @@ class Tokenizer(Protocol):
     vocab_size: int
     fingerprint: str
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special ids."""
-        ...
 
+    @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Returns the text of ids; special ids and ids outside the vocabulary leave no trace."""
-        ...
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Returns the ids of each text as an integer array; override it where a library does many at once."""

@@ -27,8 +27,8 @@ class SourceConfig:
 
     name: str = ""
     """What it is: indexed (.bin/.idx), text, python-stdlib, or a plugin's. Empty: told from the path."""
-    path: str = ""
-    """A file, folder or glob. Several .bin files are one source, in sorted order."""
+    path: str | list[str] = ""
+    """A file, folder or glob, or a list of those. Several .bin files are one source, each glob in sorted order."""
     weight: float = 1.0
     """Share of the rows, relative to the other sources."""
     text_key: str = "text"
@@ -38,11 +38,12 @@ class SourceConfig:
         """Returns the name, told from the path where it is empty.
 
         Raises:
-            ConfigError: nothing has that name, neither name nor path is given, or a setting means nothing to the source.
+            ConfigError: nothing has that name, name and path are both empty, or the source takes no such setting.
         """
         if not self.name and not self.path:
             raise ConfigError('a source needs a path, or a name such as "python-stdlib".')
-        kind = self.name or (INDEXED if self.path.endswith((".bin", ".idx")) else "text")
+        tokens = all(path.endswith((".bin", ".idx")) for path in sources.as_list(self.path))
+        kind = self.name or (INDEXED if tokens else "text")
         if kind != INDEXED and kind not in sources.registry.names():
             raise unknown("data source", kind, [*sources.registry.names(), INDEXED])
         takes = {"path"} if kind == INDEXED else set(sources.registry.parameters(kind))
@@ -58,7 +59,7 @@ class SourceConfig:
         return sources.registry.get(self.kind())(**{key: getattr(self, key) for key in parameters})
 
     def label(self) -> str:
-        return " ".join(filter(None, (self.name, self.path)))
+        return " ".join(filter(None, (self.name, *sources.as_list(self.path))))
 
 
 class Corpus:
@@ -131,7 +132,7 @@ class Opener:
         """
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
         if source.kind() == INDEXED:
-            return Corpus(source.label(), _pairs(source.path), vocab_size)
+            return Corpus(source.label(), _pairs(sources.as_list(source.path)), vocab_size)
         if self.tokenizer is None:
             raise ConfigError(f"the source {source.label()} is raw text: it needs a tokenizer.")
         prepared = prepare(source.raw(), self.tokenizer, self.cache, self.validation_fraction, self.bos)
@@ -139,7 +140,7 @@ class Opener:
 
 
 def training_texts(section: Any) -> Iterator[str]:
-    """Yields the raw texts a ``[data]`` section trains on, held-out documents left out: what a tokenizer may learn from.
+    """Yields the raw texts that a ``[data]`` section trains on, without those held out: a tokenizer may learn from them.
 
     Args:
         section: the settings of the loader ``rows``, or of another one whose ``sources`` is a list of ``SourceConfig``.
@@ -157,9 +158,12 @@ def training_texts(section: Any) -> Iterator[str]:
                 yield document.text
 
 
-def _pairs(path: str) -> list[Indexed]:
-    """Opens the pairs that a path or glob names by their .bin or .idx, each once."""
-    found = [str(match) for match in sources.matches(path) if match.suffix in (".bin", ".idx")]
-    if not found:
-        raise ConfigError(f"{path!r} names no tokens. Known: .bin and .idx, as in 'folder/*.bin'.")
-    return [Indexed(prefix) for prefix in dict.fromkeys(map(prefix_of, found))]
+def _pairs(patterns: list[str]) -> list[Indexed]:
+    """Opens the pairs that paths and globs name by their .bin or .idx, each once."""
+    prefixes: dict[str, None] = {}
+    for pattern in patterns:
+        found = [str(match) for match in sources.matches(pattern) if match.suffix in (".bin", ".idx")]
+        if not found:
+            raise ConfigError(f"{pattern!r} names no tokens. Known: .bin and .idx, as in 'folder/*.bin'.")
+        prefixes |= dict.fromkeys(map(prefix_of, found))
+    return [Indexed(prefix) for prefix in prefixes]

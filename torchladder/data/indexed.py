@@ -184,7 +184,9 @@ class Indexed:
         bounds = list(accumulate([HEADER.size, 4 * sequences, 8 * sequences, 8 * documents]))
         # One mode byte per sequence may follow, in multimodal files.
         if len(raw) not in (bounds[3], bounds[3] + sequences):
-            raise ConfigError(f"{name} has {len(raw)} bytes, its header asks for {bounds[3]}: it is cut short or damaged.")
+            raise ConfigError(
+                f"{name} has {len(raw)} bytes, its header asks for {bounds[3]}: it is cut short or damaged."
+            )
         lengths = raw[bounds[0] : bounds[1]].view("<i4").astype(np.int64)
         pointers = raw[bounds[1] : bounds[2]].view("<i8")
         indices = np.asarray(raw[bounds[2] : bounds[3]].view("<i8"))

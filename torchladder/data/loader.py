@@ -1,14 +1,15 @@
 """The loader ``rows``: sources, mixed by weight and packed into rows, an equal share of each step for every rank.
 
-Step s trains on the global rows ``s * G .. s * G + G - 1`` (G the global batch size), of which data-parallel rank d of D
-takes the contiguous share from ``s * G + d * G / D``. A row is a pure function of sources, weights, seed and its number,
-so the global batch is the same for any number of ranks and workers, and resuming takes one integer.
+Step s trains on the global rows ``s * G .. s * G + G - 1`` (G the global batch size), of which data-parallel rank d of
+D takes the contiguous share from ``s * G + d * G / D``. A row is a pure function of sources, weights, seed and its
+number, so the global batch is the same for any number of ranks and workers, and resuming takes one integer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -73,6 +74,7 @@ class RowLoader:
         self.rows = sum(counts) if validation else None
         """Global rows there are; None without end."""
         self._accumulation = self.global_batch_size // (self.dp_degree * self.local_batch_size)
+        self._batches: Iterator[Batch] | None = None
         self.seek(0)
 
     @property
@@ -99,7 +101,7 @@ class RowLoader:
             raise ConfigError(f"there is no row {row}: rows count from 0.")
         self._first = row
         self._taken = 0
-        self._batches: Iterator[Batch] | None = None  # workers start with the first batch, not before
+        self._batches = None  # workers start with the first batch, not before
 
     def fingerprint(self) -> dict[str, str]:
         """Returns what the rows depend on, by content: files may move, ranks and workers may change."""
@@ -118,14 +120,13 @@ class RowLoader:
         """Returns one line on the whole and one on each source."""
         order = f"shuffled with seed {self.seed}" if self.shuffle and self.rows is None else "in order"
         total = "" if self.rows is None else f", {self.rows:,} rows"
-        lines = [f"{self.split}: {len(self._corpora)} sources, {self.packing}, {order}{total}"]
+        lines = [f"{self.split}: {self.packing}, {order}, {sum(c.tokens for c in self._corpora):,} tokens{total}"]
         for corpus, share in zip(self._corpora, self._mixture.shares, strict=True):
-            # An epoch of this source ends when it has given all its rows, and it gives its share of each step.
-            steps = corpus.tokens / self.seq_len / float(share) / self.global_batch_size
-            lines.append(
-                f"  {corpus.label}: {float(share):.1%} of the rows, {len(corpus.lengths):,} documents, "
-                f"{corpus.tokens:,} tokens, an epoch every {steps:,.1f} steps"
-            )
+            line = f"  {corpus.label}: {float(share):.1%} of the rows, {len(corpus.lengths):,} documents"
+            lines.append(f"{line}, {corpus.tokens:,} tokens")
+            if self.rows is None:
+                steps = corpus.tokens / self.seq_len / float(share * self.global_batch_size)
+                lines[-1] += f", an epoch every {steps:,.1f} steps"
         return lines
 
     def _check(self) -> None:
@@ -185,13 +186,15 @@ class RowLoader:
         sampler = RankRows(
             self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size, self.rows, self._first
         )
-        return StatefulDataLoader(
-            Rows(self._corpora, self._packings, self._mixture, self.seq_len, self.rows),
-            batch_size=None,  # the sampler yields whole micro-batches
-            sampler=sampler,
-            num_workers=self.num_workers,
-            prefetch_factor=self.prefetch_factor,
-            pin_memory=self.pin_memory and torch.accelerator.is_available(),
-            # Its own generator: the default one would be advanced by every start, and dropout with it.
-            generator=torch.Generator(),
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # of torchdata's own making
+            return StatefulDataLoader(
+                Rows(self._corpora, self._packings, self._mixture, self.seq_len, self.rows),
+                batch_size=None,  # the sampler yields whole micro-batches
+                sampler=sampler,
+                num_workers=self.num_workers,
+                prefetch_factor=self.prefetch_factor,
+                pin_memory=self.pin_memory and torch.accelerator.is_available(),
+                # Its own generator: the default one would be advanced by every start, and dropout with it.
+                generator=torch.Generator(),
+            )

@@ -1,21 +1,21 @@
 """Which source each row comes from: a fixed interleave in which every source keeps its share at every row.
 
-After any number of rows r, the count of source i is less than one row away from ``r * w_i / sum(w)``. So its j-th row
-(from 0) has a window: it may come at row ``floor(j / p)`` and must by ``ceil((j + 1) / p) - 1``, with p the share. Taking
+After any number of rows r, the count of source i is less than one row away from ``r * w_i / sum(w)``. With p its share,
+its row number j (from 0) so has a window: not before row ``floor(j / p)``, and by row ``ceil((j + 1) / p) - 1``. Taking
 the eligible source with the earliest deadline meets every window (Tijdeman, The chairman assignment problem, 1980).
 
 That rule alone would have to run from row 0. Here rows come in blocks, and the counts at a border are known without the
-blocks before it, so any row costs one block. Let W be more than any 1 / p. The counts at a border S come in two steps:
+blocks before it, so any row costs one block. Let W be more than any 1 / p. The counts at a border S take two steps:
 
-1. At S - W, round every source's due down, then give the rows still missing to the sources that were rounded, earliest
-   deadline first. The rule can go on from here for ever: what must come by some t > S - W has room. (If every source that
-   was given a row has a further deadline by t, the sum over all sources says so. If not, no other rounded source has one
-   by t either, and each of the rest owes at most its share of the time.)
-2. From there the rule runs W rows, to S. So the counts at S can be left, since the rule could just go on, and they can be
-   reached: counted rows whose windows open in the last W were placed by this run, and earlier no window is cut by S.
+1. At S - W, round what is due to each source down, then give the rows still missing to sources that were rounded, the
+   earliest deadlines first. The rule can go on from here for ever: what must come by some t > S - W has room. (If every
+   source that was given a row has its next deadline by t too, the sum over all sources says so. If not, no other
+   rounded source has one by t, and each of the rest owes at most its share of the time.)
+2. From there the rule runs W rows, to S. So the counts at S can be left, since the rule could just go on, and they can
+   be reached: counted rows whose windows open in the last W were placed by this run, and no earlier window is cut by S.
 
-Blocks have at least 2 W rows. In a block the rule runs from the counts at its first border, each source up to its count
-at the next: by 1. and 2. every interval has room for the windows inside it, and then the earliest deadline meets them all.
+Blocks have at least 2 W rows. Within one, the rule runs from the counts at its first border, each source up to its count
+at the next: by 1 and 2 every interval has room for the windows inside it, so the earliest deadline meets them all.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Mixture:
 
     def __init__(self, weights: Sequence[float]) -> None:
         if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-            raise ConfigError(f"weights are {list(weights)}; each is a finite number above 0, and there is one at least.")
+            raise ConfigError(
+                f"weights are {list(weights)}; each is a finite number above 0, and there is one at least."
+            )
         exact = [Fraction(str(weight)) for weight in weights]
         self.shares = [weight / sum(exact) for weight in exact]
         if min(self.shares) < SMALLEST:

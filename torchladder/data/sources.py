@@ -44,7 +44,8 @@ class Source(Protocol):
         name: what errors and the report call it.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def documents(self) -> Iterator[Document]: ...
 
@@ -99,9 +100,11 @@ class Files:
         return sum(path.stat().st_size for _, path in self.files)
 
     def stamp(self) -> str:
-        listing = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for _, path in self.files]
-        names = [name for name, _ in self.files]
-        return hashlib.sha256(repr((self.text_key, names, listing)).encode()).hexdigest()
+        listing = []
+        for name, path in self.files:
+            stat = path.stat()
+            listing.append((name, os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
+        return hashlib.sha256(repr((self.text_key, listing)).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.text_key.encode())
@@ -137,10 +140,12 @@ class Files:
 @register("python-stdlib")
 def python_stdlib() -> Source:
     """The running interpreter's standard library, a document per ``.py`` file: about 1,800 documents, 31 MB."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    outside = {"site-packages", "dist-packages", "__pycache__"}
-    found = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py") if path.is_file())
-    files = tuple((name, path) for name, path in found if outside.isdisjoint(Path(name).parts))
+    root = sysconfig.get_paths()["stdlib"]
+    found = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in ("site-packages", "dist-packages", "__pycache__")]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    files = tuple(sorted((path.relative_to(root).as_posix(), path) for path in found))
     if not files:
         raise ConfigError(f"python-stdlib: this interpreter keeps no .py files in {root}.")
     return Files("python-stdlib", files)
@@ -157,11 +162,16 @@ def text(path: str | list[str], text_key: str = "text") -> Source:
     Raises:
         ConfigError: nothing matches, or a file is of another kind.
     """
-    patterns = [path] if isinstance(path, str) else path
+    patterns = as_list(path)
     if not patterns or not all(patterns):
         raise ConfigError("the source text needs a path: a file, a folder, a glob, or a list of those.")
     files = tuple(file for pattern in patterns for file in _expand(pattern))
     return Files(", ".join(patterns), files, text_key)
+
+
+def as_list(path: str | list[str]) -> list[str]:
+    """Returns the paths or globs of a ``path`` setting."""
+    return [path] if isinstance(path, str) else list(path)
 
 
 def matches(pattern: str) -> list[Path]:

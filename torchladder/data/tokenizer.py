@@ -133,7 +133,9 @@ def _trained(texts: Iterable[str], cache: Path, vocab_size: int) -> Path:
             with open(target, "wb") as model:
                 _train(sample, vocab_size, model)
         except RuntimeError as error:
-            raise ConfigError(f"no tokenizer with vocab_size {vocab_size} can be trained on these texts: {error}") from error
+            raise ConfigError(
+                f"no tokenizer with vocab_size {vocab_size} can be trained on these texts: {error}"
+            ) from error
 
     return build_once(cache / "tokenizers" / f"{digest.hexdigest()[:32]}.model", train)
 
@@ -157,7 +159,7 @@ def _train(sample: list[str], vocab_size: int, model: object) -> None:
 
 
 def _sample(texts: Iterable[str]) -> list[str]:
-    """Picks every n-th text, n doubling whenever the budget is full: spread evenly, in one pass, the same every time."""
+    """Picks every n-th text in one pass, n doubling whenever the budget is full: spread evenly, the same every time."""
     kept: list[str] = []
     size = seen = 0
     every = 1

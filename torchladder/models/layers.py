@@ -15,70 +15,68 @@ from torchladder.models.base import Attend
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """Stretches the slow rotations for contexts longer than the original one (Llama 3.1, arXiv 2407.21783).
+class Rotation:
+    """How positions become rotations.
 
     Attributes:
-        factor: how many times longer; 1 leaves the rotations as they are.
-        low_freq_factor: rotations with fewer than this many turns in the original context slow down by ``factor``.
+        theta: the base of the frequencies.
+        factor: how many times longer than the original context rows may be (Llama 3.1, arXiv 2407.21783); 1: no longer.
+        low_freq_factor: rotations with fewer turns than this in the original context slow down by ``factor``.
         high_freq_factor: rotations with more turns than this stay; those between are interpolated.
-        original_seq_len: the context in tokens that the turns are counted over.
+        original_seq_len: tokens of the original context.
+        condense_ratio: positions are divided by it (position interpolation, arXiv 2306.15595).
+        restart: positions start again at 0 every so many tokens; 0: never.
     """
 
+    theta: float = 10000.0
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_seq_len: int = 8192
+    condense_ratio: float = 1.0
+    restart: int = 0
 
-    def __call__(self, frequencies: Tensor) -> Tensor:
-        turns = self.original_seq_len * frequencies / (2 * math.pi)
-        keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        keep = keep.clamp(0, 1)
-        return frequencies * (keep + (1 - keep) / self.factor)
+    def angles(self, seq_len: int, head_dim: int, device: torch.device) -> Tensor:
+        """Returns the angle of each position and pair of features (T, K / 2), fp32."""
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        frequency = 1.0 / self.theta**exponent
+        if self.factor != 1:
+            turns = self.original_seq_len * frequency / (2 * math.pi)
+            keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            keep = keep.clamp(0, 1)
+            frequency = frequency * (keep + (1 - keep) / self.factor)
+        position = torch.arange(seq_len, dtype=torch.float32, device=device)
+        if self.restart:
+            position = position % self.restart
+        return torch.outer(position / self.condense_ratio, frequency)
 
 
 class RoPE(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864), first half against second half of a head, in fp32 throughout.
+    """Rotary position embedding (arXiv 2104.09864), first half of a head against its second half, in fp32 throughout.
 
-    One instance serves every block. The table is made anew whenever the module is moved or cast, so it is fp32 on any
+    One instance serves every block. The table is made anew whenever the module is moved or cast, so it is fp32 in any
     model and never holds what ``to_empty`` left.
 
     Args:
         head_dim: features per head, even.
         seq_len: tokens in a row; positions run from 0 to ``seq_len - 1``.
-        theta: the base of the rotations' frequencies.
-        scaling: how the frequencies are stretched.
-        positions: index (T,) -> position (T,), for positions that are scaled or restart.
+        rotation: how positions become rotations.
     """
 
-    def __init__(
-        self,
-        head_dim: int,
-        seq_len: int,
-        theta: float,
-        scaling: RopeScaling | None = None,
-        positions: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, seq_len: int, rotation: Rotation) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.theta = theta
-        self.scaling = scaling or RopeScaling()
-        self.positions = positions
-        self.cos: Tensor
-        self.sin: Tensor
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(seq_len, 1, head_dim // 2, dtype=torch.float32), persistent=False)
-        self.reset(theta)
+        self.turn(rotation)
 
-    def reset(self, theta: float) -> None:
-        """Fills the table for rotations of base ``theta``, in place, so that compiled blocks see the new one."""
-        self.theta = theta
-        length, device = len(self.cos), self.cos.device
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
-        position = torch.arange(length, dtype=torch.float32, device=device)
-        if self.positions is not None:
-            position = self.positions(position)
-        angles = torch.outer(position, self.scaling(1.0 / theta**exponent))[:, None]  # (T, 1, K / 2)
+    def turn(self, rotation: Rotation) -> None:
+        """Fills the table for another rotation, in place: a schedule of theta recompiles nothing."""
+        self.rotation = rotation
+        angles = rotation.angles(len(self.cos), self.head_dim, self.cos.device)[:, None]  # (T, 1, K / 2)
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
 
@@ -92,7 +90,7 @@ class RoPE(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
         super()._apply(fn, recurse)
         self.cos, self.sin = self.cos.float(), self.sin.float()
-        self.reset(self.theta)
+        self.turn(self.rotation)
         return self
 
 

@@ -1,0 +1,143 @@
+"""Pictures: that each can be drawn, that what it shows is right, and what it needs."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from torchladder import curriculum, mask, plots
+from torchladder.registry import ConfigError
+
+SEQ_LEN = 64
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Writes a metrics.jsonl and returns its path."""
+
+    def write(name="run", steps=200, windows=None, validation=True, **changes):
+        windows = windows or curriculum.Linear(steps=steps, seq_len=SEQ_LEN, initial_window=8)
+        lines = []
+        for step in range(1, steps + 1):
+            line = {"step": step, "loss": 2 + 6 / step, "window": windows(step - 1), "tokens": 1000 * step}
+            lines.append(line | {"seconds": 0.5 * step, "flops": 10**9 * step, "mfu": None} | changes)
+            if validation and step % 50 == 0:
+                lines.append({"step": step, "validation_loss": 2.5 + 6 / step, "window": SEQ_LEN})
+                lines.append({"step": step, "validation_loss": 9.0, "window": 8})
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Catches the figures instead of writing them."""
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def share(window):
+    positions = torch.arange(SEQ_LEN, dtype=torch.int32)[None]
+    return mask.pairs(mask.chunk(positions, window)) / (SEQ_LEN * (SEQ_LEN + 1) / 2)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_every_picture_is_written(tmp_path, run, suffix):
+    ladder = curriculum.Linear(steps=500, seq_len=SEQ_LEN, initial_window=8)
+    folder = tmp_path / "new"
+    plots.ladder(folder / f"ladder.{suffix}", run())
+    plots.report({"one": run(), "two": run("two", validation=False)}, folder / f"report.{suffix}")
+    plots.plan(folder / f"plan.{suffix}", ladder, 500, SEQ_LEN, share)
+    plots.masks(folder / f"masks.{suffix}")
+    begins = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
+    assert sorted(path.stem for path in folder.iterdir()) == ["ladder", "masks", "plan", "report"]
+    assert all(path.read_bytes().startswith(begins) for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_shortest_runs(tmp_path, run, steps):
+    plots.ladder(tmp_path / "a.svg", run(steps=steps))
+    plots.report({"short": run(steps=steps)}, tmp_path / "b.svg")
+    plots.plan(tmp_path / "c.svg", lambda step: SEQ_LEN, steps, SEQ_LEN, share)
+
+
+def test_ladder_shows_the_run(run, drawn):
+    plots.ladder("ladder.png", run())
+    top, bottom = drawn[0].axes
+    losses, _, validation = (line.get_ydata() for line in top.get_lines())
+    assert losses == pytest.approx([2 + 6 / step for step in range(1, 201)])
+    assert validation == pytest.approx([2.5 + 6 / step for step in (50, 100, 150, 200)])
+    assert top.get_legend().get_texts()[1].get_text() == "validation, full context: 2.530 at the end"
+    assert bottom.get_lines()[0].get_ydata()[[0, -1]] == pytest.approx([8, SEQ_LEN])
+    assert bottom.get_xlabel() == "step"
+
+
+def test_report_against_tokens_time_and_flops(run, drawn):
+    plots.report({"a": run(), "b": run("b", windows=lambda step: SEQ_LEN)}, "report.png")
+    tops, bottoms = drawn[0].axes[:3], drawn[0].axes[3:]
+    labels = [axes.get_xlabel() for axes in bottoms]
+    assert labels == ["thousand tokens", "time (seconds)", "compute ($10^{9}$ FLOPs)"]
+    ends = [axes.get_lines()[1].get_xdata()[-1] for axes in tops]
+    assert ends == pytest.approx([200, 100, 200])
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["a: 2.530", "b: 2.530"]
+    assert len({line.get_color() for line in tops[0].get_lines()}) == 2
+
+
+def test_plan_shades_what_is_saved(drawn):
+    stages = curriculum.Stages(seq_len=SEQ_LEN, stages=[(0, 16), (300, SEQ_LEN)])
+    plots.plan("plan.png", stages, 400, SEQ_LEN, share)
+    _, bottom = drawn[0].axes
+    assert bottom.get_lines()[0].get_ydata() == pytest.approx([100 * share(16)] * 300 + [100] * 100)
+    assert bottom.texts[0].get_text() == f"{75 * (1 - share(16)):.0f}% of attention saved"
+
+
+def test_masks_show_every_pair_and_every_start(drawn):
+    plots.masks("masks.png")
+    length = sum(plots.DOCUMENTS)
+    lower = length * (length + 1) // 2
+    from matplotlib.colors import to_hex
+
+    grey = [sum(to_hex(cell.get_facecolor()) == plots.GRID for cell in axes.patches) for axes in drawn[0].axes]
+    sizes = {"document": plots.DOCUMENTS, "chunk": (6, 6, 6, 6), "document + chunk": (6, 1, 5, 6, 1, 5)}
+    for axes, unseen in zip(drawn[0].axes, grey, strict=True):
+        assert len(axes.patches) == lower
+        for size in [sizes[axes.get_title()]] if axes.get_title() in sizes else []:
+            assert lower - unseen == sum(one * (one + 1) // 2 for one in size)
+    assert [axes.get_title() for axes in drawn[0].axes][:4] == ["causal", "document", "chunk", "sliding"]
+    assert grey[0] == 0
+
+
+def test_smooth():
+    values = np.array([1.0, 2.0, 6.0, np.nan, 4.0])
+    assert plots.smooth(values, share=0.4) == pytest.approx([1.5, 3, 4, 5, 4])
+    assert plots.smooth(values, share=0) == pytest.approx(values, nan_ok=True)
+
+
+def test_lost_values_and_a_line_being_written(run, drawn):
+    path = run(loss=None)
+    path.write_text(path.read_text() + '{"step": 3, "lo')
+    plots.ladder("ladder.png", path)
+    assert np.isnan(drawn[0].axes[0].get_lines()[0].get_ydata()).all()
+
+
+def test_what_pictures_need(tmp_path, run):
+    with pytest.raises(ConfigError, match=r"none\.jsonl: no such file"):
+        plots.ladder(tmp_path / "a.png", tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text('{"step": 0, "validation_loss": 1.0, "window": 8}\n')
+    with pytest.raises(ConfigError, match="no training step in it yet"):
+        plots.report({"empty": tmp_path / "empty.jsonl"}, tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=r"ends in \.png, \.svg or \.pdf"):
+        plots.ladder(tmp_path / "a.jpeg", run())
+    with pytest.raises(ConfigError, match="no runs to draw"):
+        plots.report({}, tmp_path / "a.png")
+
+
+def test_starting_a_run_does_not_load_matplotlib():
+    code = "import sys; import torchladder.plots; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

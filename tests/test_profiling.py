@@ -1,0 +1,107 @@
+"""Profiling: which steps are traced, where traces lie, and what cannot be."""
+
+import json
+
+import pytest
+import torch
+
+from torchladder.profiling import ProfilingConfig, profile
+from torchladder.registry import ConfigError
+
+
+def work(steps, profiler):
+    for step in range(steps):
+        with torch.profiler.record_function(f"step {step}"):
+            torch.ones(8, 8) @ torch.ones(8, 8)
+        profiler.step()
+
+
+def names(path):
+    return {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+
+
+def test_nothing_happens_unasked(tmp_path):
+    with profile(ProfilingConfig(), tmp_path) as profiler:
+        work(20, profiler)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_traces_lie_by_iteration_and_rank(tmp_path):
+    config = ProfilingConfig(enable_profiling=True, profile_freq=4, profiler_warmup=1, profiler_active=2)
+    with profile(config, tmp_path, rank=3) as profiler:
+        work(9, profiler)
+    traces = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.json"))
+    assert [str(trace) for trace in traces] == [
+        "profile_traces/iteration_4/rank3_trace.json",
+        "profile_traces/iteration_8/rank3_trace.json",
+    ]
+    seen = names(tmp_path / traces[0])
+    assert {"step 2", "step 3", "aten::mm"} <= seen
+    assert not {"step 0", "step 1", "step 4"} & seen
+
+
+def test_a_resumed_run_counts_on(tmp_path):
+    config = ProfilingConfig(
+        enable_profiling=True, profile_freq=2, profiler_warmup=0, profiler_active=1, save_traces_folder="traces"
+    )
+    with profile(config, tmp_path, step=100) as profiler:
+        work(2, profiler)
+    assert [path.parent.name for path in tmp_path.glob("traces/*/rank0_trace.json")] == ["iteration_102"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes snapshots")
+def test_memory_snapshots_need_cuda(tmp_path):
+    with (
+        pytest.raises(ConfigError, match="enable_memory_snapshot: snapshots are of CUDA memory"),
+        profile(ProfilingConfig(enable_memory_snapshot=True), tmp_path),
+    ):
+        pass
+
+
+@pytest.fixture
+def snapshots(monkeypatch):
+    """Stands in for CUDA's memory history; holds what was asked of it."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **settings: asked.append(settings))
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": []})
+    return asked
+
+
+def test_memory_snapshots_lie_by_iteration_and_rank(tmp_path, snapshots):
+    config = ProfilingConfig(enable_memory_snapshot=True, profile_freq=5)
+    with profile(config, tmp_path, rank=1) as profiler:
+        work(11, profiler)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.pickle")) == [
+        "memory_snapshot/iteration_10/rank1_memory_snapshot.pickle",
+        "memory_snapshot/iteration_5/rank1_memory_snapshot.pickle",
+    ]
+    assert snapshots == [{"max_entries": 100_000}, {"enabled": None}]
+
+
+def test_running_out_of_memory_leaves_a_snapshot(tmp_path, snapshots):
+    config = ProfilingConfig(enable_memory_snapshot=True)
+
+    def fill():
+        with profile(config, tmp_path, step=7) as profiler:
+            work(1, profiler)
+            raise torch.cuda.OutOfMemoryError
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        fill()
+    assert (tmp_path / "memory_snapshot/iteration_8_exit/rank0_memory_snapshot.pickle").exists()
+    assert snapshots[-1] == {"enabled": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"profile_freq": 0}, "profile_freq = 0"),
+        ({"profiler_active": 0}, "profiler_active = 0: must be 1 or more"),
+        ({"profiler_warmup": -1}, "profiler_warmup = -1"),
+        ({"profile_freq": 3}, r"profile_freq = 3: must hold the 3 steps of profiler_warmup and the 1"),
+    ],
+)
+def test_impossible_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ProfilingConfig(**settings)
