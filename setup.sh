@@ -32,8 +32,8 @@ setup() {
         python="$root/.venv/bin/python"
         torch="$(grep '^torch==' "$root/requirements.txt")"
         install_torch "$python" "$torch"
-        "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
-        "$python" -m pip install --quiet --disable-pip-version-check --no-deps --editable "$root"
+        "$python" -m pip install --quiet --no-compile --disable-pip-version-check -r "$requirements"
+        "$python" -m pip install --quiet --no-compile --disable-pip-version-check --no-deps --editable "$root"
         cat "$root/pyproject.toml" "$root"/requirements*.txt > "$stamp"
     fi
     PYTHON="$root/.venv/bin/python"
@@ -58,7 +58,7 @@ PY
 
 install_torch() {
     local python="$1" torch="$2"
-    local pip=("$python" -m pip install --quiet --disable-pip-version-check)
+    local pip=("$python" -m pip install --quiet --no-compile --disable-pip-version-check)
     if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then
         "${pip[@]}" "$torch+cpu" 2>/dev/null && return
         "${pip[@]}" --retries 1 --extra-index-url "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" \

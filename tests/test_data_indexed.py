@@ -155,9 +155,8 @@ def test_float_tokens_cannot_be_written(tmp_path):
 
 def test_an_interrupted_writer_leaves_the_old_pair(tmp_path):
     write(tmp_path / "x", [[1, 2]])
-    with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "x", np.dtype(np.uint16)) as writer:
-        writer.add([9] * 1000)
-        raise KeyboardInterrupt
+    with pytest.raises(ZeroDivisionError):
+        write(tmp_path / "x", ([1 // (2 - i)] * 1000 for i in range(3)))
     assert Indexed(tmp_path / "x")[0].tolist() == [1, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
 

@@ -1,3 +1,4 @@
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -97,14 +98,14 @@ def test_a_model_file_is_loaded(tmp_path, trained):
     assert loaded.vocab_size == 400
     assert loaded.fingerprint == trained.fingerprint
     assert tokenizer.sentencepiece(lambda: iter(()), tmp_path, path=str(model), vocab_size=400).eos == loaded.eos
-    with pytest.raises(ConfigError, match="vocab_size is 4096, but .* has 400"):
+    with pytest.raises(ConfigError, match=r"vocab_size is 4096, but .* has 400"):
         tokenizer.sentencepiece(lambda: iter(()), tmp_path, path=str(model), vocab_size=4096)
 
 
 def test_a_model_that_adds_a_space_keeps_its_way(tmp_path):
     with open(tmp_path / "m.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=400, byte_fallback=True, minloglevel=2
+            sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=340, byte_fallback=True, minloglevel=2
         )
     loaded = tokenizer.sentencepiece(lambda: iter(()), tmp_path, path=str(tmp_path / "m.model"))
     original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
@@ -139,7 +140,7 @@ def test_the_sample_is_spread_and_bounded(sizes, budget):
     assert sum(map(len, sample)) <= budget
     assert bool(sample) == bool(texts)
     numbers = [int(text[:3]) for text in sample if len(text) >= 3]
-    assert len({b - a for a, b in zip(numbers, numbers[1:], strict=False)}) <= 1  # one stride
+    assert len({b - a for a, b in itertools.pairwise(numbers)}) <= 1  # one stride
 
 
 @given(st.text(alphabet="ab \n\r\u2028", max_size=300), st.integers(1, 20))

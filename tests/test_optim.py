@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchladder import optim
-from torchladder.optim import AdamW, LRSchedulerConfig, Schedule
+from torchladder.optim import AdamW, LRSchedule, LRSchedulerConfig
 from torchladder.registry import ConfigError
 
 
@@ -253,14 +253,14 @@ def test_a_plugin_adds_a_decay_type():
 def test_schedule_sets_every_group_and_keeps_no_step():
     optimizer = optim.build(section(lr=2.0), Model())
     optimizer.param_groups[1]["lr"] = 4.0
-    schedule = Schedule(LRSchedulerConfig(warmup_steps=4, decay_type="constant"), optimizer, steps=10)
+    schedule = LRSchedule(LRSchedulerConfig(warmup_steps=4, decay_type="constant"), optimizer, steps=10)
     for step, factor in [(1, 0.5), (9, 1.0), (0, 0.25), (1, 0.5)]:
-        assert schedule(step) == 2.0 * factor
+        assert schedule.set(step) == 2.0 * factor
         assert [group["lr"] for group in optimizer.param_groups] == [2.0 * factor, 4.0 * factor]
 
 
 def test_a_loaded_optimizer_does_not_change_the_peak():
     old, new = (optim.build(section(lr=lr), Model()) for lr in (1.0, 3.0))
-    schedule = Schedule(LRSchedulerConfig(warmup_steps=0, decay_type="constant"), new, steps=10)
+    schedule = LRSchedule(LRSchedulerConfig(warmup_steps=0, decay_type="constant"), new, steps=10)
     new.load_state_dict(old.state_dict())
-    assert schedule(5) == 3.0
+    assert schedule.set(5) == 3.0

@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-import torch
+from matplotlib.colors import to_hex
 
-from torchladder import curriculum, mask, plots
+from torchladder import curriculum, plots
 from torchladder.registry import ConfigError
 
 SEQ_LEN = 64
@@ -27,7 +27,8 @@ def run(tmp_path):
             if validation and step % 50 == 0:
                 lines.append({"step": step, "validation_loss": 2.5 + 6 / step, "window": SEQ_LEN})
                 lines.append({"step": step, "validation_loss": 9.0, "window": 8})
-        path = tmp_path / f"{name}.jsonl"
+        path = tmp_path / name / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return path
 
@@ -43,8 +44,9 @@ def drawn(monkeypatch):
 
 
 def share(window):
-    positions = torch.arange(SEQ_LEN, dtype=torch.int32)[None]
-    return mask.pairs(mask.chunk(positions, window)) / (SEQ_LEN * (SEQ_LEN + 1) / 2)
+    """Pairs within chunks, as a share of those of a full causal row."""
+    whole, rest = divmod(SEQ_LEN, window)
+    return (whole * window * (window + 1) + rest * (rest + 1)) / (SEQ_LEN * (SEQ_LEN + 1))
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -52,8 +54,8 @@ def test_every_picture_is_written(tmp_path, run, suffix):
     ladder = curriculum.Linear(steps=500, seq_len=SEQ_LEN, initial_window=8)
     folder = tmp_path / "new"
     plots.ladder(folder / f"ladder.{suffix}", run())
-    plots.report({"one": run(), "two": run("two", validation=False)}, folder / f"report.{suffix}")
-    plots.plan(folder / f"plan.{suffix}", ladder, 500, SEQ_LEN, share)
+    plots.report([run(), run("two", validation=False)], folder / f"report.{suffix}")
+    plots.plan(folder / f"plan.{suffix}", 500, ladder, SEQ_LEN, ["document", "sliding"])
     plots.masks(folder / f"masks.{suffix}")
     begins = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
     assert sorted(path.stem for path in folder.iterdir()) == ["ladder", "masks", "plan", "report"]
@@ -63,8 +65,8 @@ def test_every_picture_is_written(tmp_path, run, suffix):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_shortest_runs(tmp_path, run, steps):
     plots.ladder(tmp_path / "a.svg", run(steps=steps))
-    plots.report({"short": run(steps=steps)}, tmp_path / "b.svg")
-    plots.plan(tmp_path / "c.svg", lambda step: SEQ_LEN, steps, SEQ_LEN, share)
+    plots.report([run(steps=steps)], tmp_path / "b.svg")
+    plots.plan(tmp_path / "c.svg", steps, lambda step: SEQ_LEN, SEQ_LEN, ["causal"])
 
 
 def test_ladder_shows_the_run(run, drawn):
@@ -79,7 +81,7 @@ def test_ladder_shows_the_run(run, drawn):
 
 
 def test_report_against_tokens_time_and_flops(run, drawn):
-    plots.report({"a": run(), "b": run("b", windows=lambda step: SEQ_LEN)}, "report.png")
+    plots.report([run("a").parent, run("b", windows=lambda step: SEQ_LEN)], "report.png")
     tops, bottoms = drawn[0].axes[:3], drawn[0].axes[3:]
     labels = [axes.get_xlabel() for axes in bottoms]
     assert labels == ["thousand tokens", "time (seconds)", "compute ($10^{9}$ FLOPs)"]
@@ -89,9 +91,17 @@ def test_report_against_tokens_time_and_flops(run, drawn):
     assert len({line.get_color() for line in tops[0].get_lines()}) == 2
 
 
+def test_report_tells_runs_of_one_name_apart(run, drawn):
+    plots.report([run("x/run"), run("y/run"), run("other")], "report.png")
+    one, two, other = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert one.endswith("x/run: 2.530")
+    assert two.endswith("y/run: 2.530")
+    assert other == "other: 2.530"
+
+
 def test_plan_shades_what_is_saved(drawn):
     stages = curriculum.Stages(seq_len=SEQ_LEN, stages=[(0, 16), (300, SEQ_LEN)])
-    plots.plan("plan.png", stages, 400, SEQ_LEN, share)
+    plots.plan("plan.png", 400, stages, SEQ_LEN, ["chunk"])
     _, bottom = drawn[0].axes
     assert bottom.get_lines()[0].get_ydata() == pytest.approx([100 * share(16)] * 300 + [100] * 100)
     assert bottom.texts[0].get_text() == f"{75 * (1 - share(16)):.0f}% of attention saved"
@@ -99,18 +109,19 @@ def test_plan_shades_what_is_saved(drawn):
 
 def test_masks_show_every_pair_and_every_start(drawn):
     plots.masks("masks.png")
-    length = sum(plots.DOCUMENTS)
-    lower = length * (length + 1) // 2
-    from matplotlib.colors import to_hex
-
-    grey = [sum(to_hex(cell.get_facecolor()) == plots.GRID for cell in axes.patches) for axes in drawn[0].axes]
-    sizes = {"document": plots.DOCUMENTS, "chunk": (6, 6, 6, 6), "document + chunk": (6, 1, 5, 6, 1, 5)}
-    for axes, unseen in zip(drawn[0].axes, grey, strict=True):
-        assert len(axes.patches) == lower
-        for size in [sizes[axes.get_title()]] if axes.get_title() in sizes else []:
-            assert lower - unseen == sum(one * (one + 1) // 2 for one in size)
-    assert [axes.get_title() for axes in drawn[0].axes][:4] == ["causal", "document", "chunk", "sliding"]
-    assert grey[0] == 0
+    sizes = {"causal": (24,), "document": (7, 12, 5), "chunk": (6, 6, 6, 6), "document + chunk": (6, 1, 5, 6, 1, 5)}
+    seen, starts = {}, {}
+    for axes in drawn[0].axes:
+        colors = axes.collections[0].get_facecolors()
+        assert len(colors) == 24 * 25 // 2
+        seen[axes.get_title()] = sum(to_hex(color) != plots.GRID for color in colors)
+        starts[axes.get_title()] = axes.get_lines()[0].get_xdata()
+    for name, parts in sizes.items():
+        assert seen[name] == sum(size * (size + 1) // 2 for size in parts)
+        assert list(starts[name][:-1]) == [sum(parts[:k]) for k, size in enumerate(parts) for _ in range(size)]
+    assert list(starts["sliding"][:-1]) == [max(0, i - 5) for i in range(24)]
+    both = np.maximum(starts["document"], starts["sliding"])
+    assert list(starts["document + sliding"]) == list(both)
 
 
 def test_smooth():
@@ -131,11 +142,11 @@ def test_what_pictures_need(tmp_path, run):
         plots.ladder(tmp_path / "a.png", tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text('{"step": 0, "validation_loss": 1.0, "window": 8}\n')
     with pytest.raises(ConfigError, match="no training step in it yet"):
-        plots.report({"empty": tmp_path / "empty.jsonl"}, tmp_path / "a.png")
+        plots.report([tmp_path / "empty.jsonl"], tmp_path / "a.png")
     with pytest.raises(ConfigError, match=r"ends in \.png, \.svg or \.pdf"):
         plots.ladder(tmp_path / "a.jpeg", run())
     with pytest.raises(ConfigError, match="no runs to draw"):
-        plots.report({}, tmp_path / "a.png")
+        plots.report([], tmp_path / "a.png")
 
 
 def test_starting_a_run_does_not_load_matplotlib():

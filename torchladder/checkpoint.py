@@ -190,9 +190,12 @@ class Checkpointer:
         if model_only:
             set_model_state_dict(self.model, state["model"])
         else:
+            settings = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
             set_state_dict(
                 self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
             )
+            for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(own)  # the run's settings, not those of the run that saved
         logger.info("loaded %s%s", path, " (weights only)" if model_only else "")
         return json.loads((path / RUN).read_text())
 

@@ -14,20 +14,21 @@ import sys
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
 import tomli
 import tomli_w
 import tyro
 
-from torchladder import curriculum, data, models, optim
+from torchladder import curriculum, data, mask, models, optim
 from torchladder.checkpoint import CheckpointConfig
 from torchladder.distributed.mesh import ParallelismConfig
 from torchladder.distributed.parallelize import ActivationCheckpointConfig, CompileConfig
 from torchladder.distributed.ranks import CommConfig
 from torchladder.generate import SamplesConfig
 from torchladder.metrics import MetricsConfig
+from torchladder.models import attention
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import ConfigError, Registry, unknown
 
@@ -62,8 +63,15 @@ class AttentionConfig:
     masks: list[str] = field(default_factory=lambda: ["causal"])
     """Masks that all have to allow a pair: causal, document, chunk, sliding, or a plugin's."""
 
-    kernel: Literal["auto", "flex", "fold", "varlen", "flash", "sdpa", "dense"] = "auto"
-    """What computes attention; auto chooses by device and masks and says so."""
+    kernel: str = "auto"
+    """What computes attention: flex, fold, varlen, flash, sdpa, dense; auto chooses by device and masks, and says so."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.masks) > 0, "attention.masks is empty: name one at least, causal for no mask but the order.")
+        for name in self.masks:
+            mask.registry.get(name)
+        if self.kernel != "auto":
+            attention.registry.get(self.kernel)
 
 
 @dataclass(frozen=True)
@@ -256,7 +264,7 @@ def _section(kind: type, name: str, settings: dict[str, Any], origins: Origins) 
             raise unknown(f"key in [{name}] of {_origin(origins, name, key)}", key, hints)
         try:
             # JSON has TOML's types, and in it a list may stand for a tuple while "3" does not stand for 3.
-            values[key] = pydantic.TypeAdapter(hints[key].type).validate_json(json.dumps(value), strict=True)
+            values[key] = _adapter(hints[key].type).validate_json(json.dumps(value), strict=True)
         except pydantic.ValidationError as error:
             raise ConfigError(f"{where} = {value!r}: {_first(error)}") from None
         except TypeError:
@@ -271,11 +279,17 @@ def _section(kind: type, name: str, settings: dict[str, Any], origins: Origins) 
         raise ConfigError(f"{', '.join(sorted(files)) or 'defaults'}: {error}") from None
 
 
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+    """Returns what checks a value of that type; in the tables of a list, too, every key must be known."""
+    return pydantic.TypeAdapter(kind, config=pydantic.ConfigDict(extra="forbid"))
+
+
 def _first(error: pydantic.ValidationError) -> str:
     """Returns what is wrong in one phrase, with the place inside a list or table where there is one."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']}" if place else first["msg"]
+    problem = first["msg"].replace("array", "list").replace("object", "table").replace("keyword argument", "key")
+    return f"{place}: {problem}" if place else problem
 
 
 def _origin(origins: Origins, section: str, key: str | None = None) -> Path | str:
@@ -342,7 +356,34 @@ def _default(part: Any, key: str, default: Any) -> Any:
 
 
 def _documented(kind: Any, meaning: str) -> Any:
+    if get_origin(kind) is list and dataclasses.is_dataclass(get_args(kind)[0]):
+        return Annotated[kind, tyro.conf.arg(help=meaning), _tables(kind)]
     return Annotated[kind, tyro.conf.arg(help=meaning)]
+
+
+def _tables(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """Returns how a list of tables is given on the command line: each as in a file, '{ path = "a.txt" }'."""
+
+    def parse(words: list[str]) -> Any:
+        try:
+            tables = [tomli.loads(f"table = {word}")["table"] for word in words]
+            return _adapter(kind).validate_json(json.dumps(tables), strict=True)
+        except tomli.TOMLDecodeError as error:
+            raise ValueError(f"{words} are not tables as in a file, such as '{{ path = \"a.txt\" }}': {error}") from None
+        except pydantic.ValidationError as error:
+            raise ValueError(_first(error)) from None
+
+    def show(tables: list[Any]) -> list[str]:
+        named = [{key: value for key, value in dataclasses.asdict(one).items() if value} for one in tables]
+        return [f"{{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in one.items())} }}" for one in named]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[TABLE [TABLE ...]]",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, list),
+        str_from_instance=show,
+    )
 
 
 def _import_plugins(settings: Settings, argv: list[str], beside: Path) -> None:

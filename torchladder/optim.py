@@ -214,7 +214,7 @@ class LRSchedulerConfig:
         return min((step + 1) / max(self.warmup_steps, 1), 1.0) * decay(progress, self.min_lr_factor)
 
 
-class Schedule:
+class LRSchedule:
     """Sets the learning rate of an optimizer for a step; it remembers the peaks and nothing else.
 
     Args:
@@ -229,7 +229,7 @@ class Schedule:
         self.steps = steps
         self.peaks = [group["lr"] for group in optimizer.param_groups]
 
-    def __call__(self, step: int) -> float:
+    def set(self, step: int) -> float:
         """Sets the rate for a step, to be called before ``optimizer.step``; returns the first group's."""
         factor = self.config.factor(step, self.steps)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):

@@ -80,11 +80,11 @@ def ladder(path: Path, metrics_file: Path) -> None:
         _save(figure, path)
 
 
-def report(runs: Mapping[str, Path], path: Path) -> None:
+def report(runs: Sequence[Path], path: Path) -> None:
     """Draws several runs: loss against tokens, time and FLOPs, with the window below each.
 
     Args:
-        runs: metrics.jsonl of each run by the name that the legend shows.
+        runs: folders of runs, or their metrics.jsonl; the legend shows a folder's name.
         path: the picture.
 
     Raises:
@@ -92,7 +92,11 @@ def report(runs: Mapping[str, Path], path: Path) -> None:
     """
     if not runs:
         raise ConfigError("no runs to draw: name at least one.")
-    curves = {name: Curves.read(file) for name, file in runs.items()}
+    files = [run / "metrics.jsonl" if run.is_dir() else run for run in runs]
+    folders = [file.resolve().parent for file in files]
+    # The whole path where two folders have one name.
+    names = [one.name if [other.name for other in folders].count(one.name) == 1 else str(one) for one in folders]
+    curves = {name: Curves.read(file) for name, file in zip(names, files, strict=True)}
     units = [_unit(kind, max(getattr(run, kind)[-1] for run in curves.values())) for kind in UNITS]
     with _style():
         figure = _figure(12, 5.8)
@@ -115,20 +119,22 @@ def report(runs: Mapping[str, Path], path: Path) -> None:
         _save(figure, path)
 
 
-def plan(path: Path, windows: Callable[[int], int], steps: int, seq_len: int, share: Callable[[int], float]) -> None:
+def plan(path: Path, steps: int, windows: Callable[[int], int], seq_len: int, masks: Sequence[str]) -> None:
     """Draws the ladder of a run before it: the window above, below what attention costs and saves.
 
     Args:
         path: the picture.
-        windows: the curriculum, ``(step) -> window``.
         steps: optimizer steps of the run.
+        windows: the curriculum, ``(step) -> window``.
         seq_len: tokens in a row.
-        share: ``(window) -> `` pairs attended under that window, as a share of those of a full causal row.
+        masks: names of the masks; documents count as if each row were one, so they save more than is shown.
     """
+    row = torch.arange(seq_len, dtype=torch.int32)[None]  # (1, T): positions of one document
+    allowed = [mask.registry.get(name) for name in masks]
     step = np.unique(np.linspace(0, steps - 1, 2000).astype(int))
     window = np.array([windows(int(one)) for one in step])
-    costs = {one: 100 * share(int(one)) for one in np.unique(window)}
-    cost = np.array([costs[one] for one in window])
+    pairs = {one: mask.pairs(mask.compose(*(allow(row, int(one)) for allow in allowed))) for one in np.unique(window)}
+    cost = np.array([100 * pairs[one] / mask.pairs(mask.causal(row, seq_len)) for one in window])
     with _style():
         figure = _figure(8, 4.8)
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
@@ -176,24 +182,20 @@ def masks(path: Path) -> None:
 
 def _draw_mask(axes: Axes, start: torch.Tensor) -> None:
     """Draws what each query (row) sees: keys in the colour of their document, and the line of starts."""
+    from matplotlib.collections import PolyCollection
+
     length = start.shape[-1]
     seen = mask.dense(start)[0].numpy()
-    owner = np.repeat(np.arange(len(DOCUMENTS)), DOCUMENTS)
-    for query in range(length):
-        for key in range(query + 1):
-            color = COLORS[owner[key]] if seen[query, key] else GRID
-            axes.add_patch(_cell(key, query, color))
+    document = np.repeat(np.arange(len(DOCUMENTS)), DOCUMENTS)
+    cells = [(query, key) for query in range(length) for key in range(query + 1)]
+    colors = [COLORS[document[key]] if seen[query, key] else GRID for query, key in cells]
+    corners = np.array([[0.06, 0.06], [0.94, 0.06], [0.94, 0.94], [0.06, 0.94]])
+    axes.add_collection(PolyCollection(corners + np.array(cells)[:, None, ::-1], facecolors=colors))
     edge = np.r_[start[0].numpy(), start[0, -1].numpy()]
     axes.step(edge, np.arange(length + 1), where="pre", color=INK, linewidth=1.8)
     axes.set(xlim=(-0.6, length + 0.2), ylim=(length + 0.2, -0.6), aspect="equal", xticks=[], yticks=[])
     axes.grid(False)
     axes.spines[:].set_visible(False)
-
-
-def _cell(key: int, query: int, color: str) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((key + 0.06, query + 0.06), 0.88, 0.88, facecolor=color, edgecolor="none")
 
 
 # --- what a run left -------------------------------------------------------------------------------------------------

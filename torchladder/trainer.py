@@ -270,7 +270,8 @@ class Trainer:
     def _report(self, window: int, loss: Tensor, norm: Tensor, lr: float, pairs: int) -> None:
         """Counts a step, and reports the ones that are due; only those wait for the accelerator."""
         self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs))
-        if self.metrics.due(self.step):
+        last = self.step == self.config.training.steps
+        if self.metrics.due(self.step) or self.checkpointer.due(self.step, last):  # totals go on from a checkpoint
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             mean = self.ranks.sum(loss.item())
             self.metrics.log(self.step, loss=mean, grad_norm=norm.item(), lr=lr, window=window)

@@ -27,7 +27,7 @@ def run(argv: list[str]) -> int:
     plan = plans.make(config.load(settings))
     steps = _steps(own.at, plan.steps)
     if own.plot:
-        plots.plan(own.plot, plan.steps, plan.window, plan.config.training.seq_len)
+        plots.plan(own.plot, plan.steps, plan.window, plan.config.training.seq_len, plan.config.attention.masks)
     if own.json:
         print(json.dumps(_object(plan, steps)))
         return 0

@@ -58,6 +58,17 @@ class SourceConfig:
         parameters = sources.registry.parameters(self.kind())
         return sources.registry.get(self.kind())(**{key: getattr(self, key) for key in parameters})
 
+    def check(self) -> None:
+        """Looks for the source's files without reading them.
+
+        Raises:
+            ConfigError: as ``kind``, or no file is found.
+        """
+        if self.kind() == INDEXED:
+            _prefixes(self.path)
+        else:
+            self.raw()
+
     def label(self) -> str:
         return " ".join(filter(None, (self.name, *sources.as_list(self.path))))
 
@@ -132,7 +143,7 @@ class Opener:
         """
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
         if source.kind() == INDEXED:
-            return Corpus(source.label(), _pairs(sources.as_list(source.path)), vocab_size)
+            return Corpus(source.label(), [Indexed(prefix) for prefix in _prefixes(source.path)], vocab_size)
         if self.tokenizer is None:
             raise ConfigError(f"the source {source.label()} is raw text: it needs a tokenizer.")
         prepared = prepare(source.raw(), self.tokenizer, self.cache, self.validation_fraction, self.bos)
@@ -140,7 +151,7 @@ class Opener:
 
 
 def training_texts(section: Any) -> Iterator[str]:
-    """Yields the raw texts that a ``[data]`` section trains on, without those held out: a tokenizer may learn from them.
+    """Yields the raw texts that a ``[data]`` section trains on, without those held out: a tokenizer learns from them.
 
     Args:
         section: the settings of the loader ``rows``, or of another one whose ``sources`` is a list of ``SourceConfig``.
@@ -158,12 +169,12 @@ def training_texts(section: Any) -> Iterator[str]:
                 yield document.text
 
 
-def _pairs(patterns: list[str]) -> list[Indexed]:
-    """Opens the pairs that paths and globs name by their .bin or .idx, each once."""
+def _prefixes(path: str | list[str]) -> list[str]:
+    """Lists the pairs that paths and globs name by their .bin or .idx, each once."""
     prefixes: dict[str, None] = {}
-    for pattern in patterns:
+    for pattern in sources.as_list(path):
         found = [str(match) for match in sources.matches(pattern) if match.suffix in (".bin", ".idx")]
         if not found:
             raise ConfigError(f"{pattern!r} names no tokens. Known: .bin and .idx, as in 'folder/*.bin'.")
         prefixes |= dict.fromkeys(map(prefix_of, found))
-    return [Indexed(prefix) for prefix in prefixes]
+    return list(prefixes)

@@ -187,7 +187,7 @@ class Indexed:
             raise ConfigError(
                 f"{name} has {len(raw)} bytes, its header asks for {bounds[3]}: it is cut short or damaged."
             )
-        lengths = raw[bounds[0] : bounds[1]].view("<i4").astype(np.int64)
+        lengths = np.asarray(raw[bounds[0] : bounds[1]].view("<i4"), dtype=np.int64)
         pointers = raw[bounds[1] : bounds[2]].view("<i8")
         indices = np.asarray(raw[bounds[2] : bounds[3]].view("<i8"))
         if lengths.min(initial=0) < 0 or pointers.min(initial=0) < 0 or (pointers % dtype.itemsize).any():

@@ -149,6 +149,10 @@ class RowLoader:
         if self.prefetch_factor is not None and (self.num_workers == 0 or self.prefetch_factor < 1):
             raise ConfigError("prefetch_factor is 1 at least, and only with num_workers above 0.")
         packings.registry.get(self.packing)
+        # Before any text is tokenized, which may take long:
+        Mixture([source.weight for source in self.sources])
+        for source in (*self.sources, *self.validation_sources):
+            source.check()
 
     def _open(self) -> list[Corpus]:
         """Returns the documents of this split, source by source.

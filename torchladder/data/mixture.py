@@ -14,8 +14,8 @@ blocks before it, so any row costs one block. Let W be more than any 1 / p. The 
 2. From there the rule runs W rows, to S. So the counts at S can be left, since the rule could just go on, and they can
    be reached: counted rows whose windows open in the last W were placed by this run, and no earlier window is cut by S.
 
-Blocks have at least 2 W rows. Within one, the rule runs from the counts at its first border, each source up to its count
-at the next: by 1 and 2 every interval has room for the windows inside it, so the earliest deadline meets them all.
+Blocks have at least 2 W rows. Within one the rule runs from the counts at its first border, every source up to its
+count at the next: by 1 and 2 every interval has room for the windows in it, so the earliest deadline meets them all.
 """
 
 from __future__ import annotations

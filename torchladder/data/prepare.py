@@ -138,12 +138,19 @@ class Report:
 
     def __init__(self, name: str, size: int, every: float = 15.0) -> None:
         self._console = Console(stderr=True)
-        self._columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-        self._bar = Progress(*self._columns, console=self._console, disable=not self._console.is_terminal)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
         self._name, self._size, self._every = name, size, every
         self._documents = self._tokens = self._done = 0
         self._start = self._said = time.monotonic()
-        self._task = self._bar.add_task(f"tokenizing {name}", total=size)
+        self._task = self._bar.add_task(f"tokenizing {name}", total=size, rate="")
 
     def __enter__(self) -> Report:
         self._bar.start()
@@ -159,15 +166,16 @@ class Report:
         self._documents += documents
         self._tokens += tokens
         self._done += size
-        self._bar.update(self._task, completed=self._done, description=self._line())
+        self._bar.update(self._task, completed=self._done, rate=self._rate())
         if not self._console.is_terminal and time.monotonic() - self._said > self._every:
             left = (time.monotonic() - self._start) * (self._size / max(self._done, 1) - 1)
             self._say(f"{self._line()}, {self._done / max(self._size, 1):.0%}, {max(left, 0):.0f} s left")
 
     def _line(self) -> str:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rate = f"{self._tokens / seconds:,.0f} tokens/s"
-        return f"tokenizing {self._name}: {self._documents:,} documents, {self._tokens:,} tokens, {rate}"
+        return f"tokenizing {self._name}: {self._documents:,} documents, {self._tokens:,} tokens, {self._rate()}"
+
+    def _rate(self) -> str:
+        return f"{self._tokens / max(time.monotonic() - self._start, 1e-9):,.0f} tokens/s"
 
     def _say(self, line: str) -> None:
         self._said = time.monotonic()

@@ -26,7 +26,7 @@ class MetricsConfig:
     log_freq: int = 10
     """Steps between two reports; the first and the last step report always."""
 
-    enable_tensorboard: bool = False
+    enable_tensorboard: bool = True
     """Write TensorBoard events."""
 
     save_tb_folder: str = "tb"

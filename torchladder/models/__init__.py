@@ -1,1 +1,10 @@
+"""Language models by name and flavor, and what they are made of."""
 
+from torchladder.models.base import Attend, Model, ModelRegistry, register, registry
+from torchladder.models.llama import Llama
+from torchladder.models.llama_config import LlamaConfig
+
+build = registry.build
+resolve = registry.resolve
+
+__all__ = ["Attend", "Llama", "LlamaConfig", "Model", "ModelRegistry", "build", "register", "registry", "resolve"]

@@ -15,18 +15,17 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from docstring_parser import parse_from_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchladder.registry import ConfigError, Registry, unknown
+from torchladder.registry import ConfigError, Part, Registry, unknown
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 """``(q (B, H, T, K), k (B, G, T, K), v (B, G, T, K), form) -> (B, H, T, K)``: what a kernel offers a model."""
-
-ModelClass = TypeVar("ModelClass", bound="type[Model]")
 
 
 class Model(nn.Module, ABC):
@@ -52,7 +51,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def init_weights(self, seed: int) -> None:
-        """Draws every parameter from its own generator (``generator``), so that weights do not depend on the layout."""
+        """Draws the initial weights, each parameter from a generator of its own (``draw``)."""
 
     @abstractmethod
     def parallel_plan(self) -> dict[str, str]:
@@ -79,10 +78,28 @@ class Model(nn.Module, ABC):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """Returns the generator of one parameter: the same draws wherever, and beside whatever, the parameter lives."""
+@torch.no_grad()
+def draw(parameter: Tensor, name: str, seed: int, std: float) -> None:
+    """Fills a parameter with normal numbers of that deviation, from a generator of its own.
+
+    The numbers depend on the seed, the name and the kind of device alone: not on the order of parameters, and not on
+    how ranks share the parameter, since each rank draws all of it and keeps its part.
+
+    Args:
+        parameter: a tensor or a distributed one.
+        name: the parameter's, as ``named_parameters`` gives it; what wrappers add to it does not count.
+        seed: of the run.
+        std: the deviation.
+    """
+    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    values = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+    values.normal_(std=std, generator=generator)
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(values)
 
 
 class ModelRegistry(Registry[Model]):
@@ -92,7 +109,7 @@ class ModelRegistry(Registry[Model]):
         super().__init__("model", {"attend": "what the attention kernel offers", "seq_len": "tokens in a row"})
         self._flavors: dict[str, dict[str, Any]] = {}
 
-    def register(self, name: str, flavors: Mapping[str, Any] | None = None) -> Callable[[ModelClass], ModelClass]:
+    def register(self, name: str, flavors: Mapping[str, Any] | None = None) -> Callable[[Part], Part]:
         """Returns a decorator that makes ``name`` stand for the decorated model class.
 
         Args:
@@ -106,7 +123,7 @@ class ModelRegistry(Registry[Model]):
             raise ConfigError(f"model {name!r} needs at least one flavor.")
         add = super().register(name)
 
-        def add_with_flavors(model: ModelClass) -> ModelClass:
+        def add_with_flavors(model: Part) -> Part:
             self._flavors[name] = dict(flavors)
             return add(model)
 
@@ -119,11 +136,9 @@ class ModelRegistry(Registry[Model]):
 
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:
         """Returns the settings of a model: its flavor, and each field of its config, where None keeps the flavor's."""
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        settings = {"flavor": inspect.Parameter("flavor", keyword, default=next(iter(self.flavors(name))), annotation=str)}
-        for field, hint in get_type_hints(self.config_type(name)).items():
-            settings[field] = inspect.Parameter(field, keyword, default=None, annotation=hint | None)
-        return settings
+        hints = get_type_hints(self.config_type(name))
+        settings = {"flavor": _setting("flavor", str, next(iter(self.flavors(name))))}
+        return settings | {field: _setting(field, hint | None, None) for field, hint in hints.items()}
 
     def docs(self, name: str) -> dict[str, str]:
         """Returns one line of help per setting, taken from the docstrings below the config's fields."""
@@ -161,6 +176,10 @@ class ModelRegistry(Registry[Model]):
         model = self.get(section.name)
         declared = inspect.signature(model).parameters
         return model(config=self.resolve(section), **{key: facts[key] for key in facts if key in declared})
+
+
+def _setting(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
 registry = ModelRegistry()

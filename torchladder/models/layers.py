@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchladder.models.base import Attend
+from torchladder.models.loss import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -138,3 +139,22 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Head(nn.Module):
+    """Logits, or with labels the summed loss without them (``torchladder.models.loss``).
+
+    Args:
+        dim: features per token.
+        vocab_size: tokens there are.
+        tied: whether the embedding's weight serves; it is handed to ``forward`` then.
+    """
+
+    def __init__(self, dim: int, vocab_size: int, tied: bool) -> None:
+        super().__init__()
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, tied: Tensor | None = None) -> Tensor:
+        weight = self.weight if tied is None else tied
+        assert weight is not None
+        return F.linear(hidden, weight) if labels is None else cross_entropy(hidden, weight, labels)

@@ -8,8 +8,11 @@ from torch import Tensor
 IGNORE = -100
 """The label of a place where nothing is to be predicted."""
 
-CHUNK = {"cpu": 2**22, "cuda": 2**27}
-"""Logits that exist at a time: some MiB that a CPU's cache half holds, or 0.5 GiB of fp32 on a GPU."""
+LOGITS_ON_CPU, LOGITS_ON_GPU = 2**21, 2**27
+"""Logits that exist at a time: 8 MiB of fp32 near a CPU's cache, 0.5 GiB on a GPU."""
+
+FEWEST = 256
+"""Tokens of a chunk at least: below, adding up the gradient of the head costs more than the products."""
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -42,7 +45,8 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if differentiate else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if differentiate else None
 
-        size = max(CHUNK.get(device, CHUNK["cuda"]) // len(weight), 1)
+        at_a_time = LOGITS_ON_CPU if device == "cpu" else LOGITS_ON_GPU
+        size = max(at_a_time // len(weight), FEWEST)  # tokens
         for chunk in range(0, len(hidden), size):
             some = slice(chunk, chunk + size)
             counts = labels[some, None] != IGNORE  # (n, 1)
@@ -62,8 +66,6 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None

@@ -64,7 +64,7 @@ def backward(
         grads = aten._scaled_dot_product_flash_attention_backward(
             *(*padded, lse.contiguous(), None, None, length, length, 0.0, True, unused, unused), scale=scale
         )
-        return tuple(x[..., : q.shape[-1]] for x in grads)  # type: ignore[return-value]
+        return tuple(x[..., : q.shape[-1]] for x in grads)
     return _textbook_backward(grad, (q, k, v), out, lse, bias)
 
 

@@ -1,7 +1,7 @@
 """What a kernel is, and which one to use where.
 
-A kernel turns ``start`` (see ``torchladder.mask``) into its own form once per batch, and every layer of the model attends
-with that form.
+A kernel turns ``start`` (see ``torchladder.mask``) into its own form once per batch, and every layer of the model
+attends with that form.
 """
 
 from __future__ import annotations

@@ -8,15 +8,13 @@ blocks of queries, each against the range of keys that ``start`` gives. So the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from torchladder.models.attention import fused
 
 SMALLEST = 32
 """Tokens that a run of equal segments needs to be worth a call of its own."""
@@ -42,9 +40,6 @@ class Piece:
     keys: slice
     width: int
     bias: Tensor | None = None
-
-
-# --- layouts ---------------------------------------------------------------------------------------------------------
 
 
 def uniform(batch: int, length: int, width: int) -> list[Piece]:
@@ -103,9 +98,7 @@ def _causal(stop: int, length: int, tokens: tuple[int, int], width: int, first: 
         yield Piece(rows, slice(a, b), slice(a, b), width)
 
 
-def _masked(
-    start: np.ndarray, tokens: tuple[int, int], rows: slice, biases: dict[bytes, Tensor]
-) -> Iterator[Piece]:
+def _masked(start: np.ndarray, tokens: tuple[int, int], rows: slice, biases: dict[bytes, Tensor]) -> Iterator[Piece]:
     """Yields blocks of queries, each against the keys from the first that one of them sees."""
     a, end = tokens
     while a < end:
@@ -123,109 +116,3 @@ def _bias(relative: np.ndarray, reach: int) -> Tensor:
     key = np.arange(reach + len(relative))
     seen = (relative[:, None] <= key) & (key <= reach + np.arange(len(relative))[:, None])
     return torch.zeros(seen.shape).masked_fill_(torch.from_numpy(~seen), -torch.inf)
-
-
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
-def operator(name: str, layout: Callable[[Tensor, int, int], Sequence[Piece]]) -> Callable[..., Tensor]:
-    """Returns attention over pieces as an operator that the compiler takes as a whole: no mask recompiles anything.
-
-    Args:
-        name: of the operator in ``torch.ops.torchladder``; its backward is ``<name>_backward``.
-        layout: (form, batch, length) -> pieces, where the form is a tensor on the CPU.
-    """
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, form: Tensor) -> tuple[Tensor, Tensor]:
-        return _forward(q, k, v, layout(form, q.shape[0], q.shape[2]))
-
-    def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, form: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(grad, (q, k, v), out, lse, layout(form, q.shape[0], q.shape[2]))
-
-    qkv = "Tensor q, Tensor k, Tensor v"
-    attend = torch.library.custom_op(
-        f"torchladder::{name}", forward, mutates_args=(), schema=f"({qkv}, Tensor form) -> (Tensor, Tensor)"
-    )
-    attend_backward = torch.library.custom_op(
-        f"torchladder::{name}_backward",
-        backward,
-        mutates_args=(),
-        schema=f"(Tensor grad, {qkv}, Tensor out, Tensor lse, Tensor form) -> (Tensor, Tensor, Tensor)",
-    )
-    attend.register_fake(lambda q, k, v, form: (_like(q), _lse(q)))
-    attend_backward.register_fake(lambda grad, q, k, v, out, lse, form: (_like(q), _like(k), _like(v)))
-
-    def setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs, *output)
-
-    def differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, form, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-        return (*attend_backward(grad, q, k, v, out, lse, form), None)
-
-    attend.register_autograd(differentiate, setup_context=setup)
-    return lambda q, k, v, form: attend(q, k, v, form)[0]
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
-    out, lse = _like(q), _lse(q)
-    for piece in pieces:
-        qkv = (_cut(q, piece), _cut(k, piece, piece.keys), _cut(v, piece, piece.keys))
-        some, its_lse = fused.forward(*qkv, _on(piece.bias, q))
-        _place(out, piece, some)
-        _place(lse[..., None], piece, its_lse[..., None])
-    return out, lse
-
-
-def _backward(
-    grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, pieces: Sequence[Piece]
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv
-    # Blocks that see keys before themselves share keys: their gradients add up, in the type that sums are kept in.
-    shared = any(piece.bias is not None for piece in pieces)
-    exact = lse.dtype if shared else q.dtype
-    grads = _like(q), _like(k, exact), _like(v, exact)
-    if shared:
-        grads[1].zero_()
-        grads[2].zero_()
-    for piece in pieces:
-        cuts = (_cut(q, piece), _cut(k, piece, piece.keys), _cut(v, piece, piece.keys))
-        its_lse = _cut(lse[..., None], piece)[..., 0]
-        some = fused.backward(_cut(grad, piece), cuts, _cut(out, piece), its_lse, _on(piece.bias, q))
-        _place(grads[0], piece, some[0])
-        for whole, part in zip(grads[1:], some[1:], strict=True):
-            _place(whole, piece, part, piece.keys, add=shared)
-    return grads[0], grads[1].to(q.dtype), grads[2].to(q.dtype)
-
-
-def _cut(x: Tensor, piece: Piece, tokens: slice | None = None) -> Tensor:
-    """Returns a piece of (B, H, T, K), its segments folded into the batch; a view where that can be one."""
-    tokens = tokens or piece.queries
-    part = x.transpose(1, 2)[piece.rows, tokens]  # (b, t, H, K)
-    width = tokens.stop - tokens.start if piece.bias is not None else piece.width
-    return part.reshape(-1, width, *part.shape[2:]).transpose(1, 2)
-
-
-def _place(x: Tensor, piece: Piece, part: Tensor, tokens: slice | None = None, add: bool = False) -> None:
-    """Writes, or adds, a piece to where ``_cut`` would take it from."""
-    to = x.transpose(1, 2)[piece.rows, tokens or piece.queries]
-    part = part.transpose(1, 2).reshape(to.shape)
-    if add:
-        to += part
-    else:
-        to.copy_(part)
-
-
-def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for (B, H, T, K) laid out as (B, T, H, K), as projections make and take it."""
-    return torch.empty_like(x.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-def _lse(q: Tensor) -> Tensor:
-    exact = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=exact).transpose(1, 2)
-
-
-def _on(bias: Tensor | None, q: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(q.device, torch.promote_types(q.dtype, torch.float32))

@@ -8,9 +8,10 @@ from torch import Tensor
 from torchladder import mask
 from torchladder.models.attention import pieces
 from torchladder.models.attention.kernel import UNIFORM, Kernel, register
+from torchladder.models.attention.operator import operator
 
-_fold = pieces.operator("fold", lambda width, batch, length: pieces.uniform(batch, length, int(width)))
-_sdpa = pieces.operator("sdpa", lambda start, batch, length: pieces.of(start))
+_fold = operator("fold", lambda width, batch, length: pieces.uniform(batch, length, int(width)))
+_sdpa = operator("sdpa", lambda start, batch, length: pieces.of(start))
 
 
 @register("fold")

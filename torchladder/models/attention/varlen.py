@@ -64,7 +64,7 @@ class Varlen(Segmented):
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         bounds, longest = form.cu_seqlens, form.max_seqlen
         flat = (_flat(q), _flat(k), _flat(v))
-        out = varlen_attn(*flat, bounds, bounds, longest, longest, window_size=(form.left, 0), **grouped)
+        out: Any = varlen_attn(*flat, bounds, bounds, longest, longest, window_size=(form.left, 0), **grouped)
         return _unflat(out, q)
 
 

@@ -1,0 +1,291 @@
+"""Kernels against the dense reference, in output and gradients, and under the compiler."""
+
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+
+from tests.test_mask import positions, starts
+from torchladder import mask, models
+from torchladder.models import attention
+from torchladder.models.attention import fused, pieces, varlen
+from torchladder.registry import ConfigError
+
+CPU = torch.device("cpu")
+MIXES = [("causal",), ("chunk",), ("document",), ("sliding",), ("document", "chunk"), ("document", "sliding")]
+heads = st.sampled_from([(1, 1), (4, 4), (4, 2), (4, 1), (6, 2)])
+
+
+def make(name, training=True):
+    """A kernel whose masks are not checked: what it computes is."""
+    return attention.registry.get(name)(masks=[], device=CPU, training=training)
+
+
+def inputs(batch, length, heads, size=8, dtype=torch.float32, seed=0):
+    """q, k, v and a gradient for the output, laid out in several ways."""
+    generator = torch.Generator().manual_seed(seed)
+    q_heads, kv_heads = heads
+    q = torch.randn(batch, length, q_heads, size, generator=generator).transpose(1, 2)  # as a projection makes it
+    k = torch.randn(batch, kv_heads, length, size, generator=generator)
+    v = torch.randn(batch, kv_heads, size, length, generator=generator).transpose(2, 3)  # nothing is contiguous
+    grad = torch.randn(batch, q_heads, length, size, generator=generator)
+    return *(x.to(dtype).requires_grad_() for x in (q, k, v)), grad.to(dtype)
+
+
+def run(kernel, start, q, k, v, grad):
+    out = kernel.attend(q, k, v, kernel.derive(start, CPU))
+    return out, *torch.autograd.grad(out, (q, k, v), grad)
+
+
+def assert_like_dense(name, start, heads, size=8):
+    given = inputs(*start.shape, heads, size)
+    for ours, reference in zip(run(make(name), start, *given), run(make("dense"), start, *given), strict=True):
+        assert ours.shape == reference.shape
+        torch.testing.assert_close(ours, reference, atol=2e-5, rtol=1e-4)
+
+
+# --- agreement with dense --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(start=starts(longest=400), heads=heads)
+def test_sdpa_computes_any_mask(start, heads):
+    assert_like_dense("sdpa", start, heads)
+
+
+@settings(max_examples=60)
+@given(positions=positions(400), window=st.integers(1, 450), mix=st.sampled_from(MIXES), heads=heads)
+def test_sdpa_computes_the_masks_there_are(positions, window, mix, heads):
+    start = mask.compose(*(mask.registry.get(name)(positions, window) for name in mix))
+    assert_like_dense("sdpa", start, heads)
+
+
+@settings(max_examples=40)
+@given(batch=st.integers(1, 3), length=st.integers(1, 300), window=st.integers(1, 320), heads=heads)
+def test_fold_computes_uniform_chunks(batch, length, window, heads):
+    row = torch.arange(length, dtype=torch.int32).repeat(batch, 1)
+    assert_like_dense("fold", mask.chunk(row, window), heads)
+
+
+@pytest.mark.parametrize("name", ["fold", "sdpa"])
+@pytest.mark.parametrize("window", [1, 100, 128, 300])
+@pytest.mark.parametrize("size", [20, 64])
+def test_heads_of_other_sizes(name, window, size):
+    row = torch.arange(300, dtype=torch.int32).repeat(2, 1)
+    assert_like_dense(name, mask.chunk(row, window), (4, 2), size)
+
+
+@pytest.mark.parametrize("name", ["fold", "sdpa"])
+def test_bfloat16_agrees_with_dense_in_fp32(name):
+    row = torch.arange(300, dtype=torch.int32).repeat(2, 1)
+    start = mask.chunk(row, 130)
+    exact = run(make("dense"), start, *inputs(2, 300, (4, 2)))
+    for ours, reference in zip(
+        run(make(name), start, *inputs(2, 300, (4, 2), dtype=torch.bfloat16)), exact, strict=True
+    ):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), reference, atol=0.1, rtol=0.05)
+
+
+@settings(max_examples=20)
+@given(start=starts(longest=60), heads=heads)
+def test_the_textbook_stands_in_where_no_fused_kernel_does(start, heads):
+    q, k, v, grad = inputs(*start.shape, heads)
+    bias = torch.zeros(mask.dense(start)[0].shape).masked_fill_(~mask.dense(start)[0], -torch.inf)
+    for some in (bias, None):
+        with torch.no_grad():
+            out, lse = fused._textbook(q, k, v, some)
+            expected, expected_lse = fused.forward(q, k, v, some)
+            torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(lse, expected_lse, atol=2e-5, rtol=1e-4)
+            ours = fused._textbook_backward(grad, (q, k, v), out, lse, some)
+            theirs = fused.backward(grad, (q, k, v), out, expected_lse, some)
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fold", "sdpa"])
+def test_gradients_are_exact_in_fp64(name):
+    start = mask.chunk(torch.arange(11, dtype=torch.int32).repeat(2, 1), 4)
+    form = make(name).derive(start, CPU)
+    q, k, v, _ = inputs(2, 11, (4, 2), 4, torch.float64)
+    assert torch.autograd.gradcheck(lambda q, k, v: make(name).attend(q, k, v, form), (q, k, v), nondet_tol=1e-9)
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+def work(layout):
+    return sum(
+        (p.rows.stop - p.rows.start)
+        * (p.queries.stop - p.queries.start)
+        * (p.width / 2 if p.bias is None else p.keys.stop - p.keys.start)
+        for p in layout
+    )
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("window", [32, 100, 1000])
+def test_the_cost_of_sdpa_follows_the_pairs(mix, window):
+    length = 2048
+    positions = torch.arange(length, dtype=torch.int32).repeat(2, 1)
+    positions[1, 900:] -= 900
+    start = mask.compose(*(mask.registry.get(name)(positions, window) for name in mix))
+    # A masked block computes the triangle of its own queries and keys twice over, so a narrow window costs most.
+    assert work(pieces.of(start)) < 2 * mask.pairs(start) + 64 * length * 2
+
+
+def test_a_causal_row_is_one_call():
+    row = torch.arange(1000, dtype=torch.int32).repeat(3, 1)
+    assert len(pieces.of(mask.causal(row, 1))) == 1
+    assert len(pieces.uniform(3, 1000, 1000)) == 1
+    assert len(pieces.uniform(3, 1000, 100)) == 1
+    assert len(pieces.uniform(3, 1000, 600)) == 2  # the chunks, then the shorter ones at the end
+
+
+@given(start=starts(longest=300))
+def test_pieces_cover_each_query_once(start):
+    seen = torch.zeros_like(start)
+    for piece in pieces.of(start):
+        seen[piece.rows, piece.queries] += 1
+    assert (seen == 1).all()
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("masks", "device", "expected"),
+    [
+        (["causal"], "cpu", "fold"),
+        (["causal", "chunk"], "cpu", "fold"),
+        (["document", "chunk"], "cpu", "sdpa"),
+        (["sliding"], "cpu", "sdpa"),
+        (["chunk"], "cuda", "fold"),
+        (["document", "chunk"], "cuda", "flex"),
+    ],
+)
+def test_auto_chooses_by_device_and_masks(masks, device, expected):
+    chosen = attention.kernel("auto", masks, device)
+    assert chosen.name == expected
+    assert masks[0] in chosen.why
+
+
+def test_a_kernel_refuses_what_it_cannot_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    refused = [
+        ("fold", ["document"], "cpu", "cannot express the mask 'document', only causal, chunk"),
+        ("varlen", ["causal"], "cpu", "needs CUDA"),
+        ("flash", ["causal"], "cuda", r"torchladder\[flash\]"),
+        ("flex", ["causal"], "cpu", "cannot train on a CPU"),
+        ("flexx", ["causal"], "cpu", "Did you mean 'flex'"),
+        ("sdpa", ["chunks"], "cpu", "Did you mean 'chunk'"),
+    ]
+    for name, masks, device, message in refused:
+        with pytest.raises(ConfigError, match=message):
+            attention.kernel(name, masks, device)
+    assert attention.kernel("flex", ["causal"], "cpu", training=False).name == "flex"
+
+
+def test_a_plugin_mask_needs_a_kernel_for_any_mask(monkeypatch):
+    monkeypatch.setitem(mask.registry._parts, "stairs", mask.causal)
+    assert attention.kernel("auto", ["stairs"], "cpu").name == "sdpa"
+    with pytest.raises(ConfigError, match="stairs"):
+        attention.kernel("varlen", ["stairs"], "cuda")
+
+
+# --- under the compiler ----------------------------------------------------------------------------------------------
+
+SHAPE = models.LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=32, vocab_size=64)
+LADDER = [1, 2, 3, 8, 31, 64, 100, 128, 129, 199, 200]
+
+
+def climb(kernel, names, compiled):
+    """The losses and the summed gradient of the embedding over a ladder of windows with documents."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = models.Llama(SHAPE, kernel.attend, seq_len=200)
+    model.init_weights(0)
+    if compiled:
+        for block in model.layers.values():
+            block.compile(backend="aot_eager", fullgraph=True)
+    tokens = torch.randint(64, (2, 200), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(200, dtype=torch.int32).repeat(2, 1)
+    positions[1, 70:] -= 70
+    losses = []
+    for window in LADDER:
+        start = mask.compose(*(mask.registry.get(name)(positions, window) for name in names))
+        loss = model(tokens, kernel.derive(start, CPU), tokens)
+        if torch.is_grad_enabled():
+            loss.backward()
+        losses.append(loss.detach())
+    grad = model.embedding.weight.grad
+    return torch.stack(losses), torch.zeros(()) if grad is None else grad
+
+
+@pytest.mark.parametrize(
+    ("name", "masks"), [("fold", ["chunk"]), ("sdpa", ["document", "chunk"]), ("dense", ["chunk"])]
+)
+def test_one_graph_trains_the_whole_ladder(name, masks):
+    eager = climb(make(name), masks, compiled=False)
+    compiled = climb(make(name), masks, compiled=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    for one, other in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_one_graph_of_flex_serves_the_whole_ladder():
+    masks = ["document", "chunk"]
+    compiled, _ = climb(make("flex", training=False), masks, compiled=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    reference, _ = climb(make("dense"), masks, compiled=False)
+    torch.testing.assert_close(compiled, reference, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fold", "sdpa"])
+def test_the_operators_keep_their_promises(name):
+    start = mask.chunk(torch.arange(30, dtype=torch.int32).repeat(2, 1), 7)
+    q, k, v, _ = inputs(2, 30, (4, 2))
+    operator = getattr(torch.ops.torchladder, name).default
+    torch.library.opcheck(operator, (q, k, v, make(name).derive(start, CPU)))
+
+
+# --- varlen, with stand-ins for the CUDA kernels ---------------------------------------------------------------------
+
+
+def segments_by_hand(q, k, v, bounds, left):
+    """What a varlen kernel computes, from its arguments: flat (B·T, H, K), segments, keys to the left."""
+    index = torch.arange(len(q))
+    segment = torch.bucketize(index, bounds[1:].long(), right=True)
+    distance = index[:, None] - index[None, :]
+    seen = (segment[:, None] == segment[None, :]) & (distance >= 0)
+    if left >= 0:
+        seen &= distance <= left
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@settings(max_examples=20)
+@given(positions=positions(60), window=st.integers(1, 70), mix=st.sampled_from(MIXES), heads=heads)
+def test_varlen_hands_over_the_right_segments(grouped, positions, window, mix, heads):
+    def stand_in(q, k, v, bounds, k_bounds, longest, k_longest, *, window_size, **more):
+        assert k.shape[1] == q.shape[1] or more == {"enable_gqa": True}
+        assert longest == k_longest == int(bounds.diff().max())
+        assert window_size[1] == 0
+        return segments_by_hand(q, k, v, bounds, window_size[0])
+
+    start = mask.compose(*(mask.registry.get(name)(positions, window) for name in mix))
+    given = inputs(*start.shape, heads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen.Varlen, "check", lambda *_: None)
+        patch.setattr(varlen, "varlen_attn", stand_in)
+        patch.setattr(varlen, "GROUPED", grouped)
+        ours = run(make("varlen"), start, *given)
+    for one, reference in zip(ours, run(make("dense"), start, *given), strict=True):
+        torch.testing.assert_close(one, reference, atol=2e-5, rtol=1e-4)

@@ -1,0 +1,193 @@
+"""The shape of a Llama, how its weights begin, and its flavors.
+
+| flavor | model | parameters |
+|---|---|---|
+| `debug` | 2 layers of 64, for tests in seconds | 164,160 |
+| `small` | 6 layers of 256, for experiments on a CPU | 6,229,248 |
+| `120m`, `360m`, `1b`, `3b`, `3.2-3b` | SkyLadder (arXiv 2503.15450); `1b` has TinyLlama's shape | see docs/models.md |
+| `code-1b`, `code-3.2-3b` | SkyLadder's models of code | |
+| `llama2-7b`, `llama2-13b`, `llama2-70b` | Llama 2 (arXiv 2307.09288) | |
+| `llama3-8b`, `llama3.2-1b`, `llama3.2-3b` | Llama 3 (arXiv 2407.21783) | |
+| `teenytinyllama-160m`, `teenytinyllama-460m` | TeenyTinyLlama (arXiv 2401.16640) | |
+| `tilde-30b` | TildeOpen 30B | |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torchladder.models.layers import Rotation
+from torchladder.registry import ConfigError, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The shape of a Llama and how its weights begin."""
+
+    dim: int
+    """Features per token."""
+
+    n_layers: int
+    """Blocks."""
+
+    n_heads: int
+    """Query heads."""
+
+    n_kv_heads: int | None = None
+    """Key-value heads, each shared by n_heads / n_kv_heads query heads; unset: as many as n_heads."""
+
+    head_dim: int | None = None
+    """Features per head; unset: dim / n_heads."""
+
+    ffn_dim: int
+    """Features between the two halves of a feed-forward layer."""
+
+    vocab_size: int = 32000
+    """Rows of the embedding and of the head: the tokenizer's tokens, padded or not."""
+
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+
+    tie_embeddings: bool = False
+    """Use the embedding's weight as the head's."""
+
+    positional_embedding: Literal["rope", "none"] = "rope"
+    """Rotary positions, or none at all (NoPE)."""
+
+    rope_theta: float = 10000.0
+    """Base of the rotations' frequencies."""
+
+    rope_scaling_factor: float = 1.0
+    """Times by which rows may be longer than rope_original_seq_len (Llama 3.1); 1: no longer."""
+
+    rope_low_freq_factor: float = 1.0
+    """Rotations with fewer turns than this in the original context slow down by rope_scaling_factor."""
+
+    rope_high_freq_factor: float = 4.0
+    """Rotations with more turns than this keep their frequency."""
+
+    rope_original_seq_len: int = 8192
+    """Tokens of the context that rope_scaling_factor stretches."""
+
+    rope_condense_ratio: float = 1.0
+    """Positions are divided by it."""
+
+    rope_restart: int = 0
+    """Positions start again at 0 every so many tokens; 0: never."""
+
+    initialization: Literal["skyladder", "tilde", "megatron", "normal"] = "skyladder"
+    """Deviations of the initial weights: SkyLadder's or Tilde's by shape, Megatron's or a plain one by init_std."""
+
+    init_std: float = 0.02
+    """Deviation of the initial weights under initialization megatron and normal."""
+
+    def __post_init__(self) -> None:
+        for key in ("dim", "n_layers", "n_heads", "kv_heads", "ffn_dim", "vocab_size", "rope_original_seq_len"):
+            _require(getattr(self, key) >= 1, f"model.{key} = {getattr(self, key)}: must be 1 or more.")
+        _require(
+            self.head_dim is not None or self.dim % self.n_heads == 0,
+            f"model.dim = {self.dim} does not divide into model.n_heads = {self.n_heads} heads; set model.head_dim.",
+        )
+        _require(
+            self.n_heads % self.kv_heads == 0,
+            f"model.n_heads = {self.n_heads} is not a multiple of model.n_kv_heads = {self.kv_heads}.",
+        )
+        _require(
+            self.head_size >= 2 and self.head_size % 2 == 0,
+            f"model.head_dim = {self.head_size}: must be even, since rotary positions turn pairs of features.",
+        )
+        for key in ("norm_eps", "rope_theta", "rope_condense_ratio", "init_std"):
+            _require(getattr(self, key) > 0, f"model.{key} = {getattr(self, key)}: must be positive.")
+        _require(self.rope_restart >= 0, f"model.rope_restart = {self.rope_restart}: must be 0 or more.")
+        _require(
+            self.rope_scaling_factor >= 1, f"model.rope_scaling_factor = {self.rope_scaling_factor}: must be 1 or more."
+        )
+        _require(
+            0 < self.rope_low_freq_factor < self.rope_high_freq_factor,
+            f"model.rope_low_freq_factor = {self.rope_low_freq_factor} must be positive and below "
+            f"model.rope_high_freq_factor = {self.rope_high_freq_factor}.",
+        )
+        if self.initialization not in INITIALIZATIONS:
+            raise unknown("model.initialization", self.initialization, INITIALIZATIONS)
+        if self.positional_embedding not in ("rope", "none"):
+            raise unknown("model.positional_embedding", self.positional_embedding, ("rope", "none"))
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotation(self) -> Rotation:
+        return Rotation(
+            theta=self.rope_theta,
+            factor=self.rope_scaling_factor,
+            low_freq_factor=self.rope_low_freq_factor,
+            high_freq_factor=self.rope_high_freq_factor,
+            original_seq_len=self.rope_original_seq_len,
+            condense_ratio=self.rope_condense_ratio,
+            restart=self.rope_restart,
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+# --- initial weights -------------------------------------------------------------------------------------------------
+
+INITIALIZATIONS = {
+    "skyladder": lambda c: (math.sqrt(2 / (5 * c.dim)), 1 / (math.sqrt(c.dim) * c.n_layers)),
+    "tilde": lambda c: (math.sqrt(2 / (5 * c.dim)), 2 / (c.n_layers * math.sqrt(c.dim))),
+    "megatron": lambda c: (c.init_std, c.init_std / math.sqrt(2 * c.n_layers)),
+    "normal": lambda c: (c.init_std, c.init_std),
+}
+"""Config -> deviation of all weights but the norms' (which begin as 1), and of the two that write to the residual.
+
+skyladder and tilde: arXiv 1910.05895 for all; for the two, the scale that GPT-NeoX calls wang_init (2 / (L sqrt d)), or
+half of it. megatron: arXiv 1909.08053, as GPT-2. normal: one deviation for all, as Llama in Hugging Face transformers.
+"""
+
+RESIDUAL = ("o_proj.weight", "down_proj.weight")
+"""Ends of the names of the weights whose products are added to the residual."""
+
+
+# --- flavors ---------------------------------------------------------------------------------------------------------
+
+
+def _shape(n_layers: int, dim: int, heads: tuple[int, int], ffn_dim: int, **more: Any) -> LlamaConfig:
+    return LlamaConfig(n_layers=n_layers, dim=dim, n_heads=heads[0], n_kv_heads=heads[1], ffn_dim=ffn_dim, **more)
+
+
+_LLAMA_3: dict[str, Any] = {"vocab_size": 128256, "rope_theta": 500000.0, "initialization": "normal"}
+_LLAMA_3_2: dict[str, Any] = {**_LLAMA_3, "rope_scaling_factor": 32.0, "tie_embeddings": True}
+_PLAIN: dict[str, Any] = {"initialization": "normal"}
+_TILDE: dict[str, Any] = {"vocab_size": 131072, "norm_eps": 3e-6, "rope_theta": 200000.0, "initialization": "tilde"}
+
+# flavor: layers, dim, (heads, key-value heads), ffn_dim
+FLAVORS = {
+    "debug": _shape(2, 64, (4, 2), 192, vocab_size=512),
+    "small": _shape(6, 256, (4, 2), 640, vocab_size=4096),
+    "120m": _shape(12, 768, (12, 1), 2048),
+    "360m": _shape(18, 1024, (16, 16), 4096),
+    "1b": _shape(22, 2048, (32, 4), 5632),
+    "3b": _shape(26, 3200, (32, 4), 8640),
+    "3.2-3b": _shape(28, 3072, (24, 8), 8192, vocab_size=32256, rope_theta=100000.0),
+    "code-1b": _shape(22, 2048, (32, 4), 5632, vocab_size=49152, rope_theta=1000000.0),
+    "code-3.2-3b": _shape(28, 3072, (24, 8), 8192, vocab_size=49152, rope_theta=100000.0),
+    "llama2-7b": _shape(32, 4096, (32, 32), 11008, **_PLAIN),
+    "llama2-13b": _shape(40, 5120, (40, 40), 13824, **_PLAIN),
+    "llama2-70b": _shape(80, 8192, (64, 8), 28672, **_PLAIN),
+    "llama3-8b": _shape(32, 4096, (32, 8), 14336, **_LLAMA_3),
+    "llama3.2-1b": _shape(16, 2048, (32, 8), 8192, **_LLAMA_3_2),
+    "llama3.2-3b": _shape(28, 3072, (24, 8), 8192, **_LLAMA_3_2),
+    "teenytinyllama-160m": _shape(12, 768, (12, 12), 3072, **_PLAIN),
+    "teenytinyllama-460m": _shape(24, 1024, (16, 16), 4096, **_PLAIN),
+    "tilde-30b": _shape(60, 6144, (48, 8), 21504, **_TILDE),
+}
