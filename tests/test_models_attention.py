@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_mask import positions, starts
 from torch._dynamo.utils import counters
 
-from tests.test_mask import positions, starts
 from torchladder import mask, models
 from torchladder.models import attention
 from torchladder.models.attention import fused, pieces, varlen
@@ -144,6 +144,14 @@ def test_a_causal_row_is_one_call():
     assert len(pieces.uniform(3, 1000, 1000)) == 1
     assert len(pieces.uniform(3, 1000, 100)) == 1
     assert len(pieces.uniform(3, 1000, 600)) == 2  # the chunks, then the shorter ones at the end
+
+
+def test_a_call_takes_no_more_segments_than_a_grid_has_room_for(monkeypatch):
+    monkeypatch.setattr(pieces, "MOST", 10)
+    layout = pieces.uniform(5, 30, 2)
+    assert all((p.rows.stop - p.rows.start) * (p.queries.stop - p.queries.start) // p.width <= 10 for p in layout)
+    assert_like_dense("fold", mask.chunk(torch.arange(30, dtype=torch.int32).repeat(5, 1), 2), (4, 2))
+    assert_like_dense("fold", mask.chunk(torch.arange(30, dtype=torch.int32).repeat(5, 1), 8), (4, 2))
 
 
 @given(start=starts(longest=300))
@@ -289,3 +297,28 @@ def test_varlen_hands_over_the_right_segments(grouped, positions, window, mix, h
         ours = run(make("varlen"), start, *given)
     for one, reference in zip(ours, run(make("dense"), start, *given), strict=True):
         torch.testing.assert_close(one, reference, atol=2e-5, rtol=1e-4)
+
+
+@torch.library.custom_op("tests::varlen", mutates_args=())
+def opaque_segments(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int, left: int
+) -> torch.Tensor:
+    return segments_by_hand(q, k, v, bounds, left).contiguous()
+
+
+opaque_segments.register_fake(lambda q, k, v, bounds, longest, left: q.new_empty(q.shape))
+
+
+@torch.no_grad()
+def test_varlen_compiles_for_any_window_at_once(monkeypatch):
+    """Its window and its longest segment are integers: the first graph fits the first ones, the second all others."""
+
+    def stand_in(q, k, v, bounds, _, longest, __, *, window_size, enable_gqa=False):
+        return opaque_segments(q, k, v, bounds, longest, window_size[0])
+
+    monkeypatch.setattr(varlen.Varlen, "check", lambda *_: None)
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    compiled, _ = climb(make("varlen"), ["document", "chunk"], compiled=True)
+    assert counters["stats"]["unique_graphs"] <= 3
+    reference, _ = climb(make("dense"), ["document", "chunk"], compiled=False)
+    torch.testing.assert_close(compiled, reference, atol=1e-3, rtol=1e-5)

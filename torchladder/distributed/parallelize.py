@@ -90,3 +90,4 @@ def parallelize(
             if isinstance(module, FSDPModule):
                 # FSDP2 averages over ranks. The loss here is a sum divided by the label count of all ranks: add up.
                 module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to leave the average out

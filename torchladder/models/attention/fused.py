@@ -10,6 +10,8 @@ the exponentials of each query's scores. With ``bias`` None attention is causal 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,7 +35,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, bias is None, attn_mask=bias)
     if backend == "cudnn":
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
-        return out, lse.squeeze(-1)
+        return out, lse.reshape(q.shape[:-1])
     if backend == "flash":
         padded = (_pad(x) for x in (q, k, v))
         out, lse, *_ = aten._scaled_dot_product_flash_attention(*padded, 0.0, True, scale=scale)
@@ -54,7 +56,7 @@ def backward(
     if backend == "cudnn":
         unused = torch.empty((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout of 0
         return aten._scaled_dot_product_cudnn_attention_backward(
-            *(grad, q, k, v, out, lse.contiguous()[..., None], unused, unused),
+            *(grad, q, k, v, out, lse.contiguous().reshape(lse.shape + _cudnn_lse_tail(q.device)), unused, unused),
             *(None, None, None, length, length, 0.0, True),
             scale=scale,
         )
@@ -78,6 +80,14 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
     if choice == SDPBackend.FLASH_ATTENTION:
         return {"cpu": "cpu", "cuda": "flash"}.get(q.device.type, "textbook")
     return "textbook"
+
+
+@lru_cache
+def _cudnn_lse_tail(device: torch.device) -> tuple[int, ...]:
+    """Returns what follows (N, H, Q) in the shape of cuDNN's lse: a 1 or nothing, by the version of PyTorch."""
+    x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+    _, lse, *_ = aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, True)
+    return tuple(lse.shape[3:])
 
 
 def _dense_heads(x: Tensor) -> Tensor:

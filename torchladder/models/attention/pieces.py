@@ -19,6 +19,9 @@ from torch import Tensor
 SMALLEST = 32
 """Tokens that a run of equal segments needs to be worth a call of its own."""
 
+MOST = 2**16 - 1
+"""Segments of one call: no more fit into one dimension of a CUDA grid."""
+
 BLOCK = (64, 256)
 """Queries of a masked block: about as many as they see keys before themselves, within these limits."""
 
@@ -45,9 +48,9 @@ class Piece:
 def uniform(batch: int, length: int, width: int) -> list[Piece]:
     """Returns the pieces of rows that are cut every ``width`` tokens; the last chunk may be shorter."""
     whole = length // width * width
-    pieces = list(_causal(batch, length, (0, whole), width)) if whole else []
+    pieces = list(_causal(slice(0, batch), length, (0, whole), width)) if whole else []
     if whole < length:
-        pieces += _causal(batch, length, (whole, length), length - whole)
+        pieces += _causal(slice(0, batch), length, (whole, length), length - whole)
     return pieces
 
 
@@ -81,7 +84,7 @@ def _row(start: np.ndarray, rows: slice, biases: dict[bytes, Tensor]) -> Iterato
         if end - a >= SMALLEST:
             if loose is not None:
                 yield from _masked(start, (loose, a), rows, biases)
-            yield from _causal(rows.stop, length, (a, end), alone - a, rows.start)
+            yield from _causal(rows, length, (a, end), alone - a)
             loose = end if end < b else None
         elif loose is None:
             loose = a
@@ -89,13 +92,15 @@ def _row(start: np.ndarray, rows: slice, biases: dict[bytes, Tensor]) -> Iterato
         yield from _masked(start, (loose, length), rows, biases)
 
 
-def _causal(stop: int, length: int, tokens: tuple[int, int], width: int, first: int = 0) -> Iterator[Piece]:
-    """Yields plain segments of one width in rows ``[first, stop)``."""
+def _causal(rows: slice, length: int, tokens: tuple[int, int], width: int) -> Iterator[Piece]:
+    """Yields plain segments of one width."""
     a, b = tokens
     # Several segments of several rows are one view only if they fill the rows: otherwise each row is its own call.
-    together = b - a in (width, length)
-    for rows in [slice(first, stop)] if together else [slice(row, row + 1) for row in range(first, stop)]:
-        yield Piece(rows, slice(a, b), slice(a, b), width)
+    together = max(MOST * width // (b - a), 1) if b - a in (width, length) else 1
+    for row in range(rows.start, rows.stop, together):
+        for first in range(a, b, MOST * width):
+            some = slice(first, min(first + MOST * width, b))
+            yield Piece(slice(row, min(row + together, rows.stop)), some, some, width)
 
 
 def _masked(start: np.ndarray, tokens: tuple[int, int], rows: slice, biases: dict[bytes, Tensor]) -> Iterator[Piece]:

@@ -36,7 +36,7 @@ class Sdpa(Kernel):
     name = "sdpa"
 
     def derive(self, start: Tensor, device: torch.device) -> Tensor:
-        return start.cpu()  # the operator reads it to lay out its pieces
+        return start.cpu().to(torch.int32)  # the operator reads it to lay out its pieces
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, form: Tensor) -> Tensor:

@@ -1,0 +1,61 @@
+"""Weights and loss do not depend on how ranks share a model: four processes, sizes that do not divide."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from torchladder import models
+
+CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=50, vocab_size=67)
+TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
+STYLES: dict[str, Callable] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+
+
+def sharded(config, tensor_parallel):
+    """A model made on meta and spread over data-parallel ranks, and over two tensor-parallel ones if asked."""
+    with torch.device("meta"):
+        model = models.Llama(config, seq_len=16)
+    mesh = init_device_mesh("cpu", (4,))
+    if tensor_parallel:
+        both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        mesh = both["data"]
+        plan = {name.replace("layers.*.", ""): STYLES[style]() for name, style in model.parallel_plan().items()}
+        for block in model.layers.values():
+            parallelize_module(block, both["tensor"], plan)
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    model.init_weights(0)
+    return model
+
+
+def rank_main(rank, store):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
+    tokens = torch.randint(67, (2, 16), generator=torch.Generator().manual_seed(0))
+    for config in (CONFIG, TIED):
+        whole = models.Llama(config, seq_len=16)
+        whole.init_weights(0)
+        for tensor_parallel in (False, True):
+            model = sharded(config, tensor_parallel)
+            assert model.num_parameters() == whole.num_parameters()
+            assert model.flops(7, 9) == whole.flops(7, 9)
+            for one, other in zip(model.parameters(), whole.parameters(), strict=True):
+                assert torch.equal(one.full_tensor(), other)
+            loss = model(tokens, None, tokens)
+            torch.testing.assert_close(loss, whole(tokens, None, tokens))
+            loss.backward()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_weights_and_loss_do_not_depend_on_the_layout(tmp_path):
+    processes.spawn(rank_main, args=(tmp_path / "store",), nprocs=4)
