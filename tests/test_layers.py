@@ -22,7 +22,7 @@ PARTS = [
     "generate",
     "plots",
 ]
-LAYERS = [["registry"], ["mask"], PARTS, ["config"], ["plan"], ["trainer"], ["train", "commands"]]
+LAYERS = [["registry"], ["mask"], PARTS, ["config"], ["plan"], ["trainer"], ["train", "commands"], ["__main__"]]
 OPTIONAL = {"flash_attn", "wandb", "matplotlib"}
 """Third-party packages that may be imported inside a function: extras, and what would slow down every start."""
 

@@ -1,6 +1,8 @@
 """Kernels against the dense reference, in output and gradients, and under the compiler."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,6 +205,17 @@ def test_a_plugin_mask_needs_a_kernel_for_any_mask(monkeypatch):
     assert attention.kernel("auto", ["stairs"], "cpu").name == "sdpa"
     with pytest.raises(ConfigError, match="stairs"):
         attention.kernel("varlen", ["stairs"], "cuda")
+
+
+def test_the_mask_of_the_docs_works(monkeypatch):
+    monkeypatch.setattr(mask.registry, "_parts", dict(mask.registry._parts))
+    page = (Path(__file__).parent.parent / "docs" / "mask.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "@mask.register" in code]
+    exec(example, {"__name__": "plugin"})
+    positions = torch.arange(100, dtype=torch.int32).repeat(2, 1)
+    start = mask.registry.get("neighbours")(positions, 16)
+    assert start[0, [0, 31, 32, 99]].tolist() == [0, 0, 16, 80]
+    assert_like_dense("sdpa", start, (4, 2))
 
 
 # --- under the compiler ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +64,19 @@ def test_every_flavor_has_its_published_size():
             model = models.build(section(flavor), attend=attention.causal, seq_len=64)
         assert model.num_parameters() == parameters, flavor
         assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_the_docs_list_every_flavor():
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.count("|") == 10]
+    listed = {row[0]: row[1:] for row in rows[2:]}
+    assert list(listed) == list(PARAMETERS)
+    for flavor, (layers, dim, heads, kv_heads, ffn, vocabulary, theta, parameters) in listed.items():
+        config = models.resolve(section(flavor))
+        shape = (config.n_layers, config.dim, config.n_heads, config.kv_heads, config.ffn_dim, PARAMETERS[flavor])
+        assert shape == tuple(int(cell.replace(",", "")) for cell in (layers, dim, heads, kv_heads, ffn, parameters))
+        assert (f"{config.vocab_size:,}" in vocabulary, "tied" in vocabulary) == (True, config.tie_embeddings)
+        assert float(theta.split(",")[0]) == config.rope_theta
 
 
 def test_a_section_overrides_its_flavor():

@@ -64,7 +64,7 @@ class AttentionConfig:
     """Masks that all have to allow a pair: causal, document, chunk, sliding, or a plugin's."""
 
     kernel: str = "auto"
-    """What computes attention: flex, fold, varlen, flash, sdpa, dense; auto chooses by device and masks, and says so."""
+    """What computes attention: flex, fold, varlen, flash, sdpa, dense; auto chooses by device and masks."""
 
     def __post_init__(self) -> None:
         _require(len(self.masks) > 0, "attention.masks is empty: name one at least, causal for no mask but the order.")
@@ -203,6 +203,7 @@ def load(argv: list[str]) -> Config:
         if name not in _fields(kind):
             raise unknown(f"section in {_origin(origins, name)}", name, _fields(kind))
     for name, section in _fields(kind).items():
+        assert isinstance(section.type, type)
         sections[name] = _section(section.type, name, settings.get(name, {}), origins)
     return tyro.cli(
         kind,
@@ -369,7 +370,8 @@ def _tables(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
             tables = [tomli.loads(f"table = {word}")["table"] for word in words]
             return _adapter(kind).validate_json(json.dumps(tables), strict=True)
         except tomli.TOMLDecodeError as error:
-            raise ValueError(f"{words} are not tables as in a file, such as '{{ path = \"a.txt\" }}': {error}") from None
+            example = '{ path = "a.txt" }'
+            raise ValueError(f"{words} are not tables as in a file, such as {example!r}: {error}") from None
         except pydantic.ValidationError as error:
             raise ValueError(_first(error)) from None
 

@@ -158,6 +158,10 @@ def _check_window_is_used(config: Config, window: curriculum.Curriculum) -> None
     row = torch.arange(length, dtype=torch.int32)[None]
     masks = [mask.registry.get(name) for name in config.attention.masks]
     reads = any(not torch.equal(allow(row, 1), allow(row, length)) for allow in masks) or length == 1
+    for asked in config.validation.windows:
+        if asked > length or not reads:
+            why = f"a row has {length} tokens" if asked > length else f"attention.masks = {config.attention.masks}"
+            raise ConfigError(f"validation.windows = {config.validation.windows}: {asked} has no meaning, {why}.")
     seen = {window(step) for step in {0, config.training.steps // 2, config.training.steps - 1}}
     if not reads and seen != {length}:
         raise ConfigError(

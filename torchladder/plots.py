@@ -90,13 +90,7 @@ def report(runs: Sequence[Path], path: Path) -> None:
     Raises:
         ConfigError: as ``ladder``, or no run is given.
     """
-    if not runs:
-        raise ConfigError("no runs to draw: name at least one.")
-    files = [run / "metrics.jsonl" if run.is_dir() else run for run in runs]
-    folders = [file.resolve().parent for file in files]
-    # The whole path where two folders have one name.
-    names = [one.name if [other.name for other in folders].count(one.name) == 1 else str(one) for one in folders]
-    curves = {name: Curves.read(file) for name, file in zip(names, files, strict=True)}
+    curves = read(runs)
     units = [_unit(kind, max(getattr(run, kind)[-1] for run in curves.values())) for kind in UNITS]
     with _style():
         figure = _figure(12, 5.8)
@@ -199,6 +193,24 @@ def _draw_mask(axes: Axes, start: torch.Tensor) -> None:
 
 
 # --- what a run left -------------------------------------------------------------------------------------------------
+
+
+def read(runs: Sequence[Path]) -> dict[str, Curves]:
+    """Returns what runs reported, by the names of their folders.
+
+    Args:
+        runs: folders of runs, or their metrics.jsonl.
+
+    Raises:
+        ConfigError: as ``Curves.read``, or no run is given.
+    """
+    if not runs:
+        raise ConfigError("no runs to draw: name at least one.")
+    files = [run / "metrics.jsonl" if run.is_dir() else run for run in runs]
+    folders = [file.resolve().parent for file in files]
+    # The whole path where two folders have one name.
+    names = [one.name if [other.name for other in folders].count(one.name) == 1 else str(one) for one in folders]
+    return {name: Curves.read(file) for name, file in zip(names, files, strict=True)}
 
 
 class Curves:

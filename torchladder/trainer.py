@@ -21,6 +21,7 @@ from torchladder.generate import generate
 from torchladder.metrics import Metrics, Run
 from torchladder.models import attention
 from torchladder.plan import Plan, lines
+from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Trainer:
 
     def train(self) -> None:
         """Trains from the current step to the last."""
-        config, steps = self.config, self.config.training.steps
+        config, first, steps = self.config, self.step, self.config.training.steps
         gc.disable()
         with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, self.step) as profiler:
             if self.step == 0:
@@ -81,6 +82,8 @@ class Trainer:
                     if self.step % config.training.gc_freq == 0:
                         gc.collect(1)
                 self.checkpointer.poll()
+                if self.step == first + 1:  # compiled, connected, warm
+                    self.ranks.set_timeout(config.comm.train_timeout_seconds)
                 profiler.step()
             self.checkpointer.wait()
         gc.enable()
@@ -193,12 +196,20 @@ class Trainer:
     # --- building -----------------------------------------------------------------------------------------------------
 
     def _tokenizer(self) -> data.Tokenizer | None:
-        section = self.config.data
-        return data.tokenizer.registry.build(
+        section, model = self.config.data, models.registry.resolve(self.config.model)
+        tokenizer = data.tokenizer.registry.build(
             self.config.tokenizer,
             texts=lambda: data.training_texts(section),
             cache=data.cache_path(section.cache_folder),
         )
+        if tokenizer is None and self.config.samples.prompts:
+            raise ConfigError("samples.prompts needs a tokenizer, and tokenizer.name is 'none'.")
+        if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size = {model.vocab_size}: "
+                f"set model.vocab_size to {tokenizer.vocab_size} or more."
+            )
+        return tokenizer
 
     def _loader(self, split: str) -> data.Loader:
         batch = self.plan.batch
@@ -255,17 +266,19 @@ class Trainer:
         """Says what the run will do, and writes its resolved settings."""
         if not self.ranks.first:
             return
+        config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.toml").write_text(self.config.to_toml())
-        said = [*lines(self.plan), f"kernel      {self.kernel.name}: {self.kernel.why}"]
+        (self.folder / "config.toml").write_text(config.to_toml())
+        said = [config.job.description] if config.job.description else []
+        said += [*lines(self.plan), f"kernel      {self.kernel.name}: {self.kernel.why}"]
         said += [f"data        {line}" for line in self.loader.describe()]
         said += [f"            {line}" for line in self.validation.describe()] if self.validation else []
         if self.step:
             said.append(f"resume      after step {self.step:,}")
         for line in said:
             logger.info(line)
-        if self.config.job.print_config:
-            logger.info("settings:\n%s", self.config.to_toml())
+        if config.job.print_config:
+            logger.info("settings:\n%s", config.to_toml())
 
     def _report(self, window: int, loss: Tensor, norm: Tensor, lr: float, pairs: int) -> None:
         """Counts a step, and reports the ones that are due; only those wait for the accelerator."""

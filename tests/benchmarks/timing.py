@@ -1,21 +1,24 @@
 """How the benchmarks measure: everything that is compared runs in turns in one process, and the best turn counts."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 
+Name = TypeVar("Name", bound=Hashable)
 
-def seconds(work: Mapping[str, Callable[[], object]], turns: int = 5) -> dict[str, float]:
-    """Returns the shortest time of each piece of work, after one turn that does not count."""
+
+def seconds(work: Mapping[Name, Callable[[], object]], turns: int = 5, warm: bool = True) -> dict[Name, float]:
+    """Returns the shortest time of each piece of work, if ``warm`` after one turn that does not count."""
     best = dict.fromkeys(work, float("inf"))
-    for turn in range(turns + 1):
+    for turn in range(turns + warm):
         for name, run in work.items():
             begin = time.perf_counter()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if turn:
+            if turn or not warm:
                 best[name] = min(best[name], time.perf_counter() - begin)
     return best
 

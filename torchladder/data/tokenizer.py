@@ -30,6 +30,11 @@ SPACE = "▁"
 """How SentencePiece writes a space inside its pieces, so it cannot tell a literal U+2581 from one."""
 
 
+@register("none")
+def none() -> None:
+    """No tokenizer: all sources are tokens already, and no text is sampled."""
+
+
 @register("bytes")
 class Bytes(Tokenizer):
     """UTF-8 bytes as tokens 0 to 255, and 256 to end a document."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchladder.registry import ConfigError
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ class Ranks:
         """Whether this process speaks for the run: logs, pictures, files."""
         return self.rank == 0
 
-    def sum(self, value: float) -> float:
+    def sum(self, value: Number) -> Number:
         """Returns the sum of a number over all ranks."""
         return self._reduce(value, dist.ReduceOp.SUM)
 
-    def max(self, value: float) -> float:
+    def max(self, value: Number) -> Number:
         """Returns the largest of a number over all ranks."""
         return self._reduce(value, dist.ReduceOp.MAX)
 
@@ -53,12 +56,18 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def set_timeout(self, seconds: int) -> None:
+        """Changes after how long a collective counts as hung, once all ranks are past the slow start."""
+        if self.size > 1:
+            self.barrier()
+            _set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
     def barrier(self) -> None:
         """Waits until every rank is here."""
         if self.size > 1:
             dist.barrier()
 
-    def _reduce(self, value: float, op: dist.ReduceOp.RedOpType) -> float:
+    def _reduce(self, value: Number, op: dist.ReduceOp.RedOpType) -> Number:
         if self.size == 1:
             return value
         # On the CPU, through gloo: the accelerator is never waited for. float64 holds counts below 2**53 exactly.
@@ -88,7 +97,9 @@ def join(config: CommConfig) -> Ranks:
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=config.init_timeout_seconds),
         # Without torchrun there is nobody to meet: a store in this process's own memory is enough.
-        **({} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
+        store=None if "RANK" in os.environ else dist.HashStore(),
+        rank=rank,
+        world_size=size,
     )
     return Ranks(rank, size, device)
 
