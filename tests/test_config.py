@@ -168,8 +168,8 @@ def test_help_explains_every_key(capsys):
         config.load(["--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    for section, field in config._fields(config._config_type({}, [])).items():
-        for key in config._fields(field.type):
+    for section, field in config.fields(config.config_type({}, [])).items():
+        for key in config.fields(field.kind):
             assert f"--{section}.{key}" in shown, f"--help lacks {section}.{key}"
 
 

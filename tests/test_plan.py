@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchladder import commands, config, mask
+from torchladder import commands, config, mask, models
 from torchladder import plan as plans
 from torchladder.commands import plan as command
 from torchladder.registry import ConfigError
@@ -28,7 +28,7 @@ def test_flops_are_the_sum_over_all_steps():
     plan = plans.make(load("debug", "--attention.masks", "chunk", "--training.steps", "7"))
     row = torch.arange(plan.config.training.seq_len, dtype=torch.int32)[None]
     with torch.device("meta"):
-        model = config.models.registry.build(plan.config.model, attend=None, seq_len=row.shape[1])
+        model = models.registry.build(plan.config.model, attend=None, seq_len=row.shape[1])
     rows = plan.batch.rows
     expected = sum(
         model.flops(rows * row.shape[1], rows * mask.pairs(mask.chunk(row, plan.window(step)))) for step in range(7)
