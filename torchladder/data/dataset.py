@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from torchladder.data.base import IGNORED, Batch
 from torchladder.data.corpus import Corpus
 from torchladder.data.mixture import Mixture
-from torchladder.data.packing import Packing
+from torchladder.data.packing import Spans
 
 
 class Rows(Dataset[Batch]):
@@ -20,7 +20,7 @@ class Rows(Dataset[Batch]):
 
     Args:
         corpora: tokens of each source.
-        packings: rows of each source.
+        packings: rows of each source, in the order in which they are read.
         mixture: which source a global row comes from.
         seq_len: tokens in a row.
         count: global rows there are; rows from there on are padding. None without end.
@@ -29,7 +29,7 @@ class Rows(Dataset[Batch]):
     def __init__(
         self,
         corpora: Sequence[Corpus],
-        packings: Sequence[Packing],
+        packings: Sequence[Callable[[int], Spans]],
         mixture: Mixture,
         seq_len: int,
         count: int | None = None,

@@ -24,6 +24,7 @@ from torchladder.data.corpus import INDEXED, Corpus, Opener, SourceConfig
 from torchladder.data.dataset import RankRows, Rows
 from torchladder.data.mixture import Mixture
 from torchladder.data.packing import Order, Packing
+from torchladder.data.shuffle import RowOrder, Shuffled
 from torchladder.registry import ConfigError
 
 
@@ -49,7 +50,7 @@ class RowLoader:
     packing: str = "stream"
     """How documents fill rows."""
     shuffle: bool = True
-    """Read the documents of each epoch in an order of its own."""
+    """Read documents, and the rows that they fill, in an order of their own each epoch."""
     seed: int = 0
     """Decides the order of documents."""
     bos: bool = False
@@ -186,6 +187,16 @@ class RowLoader:
         part = packings.registry.get(self.packing)
         return part(lengths=corpus.lengths, seq_len=self.seq_len, order=order, epochs=1 if validation else None)
 
+    def _ordered(self) -> list[Packing | Shuffled]:
+        """Returns each source's rows in the order in which they are read.
+
+        Rows of validation come in random order, too, the same for every run: the first few speak for all.
+        """
+        if self.split == "train" and not self.shuffle:
+            return list(self._packings)
+        seed = self.seed if self.split == "train" else 0
+        return [Shuffled(packed, RowOrder(packed.epoch_rows, seed, n)) for n, packed in enumerate(self._packings)]
+
     def _data_loader(self) -> StatefulDataLoader:
         sampler = RankRows(
             self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size, self.rows, self._first
@@ -193,7 +204,7 @@ class RowLoader:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # of torchdata's own making
             return StatefulDataLoader(
-                Rows(self._corpora, self._packings, self._mixture, self.seq_len, self.rows),
+                Rows(self._corpora, self._ordered(), self._mixture, self.seq_len, self.rows),
                 batch_size=None,  # the sampler yields whole micro-batches
                 sampler=sampler,
                 num_workers=self.num_workers,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -35,10 +36,14 @@ class Packing(Protocol):
 
     Attributes:
         rows: how many rows there are, None when they never end.
+        epoch_rows: rows that read every document once.
     """
 
     @property
     def rows(self) -> int | None: ...
+
+    @property
+    def epoch_rows(self) -> Fraction: ...
 
     def __call__(self, row: int) -> Spans:
         """Returns the spans of row ``row``: ``seq_len + 1`` tokens at most, the last one only a label."""
@@ -99,6 +104,10 @@ class Stream:
     order: Callable[[int], np.ndarray]
     epochs: int | None = None
     _passes: dict[int, _Epoch] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def epoch_rows(self) -> Fraction:
+        return Fraction(self._tokens, self.seq_len)
 
     @property
     def rows(self) -> int | None:
