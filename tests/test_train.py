@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from torchladder import train
 
@@ -179,3 +180,31 @@ def test_flex_says_that_it_cannot_train_on_a_cpu(tmp_path, capsys):
     assert train.main([*DEBUG, "--job.dump_folder", str(tmp_path), "--attention.kernel", "flex"]) == 2
     assert "flex" in capsys.readouterr().err
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_seed_checkpoint_begins_a_run_with_the_same_weights(whole, tmp_path):
+    run_without_lines = [*DEBUG, "--job.dump_folder", str(tmp_path), "--checkpoint.enable"]
+    assert train.main([*run_without_lines, "--checkpoint.create_seed_checkpoint"]) == 0
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-0"]
+    assert losses(run(tmp_path, "--checkpoint.enable")) == losses(lines(whole))
+
+
+def test_the_last_checkpoint_may_hold_weights_alone_in_another_type(tmp_path, capsys):
+    saving = ["--checkpoint.enable", "--training.steps", "3", "--checkpoint.interval", "2"]
+    run(tmp_path, *saving, "--checkpoint.last_save_model_only", "--checkpoint.export_dtype", "bfloat16")
+    metadata = dcp.FileSystemReader(tmp_path / "checkpoint" / "step-3").read_metadata().state_dict_metadata
+    assert all(name.startswith("model.") for name in metadata)
+    assert {value.properties.dtype for value in metadata.values()} == {torch.bfloat16}
+    # Such a run cannot go on, and says how another one begins with its weights.
+    assert train.main([*DEBUG, "--job.dump_folder", str(tmp_path), *saving, "--training.steps", "4"]) == 2
+    assert "initial_load_path" in capsys.readouterr().err
+    other = ["--checkpoint.enable", "--checkpoint.initial_load_path", str(tmp_path / "checkpoint" / "step-3")]
+    assert run(tmp_path / "other", *other, "--training.steps", "2")[0]["step"] == 0
+
+
+PHASES = [
+    "--data.phases",
+    "{ from_step = 0, rope_theta = 5000.0 }",
+    "{ from_step = 5, rope_theta = 20000.0, lr_factor = 0.5 }",
+    "{ from_share = 0.5, rope_theta = 1e6, window = 32 }",
+]

@@ -68,6 +68,12 @@ class CheckpointConfig:
     last_save_model_only: bool = False
     """Save only the weights at the end of the run."""
 
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights that last_save_model_only saves."""
+
+    create_seed_checkpoint: bool = False
+    """Save the initial state as step-0 and stop: runs of any layout can begin with the same weights."""
+
     load_only: bool = False
     """Load, but never save."""
 
@@ -77,6 +83,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise ConfigError(f"checkpoint.interval = {self.interval}: must be 1 or more.")
+        if self.create_seed_checkpoint and (not self.enable or self.load_only):
+            raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable, and not load_only.")
         if self.keep_latest_k < 0 or self.keep_latest_k == 1:
             raise ConfigError(
                 f"checkpoint.keep_latest_k = {self.keep_latest_k}: must be 0 (all) or 2 and more; "
@@ -122,7 +130,11 @@ class Checkpointer:
             partial.mkdir(parents=True)
             (partial / RUN).write_text(json.dumps(run, indent=2) + "\n")
         dist.barrier()
-        state = self._state(model_only=last and self.config.last_save_model_only)
+        exports = last and self.config.last_save_model_only
+        state = self._state(model_only=exports or step == 0)  # before the first step an optimizer has no state
+        if exports:
+            dtype = getattr(torch, self.config.export_dtype)
+            state["model"] = {name: weight.to(dtype) for name, weight in state["model"].items()}
         if self.config.async_mode == "async" and not last:
             future = dcp.async_save(state, checkpoint_id=partial)
             assert isinstance(future, Future)
@@ -177,9 +189,10 @@ class Checkpointer:
         return None
 
     def _load(self, path: Path, model_only: bool) -> dict[str, Any]:
+        run = json.loads((path / RUN).read_text())
         metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         has_optimizer = any(key.startswith("optimizer") for key in metadata)
-        model_only = model_only or "optimizer" in self.config.exclude_from_loading
+        model_only = model_only or run["step"] == 0 or "optimizer" in self.config.exclude_from_loading
         if not model_only and not has_optimizer:
             raise ConfigError(
                 f"{path} holds only weights, so the run cannot continue from it. Start a new one from it with "
@@ -197,7 +210,7 @@ class Checkpointer:
             for group, own in zip(self.optimizer.param_groups, settings, strict=True):
                 group.update(own)  # the run's settings, not those of the run that saved
         logger.info("loaded %s%s", path, " (weights only)" if model_only else "")
-        return json.loads((path / RUN).read_text())
+        return run
 
     def _state(self, model_only: bool) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, () if model_only else self.optimizer)

@@ -65,6 +65,9 @@ class Trainer:
     def train(self) -> None:
         """Trains from the current step to the last."""
         config, first, steps = self.config, self.step, self.config.training.steps
+        if config.checkpoint.create_seed_checkpoint:
+            self.checkpointer.save(0, self.state())
+            return
         gc.disable()
         with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, self.step) as profiler:
             if self.step == 0:
