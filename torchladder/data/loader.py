@@ -119,7 +119,8 @@ class RowLoader:
 
     def describe(self) -> list[str]:
         """Returns one line on the whole and one on each source."""
-        order = f"shuffled with seed {self.seed}" if self.shuffle and self.rows is None else "in order"
+        order = f"shuffled with seed {self.seed}" if self.shuffle else "in order"
+        order = order if self.split == "train" else "always the same order"
         total = "" if self.rows is None else f", {self.rows:,} rows"
         lines = [f"{self.split}: {self.packing}, {order}, {sum(c.tokens for c in self._corpora):,} tokens{total}"]
         for corpus, share in zip(self._corpora, self._mixture.shares, strict=True):
