@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchladder.data import indexed
-from torchladder.data.indexed import DTYPES, Indexed, Writer, dtype_for
+from torchladder.data.formats import indexed
+from torchladder.data.formats.indexed import DTYPES, Indexed, Writer, dtype_for
 from torchladder.registry import ConfigError
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchladder import data
 from torchladder.data import SourceConfig
 from torchladder.data.corpus import Opener
-from torchladder.data.indexed import Writer
+from torchladder.data.formats.indexed import Writer
 from torchladder.data.loader import RowLoader
 from torchladder.data.tokenizer import Bytes
 from torchladder.registry import ConfigError
@@ -40,7 +40,7 @@ def load(folder, **changes):
     facts = dict(
         seq_len=16, split="train", tokenizer=Bytes(), dp_rank=0, dp_degree=1, local_batch_size=2, global_batch_size=8
     )
-    facts |= {key: changes.pop(key) for key in list(changes) if key in facts}
+    facts |= {key: changes.pop(key) for key in list(changes) if key in {*facts, "steps"}}
     base = {
         "sources": [SourceConfig(path=f"{folder}/a.bin", weight=2), SourceConfig(path=f"{folder}/b.bin")],
         "validation_sources": [],
@@ -88,7 +88,7 @@ def test_rows_are_the_documents_in_order(folder):
     pairs = [
         Opener(None, folder, 0, False).open(SourceConfig(path=f"{folder}/many/{i}.bin"), "train") for i in (1, 2, 3)
     ]
-    documents = [pair.pairs[0][i].tolist() for pair in pairs for i in range(len(pair.lengths))]
+    documents = [pair.shards[0][i].tolist() for pair in pairs for i in range(len(pair.lengths))]
     stream = itertools.cycle([(token, place) for document in documents for place, token in enumerate(document)])
     reference = list(itertools.islice(stream, 40 * 16 + 1))
     tokens, labels, positions = take(loader, 5)
@@ -183,12 +183,12 @@ def test_validation_reads_every_label_once_and_ranks_agree_on_the_count(folder, 
         for d in range(degree)
     ]
     loader = text(folder, split="validation", validation_fraction=0.3)
-    corpus = loader._corpora[0]
+    corpus = loader._supply.corpora[0]
     assert loader.rows == -(-(corpus.tokens - 1) // 16)
     assert len({len(batches) for batches in ranks}) == 1
     labels = torch.cat([batch.labels.flatten() for batches in ranks for batch in batches])
     kept = labels[labels != data.IGNORED]
-    every = np.concatenate([corpus.pairs[0][i] for i in range(len(corpus.lengths))])
+    every = np.concatenate([corpus.shards[0][i] for i in range(len(corpus.lengths))])
     assert sorted(kept.tolist()) == sorted(every[1:].tolist())
     assert sum(batch.num_labels for batches in ranks for batch in batches) == corpus.tokens - 1
 
@@ -217,11 +217,11 @@ def test_padding_is_a_document_of_its_own(folder):
 
 
 def test_held_out_documents_are_never_trained_on(folder, monkeypatch):
-    monkeypatch.setattr(RowLoader, "_ordered", lambda loader: loader._packings)  # text is easier to read in order
+    monkeypatch.setattr(RowLoader, "_order", lambda *_: int)  # text is easier to read in order
     decode = Bytes().decode
     validation = "".join(decode(row.tolist()) for batch in text(folder, split="validation") for row in batch.tokens)
     loader = text(folder, shuffle=False)
-    steps = -(-loader._corpora[0].tokens // 16)
+    steps = -(-loader._supply.corpora[0].tokens // 16)
     train = "".join(decode(row.tolist()) for _ in range(steps) for row in next(loader).tokens)
     held = [i for i in range(200) if data.sources.held_out(f"text.jsonl:{i + 1}", 0.02)]
     assert held
@@ -232,10 +232,10 @@ def test_held_out_documents_are_never_trained_on(folder, monkeypatch):
 
 def test_named_validation_sources_leave_all_documents_for_training(folder):
     changes = dict(validation_sources=[SourceConfig(path=f"{folder}/b.bin"), SourceConfig(path=f"{folder}/a.idx")])
-    assert len(text(folder, **changes)._corpora[0].lengths) == 200
+    assert len(text(folder, **changes)._supply.corpora[0].lengths) == 200
     loader = text(folder, split="validation", **changes)
     labels = torch.cat([batch.labels.flatten() for batch in loader])
-    assert int((labels != data.IGNORED).sum()) == sum(corpus.tokens - 1 for corpus in loader._corpora)
+    assert int((labels != data.IGNORED).sum()) == sum(corpus.tokens - 1 for corpus in loader._supply.corpora)
 
 
 def test_tokens_alone_have_nothing_to_validate_on(folder):
@@ -274,7 +274,7 @@ def test_the_report_names_sources_shares_and_epochs(folder):
     whole, *lines = load(folder).describe()
     assert "shuffled with seed 0" in whole
     assert "a.bin: 66.7% of the rows, 30 documents" in lines[0]
-    tokens = load(folder)._corpora[1].tokens
+    tokens = load(folder)._supply.corpora[1].tokens
     assert f"{tokens:,} tokens, an epoch every {tokens / 16 * 3 / 8:.1f} steps" in lines[1]
     assert "rows" in text(folder, split="validation").describe()[0]
 

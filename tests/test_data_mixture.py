@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchladder.data.mixture import Mixture
+from torchladder.data.mixing.mixture import Mixture
 from torchladder.registry import ConfigError
 
 weights = st.one_of(st.integers(1, 9), st.floats(0.05, 5), st.sampled_from([0.1, 0.7, 1e-2, 12_040_045.571]))

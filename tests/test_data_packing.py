@@ -3,7 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchladder.data.packing import Order, Stream, registry
+from torchladder.data.packing.base import registry
+from torchladder.data.packing.shuffle import Order
+from torchladder.data.packing.stream import Stream
 from torchladder.registry import ConfigError
 
 documents = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)

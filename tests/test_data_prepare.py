@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchladder.data import sources
 from torchladder.data.base import Tokenizer
 from torchladder.data.cache import build_once, cache_path
-from torchladder.data.indexed import Indexed
-from torchladder.data.prepare import prepare, tokenize
+from torchladder.data.formats.indexed import Indexed
+from torchladder.data.prepare.cached import prepare, tokenize
+from torchladder.data.text import sources
 from torchladder.data.tokenizer import Bytes
 from torchladder.registry import ConfigError
 
@@ -67,7 +67,7 @@ def test_the_cache_is_reused_until_something_matters(folder, tmp_path, monkeypat
     def reads(source, tokenizer, **settings):
         seen = []
         original = tokenizer.encode_batch
-        monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: seen.append(1) or original(texts), raising=False)
+        monkeypatch.setattr(tokenizer, "encode_batch", lambda *a: seen.append(1) or original(*a), raising=False)
         return prepare(source, tokenizer, cache, **settings), bool(seen)
 
     assert reads(sources.text(str(folder)), Bytes()) == (first, False)
@@ -93,7 +93,7 @@ def test_the_cache_is_reused_until_something_matters(folder, tmp_path, monkeypat
     assert len(made) == 7
 
 
-@pytest.mark.parametrize(("shift", "vocab_size", "token"), [(10, 200, 205), (-33, 300, -23)])
+@pytest.mark.parametrize(("shift", "vocab_size", "token"), [(10, 200, 205), (-33, 300, -1)])
 def test_a_token_outside_the_vocabulary_is_an_error_and_leaves_nothing(folder, tmp_path, shift, vocab_size, token):
     with pytest.raises(ConfigError, match=rf"000\.txt: the tokenizer gives token {token}, .* has {vocab_size}"):
         prepare(sources.text(str(folder)), Shifted(vocab_size, shift), tmp_path / "cache")

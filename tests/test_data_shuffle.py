@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchladder.data.shuffle import RowOrder, permute
+from torchladder.data.packing.shuffle import RowOrder, permute
 
 
 @given(st.integers(1, 2000), st.integers(0, 10**9))

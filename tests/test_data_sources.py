@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchladder.data import sources
+from torchladder.data.text import sources
 from torchladder.registry import ConfigError
 
 
@@ -19,9 +19,8 @@ def folder(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\r\n\ttwo é".encode())
     (tmp_path / "b" / "c.py").write_text("print(1)\n")
     (tmp_path / "b" / "d.md").write_text("# head\n")
-    (tmp_path / "b" / "empty.txt").write_text("")
-    (tmp_path / "b" / "table.csv").write_text("1,2\n")
-    lines = [{"text": "first", "note": "n1"}, {"text": "", "note": "n2"}, {"text": "line\nbreak", "note": "n3"}]
+    (tmp_path / "b" / "picture.png").write_bytes(b"\x89")
+    lines = [{"text": "first", "note": "n1"}, {"text": "line\nbreak", "note": "n2"}]
     (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     return tmp_path
 
@@ -32,21 +31,21 @@ def test_a_folder_is_read_to_the_bottom(folder):
         "b/c.py": "print(1)\n",
         "b/d.md": "# head\n",
         "e.jsonl:1": "first",
-        "e.jsonl:3": "line\nbreak",
+        "e.jsonl:2": "line\nbreak",
     }
 
 
 def test_globs_lists_and_files(folder, monkeypatch):
     assert set(texts(sources.text(f"{folder}/**/*.py"))) == {"b/c.py"}
     assert set(texts(sources.text([f"{folder}/b", f"{folder}/a.txt"]))) == {"c.py", "d.md", "a.txt"}
-    assert set(texts(sources.text(f"{folder}/*"))) == {"a.txt", "b/c.py", "b/d.md", "e.jsonl:1", "e.jsonl:3"}
+    assert set(texts(sources.text(f"{folder}/*"))) == {"a.txt", "b/c.py", "b/d.md", "e.jsonl:1", "e.jsonl:2"}
     monkeypatch.chdir(folder)
     assert set(texts(sources.text("b/*.md"))) == {"d.md"}
     assert set(texts(sources.text("a.txt"))) == {"a.txt"}
 
 
 def test_the_key_of_the_text_is_a_setting(folder):
-    assert list(texts(sources.text(f"{folder}/e.jsonl", text_key="note")).values()) == ["n1", "n2", "n3"]
+    assert list(texts(sources.text(f"{folder}/e.jsonl", text_key="note")).values()) == ["n1", "n2"]
 
 
 def test_identities_do_not_depend_on_the_place(folder, tmp_path_factory):
@@ -62,8 +61,8 @@ def test_identities_do_not_depend_on_the_place(folder, tmp_path_factory):
     [
         ("none/*.txt", r"no file matches 'none/\*.txt'"),
         ("missing.txt", "no file matches 'missing.txt'"),
-        ("b/table.csv", r"'b/table.csv' names no text file. Known: .txt, .py, .md, .jsonl"),
-        ("b/*.csv", r"'b/\*.csv' names no text file"),
+        ("b/picture.png", r"'b/picture.png' names no text file. Known: .jsonl, .txt, .md, .py, .parquet, .csv"),
+        ("b/*.png", r"'b/\*.png' names no text file"),
         ("", "needs a path"),
         ([], "needs a path"),
     ],
@@ -77,8 +76,8 @@ def test_paths_that_name_nothing(folder, monkeypatch, path, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", r"x\.jsonl:2 is not JSON"),
-        ("[1, 2]", r"x\.jsonl:2 holds a list"),
+        ("{not json", r"x\.jsonl:2: not JSON"),
+        ("[1, 2]", r"x\.jsonl:2: holds a list"),
         ('{"texts": "a"}', r"x\.jsonl:2: text_key: unknown key 'text'. Did you mean 'texts'\? Known: texts"),
         ('{"text": 5}', r"x\.jsonl:2: 'text' holds a int, not a string"),
     ],
@@ -89,14 +88,17 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         list(sources.text(str(tmp_path)).documents())
 
 
-def test_what_is_not_utf8_is_skipped(tmp_path):
+def test_what_cannot_be_read_is_an_error_or_counted(tmp_path, caplog):
     (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfa\xffb\xc3")
-    (tmp_path / "y.jsonl").write_bytes(b'{"text": "c\\ud800d"}\n')
-    assert list(texts(sources.text(str(tmp_path))).values()) == ["ab", "cd"]
+    (tmp_path / "y.jsonl").write_bytes(b'{"text": "c\\ud800d"}\n{"text": "fine"}\n')
+    with pytest.raises(ConfigError, match=r"x\.txt: not UTF-8"):
+        texts(sources.text(str(tmp_path)))
+    assert list(texts(sources.text(str(tmp_path), on_error="skip")).values()) == ["fine"]
+    assert "2 documents not UTF-8, first" in caplog.text
+    assert list(texts(sources.text(str(tmp_path), on_error="repair")).values()) == ["ab", "cd", "fine"]
 
 
 def test_sizes_add_up(folder):
-    (folder / "b" / "empty.txt").unlink()
     source = sources.text([f"{folder}/a.txt", f"{folder}/b"])
     assert sum(document.size for document in source.documents()) == source.size() > 0
 
@@ -110,6 +112,7 @@ def test_the_stamp_sees_changes_and_the_fingerprint_only_content(folder):
     (folder / "a.txt").write_bytes(b"other")
     assert source.fingerprint() != fingerprint
     assert sources.text(str(folder), text_key="note").fingerprint() != source.fingerprint()
+    assert sources.text(str(folder), on_error="skip").fingerprint() != source.fingerprint()
 
 
 def test_python_stdlib_is_large_and_ordered():

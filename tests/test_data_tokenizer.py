@@ -1,4 +1,10 @@
+import base64
 import itertools
+import json
+import pickle
+import sys
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torchladder.data import tokenizer
+from torchladder.data.tokenizer.tiktoken import _parts
 from torchladder.registry import ConfigError
 
 TEXTS = [f"def f{i}(self):\n    if x:\n\treturn {i} * 'ab c'\n\n\n        # naïve café\n" * 5 for i in range(60)]
+PROSE = Path(textwrap.__file__).read_text().split("\n\n")
 HARD = [
     "",
     " ",
@@ -81,7 +89,7 @@ def test_training_is_deterministic_and_cached(tmp_path, monkeypatch):
     assert first.fingerprint == second.fingerprint
     other = tokenizer.sentencepiece(lambda: iter(TEXTS), tmp_path / "a", vocab_size=380)
     assert other.fingerprint != first.fingerprint
-    monkeypatch.setattr(tokenizer, "_train", None)  # would raise if it were called
+    monkeypatch.setattr(tokenizer.training, "train", None)  # would raise if it were called
     again = tokenizer.sentencepiece(lambda: iter(TEXTS), tmp_path / "a", vocab_size=400)
     assert again.fingerprint == first.fingerprint
 
@@ -132,11 +140,7 @@ def test_too_little_text_is_an_error_and_leaves_no_model(tmp_path):
 @given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 100))
 def test_the_sample_is_spread_and_bounded(sizes, budget):
     texts = [f"{i:03}" + "x" * size for i, size in enumerate(sizes)]
-    original, tokenizer.BUDGET = tokenizer.BUDGET, budget
-    try:
-        sample = tokenizer._sample(texts)
-    finally:
-        tokenizer.BUDGET = original
+    sample = tokenizer.training.sample(texts, budget)
     assert sum(map(len, sample)) <= budget
     assert bool(sample) == bool(texts)
     numbers = [int(text[:3]) for text in sample if len(text) >= 3]
@@ -145,4 +149,191 @@ def test_the_sample_is_spread_and_bounded(sizes, budget):
 
 @given(st.text(alphabet="ab \n\r\u2028", max_size=300), st.integers(1, 20))
 def test_paragraphs_are_the_text(text, limit):
-    assert "".join(tokenizer._paragraphs(text, limit)) == text
+    assert "".join(tokenizer.training._paragraphs(text, limit)) == text
+
+
+# --- files of other formats -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def byte_bpe():
+    return tokenizer.train(PROSE, tokenizer.Training(kind="byte-bpe", vocab_size=600))
+
+
+@pytest.fixture(scope="module")
+def ranks(byte_bpe):
+    """A rank file of the same merges: what a token's text stands for as bytes, by rank."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spelled = {chr(byte): byte for byte in printable}
+    rest = [byte for byte in range(256) if byte not in printable]
+    spelled |= {chr(256 + number): byte for number, byte in enumerate(rest)}
+    vocabulary = json.loads(byte_bpe["tokenizer.json"])["model"]["vocab"]
+    tokens = [bytes(spelled[letter] for letter in token) for token in sorted(vocabulary, key=vocabulary.get)[2:]]
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, byte_bpe, ranks):
+    """Paths of one tokenizer of each format."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    unigram = tokenizer.train(PROSE, tokenizer.Training(kind="unigram", vocab_size=600))
+    for name, files in {"json": byte_bpe, "unigram": unigram, "llama3": {"tokenizer.model": ranks}}.items():
+        (folder / name).mkdir()
+        for file, content in files.items():
+            (folder / name / file).write_bytes(content)
+    return {name: str(folder / name) for name in ("json", "unigram", "llama3")} | {"bytes": "bytes"}
+
+
+FORMATS = ["json", "unigram", "llama3", "bytes"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("text", [*HARD, "<|end_of_text|><|begin_of_text|>"])
+def test_hard_texts_come_back_from_every_format(places, name, text):
+    exact(tokenizer.load(places[name]), text)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_text_comes_back_from_every_format(places, name):
+    part = tokenizer.load(places[name])
+
+    @given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\t▁a<"))))
+    @settings(max_examples=60, deadline=None)
+    def check(text):
+        exact(part, text)
+
+    check()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_sent_to_workers(places, name):
+    part = tokenizer.load(places[name])
+    sent = pickle.loads(pickle.dumps(part))
+    assert sent.fingerprint == part.fingerprint
+    assert (sent.bos, sent.eos, sent.vocab_size) == (part.bos, part.eos, part.vocab_size)
+    many = [ids.tolist() for ids in part.encode_batch(HARD, threads=2)]
+    assert many == [ids.tolist() for ids in sent.encode_batch(HARD)] == [part.encode(text) for text in HARD]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_special_ids_leave_no_trace_in_any_format(places, name):
+    part = tokenizer.load(places[name])
+    ends = [end for end in (part.bos, part.eos) if end is not None]
+    assert part.decode([*ends, *part.encode("ab"), *ends, part.vocab_size + 7, -1]) == "ab"
+
+
+def test_ranks_and_merges_give_the_same_tokens(places):
+    merges, ranks = tokenizer.load(places["json"]), tokenizer.load(places["llama3"])
+    assert (merges.bos, merges.eos, merges.vocab_size) == (0, 1, 600)
+    assert (ranks.bos, ranks.eos, ranks.vocab_size) == (598, 599, 598 + 256)  # Llama 3's has 256 special ones on top
+    for text in [*PROSE[:3], *HARD]:
+        assert [token - 2 for token in merges.encode(text)] == ranks.encode(text)
+
+
+def test_long_runs_are_cut_as_llama3_cuts_them():
+    run = _parts("a" * 60_000 + " " * 25_001 + "b")
+    assert [len(part) for part in run] == [25_000, 25_000, 35_000, 2]
+    assert [len(part) for part in _parts("ab " * 200_000)] == [400_000, 200_000]
+    assert _parts("") == []
+
+
+def test_a_very_long_word_comes_back(places):
+    text = "x" * 100_000 + "\n" * 60_000
+    exact(tokenizer.load(places["llama3"]), text)
+
+
+def test_the_parts_of_a_run_config_read_each_format(places, tmp_path):
+    for name, part in (("huggingface", "json"), ("tiktoken", "llama3"), ("sentencepiece", "unigram")):
+        section = {key: p.default for key, p in tokenizer.registry.parameters(name).items()}
+        built = tokenizer.registry.build(
+            SimpleNamespace(name=name, **{**section, "path": places[part]}), texts=None, cache=tmp_path
+        )
+        assert built.fingerprint == tokenizer.load(places[part]).fingerprint
+
+
+def test_a_wrong_format_says_which_one_it_is(places, tmp_path):
+    with pytest.raises(ConfigError, match=r'looks like a file for tokenizer.name = "huggingface"'):
+        tokenizer.sentencepiece(lambda: iter(()), tmp_path, path=places["json"])
+    with pytest.raises(ConfigError, match=r'looks like a file for tokenizer.name = "tiktoken"'):
+        tokenizer.huggingface(places["llama3"])
+    with pytest.raises(ConfigError, match=r"holds no tokenizer. Known: tokenizer\.json, tokenizer\.model"):
+        tokenizer.load(str(tmp_path))
+
+
+def test_the_end_of_a_tokenizer_json(places, tmp_path):
+    content = json.loads(Path(places["json"], "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["content"] = token["content"].replace("<|end_of_text|>", "<|stop|>")
+    content["model"]["vocab"]["<|stop|>"] = content["model"]["vocab"].pop("<|end_of_text|>")
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="does not tell which token ends a document: set eos_token"):
+        tokenizer.load(str(file))
+    assert tokenizer.load(str(file), eos_token="<|stop|>").eos == 1
+    with pytest.raises(ConfigError, match=r"unknown token of .* '<\|stp\|>'. Did you mean '<\|stop\|>'"):
+        tokenizer.load(str(file), eos_token="<|stp|>")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<|stop|>"}, "bos_token": None})
+    )
+    assert (tokenizer.load(str(file)).eos, tokenizer.load(str(file)).bos) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"YQ== 0\nYg== x\n", r"x\.model:2 is no token and its rank"),
+        (b"YQ== 0\nYg== 2\n", "do not count from 0"),
+        (b"YQ== 0\nYg== 1\n", "lacks some single bytes"),
+    ],
+)
+def test_a_damaged_rank_file_is_named(tmp_path, content, message):
+    (tmp_path / "x.model").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        tokenizer.load(str(tmp_path / "x.model"))
+
+
+def test_a_damaged_tokenizer_json_is_named(tmp_path):
+    for content, message in [("{", "is not JSON"), ("{}", "is no tokenizer.json")]:
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(ConfigError, match=rf"x\.json {message}"):
+            tokenizer.load(str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "name"), [("tokenizers", "hf", "json"), ("tiktoken", "tiktoken", "llama3")]
+)
+def test_a_missing_package_names_the_extra(places, monkeypatch, package, extra, name):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"needs the package {package}: .*torchladder\[{extra}\]"):
+        tokenizer.load(places[name])
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "byte-bpe"])
+def test_training_is_reproducible(kind):
+    settings = tokenizer.Training(kind=kind, vocab_size=500, special_tokens=["<pad>", "<|user|>"], split_digits=True)
+    files = tokenizer.train(PROSE, settings)
+    assert files == tokenizer.train(PROSE, settings)
+    assert files != tokenizer.train(PROSE[1:], settings)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "byte-bpe"])
+def test_special_tokens_digits_and_normalization(tmp_path, kind):
+    settings = tokenizer.Training(
+        kind=kind, vocab_size=500, special_tokens=["<pad>"], split_digits=True, normalization="nfkc"
+    )
+    for name, content in tokenizer.train(PROSE, settings).items():
+        (tmp_path / name).write_bytes(content)
+    part = tokenizer.load(str(tmp_path))
+    assert part.vocab_size == 500
+    assert part.decode(part.encode("<pad>")) == "<pad>"  # as text, not as the token
+    assert len(part.encode("1234")) >= 4
+    assert part.decode(part.encode("ﬁ")) == "fi"
+
+
+def test_the_sample_has_a_reach():
+    texts = [str(number) * 10 for number in range(10)]
+    assert tokenizer.training.sample(texts, 1000) == texts
+    assert tokenizer.training.sample(texts, 1000, reach=25) == texts[:3]

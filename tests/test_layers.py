@@ -22,8 +22,18 @@ PARTS = [
     "generate",
     "plots",
 ]
-LAYERS = [["registry"], ["mask"], PARTS, ["config"], ["plan"], ["trainer"], ["train", "commands"], ["__main__"]]
-OPTIONAL = {"flash_attn", "wandb", "matplotlib"}
+LAYERS = [
+    ["registry"],
+    ["mask"],
+    PARTS,
+    ["config"],
+    ["reading"],
+    ["plan"],
+    ["trainer"],
+    ["train", "commands"],
+    ["__main__"],
+]
+OPTIONAL = {"flash_attn", "wandb", "matplotlib", "pyarrow", "datasets", "zstandard", "tokenizers", "tiktoken", "ray"}
 """Third-party packages that may be imported inside a function: extras, and what would slow down every start."""
 
 

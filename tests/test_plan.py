@@ -1,12 +1,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from torchladder import commands, config, mask, models
 from torchladder import plan as plans
 from torchladder.commands import plan as command
+from torchladder.data.formats.indexed import Writer
 from torchladder.registry import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
@@ -84,3 +86,86 @@ def test_commands_fail_with_one_message(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["torchladder", "plam"])
     assert commands.main() == 2
     assert "plan" in capsys.readouterr().err
+
+
+# --- what the data decides -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A config over two sources of 1,000 and 500 tokens, on rows of 16 tokens and 4 rows a step."""
+    for name, tokens in (("web", 1000), ("math", 500)):
+        with Writer(tmp_path / name, np.dtype(np.uint16)) as writer:
+            for begin in range(0, tokens, 25):
+                writer.add(np.arange(begin, begin + 25) % 250)
+    sources = [f'{{ path = "{tmp_path}/{name}.bin", label = "{name}" }}' for name in ("web", "math")]
+    argv = ["--training.seq_len", "16", "--training.local_batch_size", "4", "--curriculum.initial_window", "2"]
+    validation = ["--data.validation_sources", sources[1]]
+    return ["--job.config_file", str(CONFIGS / "debug.toml"), *argv, *validation, "--data.sources", *sources]
+
+
+def test_steps_follow_from_epochs(pairs):
+    plan = plans.make(config.load([*pairs, "--training.steps", "-1", "--training.epochs", "3"]))
+    assert plan.steps == plan.config.training.steps == -(-3 * 1500 // 64)
+    assert plan.config.training.epochs is None  # the resolved settings give the same run, and do not say it twice
+    assert plan.full_at < plan.steps  # the ladder is drawn over the steps that the data gave
+    assert plans.make(config.load([*pairs, "--training.steps", "-1"])).steps == 10_000
+
+
+def test_steps_and_epochs_exclude_each_other(pairs):
+    with pytest.raises(SystemExit):
+        config.load([*pairs, "--training.steps", "5", "--training.epochs", "3"])
+
+
+def test_running_out_is_an_error_before_the_run(pairs):
+    with pytest.raises(ConfigError, match="source math runs out at step 16 of 20, 140 tokens are missing"):
+        plans.make(config.load([*pairs, "--data.no_repeat"]))
+    assert plans.make(config.load([*pairs, "--data.no_repeat", "--training.steps", "16"])).steps == 16
+
+
+def test_the_plan_tells_each_phase(pairs, capsys):
+    phases = [
+        "{ from_step = 5, weights = { web = 3, math = 1 }, window = 4 }",
+        "{ from_share = 0.5, rope_theta = 5e4 }",
+    ]
+    argv = [*pairs, "--data.phases", *phases]
+    assert command.run([*argv, "--json", "--at", "4,5,19"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(phase["step"], phase["steps"]) for phase in found["phases"]] == [(0, 5), (5, 5), (10, 10)]
+    assert found["phases"][2]["sets"] == {"weights": {"web": 3, "math": 1}, "window": 4, "rope_theta": 5e4}
+    assert [one["tokens"] for phase in found["phases"] for one in phase["sources"]] == [160, 160, 240, 80, 480, 160]
+    assert found["phases"][2]["sources"][1]["epochs_before"] == pytest.approx(240 / 500)
+    assert found["windows"]["4"] > 4 == found["windows"]["5"] == found["windows"]["19"]
+    assert command.run(argv) == 0
+    shown = capsys.readouterr().out
+    assert "0.48 to 0.80" in shown
+    assert "rope_theta 50000.0" in shown
+
+
+def test_the_plan_needs_no_data(capsys):
+    phases = ["--data.phases", "{ from_step = 5, weights = [2] }"]
+    argv = ["--job.config_file", str(CONFIGS / "llama120m_doc.toml"), "--training.local_batch_size", "32"]
+    assert command.run([*argv, *phases]) == 0
+    shown = capsys.readouterr().out
+    assert "data        not here to count epochs: no file matches" in shown
+    assert "weights [2" in shown
+
+
+@pytest.mark.parametrize(
+    ("phase", "argv", "words"),
+    [
+        ("{ from_step = 5, window = 17 }", [], ["window = 17", "a row has 16 tokens"]),
+        (
+            "{ from_step = 5, window = 8 }",
+            ["--curriculum.initial_window", "16", "--attention.masks", "causal"],
+            ["phases"],
+        ),
+        ("{ from_step = 5, rope_theta = 5e4 }", ["--model.positional_embedding", "none"], ["no rotary positions"]),
+        ("{ from_step = 20, window = 8 }", [], ["begins at step 20", "20 steps"]),
+    ],
+)
+def test_phases_that_cannot_be(pairs, phase, argv, words):
+    with pytest.raises(ConfigError) as error:
+        plans.make(config.load([*pairs, *argv, "--data.phases", phase]))
+    for word in words:
+        assert word in str(error.value)

@@ -208,3 +208,34 @@ PHASES = [
     "{ from_step = 5, rope_theta = 20000.0, lr_factor = 0.5 }",
     "{ from_share = 0.5, rope_theta = 1e6, window = 32 }",
 ]
+
+
+def test_phases_set_theta_window_and_rate_and_survive_a_resume(whole, tmp_path):
+    saving = [*PHASES, "--checkpoint.enable", "--checkpoint.interval", "7", "--training.steps", "14"]
+    through = run(tmp_path / "through", *saving)
+    steps = [line for line in through if "loss" in line]
+    plain = [line for line in lines(whole) if "loss" in line]
+    # Debug: 5 steps of warm-up, then a decay over the run; the phases halve it and put the window at 32.
+    assert [line["window"] for line in steps[7:]] == [32] * 7
+    assert losses(through)[1] != losses(plain)[1]  # another theta from the first step on
+
+    run(tmp_path / "again", *saving)
+    again = run(tmp_path / "again", *saving, "--checkpoint.load_step", "7")
+    assert losses(again) == losses(through)
+    assert validations(again) == validations(through)
+    rates = [line["lr"] for line in again if "loss" in line]
+    assert rates == [line["lr"] for line in steps]
+    full = run(tmp_path / "full", *PHASES[:2], "--training.steps", "14")
+    assert [line["lr"] for line in full if "loss" in line][:5] == rates[:5]
+    assert [0.5 * line["lr"] for line in full if "loss" in line][5:] == rates[5:]
+
+
+def test_other_phases_are_another_run(tmp_path, capsys):
+    saving = ["--checkpoint.enable", "--training.steps", "2", "--checkpoint.interval", "2"]
+    run(tmp_path, *saving, *PHASES[:2])
+    for changed, word in (
+        (["--data.phases", "{ from_step = 0, rope_theta = 6000.0 }"], "phases.rope_theta"),
+        ([*PHASES[:2], "{ from_step = 1, window = 9 }"], "phases.window"),
+    ):
+        assert train.main([*DEBUG, "--job.dump_folder", str(tmp_path), *saving, *changed]) == 2
+        assert word in capsys.readouterr().err

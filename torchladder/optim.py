@@ -229,9 +229,9 @@ class LRSchedule:
         self.steps = steps
         self.peaks = [group["lr"] for group in optimizer.param_groups]
 
-    def set(self, step: int) -> float:
-        """Sets the rate for a step, to be called before ``optimizer.step``; returns the first group's."""
-        factor = self.config.factor(step, self.steps)
+    def set(self, step: int, scale: float = 1.0) -> float:
+        """Sets the rate for a step, times ``scale``, before ``optimizer.step``; returns the first group's."""
+        factor = self.config.factor(step, self.steps) * scale
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         return self.optimizer.param_groups[0]["lr"]

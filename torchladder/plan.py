@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from torchladder import curriculum, mask, models
+from torchladder import curriculum, mask, models, reading
 from torchladder.config import Config
+from torchladder.data.mixing.phases import Timetable
 from torchladder.distributed import mesh
+from torchladder.reading import Batching
 from torchladder.registry import ConfigError
 
 
@@ -17,8 +19,9 @@ class Plan:
     """A run in figures.
 
     Attributes:
-        config: the settings that it is the plan of.
-        window: the curriculum, step → window.
+        config: the settings that it is the plan of, with the number of steps.
+        window: step → window: the curriculum, and the phases that set one.
+        phases: the stage table.
         steps: optimizer steps.
         tokens_per_step: tokens of one step over all ranks.
         parameters: trainable numbers of the model.
@@ -32,6 +35,7 @@ class Plan:
 
     config: Config
     window: curriculum.Curriculum
+    phases: Timetable
     steps: int
     tokens_per_step: int
     parameters: int
@@ -62,50 +66,25 @@ class Plan:
         return self.attention_flops_full_context / self.flops_full_context
 
 
-@dataclass(frozen=True)
-class Batching:
-    """How the rows of one step are divided: ``rows = data_ranks * local * accumulation``."""
-
-    rows: int
-    local: int
-    accumulation: int
-    data_ranks: int
-
-
-def batching(config: Config, data_ranks: int) -> Batching:
-    """Divides a step's rows over ranks and micro-batches.
-
-    Raises:
-        ConfigError: they do not divide; the message names the nearest sizes that would.
-    """
-    local, rows = config.training.local_batch_size, config.training.global_batch_size
-    at_once = local * data_ranks
-    if rows == -1:
-        rows = at_once
-    if rows % at_once:
-        below, above = rows // at_once * at_once, -(-rows // at_once) * at_once
-        raise ConfigError(
-            f"training.global_batch_size = {rows} is not a multiple of training.local_batch_size {local} x "
-            f"{data_ranks} data-parallel ranks = {at_once}. Nearest: {below or above} or {above}."
-        )
-    return Batching(rows, local, rows // at_once, data_ranks)
-
-
 def make(config: Config, ranks: int = 1) -> Plan:
     """Returns the plan of a run on that many ranks.
 
     Raises:
         ConfigError: settings that cannot be, alone or together.
     """
-    training = config.training
     replicate, shard = mesh.degrees(config.parallelism, ranks)
-    batch = batching(config, replicate * shard)
-    window = curriculum.registry.build(config.curriculum, steps=training.steps, seq_len=training.seq_len)
+    batch = reading.batching(config, replicate * shard)
+    config = reading.resolve(config, batch)
+    training = config.training
+    phases = Timetable(getattr(config.data, "phases", []), training.steps, batch.rows * training.seq_len)
+    window = _window(config, phases)
     masks = [mask.registry.get(name) for name in config.attention.masks]
-    _check_window_is_used(config, window)
+    _check_window_is_used(config, window, phases)
 
     with torch.device("meta"):
         model = models.registry.build(config.model, attend=None, seq_len=training.seq_len)
+        for theta in phases.history("rope_theta").values():
+            model.turn(theta)  # a model without rotary positions refuses
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
     stretches = curriculum.windows(window, training.steps)
     pairs = {w: mask.pairs(mask.compose(*(allow(row, w) for allow in masks))) for _, w in stretches}
@@ -119,6 +98,7 @@ def make(config: Config, ranks: int = 1) -> Plan:
     return Plan(
         config=config,
         window=window,
+        phases=phases,
         steps=training.steps,
         tokens_per_step=tokens_per_step,
         parameters=model.num_parameters(),
@@ -152,19 +132,26 @@ def lines(plan: Plan) -> list[str]:
     ]
 
 
-def _check_window_is_used(config: Config, window: curriculum.Curriculum) -> None:
-    """A curriculum that moves a window which no mask reads would be silently ignored: refuse it."""
+def _window(config: Config, phases: Timetable) -> curriculum.Curriculum:
+    """Returns the window of each step: what the last phase that sets one says, until then the curriculum."""
+    training = config.training
+    for window in phases.history("window").values():
+        if window > training.seq_len:
+            raise ConfigError(f"data.phases: window = {window}: a row has {training.seq_len} tokens.")
+    ladder = curriculum.registry.build(config.curriculum, steps=training.steps, seq_len=training.seq_len)
+    return lambda step: phases("window", step) or ladder(step)
+
+
+def _check_window_is_used(config: Config, window: curriculum.Curriculum, phases: Timetable) -> None:
+    """A window that moves and that no mask reads would be silently ignored: refuse it."""
     length = config.training.seq_len
     row = torch.arange(length, dtype=torch.int32)[None]
     masks = [mask.registry.get(name) for name in config.attention.masks]
     reads = any(not torch.equal(allow(row, 1), allow(row, length)) for allow in masks) or length == 1
-    for asked in config.validation.windows:
-        if asked > length or not reads:
-            why = f"a row has {length} tokens" if asked > length else f"attention.masks = {config.attention.masks}"
-            raise ConfigError(f"validation.windows = {config.validation.windows}: {asked} has no meaning, {why}.")
-    seen = {window(step) for step in {0, config.training.steps // 2, config.training.steps - 1}}
+    seen = {window(step) for step in {0, config.training.steps // 2, config.training.steps - 1, *phases.starts}}
     if not reads and seen != {length}:
+        moves = "data.phases move" if phases.history("window") else f"curriculum {config.curriculum.name!r} moves"
         raise ConfigError(
-            f"curriculum {config.curriculum.name!r} moves the window, but none of attention.masks = "
-            f"{config.attention.masks} reads it. Add 'chunk' or 'sliding'."
+            f"{moves} the window, but none of attention.masks = {config.attention.masks} reads it. "
+            "Add 'chunk' or 'sliding'."
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchladder import checkpoint, data, mask, models, optim, plots, profiling
+from torchladder import checkpoint, data, mask, models, optim, plots, profiling, reading
 from torchladder.data import Batch
 from torchladder.distributed import mesh, parallelize
 from torchladder.distributed.ranks import Ranks
@@ -57,6 +57,7 @@ class Trainer:
         saves = self.folder / config.checkpoint.folder
         self.checkpointer = checkpoint.Checkpointer(config.checkpoint, saves, self.model, self.optimizer)
         self._resume()
+        self._turn()
         self._announce()
         self.metrics = Metrics(config.metrics, self._run(), self.step)
 
@@ -95,6 +96,7 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step: pick the window, gather gradients, move the weights."""
         window = self.curriculum(self.step)
+        self._turn()
         batches = [next(self.loader) for _ in range(self.plan.batch.accumulation)]
         num_labels = self.ranks.sum(sum(batch.num_labels for batch in batches))  # each label weighs the same
 
@@ -106,10 +108,16 @@ class Trainer:
             pairs += mask.pairs(start)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
 
-        lr = self.schedule.set(self.step)
+        lr = self.schedule.set(self.step, self.plan.phases("lr_factor", self.step, 1.0))
         self.optimizer.step()
         self.step += 1
         self._report(window, loss, norm, lr, pairs)
+
+    def _turn(self) -> None:
+        """Gives the model the RoPE theta of the step, where the phases set one."""
+        theta = self.plan.phases("rope_theta", self.step)
+        if theta is not None:
+            self.model.turn(theta)
 
     def forward_backward(self, batch: Batch, start: Tensor, num_labels: int) -> Tensor:
         """Adds the gradients of a micro-batch; returns its part of the mean loss over the step's labels."""
@@ -192,6 +200,7 @@ class Trainer:
             "curriculum": dataclasses.asdict(config.curriculum),
             "attention": {"masks": config.attention.masks},
             "training": {"global_batch_size": self.plan.batch.rows, "max_norm": config.training.max_norm},
+            "phases": {key: self.plan.phases.history(key) for key in ("window", "rope_theta")},
         }
         named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
         return named | {f"data.{name}": value for name, value in self.loader.fingerprint().items()}
@@ -199,12 +208,7 @@ class Trainer:
     # --- building -----------------------------------------------------------------------------------------------------
 
     def _tokenizer(self) -> data.Tokenizer | None:
-        section, model = self.config.data, models.registry.resolve(self.config.model)
-        tokenizer = data.tokenizer.registry.build(
-            self.config.tokenizer,
-            texts=lambda: data.training_texts(section),
-            cache=data.cache_path(section.cache_folder),
-        )
+        model, tokenizer = models.registry.resolve(self.config.model), reading.tokenizer(self.config)
         if tokenizer is None and self.config.samples.prompts:
             raise ConfigError("samples.prompts needs a tokenizer, and tokenizer.name is 'none'.")
         if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
@@ -215,17 +219,7 @@ class Trainer:
         return tokenizer
 
     def _loader(self, split: str) -> data.Loader:
-        batch = self.plan.batch
-        return data.registry.build(
-            self.config.data,
-            split=split,
-            tokenizer=self.tokenizer,
-            seq_len=self.config.training.seq_len,
-            dp_rank=self.ranks.rank,
-            dp_degree=batch.data_ranks,
-            local_batch_size=batch.local,
-            global_batch_size=batch.rows if split == "train" else batch.local * batch.data_ranks,
-        )
+        return reading.loader(self.config, self.plan.batch, split, self.tokenizer, self.ranks.rank)
 
     def _model(self) -> models.Model:
         """Makes the model on meta, spreads it, then gives it memory and its first weights."""

@@ -5,10 +5,17 @@ from __future__ import annotations
 import sys
 
 from torchladder import config
-from torchladder.commands import plan, report
+from torchladder.commands import inspect, merge, plan, prepare, report, tokenizer
 from torchladder.registry import ConfigError, unknown
 
-COMMANDS = {"plan": plan, "report": report}
+COMMANDS = {
+    "plan": plan,
+    "prepare": prepare,
+    "merge": merge,
+    "inspect": inspect,
+    "tokenizer": tokenizer,
+    "report": report,
+}
 
 
 def main() -> int:

@@ -1,16 +1,19 @@
-"""Says what a run will do before an hour is spent: ladder, tokens, FLOPs, memory."""
+"""Says what a run will do before an hour is spent: ladder, tokens, sources, FLOPs, memory."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from torchladder import config, plots
+from torchladder import config, plots, reading
 from torchladder import plan as plans
+from torchladder.data.base import Usage
 from torchladder.registry import ConfigError
 
 SHOWN = 12
@@ -34,6 +37,7 @@ def run(argv: list[str]) -> int:
     print("\n".join(plans.lines(plan)))
     print(f"attention   {plan.attention_share:.1%} of the FLOPs at full context")
     _print_ladder(plan, steps)
+    _print_phases(plan)
     if own.plot:
         print(f"wrote {own.plot}")
     return 0
@@ -67,6 +71,7 @@ def _object(plan: plans.Plan, steps: list[int]) -> dict[str, object]:
         "full_context_from_step": plan.full_at,
         "state_bytes_per_rank": plan.state_bytes,
         "windows": {str(step): plan.window(step) for step in steps},
+        "phases": _phases(plan, _read(plan)[0]),
     }
 
 
@@ -77,3 +82,58 @@ def _print_ladder(plan: plans.Plan, steps: list[int]) -> None:
     for step in steps:
         table.add_row(f"{step:,}", f"{plan.window(step):,}", f"{step * plan.tokens_per_step:,}")
     Console().print(table)
+
+
+def _phases(plan: plans.Plan, read: list[Usage]) -> list[dict[str, Any]]:
+    """Returns what each phase is: when it begins, how long it takes, what is set by then, what it reads."""
+    starts = sorted({0, *plan.phases.starts})
+    phases = []
+    for step, until in zip(starts, [*starts[1:], plan.steps], strict=True):
+        settings = {key: plan.phases(key, step) for key in ("weights", "window", "lr_factor", "rope_theta")}
+        phases.append(
+            {
+                "step": step,
+                "steps": until - step,
+                "tokens": (until - step) * plan.tokens_per_step,
+                "sets": {key: value for key, value in settings.items() if value is not None},
+                "sources": [dataclasses.asdict(one) for one in read if one.step == step],
+            }
+        )
+    return phases
+
+
+def _read(plan: plans.Plan) -> tuple[list[Usage], str]:
+    """Returns what the run reads of its sources, or why that cannot be told here."""
+    try:
+        return reading.usage(plan.config, plan.batch), ""
+    except ConfigError as error:
+        return [], str(error)
+
+
+def _print_phases(plan: plans.Plan) -> None:
+    """Prints the stage table and, where the data is here, what each phase reads of each source."""
+    table = Table(
+        "from step", "steps", "tokens", "sets", "source", "tokens read", "epochs", box=None, header_style="bold"
+    )
+    for column in table.columns:
+        column.justify = "left" if column.header in ("sets", "source") else "right"
+        column.no_wrap = column.header != "source"
+    read, why = _read(plan)
+    for phase in _phases(plan, read):
+        # Weights say what the sources that follow say in tokens.
+        sets = {key: value for key, value in phase["sets"].items() if key != "weights" or not phase["sources"]}
+        head = [f"{phase[key]:,}" for key in ("step", "steps", "tokens")]
+        head.append("\n".join(f"{key} {value}" for key, value in sets.items()))
+        for source in phase["sources"] or [{}]:
+            table.add_row(*head, *_cells(source))
+            head = [""] * len(head)
+    Console().print(table)
+    if why:
+        print(f"data        not here to count epochs: {why}")
+
+
+def _cells(source: dict[str, Any]) -> list[str]:
+    if not source:
+        return []
+    before, after = source["epochs_before"], source["epochs_before"] + source["epochs"]
+    return [source["source"], f"{source['tokens']:,}", f"{before:.2f} to {after:.2f}" if source["epochs"] else "-"]

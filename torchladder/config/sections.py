@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,8 +66,11 @@ class AttentionConfig:
 class TrainingConfig:
     """Steps, batches, precision."""
 
-    steps: int = 10_000
-    """Optimizer steps of the whole run."""
+    steps: int = -1
+    """Optimizer steps of the whole run; -1: as many as epochs ask for, or 10,000."""
+
+    epochs: float | None = None
+    """Instead of steps: how many times the tokens of all sources together are read."""
 
     seq_len: int = 2048
     """Tokens in a row: the full context."""
@@ -90,8 +94,17 @@ class TrainingConfig:
     """Steps between Python garbage collections, which are off otherwise: ranks then never wait for one."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "seq_len", "local_batch_size", "gc_freq"):
+        for key in ("seq_len", "local_batch_size", "gc_freq"):
             _require(getattr(self, key) >= 1, f"training.{key} = {getattr(self, key)}: must be 1 or more.")
+        _require(self.steps == -1 or self.steps >= 1, f"training.steps = {self.steps}: must be 1 or more, or -1.")
+        _require(
+            self.epochs is None or 0 < self.epochs < math.inf, f"training.epochs = {self.epochs}: must be above 0."
+        )
+        _require(
+            self.epochs is None or self.steps == -1,
+            f"training.epochs = {self.epochs} and training.steps = {self.steps} both say how long the run is: set one "
+            "(steps = -1 takes back what another file sets).",
+        )
         _require(self.max_norm > 0, f"training.max_norm = {self.max_norm}: must be positive.")
         _require(
             self.global_batch_size == -1 or self.global_batch_size >= 1,

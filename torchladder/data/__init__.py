@@ -1,9 +1,10 @@
 """Documents to rows. The names other rooms use, and the parts that register themselves."""
 
-from torchladder.data import loader, packing, prepare, sources, tokenizer
+from torchladder.data import formats, loader, packing, tokenizer
 from torchladder.data.base import IGNORED, Batch, Loader, Tokenizer, register, registry
 from torchladder.data.cache import cache_path
 from torchladder.data.corpus import SourceConfig, training_texts
+from torchladder.data.text import sources
 
 __all__ = [
     "IGNORED",
@@ -12,9 +13,9 @@ __all__ = [
     "SourceConfig",
     "Tokenizer",
     "cache_path",
+    "formats",
     "loader",
     "packing",
-    "prepare",
     "register",
     "registry",
     "sources",

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -77,6 +77,40 @@ class Loader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What one phase of a run reads of one source.
+
+    Attributes:
+        step: the first optimizer step of the phase.
+        steps: how many steps it has.
+        source: what the source is called.
+        tokens: how many of its tokens are read.
+        epochs: how many times the source that is.
+        epochs_before: the same of all phases before.
+    """
+
+    step: int
+    steps: int
+    source: str
+    tokens: int
+    epochs: float
+    epochs_before: float
+
+
+@runtime_checkable
+class Finite(Protocol):
+    """A loader that knows how much data it has."""
+
+    def steps_for(self, epochs: float) -> int:
+        """Returns the optimizer steps that read as many tokens as all sources have together, ``epochs`` times."""
+        ...
+
+    def usage(self) -> list[Usage]:
+        """Returns what each phase reads of each source; the loader was told the steps of the run."""
+        ...
+
+
 class Tokenizer(ABC):
     """Text to token ids and back.
 
@@ -100,8 +134,13 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int]) -> str:
         """Returns the text of ids; special ids and ids outside the vocabulary leave no trace."""
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns the ids of each text as an integer array; override it where a library does many at once."""
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
+        """Returns the ids of each text as an integer array; override it where a library does many at once.
+
+        Args:
+            texts: any number of them.
+            threads: cores to use where the library can.
+        """
         return [np.asarray(self.encode(text), dtype=np.int64) for text in texts]
 
 
@@ -115,6 +154,7 @@ registry: Registry[Loader] = Registry(
         "dp_degree": "number of data-parallel ranks",
         "local_batch_size": "rows in a micro-batch",
         "global_batch_size": "rows in a step, over all ranks",
+        "steps": "optimizer steps of the run, None where nobody knows",
     },
 )
 register = registry.register

@@ -1,24 +1,28 @@
-"""Documents of one source as tokens, wherever they come from: pairs on disk, or raw text tokenized into the cache."""
+"""Documents of one source as tokens, wherever they come from: tokens on disk, or raw text tokenized into the cache."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from torchladder.data import sources
 from torchladder.data.base import Tokenizer
-from torchladder.data.indexed import Indexed, prefix_of
-from torchladder.data.packing import Spans
-from torchladder.data.prepare import prepare
+from torchladder.data.formats import litpkds, parquet, readers
+from torchladder.data.formats.indexed import Indexed
+from torchladder.data.formats.readers import Shard
+from torchladder.data.packing.base import Spans
+from torchladder.data.prepare.cached import prepare
+from torchladder.data.text import sources
+from torchladder.data.text.documents import OnError
 from torchladder.registry import ConfigError, unknown
 
-INDEXED = "indexed"
-"""The name of a source that is tokens already; every other name is a raw text source of ``sources.registry``."""
+OF_ALL = {"name", "label", "weight", "language", "domain", "repeat"}
+"""Settings that every source takes."""
 
 
 @dataclass(frozen=True)
@@ -26,97 +30,158 @@ class SourceConfig:
     """One entry of ``data.sources``."""
 
     name: str = ""
-    """What it is: indexed (.bin/.idx), text, python-stdlib, or a plugin's. Empty: told from the path."""
+    """What it is: indexed, litpkds, parquet (tokens), text, python-stdlib, or a plugin's. Empty: told from the path."""
     path: str | list[str] = ""
-    """A file, folder or glob, or a list of those. Several .bin files are one source, each glob in sorted order."""
+    """A file, folder or glob, or a list of those. All files are one source, each glob in sorted order."""
+    label: str = ""
+    """What reports and tables of weights call the source; empty: its name and path."""
     weight: float = 1.0
     """Share of the rows, relative to the other sources."""
+    language: str = ""
+    """Its language, where data.domains, data.languages or data.temperature decide the shares."""
+    domain: str = ""
+    """Its domain, where data.domains decides the shares."""
+    repeat: bool | None = None
+    """Begin the source anew when it has been read; left out: as data.repeat says."""
     text_key: str = "text"
-    """Key of the text in a line of a .jsonl."""
+    """Key of the text in a line of a .jsonl, or its column in a table."""
+    on_error: OnError = "error"
+    """What a document of raw text that cannot be read does: error, skip, or repair (leave out what is not UTF-8)."""
+
+    @property
+    def title(self) -> str:
+        """What reports and tables of weights call the source."""
+        return self.label or " ".join(filter(None, (self.name, *sources.as_list(self.path))))
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether the source is tokens already, and not raw text."""
+        return self.kind() in readers.registry.names()
 
     def kind(self) -> str:
-        """Returns the name, told from the path where it is empty.
+        """Returns the name, told from the path and the files where it is empty.
 
         Raises:
             ConfigError: nothing has that name, name and path are both empty, or the source takes no such setting.
         """
         if not self.name and not self.path:
             raise ConfigError('a source needs a path, or a name such as "python-stdlib".')
-        tokens = all(path.endswith((".bin", ".idx")) for path in sources.as_list(self.path))
-        kind = self.name or (INDEXED if tokens else "text")
-        if kind != INDEXED and kind not in sources.registry.names():
-            raise unknown("data source", kind, [*sources.registry.names(), INDEXED])
-        takes = {"path"} if kind == INDEXED else set(sources.registry.parameters(kind))
+        kind = self.name or _told_from(sources.as_list(self.path))
+        if kind in readers.registry.names():
+            takes = {"path", *readers.registry.parameters(kind)}
+        elif kind in sources.registry.names():
+            takes = set(sources.registry.parameters(kind))
+        else:
+            raise unknown("data source", kind, [*sources.registry.names(), *readers.registry.names()])
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if setting.name not in {"name", "weight", *takes} and value != setting.default:
+            if setting.name not in OF_ALL | takes and value != setting.default:
                 raise ConfigError(f"the source {kind} takes no {setting.name}, but it is set to {value!r}.")
         return kind
 
+    def files(self, exclude: Iterable[str] = ()) -> list[Path]:
+        """Returns the files of a source of tokens, without those that a pattern names.
+
+        Raises:
+            ConfigError: no file is found, or all are excluded.
+        """
+        found = readers.find(self.kind(), self.path)
+        kept = [file for file in found if not any(names(pattern, file) for pattern in exclude)]
+        if not kept:
+            raise ConfigError(f"data.exclude leaves no file of the source {self.title}.")
+        return kept
+
     def raw(self) -> sources.Source:
-        """Returns the raw documents of a source that is not indexed."""
+        """Returns the documents of a source that is not tokens yet."""
         parameters = sources.registry.parameters(self.kind())
         return sources.registry.get(self.kind())(**{key: getattr(self, key) for key in parameters})
 
-    def check(self) -> None:
-        """Looks for the source's files without reading them.
+    def check(self, exclude: Iterable[str] = ()) -> set[str]:
+        """Looks for the source's files without reading them; returns the patterns of ``exclude`` that name one.
 
         Raises:
-            ConfigError: as ``kind``, or no file is found.
+            ConfigError: as ``kind`` and ``files``.
         """
-        if self.kind() == INDEXED:
-            _prefixes(self.path)
-        else:
+        if not self.is_tokens:
             self.raw()
+            return set()
+        self.files(exclude)
+        found = readers.find(self.kind(), self.path)
+        return {pattern for pattern in exclude if any(names(pattern, file) for file in found)}
 
-    def label(self) -> str:
-        return " ".join(filter(None, (self.name, *sources.as_list(self.path))))
+
+def names(pattern: str, file: Path) -> bool:
+    """Tells whether a pattern names a file: by its path, its name, or its name without the suffix."""
+    return any(fnmatch(name, pattern) for name in (str(file), file.name, file.stem))
+
+
+def _told_from(paths: list[str]) -> str:
+    """Returns the kind of source that lies at those paths; of files that are not there, what their names promise."""
+    if all(path.endswith((".bin", ".idx")) for path in paths):
+        return "litpkds" if any(map(litpkds.is_chunk, _first(paths, ".bin"))) else "indexed"
+    if all(path.endswith(".parquet") for path in paths) and any(map(parquet.holds_tokens, _first(paths, ".parquet"))):
+        return "parquet"
+    return "text"
+
+
+def _first(paths: list[str], suffix: str) -> list[Path]:
+    """Returns the first file with that suffix, in a list that is empty where there is none."""
+    try:
+        found = sources.matches(paths[0])
+    except ConfigError:
+        return []
+    return [file for file in found if file.is_file() and file.suffix == suffix][:1]
 
 
 class Corpus:
-    """Documents of one or several pairs, one after the other.
+    """Documents of one or several shards, one after the other.
 
     Args:
         label: what errors and the report call it.
-        pairs: in order.
+        shards: in order.
         vocab_size: every token is below it; None where no tokenizer says so.
 
     Attributes:
-        lengths: (documents,) int64, tokens in each document.
+        lengths: (documents,) tokens in each document.
         tokens: tokens in all documents.
     """
 
-    def __init__(self, label: str, pairs: Sequence[Indexed], vocab_size: int | None = None) -> None:
+    def __init__(self, label: str, shards: Sequence[Shard], vocab_size: int | None = None) -> None:
         self.label = label
-        self.pairs = list(pairs)
+        self.shards = list(shards)
         self.vocab_size = vocab_size
-        self.lengths = np.concatenate([pair.lengths for pair in pairs])
+        self.lengths = _joined([shard.lengths for shard in shards])
         self.tokens = int(self.lengths.sum())
-        self._starts = np.concatenate([pair.starts for pair in pairs])
-        self._ends = np.cumsum([len(pair) for pair in pairs])  # documents up to and with each pair
+        self._starts = _joined([shard.starts for shard in shards])
+        self._ends = np.cumsum([len(shard.lengths) for shard in shards])  # documents up to and with each shard
 
     def read(self, spans: Spans) -> np.ndarray:
-        """Returns the tokens of the spans, one after the other, as int64.
+        """Returns the tokens of the spans, one after the other, as stored: one that nobody is to predict is ``~token``.
 
         Raises:
             ConfigError: a token is outside the vocabulary.
         """
         starts = self._starts[spans.documents]
         begins, ends = (starts + spans.begins).tolist(), (starts + spans.ends).tolist()
-        pairs = np.searchsorted(self._ends, spans.documents, side="right").tolist()
-        pieces = [self.pairs[pair].flat[begin:end] for pair, begin, end in zip(pairs, begins, ends, strict=True)]
-        tokens = np.concatenate(pieces, dtype=np.int64)
-        if self.vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
-            bad = tokens.max() if tokens.min() >= 0 else tokens.min()
-            raise ConfigError(
-                f"{self.label} holds token {bad}, the tokenizer's vocabulary has {self.vocab_size}: "
-                "it was written with another tokenizer."
-            )
+        if len(self.shards) == 1:
+            flat = self.shards[0].flat
+            pieces = [flat[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        else:
+            shards = np.searchsorted(self._ends, spans.documents, side="right").tolist()
+            pieces = [self.shards[i].flat[begin:end] for i, begin, end in zip(shards, begins, ends, strict=True)]
+        tokens = np.concatenate(pieces)
+        if self.vocab_size is not None and len(tokens):
+            least, most = int(tokens.min()), int(tokens.max())
+            if not -self.vocab_size <= least <= most < self.vocab_size:
+                raise ConfigError(
+                    f"{self.label} holds token {most if most >= self.vocab_size else ~least}, the tokenizer's "
+                    f"vocabulary has {self.vocab_size}: it was written with another tokenizer."
+                )
         return tokens
 
     def fingerprint(self) -> str:
         """Returns a hash of the content; what it promises is in ``Indexed.fingerprint``."""
-        return hashlib.sha256(" ".join(pair.fingerprint for pair in self.pairs).encode()).hexdigest()
+        return hashlib.sha256(" ".join(shard.fingerprint for shard in self.shards).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -124,30 +189,36 @@ class Opener:
     """Opens sources as tokens, tokenizing raw text into the cache on first use.
 
     Attributes:
-        tokenizer: None where every source is indexed already.
+        tokenizer: None where every source is tokens already.
         cache: the cache folder.
         validation_fraction: share of the documents of raw text that is held out.
         bos: whether raw documents begin with the tokenizer's bos.
+        exclude: patterns of the files of tokens to leave out.
     """
 
     tokenizer: Tokenizer | None
     cache: Path
     validation_fraction: float
     bos: bool
+    exclude: Sequence[str] = ()
 
     def open(self, source: SourceConfig, split: Literal["train", "validation"]) -> Corpus:
-        """Returns the documents of one split of a source; all of an indexed source are for training.
+        """Returns the documents of one split of a source; all of a source of tokens are for training.
 
         Raises:
             ConfigError: a file is missing or damaged, or raw text has no tokenizer.
         """
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
-        if source.kind() == INDEXED:
-            return Corpus(source.label(), [Indexed(prefix) for prefix in _prefixes(source.path)], vocab_size)
+        if source.is_tokens:
+            eos = self.tokenizer.eos if self.tokenizer else None
+            section = replace(source, name=source.kind())
+            files = source.files(self.exclude)
+            shards = readers.registry.build(section, files=files, eos=eos, cache=self.cache)
+            return Corpus(source.title, shards, vocab_size)
         if self.tokenizer is None:
-            raise ConfigError(f"the source {source.label()} is raw text: it needs a tokenizer.")
+            raise ConfigError(f"the source {source.title} is raw text: it needs a tokenizer.")
         prepared = prepare(source.raw(), self.tokenizer, self.cache, self.validation_fraction, self.bos)
-        return Corpus(source.label(), [Indexed(getattr(prepared, split))], vocab_size)
+        return Corpus(source.title, [Indexed(getattr(prepared, split))], vocab_size)
 
 
 def training_texts(section: Any) -> Iterator[str]:
@@ -159,7 +230,9 @@ def training_texts(section: Any) -> Iterator[str]:
     Raises:
         ConfigError: no source is raw text.
     """
-    raw = [source for source in getattr(section, "sources", []) if source.kind() != INDEXED]
+    excluded = getattr(section, "exclude", [])
+    chosen = [source for source in getattr(section, "sources", []) if source.title not in excluded]
+    raw = [source for source in chosen if not source.is_tokens]
     if not raw:
         raise ConfigError("no source is raw text, so no tokenizer can be trained on it: give tokenizer.path.")
     held = 0.0 if getattr(section, "validation_sources", []) else getattr(section, "validation_fraction", 0.0)
@@ -169,12 +242,5 @@ def training_texts(section: Any) -> Iterator[str]:
                 yield document.text
 
 
-def _prefixes(path: str | list[str]) -> list[str]:
-    """Lists the pairs that paths and globs name by their .bin or .idx, each once."""
-    prefixes: dict[str, None] = {}
-    for pattern in sources.as_list(path):
-        found = [str(match) for match in sources.matches(pattern) if match.suffix in (".bin", ".idx")]
-        if not found:
-            raise ConfigError(f"{pattern!r} names no tokens. Known: .bin and .idx, as in 'folder/*.bin'.")
-        prefixes |= dict.fromkeys(map(prefix_of, found))
-    return list(prefixes)
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

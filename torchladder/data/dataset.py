@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,58 +12,65 @@ from torch.utils.data import Dataset, Sampler
 
 from torchladder.data.base import IGNORED, Batch
 from torchladder.data.corpus import Corpus
-from torchladder.data.mixture import Mixture
-from torchladder.data.packing import Spans
+from torchladder.data.packing.base import NOTHING, Packing
 
 
+@dataclass(eq=False)
 class Rows(Dataset[Batch]):
     """Makes batches of global rows. Row ``r`` is the same whoever asks for it, whenever, in any order.
 
-    Args:
+    Attributes:
         corpora: tokens of each source.
-        packings: rows of each source, in the order in which they are read.
-        mixture: which source a global row comes from.
+        packings: rows of each source.
+        orders: for each source, which row of the packing stands at a row.
+        mixture: which source a global row comes from, and which of its rows it is.
         seq_len: tokens in a row.
+        across: whether the last token of a document predicts the first one of the next.
         count: global rows there are; rows from there on are padding. None without end.
     """
 
-    def __init__(
-        self,
-        corpora: Sequence[Corpus],
-        packings: Sequence[Callable[[int], Spans]],
-        mixture: Mixture,
-        seq_len: int,
-        count: int | None = None,
-    ) -> None:
-        self.corpora = corpora
-        self.packings = packings
-        self.mixture = mixture
-        self.seq_len = seq_len
-        self.count = count
+    corpora: Sequence[Corpus]
+    packings: Sequence[Packing]
+    orders: Sequence[Callable[[int], int]]
+    mixture: Callable[[int], tuple[int, int]]
+    seq_len: int
+    across: bool = True
+    count: int | None = None
 
     def __getitem__(self, rows: list[int]) -> Batch:
         shape = (len(rows), self.seq_len)
-        tokens = np.zeros(shape, np.int64)
-        labels = np.full(shape, IGNORED, np.int64)
-        positions = np.empty(shape, np.int32)
+        tokens, labels, positions = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32)
         for b, row in enumerate(rows):
             self._fill(row, tokens[b], labels[b], positions[b])
         return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions))
 
     def _fill(self, row: int, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray) -> None:
-        """Writes one row over padding; what stays padding is a piece of its own, without labels."""
-        starts, used = np.zeros(1, np.int64), 0
+        """Writes one row; what is padding is a piece of its own, without labels."""
+        source, spans = 0, NOTHING
         if self.count is None or row < self.count:
             source, index = self.mixture(row)
-            spans = self.packings[source](index)
-            content = self.corpora[source].read(spans)
-            used = min(len(content), self.seq_len)
-            tokens[:used] = content[: self.seq_len]
-            labels[: len(content) - 1] = content[1:]
-            starts = np.concatenate([[0], np.cumsum(spans.ends - spans.begins)])
+            spans = self.packings[source](self.orders[source](index))
+        lengths = spans.ends - spans.begins
+        ends = lengths.cumsum()
+        content = self.corpora[source].read(spans) if len(lengths) else lengths
+        used, told = min(len(content), self.seq_len), max(len(content) - 1, 0)
+
+        tokens[:used], tokens[used:] = content[:used], 0
+        labels[:told], labels[told:] = content[1:], IGNORED
+        if not self.across:
+            labels[ends[(ends > 0) & (ends < len(content))] - 1] = IGNORED
+        if content.dtype.kind == "i" and len(content) and content.min() < 0:  # a token that nobody is to predict
+            np.copyto(tokens, ~tokens, where=tokens < 0)
+            labels[:told][content[1:] < 0] = IGNORED
+
         # Each token's distance from the start of its piece; the last token of a full row is only a label.
-        starts = np.append(starts[starts < used], [used, self.seq_len] if used < self.seq_len else self.seq_len)
-        positions[:] = np.arange(self.seq_len) - np.repeat(starts[:-1], np.diff(starts))
+        starts = (ends - lengths).astype(np.int32).repeat(lengths)
+        np.subtract(self._places[:used], starts[:used], out=positions[:used])
+        positions[used:] = self._places[: self.seq_len - used]
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        return np.arange(self.seq_len, dtype=np.int32)
 
 
 @dataclass

@@ -8,24 +8,29 @@ number, so the global batch is the same for any number of ranks and workers, and
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal
 
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from torchladder.data import packing as packings
-from torchladder.data.base import Batch, Tokenizer, register
+from torchladder.data.base import Batch, Tokenizer, Usage, register
 from torchladder.data.cache import DEFAULT, cache_path
-from torchladder.data.corpus import INDEXED, Corpus, Opener, SourceConfig
+from torchladder.data.corpus import Corpus, Opener, SourceConfig
 from torchladder.data.dataset import RankRows, Rows
-from torchladder.data.mixture import Mixture
-from torchladder.data.packing import Order, Packing
-from torchladder.data.shuffle import RowOrder, Shuffled
-from torchladder.registry import ConfigError
+from torchladder.data.mixing.domains import Domains, Shares
+from torchladder.data.mixing.mixture import Interleave
+from torchladder.data.mixing.phases import Phase, Timetable
+from torchladder.data.mixing.supply import Supply
+from torchladder.data.packing.base import Packing
+from torchladder.data.packing.shuffle import Order, RowOrder
+from torchladder.registry import ConfigError, unknown
 
 
 @register("rows")
@@ -40,6 +45,7 @@ class RowLoader:
     dp_degree: int
     local_batch_size: int
     global_batch_size: int
+    steps: int | None = None
 
     sources: list[SourceConfig] = field(default_factory=list)
     """What to train on: files of tokens or text, or sources by name, each with a weight."""
@@ -47,8 +53,22 @@ class RowLoader:
     """What to validate on; empty: the documents of raw text held out by validation_fraction."""
     validation_fraction: float = 0.02
     """Share of the documents of raw text held out for validation; unused with validation_sources."""
+    exclude: list[str] = field(default_factory=list)
+    """Sources by label, and files of tokens by path, name or glob, that are left out."""
+    domains: Domains = field(default_factory=dict)
+    """Multipliers of what sources have in tokens: language -> domain -> multiplier, or domain -> multiplier."""
+    languages: dict[str, float] = field(default_factory=dict)
+    """Share of the rows of each language, relative to the others."""
+    temperature: float | None = None
+    """Shares by size: 1 as much of each language (else source) as it has, higher evens out; left out: by weight."""
+    repeat: bool = True
+    """Begin sources anew when they have been read; otherwise a run that reads more than there is, is an error."""
+    phases: list[Phase] = field(default_factory=list)
+    """The stage table: from a step, token or share of the run on other weights, window, lr_factor or rope_theta."""
     packing: str = "stream"
-    """How documents fill rows."""
+    """How documents fill rows: stream (cut at row ends), best_fit (few cuts, little padding), pad (in order)."""
+    labels_across_documents: bool = True
+    """The last token of a document predicts the first one of the next; otherwise it predicts nothing."""
     shuffle: bool = True
     """Read documents, and the rows that they fill, in an order of their own each epoch."""
     seed: int = 0
@@ -66,13 +86,19 @@ class RowLoader:
 
     def __post_init__(self) -> None:
         self._check()
-        validation = self.split == "validation"
-        self._corpora = self._open()
-        self._packings = [self._pack(number, corpus) for number, corpus in enumerate(self._corpora)]
-        # Validation takes every source as often as it has rows, so that its first rows are of all sources too.
-        counts = [packed.rows or 0 for packed in self._packings]
-        self._mixture = Mixture(counts if validation else [source.weight for source in self.sources])
-        self.rows = sum(counts) if validation else None
+        corpora = self._open()
+        packings = [self._pack(number, corpus) for number, corpus in enumerate(corpora)]
+        self._supply = Supply(
+            corpora,
+            packings,
+            [self._repeats(source) for source in self._sources],
+            self._mix(packings),
+            self.seq_len,
+            self.global_batch_size,
+        )
+        if self.split == "train" and self.steps is not None:
+            self._supply.check(self.steps)
+        self.rows = sum(packed.rows or 0 for packed in packings) if self.split == "validation" else None
         """Global rows there are; None without end."""
         self._accumulation = self.global_batch_size // (self.dp_degree * self.local_batch_size)
         self._batches: Iterator[Batch] | None = None
@@ -106,11 +132,17 @@ class RowLoader:
 
     def fingerprint(self) -> dict[str, str]:
         """Returns what the rows depend on, by content: files may move, ranks and workers may change."""
-        contents = json.dumps([corpus.fingerprint() for corpus in self._corpora])
+        contents = json.dumps([corpus.fingerprint() for corpus in self._supply.corpora])
+        mixture = self._supply.interleave
+        weights, *later = (", ".join(map(str, shares)) for shares in mixture.shares)
+        phases = [f"row {first}: {shares}" for first, shares in zip(mixture.firsts[1:], later, strict=True)]
         return {
             "sources": hashlib.sha256(contents.encode()).hexdigest(),
-            "weights": ", ".join(map(str, self._mixture.shares)),
+            "weights": weights,
+            "phases": "; ".join(phases),
             "packing": self.packing,
+            "labels_across_documents": str(self.labels_across_documents),
+            "repeat": ", ".join(map(str, self._supply.repeats)),
             "shuffle": str(self.shuffle),
             "seed": str(self.seed),
             "seq_len": str(self.seq_len),
@@ -118,18 +150,21 @@ class RowLoader:
         }
 
     def describe(self) -> list[str]:
-        """Returns one line on the whole and one on each source."""
+        """Returns one line on the whole, one on each source, and one on each later mixture."""
         order = f"shuffled with seed {self.seed}" if self.shuffle else "in order"
-        order = order if self.split == "train" else "always the same order"
+        order = order if self.rows is None else "in an order that is the same for every run"
         total = "" if self.rows is None else f", {self.rows:,} rows"
-        lines = [f"{self.split}: {self.packing}, {order}, {sum(c.tokens for c in self._corpora):,} tokens{total}"]
-        for corpus, share in zip(self._corpora, self._mixture.shares, strict=True):
-            line = f"  {corpus.label}: {float(share):.1%} of the rows, {len(corpus.lengths):,} documents"
-            lines.append(f"{line}, {corpus.tokens:,} tokens")
-            if self.rows is None:
-                steps = corpus.tokens / self.seq_len / float(share * self.global_batch_size)
-                lines[-1] += f", an epoch every {steps:,.1f} steps"
-        return lines
+        tokens = sum(corpus.tokens for corpus in self._supply.corpora)
+        whole = f"{self.split}: {self.packing}, {order}, {tokens:,} tokens{total}"
+        return [whole, *(f"  {line}" for line in self._supply.describe())]
+
+    def steps_for(self, epochs: float) -> int:
+        return self._supply.steps_for(epochs)
+
+    def usage(self) -> list[Usage]:
+        if self.steps is None:
+            raise ConfigError("what a run reads depends on its steps, which are not known here.")
+        return self._supply.usage(sorted({0, *self._timetable.starts}), self.steps)
 
     def _check(self) -> None:
         if not self.sources:
@@ -151,10 +186,20 @@ class RowLoader:
         if self.prefetch_factor is not None and (self.num_workers == 0 or self.prefetch_factor < 1):
             raise ConfigError("prefetch_factor is 1 at least, and only with num_workers above 0.")
         packings.registry.get(self.packing)
-        # Before any text is tokenized, which may take long:
-        Mixture([source.weight for source in self.sources])
-        for source in (*self.sources, *self.validation_sources):
-            source.check()
+        # All that can be known before any text is tokenized, which may take long:
+        self._timetable = Timetable(self.phases, self.steps, self.global_batch_size * self.seq_len)
+        self._sources = [source for source in self.sources if source.title not in self.exclude]
+        if not self._sources:
+            raise ConfigError("data.exclude leaves no source.")
+        self._shares = Shares(self.domains, self.languages, self.temperature)
+        self._shares.check(self._sources)
+        self._stages([Fraction(1)] * len(self._sources))
+        named = {source.title for source in self.sources}
+        for source in (*self._sources, *self.validation_sources):
+            named |= source.check(self.exclude)
+        for pattern in self.exclude:
+            if pattern not in named:
+                raise unknown("source or file of tokens in data.exclude", pattern, named)
 
     def _open(self) -> list[Corpus]:
         """Returns the documents of this split, source by source.
@@ -163,12 +208,12 @@ class RowLoader:
             ConfigError: a source cannot be read or holds no tokens, or nothing is held out for validation.
         """
         fraction = 0.0 if self.validation_sources else self.validation_fraction
-        opener = Opener(self.tokenizer, cache_path(self.cache_folder), fraction, self.bos)
+        opener = Opener(self.tokenizer, cache_path(self.cache_folder), fraction, self.bos, self.exclude)
         if self.split == "train" or self.validation_sources:
-            chosen = self.sources if self.split == "train" else self.validation_sources
+            chosen = self._sources if self.split == "train" else self.validation_sources
             corpora = [opener.open(source, "train") for source in chosen]
         else:
-            raw = [source for source in self.sources if source.kind() != INDEXED]
+            raw = [source for source in self._sources if not source.is_tokens]
             corpora = [opener.open(source, "validation") for source in raw]
             # A small source may have nothing held out; what the others hold out still serves.
             corpora = [corpus for corpus in corpora if corpus.tokens > 1]
@@ -184,19 +229,54 @@ class RowLoader:
 
     def _pack(self, number: int, corpus: Corpus) -> Packing:
         validation = self.split == "validation"
-        order = Order(len(corpus.lengths), self.seed, number, shuffle=self.shuffle and not validation)
+        once = validation or not self._repeats(self._sources[number])
         part = packings.registry.get(self.packing)
-        return part(lengths=corpus.lengths, seq_len=self.seq_len, order=order, epochs=1 if validation else None)
+        facts = {
+            "lengths": corpus.lengths,
+            "seq_len": self.seq_len,
+            "order": Order(len(corpus.lengths), self.seed, number, shuffle=self.shuffle and not validation),
+            "epochs": 1 if once else None,
+            "cache": cache_path(self.cache_folder),
+        }
+        declared = inspect.signature(part).parameters
+        return part(**{key: value for key, value in facts.items() if key in declared})
 
-    def _ordered(self) -> list[Packing | Shuffled]:
-        """Returns each source's rows in the order in which they are read.
+    def _order(self, number: int, packed: Packing) -> Callable[[int], int]:
+        """Returns which row of a packing stands at a row of the source.
 
         Rows of validation come in random order, too, the same for every run: the first few speak for all.
         """
         if self.split == "train" and not self.shuffle:
-            return list(self._packings)
-        seed = self.seed if self.split == "train" else 0
-        return [Shuffled(packed, RowOrder(packed.epoch_rows, seed, n)) for n, packed in enumerate(self._packings)]
+            return int
+        return RowOrder(packed.epoch_rows, self.seed if self.split == "train" else 0, number)
+
+    def _repeats(self, source: SourceConfig) -> bool:
+        return self.repeat if source.repeat is None else source.repeat
+
+    def _mix(self, packings: Sequence[Packing]) -> Interleave:
+        """Returns the source of every row, phase after phase."""
+        if self.split == "validation":
+            # Every source as often as it has rows, so that the first rows are of all sources too.
+            return Interleave([[packed.rows or 0 for packed in packings]], [0])
+        return self._stages([packed.epoch_rows for packed in packings])
+
+    def _stages(self, sizes: Sequence[Fraction]) -> Interleave:
+        """Returns the source of every row of the run, where an epoch of the sources takes ``sizes`` rows.
+
+        Raises:
+            ConfigError: weights that cannot be, or a source that is never read.
+        """
+        stages: dict[int, Sequence[float | Fraction]] = {0: self._shares.of(self._sources, sizes)}
+        labels = [source.title for source in self.sources]
+        for phase, step in zip(self.phases, self._timetable.starts, strict=True):
+            weights = phase.listed(labels)
+            if weights is not None:
+                kept = [weight for label, weight in zip(labels, weights, strict=True) if label not in self.exclude]
+                stages[step * self.global_batch_size] = kept
+        for source, of_source in zip(self._sources, zip(*stages.values(), strict=True), strict=True):
+            if not any(of_source):
+                raise ConfigError(f"the source {source.title} is never read: its weight is above 0 in no phase.")
+        return Interleave(list(stages.values()), list(stages))
 
     def _data_loader(self) -> StatefulDataLoader:
         sampler = RankRows(
@@ -205,7 +285,15 @@ class RowLoader:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # of torchdata's own making
             return StatefulDataLoader(
-                Rows(self._corpora, self._ordered(), self._mixture, self.seq_len, self.rows),
+                Rows(
+                    self._supply.corpora,
+                    self._supply.packings,
+                    [self._order(number, packed) for number, packed in enumerate(self._supply.packings)],
+                    self._supply.interleave,
+                    self.seq_len,
+                    self.labels_across_documents,
+                    self.rows,
+                ),
                 batch_size=None,  # the sampler yields whole micro-batches
                 sampler=sampler,
                 num_workers=self.num_workers,

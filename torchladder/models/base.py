@@ -73,6 +73,14 @@ class Model(nn.Module, ABC):
     def palm_flops(self, tokens: int) -> int:
         """Returns the operations by the PaLM convention (arXiv 2204.02311, appendix B): full attention, no mask."""
 
+    def turn(self, theta: float) -> None:
+        """Rotates positions by another base (RoPE theta) from here on.
+
+        Raises:
+            ConfigError: the model has no rotary positions.
+        """
+        raise ConfigError(f"rope_theta = {theta}: {type(self).__name__} has no rotary positions to turn.")
+
     def num_parameters(self) -> int:
         """Returns the number of parameters, each shared one counted once."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,6 +70,12 @@ class Llama(Model):
         feed_forward = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
         plan = {f"layers.*.attention.{name}": style for name, style in attention.items()}
         return plan | {f"layers.*.feed_forward.{name}": style for name, style in feed_forward.items()}
+
+    def turn(self, theta: float) -> None:
+        if self.rope is None:
+            super().turn(theta)
+        elif theta != self.rope.rotation.theta:
+            self.rope.turn(replace(self.rope.rotation, theta=theta))
 
     def flops(self, tokens: int, pairs: int) -> int:
         # Forward takes 2 operations per weight and token, and per pair 2 per feature in the scores and 2 in the values.

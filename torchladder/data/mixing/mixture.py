@@ -20,11 +20,12 @@ count at the next: by 1 and 2 every interval has room for the windows in it, so 
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from heapq import heapify, heappop, heappush
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class Mixture:
         ConfigError: a weight is not a positive number, or a share is below one in a million.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float | Fraction]) -> None:
         if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
             raise ConfigError(
                 f"weights are {list(weights)}; each is a finite number above 0, and there is one at least."
@@ -66,19 +67,30 @@ class Mixture:
         source, index = self._rows(number)
         return int(source[offset]), int(index[offset])
 
+    def counts(self, row: int) -> list[int]:
+        """Returns how many of the rows before ``row`` are of each source."""
+        number, offset = divmod(row, self.block)
+        counts = self._border(number)
+        for source in islice(self._block(number), offset):
+            counts[source] += 1
+        return counts
+
     def _rows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns source and index of each row of a block, keeping the two blocks read last."""
         if number not in self._blocks:
-            counts, until = self._border(number), self._border(number + 1)
-            source = np.fromiter(self._earliest(counts, number * self.block, until), np.int64, self.block)
+            source = np.fromiter(self._block(number), np.int64, self.block)
             index = np.empty_like(source)
-            for i, count in enumerate(counts):
+            for i, count in enumerate(self._border(number)):
                 mine = source == i
                 index[mine] = count + np.arange(mine.sum())
             while len(self._blocks) > 1:
                 del self._blocks[next(iter(self._blocks))]
             self._blocks[number] = source, index
         return self._blocks[number]
+
+    def _block(self, number: int) -> Iterator[int]:
+        """Yields the source of each row of a block."""
+        return self._earliest(self._border(number), number * self.block, self._border(number + 1))
 
     def _border(self, number: int) -> list[int]:
         """Returns each source's count where a block begins."""
@@ -130,3 +142,44 @@ class Mixture:
 
     def _deadline(self, i: int, index: int) -> int:
         return -(-(index + 1) * self._whole // self._parts[i]) - 1
+
+
+class Interleave:
+    """Which source each row of a run comes from: a mixture per phase, each source going on where it was.
+
+    Args:
+        shares: for each phase, the share of each source; 0 for one that the phase leaves out.
+        firsts: the first row of each phase, from 0.
+    """
+
+    def __init__(self, shares: Sequence[Sequence[float | Fraction]], firsts: Sequence[int]) -> None:
+        self.firsts = list(firsts)
+        self._sources = [[i for i, share in enumerate(of_phase) if share] for of_phase in shares]
+        self._mixtures = [
+            Mixture([of_phase[i] for i in sources]) for of_phase, sources in zip(shares, self._sources, strict=True)
+        ]
+        self.shares = [[Fraction(0)] * len(of_phase) for of_phase in shares]
+        for of_phase, sources, mixture in zip(self.shares, self._sources, self._mixtures, strict=True):
+            for source, share in zip(sources, mixture.shares, strict=True):
+                of_phase[source] = share
+        self._before = [[0] * len(shares[0])]
+        for phase, (first, until) in enumerate(pairwise(self.firsts)):
+            self._before.append(self._add(phase, until - first))
+
+    def __call__(self, row: int) -> tuple[int, int]:
+        """Returns the source of a row, and which of that source's rows it is."""
+        phase = bisect.bisect_right(self.firsts, row) - 1
+        source, index = self._mixtures[phase](row - self.firsts[phase])
+        source = self._sources[phase][source]
+        return source, self._before[phase][source] + index
+
+    def counts(self, row: int) -> list[int]:
+        """Returns how many of the rows before ``row`` are of each source."""
+        phase = bisect.bisect_right(self.firsts, row) - 1
+        return self._add(phase, row - self.firsts[phase])
+
+    def _add(self, phase: int, rows: int) -> list[int]:
+        counts = list(self._before[phase])
+        for source, count in zip(self._sources[phase], self._mixtures[phase].counts(rows), strict=True):
+            counts[source] += count
+        return counts

@@ -13,11 +13,12 @@ import mmap
 import os
 import struct
 from array import array
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -54,6 +55,10 @@ class Writer:
     Args:
         path: the pair's prefix, or either of its files.
         dtype: type of a token on disk.
+
+    Attributes:
+        lengths: tokens in each document so far.
+        checksums: SHA-256 of ``bin`` and ``idx``, once both are complete.
     """
 
     def __init__(self, path: str | Path, dtype: np.dtype) -> None:
@@ -63,7 +68,9 @@ class Writer:
         self.prefix = prefix_of(path)
         self.dtype = np.dtype(dtype)
         self.lengths = array("i")
+        self.checksums: dict[str, str] = {}
         self._range = np.iinfo(self.dtype)
+        self._digest = hashlib.sha256()
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         self._file = open(f"{self.prefix}.bin.partial", "wb", buffering=1 << 20)  # noqa: SIM115 - closed by __exit__
 
@@ -73,15 +80,30 @@ class Writer:
         Raises:
             ConfigError: a token does not fit the dtype.
         """
-        ids = np.asarray(tokens) if len(tokens) else np.empty(0, self.dtype)
-        if len(ids) and (ids.min() < self._range.min or ids.max() > self._range.max):
-            worst = ids.max() if ids.max() > self._range.max else ids.min()
+        self.extend(np.asarray(tokens) if len(tokens) else np.empty(0, self.dtype), [len(tokens)])
+
+    def extend(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+        """Appends documents that lie back to back.
+
+        Args:
+            tokens: (tokens,) of all of them.
+            lengths: (documents,) tokens in each.
+
+        Raises:
+            ConfigError: a token does not fit the dtype.
+        """
+        low, high = self._range.min, self._range.max
+        if len(tokens) and (tokens.min() < low or tokens.max() > high):
+            place = int(np.flatnonzero((tokens < low) | (tokens > high))[0])
+            document = len(self.lengths) + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
             raise ConfigError(
-                f"token {worst} of document {len(self.lengths)} does not fit {self.dtype} "
-                f"({self._range.min} to {self._range.max}) in {self.prefix}.bin."
+                f"token {tokens[place]} of document {document} does not fit {self.dtype} ({low} to {high}) "
+                f"in {self.prefix}.bin."
             )
-        self._file.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
-        self.lengths.append(len(ids))
+        data = np.ascontiguousarray(tokens, dtype=self.dtype.newbyteorder("<")).data
+        self._file.write(data)
+        self._digest.update(data)
+        self.lengths.frombytes(np.asarray(lengths, dtype=np.int32).tobytes())
 
     def __enter__(self) -> Writer:
         return self
@@ -99,13 +121,20 @@ class Writer:
         _sync(self._file)
         lengths = np.frombuffer(self.lengths, dtype=np.int32) if self.lengths else np.empty(0, np.int32)
         ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+        count = len(lengths)
+        content: list[Any] = [
+            HEADER.pack(MAGIC, 1, CODES[self.dtype], count, count + 1),
+            lengths.astype("<i4").data,
+            (ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8").data,
+            np.arange(count + 1, dtype="<i8").data,
+        ]
+        digest = hashlib.sha256()
         with open(f"{self.prefix}.idx.partial", "wb") as index:
-            count = len(lengths)
-            index.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], count, count + 1))
-            index.write(lengths.astype("<i4").data)
-            index.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8").data)
-            index.write(np.arange(count + 1, dtype="<i8").data)
+            for piece in content:
+                index.write(piece)
+                digest.update(piece)
             _sync(index)
+        self.checksums = {"bin": self._digest.hexdigest(), "idx": digest.hexdigest()}
         # The index goes first and comes last: at no moment does an index stand beside tokens that are not its own.
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         os.replace(f"{self.prefix}.bin.partial", f"{self.prefix}.bin")

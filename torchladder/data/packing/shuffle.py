@@ -1,4 +1,6 @@
-"""Rows in random order, in closed form: where a row comes from is computed, never stored.
+"""The order of documents and of the rows that they fill, each a pure function of seed, source and epoch.
+
+Rows in random order come in closed form: where a row comes from is computed, never stored.
 
 Documents in a shuffled order are not enough: a long document fills rows that follow each other, so a batch of
 neighbouring rows would hold two or three documents and their gradients would say the same thing.
@@ -7,18 +9,42 @@ neighbouring rows would hold two or three documents and their gradients would sa
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from torchladder.data.packing import Spans
+import numpy as np
 
 ROUNDS = 6
 """Rounds of the Feistel network; four are the fewest that look random."""
 
 _WORD = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """The documents of each epoch: as stored, or shuffled by (seed, source, epoch).
+
+    Shuffling sorts random keys, each with its document's number in the low bits: no two are equal, so every sort gives
+    the same order. NumPy keeps the raw streams of its bit generators and of ``SeedSequence`` the same in every release,
+    which it does not promise for ``permutation``: the order outlives an upgrade.
+    """
+
+    documents: int
+    seed: int
+    source: int
+    shuffle: bool = True
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.documents)
+        low = np.uint64((1 << self.documents.bit_length()) - 1)
+        keys = np.random.PCG64(np.random.SeedSequence((self.seed, self.source, epoch))).random_raw(self.documents)
+        keys &= ~low
+        keys |= np.arange(self.documents, dtype=np.uint64)
+        keys.sort()  # in place, and several times as fast as argsort
+        keys &= low
+        return keys.view(np.int64)
 
 
 @dataclass(frozen=True)
@@ -39,27 +65,12 @@ class RowOrder:
     source: int
 
     def __call__(self, row: int) -> int:
-        epoch = math.floor(row / self.epoch_rows)
-        first, end = math.ceil(epoch * self.epoch_rows), math.floor((epoch + 1) * self.epoch_rows)
+        tokens, seq_len = self.epoch_rows.numerator, self.epoch_rows.denominator  # whole numbers: fractions are slow
+        epoch = row * seq_len // tokens
+        first, end = -(-epoch * tokens // seq_len), (epoch + 1) * tokens // seq_len
         if not first <= row < end:
             return row
         return first + permute(row - first, end - first, (self.seed, self.source, epoch))
-
-
-@dataclass(frozen=True)
-class Shuffled:
-    """The rows of a packing in another order.
-
-    Attributes:
-        packing: row → its content.
-        order: row → the row of the packing that stands there.
-    """
-
-    packing: Callable[[int], Spans]
-    order: Callable[[int], int]
-
-    def __call__(self, row: int) -> Spans:
-        return self.packing(self.order(row))
 
 
 def permute(index: int, count: int, key: tuple[int, ...]) -> int:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
+import logging
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from torchladder.registry import ConfigError, Registry, unknown
+from torchladder.data.cache import sha256
+from torchladder.data.text import documents
+from torchladder.data.text.documents import OnError, Reader, Stretch
+from torchladder.registry import ConfigError, Registry
 
-WHOLE_FILES = (".txt", ".py", ".md")
-"""Files that are one document each; a ``.jsonl`` is one document a line."""
-ALLOWED = (*WHOLE_FILES, ".jsonl")
+logger = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
@@ -79,22 +80,25 @@ class Files:
     Attributes:
         name: what errors and the report call the source.
         files: each file's name within the source and its path, in reading order.
-        text_key: the key of the text in a line of a ``.jsonl``.
+        text_key: the key of the text in a line of a ``.jsonl``, or its column in a table.
+        on_error: what a document that cannot be read does.
+        report: whether to say how many could not.
     """
 
     name: str
     files: tuple[tuple[str, Path], ...]
     text_key: str = "text"
+    on_error: OnError = "error"
+    report: bool = True
 
     def documents(self) -> Iterator[Document]:
+        reader, done = Reader(self.text_key, self.on_error), 0
         for name, path in self.files:
-            if path.suffix == ".jsonl":
-                yield from self._lines(name, path)
-            else:
-                raw = path.read_bytes()
-                text = raw.decode("utf-8-sig", errors="ignore")
-                if text:
-                    yield Document(name, text, len(raw))
+            for number, text in reader.read(Stretch(path, 0, None, path.stat().st_size)):
+                yield Document(name if number is None else f"{name}:{number}", text, reader.size - done)
+                done = reader.size
+        for line in summary(reader.skipped, reader.examples) if self.report else []:
+            logger.warning("%s: %s", self.name, line)
 
     def size(self) -> int:
         return sum(path.stat().st_size for _, path in self.files)
@@ -104,37 +108,13 @@ class Files:
         for name, path in self.files:
             stat = path.stat()
             listing.append((name, os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
-        return hashlib.sha256(repr((self.text_key, listing)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.text_key, self.on_error, listing)).encode()).hexdigest()
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.text_key.encode())
+        digest = hashlib.sha256(repr((self.text_key, self.on_error)).encode())
         for name, path in self.files:
-            digest.update(repr((name, _hash(path))).encode())
+            digest.update(repr((name, sha256(path))).encode())
         return digest.hexdigest()
-
-    def _lines(self, name: str, path: Path) -> Iterator[Document]:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if raw.isspace():
-                    continue
-                text = self._text(raw.decode("utf-8-sig", errors="ignore"), f"{path}:{number}")
-                if text:
-                    yield Document(f"{name}:{number}", text, len(raw))
-
-    def _text(self, line: str, where: str) -> str:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{where} is not JSON ({error}); a .jsonl holds one object a line.") from error
-        if not isinstance(record, dict):
-            raise ConfigError(f"{where} holds a {type(record).__name__}; a .jsonl holds one object a line.")
-        if self.text_key not in record:
-            raise ConfigError(f"{where}: text_key: {unknown('key', self.text_key, record)}")
-        text = record[self.text_key]
-        if not isinstance(text, str):
-            raise ConfigError(f"{where}: {self.text_key!r} holds a {type(text).__name__}, not a string.")
-        # JSON can spell half a surrogate pair, which no encoding of text can carry.
-        return text.encode("utf-8", errors="ignore").decode()
 
 
 @register("python-stdlib")
@@ -148,25 +128,29 @@ def python_stdlib() -> Source:
     files = tuple(sorted((path.relative_to(root).as_posix(), path) for path in found))
     if not files:
         raise ConfigError(f"python-stdlib: this interpreter keeps no .py files in {root}.")
-    return Files("python-stdlib", files)
+    # Some files of its tests are of other encodings, and many mark an empty package.
+    return Files("python-stdlib", files, on_error="repair", report=False)
 
 
 @register("text")
-def text(path: str | list[str], text_key: str = "text") -> Source:
-    """Text files: each .txt, .py and .md is one document, each line of a .jsonl is one.
+def text(path: str | list[str], text_key: str = "text", on_error: OnError = "error") -> Source:
+    """Text files: each .txt, .py and .md is a document, each line of a .jsonl, each row of a .csv and .parquet.
+
+    All of them may be compressed, as .gz, .zst or .bz2.
 
     Args:
         path: a file, a folder (searched to the bottom), a glob such as ``notes/**/*.md``, or a list of those.
-        text_key: the key of the text in a line of a .jsonl.
+        text_key: the key of the text in a line of a .jsonl, or its column in a table.
+        on_error: what a document that cannot be read does: error, skip, or repair.
 
     Raises:
-        ConfigError: nothing matches, or a file is of another kind.
+        ConfigError: nothing matches, or no match is of a kind that can be read.
     """
     patterns = as_list(path)
     if not patterns or not all(patterns):
         raise ConfigError("the source text needs a path: a file, a folder, a glob, or a list of those.")
-    files = tuple(file for pattern in patterns for file in _expand(pattern))
-    return Files(", ".join(patterns), files, text_key)
+    files = tuple(file for pattern in patterns for file in expand(pattern))
+    return Files(", ".join(patterns), files, text_key, on_error)
 
 
 def as_list(path: str | list[str]) -> list[str]:
@@ -187,16 +171,24 @@ def matches(pattern: str) -> list[Path]:
     return [Path(path) for path in sorted(found)]
 
 
-def _expand(pattern: str) -> list[tuple[str, Path]]:
-    """Lists the text files of one pattern, each by its path below the part of the pattern that is not a glob."""
+def expand(pattern: str) -> list[tuple[str, Path]]:
+    """Lists the text files of one pattern, each by its path below the part of the pattern that is not a glob.
+
+    Raises:
+        ConfigError: there are none.
+    """
     found = matches(pattern)
     inside = [child for path in found for child in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    files = dict.fromkeys(path for path in inside if path.is_file() and path.suffix in ALLOWED)
+    files = dict.fromkeys(path for path in inside if path.is_file() and documents.known(path))
     if not files:
-        kinds = ", ".join(ALLOWED)
-        raise ConfigError(f"{pattern!r} names no text file. Known: {kinds}; tokens on disk are named as *.bin.")
+        raise ConfigError(f"{pattern!r} names no text file. Known: {documents.kinds()}; tokens are named as *.bin.")
     root = _root(os.path.expanduser(pattern))
     return [(path.relative_to(root).as_posix(), path) for path in files]
+
+
+def summary(skipped: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:
+    """Returns a line for each reason why documents were left out or repaired."""
+    return [f"{count:,} documents {reason}, first {examples[reason]}" for reason, count in sorted(skipped.items())]
 
 
 def _root(pattern: str) -> Path:
@@ -207,11 +199,3 @@ def _root(pattern: str) -> Path:
     while glob.has_magic(str(folder)) and not folder.exists():
         folder = folder.parent
     return folder
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""The loader alone: tokens per second by packing and workers, opening ten million documents, a far row, the wait.
+
+python -m tests.benchmarks.loader [--documents 10000000]
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from tests.benchmarks.timing import table
+from torchladder import data
+from torchladder.data import SourceConfig
+from torchladder.data.formats.indexed import CODES, HEADER, MAGIC, Writer
+
+SEQ_LEN, LOCAL, SOURCES = 8192, 8, 10
+FAR = 10_000_000
+DEFAULTS = {key: parameter.default for key, parameter in data.registry.parameters("rows").items()}
+
+
+def write(folder: Path, name: str, documents: int, mean: int, seed: int) -> SourceConfig:
+    """A source of documents of log-normal length, as web text has."""
+    rng = np.random.default_rng(seed)
+    lengths = np.maximum(rng.lognormal(np.log(mean) - 0.5, 1.0, documents).astype(int), 1)
+    tokens = rng.integers(0, 50_000, 1 << 20).astype(np.uint16)
+    with Writer(folder / name, np.dtype(np.uint16)) as writer:
+        for length in np.minimum(lengths, len(tokens)).tolist():
+            writer.add(tokens[:length])
+    return SourceConfig(path=f"{folder}/{name}.bin", weight=float(rng.integers(1, 10)))
+
+
+def write_index(folder: Path, name: str, documents: int) -> None:
+    """A pair of many documents whose tokens are a hole in a file: there is much to open and little to write."""
+    lengths = np.random.default_rng(0).integers(20, 1000, documents, dtype=np.int32)
+    ends = 2 * np.cumsum(lengths, dtype=np.int64)
+    with open(folder / f"{name}.idx", "wb") as index:
+        index.write(HEADER.pack(MAGIC, 1, CODES[np.dtype(np.uint16)], documents, documents + 1))
+        for values in (lengths, ends - 2 * lengths, np.arange(documents + 1)):
+            index.write(np.ascontiguousarray(values).data)
+    with open(folder / f"{name}.bin", "wb") as tokens:
+        tokens.truncate(int(ends[-1]))
+
+
+def load(sources, cache, **changes):
+    empty = {"validation_sources": [], "exclude": [], "domains": {}, "languages": {}, "phases": []}
+    section = {**DEFAULTS, **empty, "sources": sources, "cache_folder": str(cache), **changes}
+    facts = dict(seq_len=SEQ_LEN, split="train", tokenizer=None, dp_rank=0, dp_degree=1)
+    batches = dict(local_batch_size=LOCAL, global_batch_size=LOCAL, steps=None)
+    return data.registry.build(SimpleNamespace(name="rows", **section), **facts, **batches)
+
+
+def rate(loader, batches=150, warm=20):
+    """Tokens per second of wall clock and of processor time, this process and its workers together."""
+    for _ in range(warm):
+        next(loader)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(batches):
+        next(loader)
+    tokens = batches * LOCAL * SEQ_LEN
+    return tokens / (time.perf_counter() - wall), tokens / (time.process_time() - cpu)
+
+
+def throughput(folder):
+    sources = [write(folder, f"source{i}", 5_000, 800, i) for i in range(SOURCES)]
+    rows = []
+    for packing in ("stream", "best_fit", "pad"):
+        for workers in (0, 1):
+            best = [0.0, 0.0]
+            for _ in range(3):
+                loader = load(sources, folder / "cache", packing=packing, num_workers=workers)
+                best = [max(pair) for pair in zip(best, rate(loader), strict=True)]
+            cpu = f"{best[1] / 1e6:.0f}" if workers == 0 else ""
+            rows.append([packing, str(workers), f"{best[0] / 1e6:.0f}", cpu])
+    flat = loader._supply.corpora[0].shards[0].flat
+    begin, copied = time.process_time(), 0
+    while time.process_time() - begin < 0.5:  # the bound: three copies of a row and nothing else
+        row = flat[copied % 100_000 :][: SEQ_LEN + 1].astype(np.int64)
+        _ = row[:-1].copy(), row[1:].copy()
+        copied += SEQ_LEN
+    rows.append(["bare copies", "0", "", f"{copied / (time.process_time() - begin) / 1e6:.0f}"])
+    print(f"{SOURCES} sources, rows of {SEQ_LEN:,}, batches of {LOCAL}; best of 3")
+    table(["packing", "workers", "M tokens/s", "M tokens/cpu s"], rows)
+
+
+def opening(folder, documents):
+    """Times and memory of a process of its own, so that its peak is its own."""
+    write_index(folder, "many", documents)
+    command = [sys.executable, "-m", "tests.benchmarks.loader", "--open", str(folder / "many.bin")]
+    for packing in ("stream", "best_fit"):
+        print(f"{documents:,} documents, {packing}", flush=True)
+        subprocess.run([*command, "--packing", packing, "--cache", str(folder / "cache")], check=True)
+
+
+def open_one(path, packing, cache):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = []
+
+    def lap(what, work):
+        wall, cpu = time.perf_counter(), time.process_time()
+        found = work()
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        rows.append([what, f"{time.perf_counter() - wall:.2f}", f"{time.process_time() - cpu:.2f}", f"{peak:.0f}"])
+        return found
+
+    loader = lap("open", lambda: load([SourceConfig(path=path)], Path(cache), packing=packing))
+    lap("first batch", lambda: next(loader))
+    lap("open again", lambda: load([SourceConfig(path=path)], Path(cache), packing=packing))
+    loader.seek(FAR)
+    lap(f"first batch from row {FAR:,}", lambda: next(loader))
+    lap("next batch", lambda: next(loader))
+    table(["", "seconds", "cpu s", "peak MiB above start"], rows)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--documents", type=int, default=10_000_000)
+    parser.add_argument("--open", default="")
+    parser.add_argument("--packing", default="stream")
+    parser.add_argument("--cache", default="")
+    args = parser.parse_args()
+    if args.open:
+        open_one(args.open, args.packing, args.cache)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        opening(Path(folder), args.documents)
+        throughput(Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+import gzip
+import json
+
+import pytest
+
+from torchladder.commands import inspect, merge, prepare, tokenizer
+from torchladder.data.formats.indexed import Indexed, Writer
+from torchladder.registry import ConfigError
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with text in two languages."""
+    monkeypatch.chdir(tmp_path)
+    for language, line in [("en", "the quick brown fox"), ("de", "der schnelle braune Fuchs")]:
+        (tmp_path / "data" / language).mkdir(parents=True)
+        for number in range(2):
+            lines = [json.dumps({"body": f"{line} {number} {i}\n" * (i + 1)}) for i in range(20)]
+            content = "\n".join(lines).encode()
+            (tmp_path / "data" / language / f"{number}.jsonl.gz").write_bytes(gzip.compress(content))
+    return tmp_path
+
+
+def prepared(*extra, output="tokens/all"):
+    words = "--input data/en data/de/*.gz --text-key body --tokenizer bytes --workers 1"
+    return prepare.run([*words.split(), "--output", output, *extra])
+
+
+def test_prepare_says_what_it_made(here, capsys):
+    assert prepared() == 0
+    said = capsys.readouterr().out
+    assert "tokens/all.bin: 80 documents" in said
+    assert "each begins with no token of its own and ends with token 256" in said
+    pair = Indexed("tokens/all")
+    assert bytes(pair[0][:-1].tolist()).decode() == "the quick brown fox 0 0\n"
+    assert bytes(pair[79][:25].tolist()).decode() == "der schnelle braune Fuchs"
+    assert prepared() == 0  # nothing to do
+    assert prepared("--no-eos", "--overwrite") == 0
+    assert Indexed("tokens/all").tokens == pair.tokens - 80
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--shard", "2"], "--shard 2: must be I/N"),
+        (["--shard", "2/2"], "shards of n are 0/n to n-1/n"),
+        (["--executor", "rey"], "unknown executor 'rey'. Did you mean 'ray'"),
+        (["--bos"], "no bos token"),
+        (["--eos-token", "</s>"], "names its own bos and eos"),
+        (["--tokenizer", "none.json"], "'none.json' is not a file or folder"),
+        (["--text-key", "txt"], r"0\.jsonl\.gz:1: text_key: unknown key 'txt'"),
+        (["--workers", "0"], "workers is 0"),
+    ],
+)
+def test_prepare_refuses(here, extra, message):
+    with pytest.raises(ConfigError, match=message):
+        prepared(*extra)
+    assert not list(here.glob("tokens/*.bin"))
+
+
+@pytest.mark.parametrize("command", [prepare, merge, inspect, tokenizer])
+def test_help_and_wrong_options(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.run(["--help"])
+    assert end.value.code == 0
+    assert command.__doc__.split(",")[0].split(":")[0] in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as end:
+        command.run(["--no-such-option"])
+    assert end.value.code == 2
+
+
+def test_an_interrupt_is_said(here, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare.parts, "run", interrupted)
+    assert prepared() == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_shards_are_merged(here, capsys):
+    prepared()
+    for number in range(3):
+        prepared("--shard", f"{number}/3", output="tokens/part")
+    shards = sorted(str(path) for path in here.glob("tokens/part-*.*"))
+    assert len(shards) == 9
+    shards = [path for path in shards if not path.endswith(".json")]  # what a glob over both files of a pair gives
+    assert merge.run(["tokens/merged", *shards]) == 0
+    assert "tokens/merged.bin: 80 documents" in capsys.readouterr().out
+    for suffix in ("bin", "idx", "json"):
+        assert (here / f"tokens/merged.{suffix}").read_bytes() == (here / f"tokens/all.{suffix}").read_bytes()
+
+
+def test_inspect_shows_and_tests(here, capsys):
+    prepared()
+    capsys.readouterr()
+    assert inspect.run(["tokens/all.bin", "--document", "1"]) == 0
+    said = capsys.readouterr().out
+    for part in ("80 documents", "uint16", "tokenizer: bytes, 257 tokens", "eos 256", "4 files", "the quick", "█"):
+        assert part in said
+    assert "checksums: all is as it was written" in said
+    assert inspect.run(["tokens/all", "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["documents"] == 80 == sum(documents for _, _, documents, _ in about["histogram"])
+    assert about["tokens"] == sum(tokens for _, _, _, tokens in about["histogram"])
+
+    content = bytearray((here / "tokens/all.bin").read_bytes())
+    content[5] ^= 1
+    (here / "tokens/all.bin").write_bytes(content)
+    assert inspect.run(["tokens/all"]) == 1
+    assert "checksums: DAMAGED, tokens/all.bin" in capsys.readouterr().out
+    assert inspect.run(["tokens/all", "--no-checksums"]) == 0
+    assert "checksums: not tested" in capsys.readouterr().out
+
+
+def test_inspect_of_a_pair_from_elsewhere(here, capsys):
+    with Writer("x", "uint16") as writer:
+        for document in ([], [1], [7] * 300):
+            writer.add(document)
+    assert inspect.run(["x", "--document", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "document 2 (its beginning), undecoded without --tokenizer: 7 7 7" in said
+    assert "checksums: none" in said
+    with pytest.raises(ConfigError, match="--document 3: the pair has 3 documents"):
+        inspect.run(["x", "--document", "3"])
+    with Writer("y", "uint16"):
+        pass
+    assert inspect.run(["y"]) == 0
+    assert "0 documents" in capsys.readouterr().out
+
+
+def test_a_tokenizer_is_trained_and_used(here, capsys):
+    words = "train --input data --text-key body --output tokenizers/mine --vocab-size 300"
+    assert tokenizer.run(words.split()) == 0
+    assert "tokenizers/mine: 300 tokens" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="is there already; --overwrite replaces it"):
+        tokenizer.run(words.split())
+    model = (here / "tokenizers/mine/tokenizer.model").read_bytes()
+    assert tokenizer.run([*words.split(), "--overwrite"]) == 0
+    assert (here / "tokenizers/mine/tokenizer.model").read_bytes() == model
+    record = json.loads((here / "tokenizers/mine/training.json").read_text())
+    assert record["documents"] == 80
+    assert record["normalization"] == "none"
+    assert prepared("--tokenizer", "tokenizers/mine", "--bos") == 0
+    capsys.readouterr()
+    inspect.run(["tokens/all"])
+    said = capsys.readouterr().out
+    assert "bos 1, eos 2" in said
+    assert "the quick brown fox 0 0" in said
+    with pytest.raises(ConfigError, match="was written with the tokenizer sentencepiece"):
+        inspect.run(["tokens/all", "--tokenizer", "bytes"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--vocab-size 100000", "no tokenizer with vocab_size 100000"),
+        ("--kind byte-bpe --vocab-size 100000", "no tokenizer with vocab_size 100000"),
+        ("--character-coverage 1.5", "character_coverage is 1.5"),
+        ("--kind byte-bpe --character-coverage 0.9", "not for byte-bpe"),
+        ("--normalization nfc", "unknown normalization for bpe 'nfc'"),
+        ("--special-tokens <a> <a>", "special_tokens is"),
+        ("--sample-chars 0", "--sample-chars 0"),
+        ("--vocab-size 0", "vocab_size is 0"),
+    ],
+)
+def test_training_refuses(here, extra, message):
+    with pytest.raises(ConfigError, match=message):
+        tokenizer.run([*["train", "--input", "data", "--text-key", "body", "--output", "tok"], *extra.split()])
+    assert not (here / "tok").exists()

@@ -1,0 +1,214 @@
+"""Formats of tokens on disk: what they give, what they refuse, and that any of them is a source like another."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from torchladder.data import SourceConfig
+from torchladder.data.corpus import Opener
+from torchladder.data.formats.indexed import Writer
+from torchladder.data.formats.litpkds import HEADER, Chunks
+from torchladder.data.packing.base import Spans
+from torchladder.data.tokenizer import Bytes
+from torchladder.registry import ConfigError
+
+EOS = Bytes.eos
+
+
+def chunk(path: Path, tokens, code=8, dtype="<u2", version=1, magic=b"LITPKDS") -> Path:
+    path.write_bytes(HEADER.pack(magic, version, code, len(tokens)) + np.array(tokens, dtype).tobytes())
+    return path
+
+
+def table(path: Path, **columns) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+    return path
+
+
+def corpus(path, cache, tokenizer=None, exclude=(), **settings):
+    opener = Opener(tokenizer or Bytes(), cache, 0.0, False, exclude)
+    return opener.open(SourceConfig(path=path if isinstance(path, list) else str(path), **settings), "train")
+
+
+def documents(found):
+    whole = ((i, found.lengths[i]) for i in range(len(found.lengths)))
+    return [found.read(Spans(*(np.array([value]) for value in (i, 0, length)))).tolist() for i, length in whole]
+
+
+# --- LITPKDS ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_header_is_skyladders():
+    assert HEADER.pack(b"LITPKDS", 1, 8, 131_088).hex() == "4c4954504b4453" + "0100000000000000" + "08" + (
+        "1000020000000000"
+    )
+
+
+def test_chunks_are_documents_that_end_with_eos(tmp_path):
+    chunk(tmp_path / "train_cc_0_0000000001.bin", [9, 10, EOS, EOS, 11, 12])
+    chunk(tmp_path / "train_cc_0_0000000000.bin", [1, 2, EOS, 3, 4, 5])
+    found = corpus(tmp_path / "train_cc_*.bin", tmp_path)
+    assert documents(found) == [[1, 2, EOS], [3, 4, 5], [9, 10, EOS], [EOS], [11, 12]]
+    assert found.tokens == 12
+
+
+def test_many_chunks_are_opened_as_they_are_read(tmp_path, monkeypatch):
+    for number in range(12):
+        chunk(tmp_path / f"train_{number:02}.bin", [number] * 3 + [EOS])
+    monkeypatch.setattr("torchladder.data.formats.litpkds.MAPPED", 2)
+    found = corpus(tmp_path / "*.bin", tmp_path)
+    assert documents(found) == [[number] * 3 + [EOS] for number in range(12)]
+
+
+def test_ends_are_searched_once(tmp_path, monkeypatch):
+    file = chunk(tmp_path / "a.bin", [1, EOS, 2, 3])
+    first = Chunks([file], EOS, tmp_path)
+    monkeypatch.setattr(Chunks, "_write_ends", None)
+    assert Chunks([file], EOS, tmp_path).lengths.tolist() == first.lengths.tolist() == [2, 2]
+
+
+def test_the_fingerprint_of_chunks_is_of_their_content(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        chunk(tmp_path / name / "x.bin", [1, 2, EOS, 3])
+    prints = [corpus(tmp_path / name / "x.bin", tmp_path).fingerprint() for name in ("a", "b")]
+    assert prints[0] == prints[1]
+    chunk(tmp_path / "b" / "x.bin", [1, 2, EOS, 4])
+    assert corpus(tmp_path / "b" / "x.bin", tmp_path).fingerprint() != prints[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"magic": b"LITPKDX"}, "not a LITPKDS chunk"),
+        ({"version": 2}, "of version 2"),
+        ({"code": 6}, "dtype code 6. Known: 1 .uint8."),
+        ({"tokens": [1] * 6, "dtype": "<u1"}, "has 30 bytes, its header asks for 36: it is cut short"),
+        ({"tokens": []}, "cut short or damaged"),
+        ({"code": 4, "dtype": "<i4"}, r"2\.bin holds 6 tokens of int32, but .*1\.bin holds 6 of uint16"),
+    ],
+)
+def test_damaged_chunks_are_refused(tmp_path, changes, message):
+    chunk(tmp_path / "1.bin", [1, 2, EOS, 3, 4, 5])
+    chunk(tmp_path / "2.bin", **{"tokens": [1, 2, EOS, 3, 4, 5], **changes})
+    with pytest.raises(ConfigError, match=message):
+        corpus(tmp_path / "*.bin", tmp_path, name="litpkds")
+
+
+def test_a_chunk_of_a_few_bytes_and_one_without_a_tokenizer(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"LITPKDS123")
+    with pytest.raises(ConfigError, match="fewer than the header's 24"):
+        corpus(tmp_path / "a.bin", tmp_path)
+    chunk(tmp_path / "a.bin", [1, 2])
+    with pytest.raises(ConfigError, match="chunks know no documents"):
+        Opener(None, tmp_path, 0.0, False).open(SourceConfig(path=str(tmp_path / "a.bin")), "train")
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_parquet_are_documents(tmp_path):
+    rows = [[1, 2, 3], [], [4], [5, 6], [7]]
+    found = corpus(table(tmp_path / "a.parquet", input_ids=rows), tmp_path)
+    assert documents(found) == rows
+
+
+def test_several_files_are_one_source_and_are_converted_once(tmp_path, monkeypatch):
+    table(tmp_path / "b.parquet", input_ids=[[3, 4]])
+    table(tmp_path / "a.parquet", input_ids=[[1, 2]])
+    assert documents(corpus(tmp_path / "*.parquet", tmp_path)) == [[1, 2], [3, 4]]
+    monkeypatch.setattr("torchladder.data.formats.parquet._documents", None)
+    assert documents(corpus(tmp_path / "*.parquet", tmp_path)) == [[1, 2], [3, 4]]
+
+
+def test_labels_and_attention_masks_silence_tokens(tmp_path):
+    columns = {
+        "input_ids": [[1, 2, 3, 0], [4, 5, 6, 7]],
+        "labels": [[1, 2, 3, -100], [-100, -100, 6, 7]],
+        "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1]],
+    }
+    found = corpus(table(tmp_path / "a.parquet", **columns), tmp_path)
+    assert documents(found) == [[~1, 2, 3, ~0], [~4, ~5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"input_id": [[1]]}, "unknown column in .*a.parquet 'input_ids'. Did you mean 'input_id'"),
+        ({"input_ids": ["text"]}, "input_ids holds string, not lists of whole numbers"),
+        ({"input_ids": [[1], None]}, "a row, or a number in it, is missing"),
+        ({"input_ids": [[1], [None, 2]]}, "a row, or a number in it, is missing"),
+        ({"input_ids": [[0.5]]}, "not lists of whole numbers"),
+        ({"input_ids": [[1, -2]]}, "row 0 holds token -2"),
+        ({"input_ids": [[1, 2]], "labels": [[1]]}, "row 0 has 2 input_ids and 1 labels"),
+        ({"input_ids": [[1, 2]], "labels": [[1, 3]]}, "neither its tokens nor -100"),
+        ({"input_ids": [[1, 300]]}, r"holds token 300, the tokenizer's vocabulary has 257"),
+    ],
+)
+def test_parquet_that_cannot_be(tmp_path, columns, message):
+    with pytest.raises(ConfigError, match=message):
+        documents(corpus(table(tmp_path / "a.parquet", **columns), tmp_path, name="parquet"))
+
+
+def test_damaged_parquet_is_refused(tmp_path):
+    file = table(tmp_path / "a.parquet", input_ids=[[1, 2]])
+    file.write_bytes(file.read_bytes()[:-6])
+    with pytest.raises(ConfigError, match="damaged"):
+        corpus(file, tmp_path)
+
+
+def test_parquet_names_its_extra(tmp_path, monkeypatch):
+    file = table(tmp_path / "a.parquet", input_ids=[[1, 2]])
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"pip install 'torchladder\[parquet\]'"):
+        corpus(file, tmp_path, name="parquet")
+
+
+# --- what a path names -----------------------------------------------------------------------------------------------
+
+
+def test_the_kind_is_told_from_the_files(tmp_path):
+    with Writer(tmp_path / "pair", np.dtype(np.uint16)) as writer:
+        writer.add([1, 2])
+    kinds = {
+        chunk(tmp_path / "chunk.bin", [1, 2]): "litpkds",
+        tmp_path / "pair.bin": "indexed",
+        tmp_path / "pair.idx": "indexed",
+        tmp_path / "absent.bin": "indexed",
+        table(tmp_path / "tokens.parquet", input_ids=[[1]]): "parquet",
+        table(tmp_path / "texts.parquet", text=["a"]): "text",
+        tmp_path / "notes.txt": "text",
+    }
+    assert {path: SourceConfig(path=str(path)).kind() for path in kinds} == kinds
+    assert SourceConfig(path=str(tmp_path / "chunk.bin"), name="indexed").kind() == "indexed"
+
+
+def test_files_are_excluded_by_path_name_or_stem(tmp_path):
+    for name in "abcd":
+        with Writer(tmp_path / name, np.dtype(np.uint16)) as writer:
+            writer.add([ord(name), 1])
+    everything = str(tmp_path / "*.bin")
+    for pattern in ("b", "b.bin", f"{tmp_path}/b.bin", "[b]"):
+        found = corpus(everything, tmp_path, exclude=[pattern])
+        assert [document[0] for document in documents(found)] == [97, 99, 100]
+        assert SourceConfig(path=everything).check([pattern, "zzz"]) == {pattern}
+    with pytest.raises(ConfigError, match="leaves no file of the source"):
+        corpus(everything, tmp_path, exclude=["?.bin"])
+
+
+def test_a_folder_is_searched_to_the_bottom(tmp_path):
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    chunk(tmp_path / "x" / "y" / "b.bin", [3, EOS])
+    chunk(tmp_path / "x" / "a.bin", [1, EOS])
+    assert documents(corpus(tmp_path / "x", tmp_path / "cache", name="litpkds")) == [[1, EOS], [3, EOS]]
+    with pytest.raises(ConfigError, match=r"names no tokens. Known: .parquet"):
+        corpus(tmp_path / "x", tmp_path, name="parquet")
+
+
+def test_struct_sizes():
+    assert (HEADER.size, struct.calcsize("<7sQBQ")) == (24, 24)

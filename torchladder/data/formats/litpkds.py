@@ -1,0 +1,142 @@
+"""Chunks of TinyLlama and SkyLadder (``LITPKDS``): a 24-byte header, then one stream of tokens cut into equal files.
+
+The header holds, little-endian: the magic ``LITPKDS``, uint64 version 1, uint8 dtype code, uint64 tokens in the file.
+A chunk knows nothing of documents. They end with the tokenizer's eos, so the tokens are searched once for it and the
+ends are kept in the cache; a document that goes on in another chunk is two. Rows of any length can so be packed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from torchladder.data.cache import build_once
+from torchladder.data.formats.readers import register
+from torchladder.registry import ConfigError
+
+MAGIC = b"LITPKDS"
+HEADER = struct.Struct("<7sQBQ")  # 7 + 8 + 1 + 8 = 24 bytes
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # 6 and 7 are floats
+MAPPED = 256
+"""Files that are open at once; a corpus may have more of them than a process may open."""
+SAMPLE = 1 << 16
+"""Bytes that a fingerprint reads of each file, half of them at its end."""
+
+
+class Chunks:
+    """Reads chunk files as one long stream, each file mapped when a document of it is asked for.
+
+    Args:
+        files: in order, all of one dtype and one size.
+        eos: the token that ends a document.
+        cache: folder of the cache.
+
+    Attributes:
+        lengths: (documents,) int64, tokens in each document.
+        starts: (documents,) int64, its first token's place in the stream of all files.
+
+    Raises:
+        ConfigError: a file is damaged, of another format, or unlike the first one.
+    """
+
+    def __init__(self, files: Sequence[Path], eos: int, cache: Path) -> None:
+        self.files = list(files)
+        self.eos = eos
+        self.cache = cache
+        self.dtype, self.chunk = _header(self.files[0])
+        for file in self.files:
+            if _header(file) != (self.dtype, self.chunk):
+                raise ConfigError(
+                    f"{file} holds {_header(file)[1]} tokens of {_header(file)[0]}, but {self.files[0]} holds "
+                    f"{self.chunk} of {self.dtype}: chunks of different runs are different sources."
+                )
+        self._map = lru_cache(MAPPED)(self._open)
+        ends = np.load(build_once(cache / "chunks" / f"{self._stamp()}.npy", self._write_ends), mmap_mode="r")
+        self.starts = np.concatenate([[0], ends[:-1]])
+        self.lengths = ends - self.starts
+
+    @property
+    def flat(self) -> Chunks:
+        return self
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        """Returns tokens of one document: a slice within one file."""
+        file, begin = divmod(places.start, self.chunk)
+        return self._map(file)[begin : begin + places.stop - places.start]
+
+    def __reduce__(self) -> tuple[type[Chunks], tuple[list[Path], int, Path]]:
+        return Chunks, (self.files, self.eos, self.cache)  # a worker maps the files itself
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the headers, the first and last 32 KiB of every file, and where documents end."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.lengths).data)
+        for path in self.files:
+            with open(path, "rb") as file:
+                digest.update(file.read(SAMPLE // 2))
+                file.seek(max(os.path.getsize(path) - SAMPLE // 2, 0))
+                digest.update(file.read())
+        return digest.hexdigest()
+
+    def _open(self, number: int) -> np.ndarray:
+        return np.memmap(self.files[number], self.dtype, "r", HEADER.size, (self.chunk,)).view(np.ndarray)
+
+    def _stamp(self) -> str:
+        """Returns a hash of the files' names, sizes and times."""
+        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        return hashlib.sha256(repr((self.eos, stats)).encode()).hexdigest()[:32]
+
+    def _write_ends(self, target: Path) -> None:
+        ends = []
+        for number in range(len(self.files)):
+            inside = np.flatnonzero(self._map(number) == self.eos) + 1
+            if not len(inside) or inside[-1] != self.chunk:
+                inside = np.append(inside, self.chunk)
+            ends.append(inside + number * self.chunk)
+        with open(target, "wb") as file:
+            np.save(file, np.concatenate(ends))
+
+
+def is_chunk(file: Path) -> bool:
+    """Tells whether a file begins as a chunk does."""
+    with open(file, "rb") as opened:
+        return opened.read(len(MAGIC)) == MAGIC
+
+
+@register("litpkds")
+def litpkds(files: list[Path], eos: int | None, cache: Path) -> list[Chunks]:
+    """Chunks of TinyLlama and SkyLadder (``LITPKDS``); the tokenizer's eos tells where documents end.
+
+    Raises:
+        ConfigError: as ``Chunks``, or no tokenizer says what ends a document.
+    """
+    if eos is None:
+        raise ConfigError(f"{files[0]}: chunks know no documents, a tokenizer has to say what token ends one.")
+    return [Chunks(files, eos, cache)]
+
+
+def _header(file: Path) -> tuple[np.dtype, int]:
+    """Returns the dtype and the number of tokens of a chunk file, which must have them."""
+    with open(file, "rb") as opened:
+        raw = opened.read(HEADER.size)
+    if len(raw) < HEADER.size:
+        raise ConfigError(f"{file} has {len(raw)} bytes, fewer than the header's {HEADER.size}: it is cut short.")
+    magic, version, code, tokens = HEADER.unpack(raw)
+    if magic != MAGIC:
+        raise ConfigError(f"{file} begins with {magic!r}, not {MAGIC!r}: it is not a LITPKDS chunk.")
+    if version != 1:
+        raise ConfigError(f"{file} is of version {version}. Known: 1.")
+    if code not in DTYPES:
+        known = ", ".join(f"{number} ({np.dtype(dtype)})" for number, dtype in DTYPES.items())
+        raise ConfigError(f"{file} stores tokens as dtype code {code}. Known: {known}.")
+    dtype = np.dtype(DTYPES[code]).newbyteorder("<")
+    size, needed = os.path.getsize(file), HEADER.size + tokens * dtype.itemsize
+    if size != needed or not tokens:
+        raise ConfigError(f"{file} has {size} bytes, its header asks for {needed}: it is cut short or damaged.")
+    return dtype, tokens

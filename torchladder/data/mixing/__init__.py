@@ -1,0 +1,1 @@
+"""Which source each row is of, and what a run takes of each."""

@@ -1,0 +1,387 @@
+"""Files of text to a pair of tokens, in parts: by many processes at once, ended at any moment and continued.
+
+The documents are cut into tasks that depend on the files alone. Each is written as a pair of its own, known by a hash
+of all that it follows from, beside the output in ``PREFIX.parts``; when all are there they become one pair. So a
+process that comes after another, however that one ended, does what is missing, and the output is the same whoever made
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchladder.data.base import Tokenizer
+from torchladder.data.formats.indexed import Indexed, Writer, dtype_for, prefix_of
+from torchladder.data.prepare import merge, metadata
+from torchladder.data.prepare.executor import Executor
+from torchladder.data.prepare.framing import Framing, batches
+from torchladder.data.prepare.metadata import Metadata
+from torchladder.data.prepare.progress import Report
+from torchladder.data.text import documents, sources
+from torchladder.data.text.documents import OnError, Reader, Stretch
+from torchladder.registry import ConfigError
+
+FORMAT = 1
+"""Raised when the same text and tokenizer would give other parts, so that unfinished older ones are left alone."""
+TASKS = 1024
+"""Tasks that the input is cut into, as far as they stay within ``SMALLEST`` and ``LARGEST`` bytes."""
+SMALLEST, LARGEST = 4 << 20, 64 << 20
+FILES = 1024
+"""Small files that one task reads at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What is to be prepared, and how.
+
+    Attributes:
+        inputs: files, folders, globs.
+        output: prefix of the pair; a shard adds its number.
+        framing: how a text becomes tokens.
+        tokenizer: what the tokenizer is called in the metadata.
+        text_key: the text's key in a line of a .jsonl, or its column in a table.
+        on_error: what a document that cannot be read does.
+        shard: the part of the input to prepare, (number from 0, how many); None is all.
+        overwrite: whether to replace a pair that was prepared otherwise.
+        part_bytes: bytes of input in a task; None suits the input. The output does not depend on it.
+    """
+
+    inputs: list[str]
+    output: str
+    framing: Framing
+    tokenizer: str = ""
+    text_key: str = "text"
+    on_error: OnError = "error"
+    shard: tuple[int, int] | None = None
+    overwrite: bool = False
+    part_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.inputs or not all(self.inputs):
+            raise ConfigError("there is no input: name files, folders or globs.")
+        if self.shard is not None and not 0 <= self.shard[0] < self.shard[1]:
+            raise ConfigError(f"shard is {self.shard[0]}/{self.shard[1]}; shards of n are 0/n to n-1/n.")
+        if self.part_bytes is not None and self.part_bytes < 1:
+            raise ConfigError(f"part_bytes is {self.part_bytes}; it is 1 at least.")
+        Reader(self.text_key, self.on_error)
+
+    @property
+    def prefix(self) -> str:
+        """The pair's prefix: of a shard, the output's with the shard's number."""
+        own = prefix_of(self.output)
+        return own if self.shard is None else f"{own}-{self.shard[0]:05}-of-{self.shard[1]:05}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Documents that become one part.
+
+    Attributes:
+        key: a hash of all that the part follows from.
+        stretches: of files, in order.
+        stamps: size and time of each stretch's file.
+    """
+
+    key: str
+    stretches: tuple[Stretch, ...]
+    stamps: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        return sum(stretch.size for stretch in self.stretches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A task that is done; the content of ``<key>.json``.
+
+    Attributes:
+        key: of the task.
+        pair: name of the pair within the folder of parts.
+        documents, tokens: how many it holds.
+        skipped, examples: documents left out, by reason: how many, and the first one's file and line.
+        on_error: what a document that cannot be read did.
+        checksums: SHA-256 of ``bin`` and ``idx``.
+    """
+
+    key: str
+    pair: str
+    documents: int
+    tokens: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+    on_error: str = "error"
+    checksums: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Makes parts of tasks; this is what a worker is sent."""
+
+    folder: Path
+    framing: Framing
+    text_key: str
+    on_error: OnError
+
+    def __call__(self, task: Task) -> Part:
+        reader = Reader(self.text_key, self.on_error)
+        # A name of its own: a worker that was given up for lost may still be writing the same part.
+        pair = f"{task.key}-{uuid.uuid4().hex[:8]}"
+        with Writer(self.folder / pair, dtype_for(self.framing.tokenizer.vocab_size)) as writer:
+            for batch in batches(self._texts(reader, task), lambda item: item[2]):
+                places = [(stretch, number) for stretch, number, _ in batch]
+                texts = [text for _, _, text in batch]
+                writer.extend(*self.framing(texts, lambda n, places=places: documents.where(*places[n])))  # type: ignore[misc]
+        _unchanged(task)
+        part = Part(
+            key=task.key,
+            pair=pair,
+            documents=len(writer.lengths),
+            tokens=sum(writer.lengths),
+            skipped=dict(reader.skipped),
+            examples=reader.examples,
+            on_error=self.on_error,
+            checksums=writer.checksums,
+        )
+        metadata.write(self.folder / task.key, part)
+        return part
+
+    def _texts(self, reader: Reader, task: Task) -> Iterator[tuple[Stretch, int | None, str]]:
+        for stretch in task.stretches:
+            for number, text in reader.read(stretch):
+                yield stretch, number, text
+
+
+def run(preparation: Preparation, executor: Executor) -> Metadata:
+    """Prepares, or continues a preparation; returns what came of it.
+
+    Raises:
+        ConfigError: an input cannot be read, the output is there and was prepared otherwise, or another process is
+            preparing it.
+    """
+    files = expand(preparation.inputs)
+    wanted = _wanted(preparation, files)
+    prefix = preparation.prefix
+    with _alone(prefix) as folder:
+        done = _finished(prefix, wanted, preparation.overwrite)
+        if done is None:
+            tasks = _share(plan(preparation, files), preparation.shard)
+            parts = _parts(preparation, tasks, folder, executor)
+            done = _join(wanted, prefix, folder, parts)
+        shutil.rmtree(folder, ignore_errors=True)
+    return done
+
+
+def expand(inputs: Sequence[str]) -> list[Path]:
+    """Lists the files that paths, folders and globs name, the matches of each in sorted order.
+
+    Raises:
+        ConfigError: a pattern names no file, or two patterns name the same file.
+    """
+    files: dict[str, Path] = {}
+    for pattern in inputs:
+        for _, path in sources.expand(pattern):
+            if os.path.abspath(path) in files:
+                raise ConfigError(f"{path} is named by two inputs; its documents would be in the output twice.")
+            files[os.path.abspath(path)] = path
+    return list(files.values())
+
+
+def plan(preparation: Preparation, files: Sequence[Path]) -> list[Task]:
+    """Cuts the input into tasks, the same whoever does them."""
+    stats = {path: path.stat() for path in files}
+    total = sum(stat.st_size for stat in stats.values())
+    target = preparation.part_bytes or min(max(total // TASKS, SMALLEST), LARGEST)
+    framing = preparation.framing
+    settings = [FORMAT, framing.tokenizer.fingerprint, framing.ends, preparation.text_key]
+    tasks: list[Task] = []
+    stretches: list[Stretch] = []
+    size = 0
+
+    def close() -> None:
+        stamps = tuple((stats[stretch.path].st_size, stats[stretch.path].st_mtime_ns) for stretch in stretches)
+        places = [
+            (os.path.abspath(path), begin, end, stamp)
+            for (path, begin, end, _), stamp in zip(stretches, stamps, strict=True)
+        ]
+        key = hashlib.sha256(json.dumps([*settings, places]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        tasks.append(Task(key, tuple(stretches), stamps))
+        stretches.clear()
+
+    for path in files:
+        for stretch in documents.split(path, stats[path].st_size, target):
+            stretches.append(stretch)
+            size += stretch.size
+            if size >= target or len(stretches) == FILES:
+                close()
+                size = 0
+    if stretches:
+        close()
+    return tasks
+
+
+def _share(tasks: list[Task], shard: tuple[int, int] | None) -> list[Task]:
+    """Returns the tasks of a shard: neighbours, so that shards one after the other are the whole."""
+    if shard is None:
+        return tasks
+    number, count = shard
+    total, before, mine = sum(task.size for task in tasks), 0, []
+    for task in tasks:
+        # By the middle of the task: every task is in exactly one shard, and shards are of equal size, about.
+        if min((2 * before + task.size) * count // max(2 * total, 1), count - 1) == number:
+            mine.append(task)
+        before += task.size
+    return mine
+
+
+def _wanted(preparation: Preparation, files: Sequence[Path]) -> Metadata:
+    """Returns the metadata of the output, as far as it is known before the work."""
+    tokenizer: Tokenizer = preparation.framing.tokenizer
+    return Metadata(
+        dtype=str(dtype_for(tokenizer.vocab_size)),
+        tokenizer={
+            "name": preparation.tokenizer,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            **preparation.framing.ends,
+        },
+        text_key=preparation.text_key,
+        on_error=preparation.on_error,
+        shard=list(preparation.shard) if preparation.shard else None,
+        sources=[{"path": str(path), "bytes": path.stat().st_size} for path in files],
+    )
+
+
+def _finished(prefix: str, wanted: Metadata, overwrite: bool) -> Metadata | None:
+    """Returns what is known of an output that is complete and as wanted; None where there is work to do.
+
+    Raises:
+        ConfigError: there is an output that was prepared otherwise.
+    """
+    found = metadata.read(prefix)
+    if found is None:
+        if Path(f"{prefix}.idx").exists() and not _begun(prefix) and not overwrite:
+            raise ConfigError(f"{prefix}.bin is there already, from elsewhere; --overwrite replaces it.")
+        return None
+    made = metadata.path_of(prefix).stat().st_mtime_ns
+    newer = [source["path"] for source in wanted.sources if os.stat(source["path"]).st_mtime_ns > made]
+    ours, theirs = wanted.settings(), found.settings()
+    if not found.skipped:
+        theirs["on_error"] = ours["on_error"]  # there was no error
+    changed = [name for name in ours if ours[name] != theirs[name]] + [f"{path} is newer" for path in newer[:1]]
+    if not changed and Path(f"{prefix}.idx").exists():
+        return found
+    if changed and not overwrite:
+        raise ConfigError(f"{prefix} was prepared otherwise ({', '.join(changed)}); --overwrite replaces it.")
+    return None
+
+
+def _begun(prefix: str) -> bool:
+    """Tells whether an earlier process had begun to put the parts together, which is when the pair appears."""
+    return Path(f"{prefix}.parts", "joining").exists()
+
+
+def _parts(preparation: Preparation, tasks: list[Task], folder: Path, executor: Executor) -> list[Part]:
+    """Returns the part of each task, in order: those that are there already, and those that are now made."""
+    done = {task.key: part for task in tasks if (part := _read(folder, task.key, preparation.on_error))}
+    missing = [task for task in tasks if task.key not in done]
+    sizes = {task.key: task.size for task in tasks}
+    work = Work(folder, preparation.framing, preparation.text_key, preparation.on_error)
+    with Report(Path(preparation.prefix).name, sum(sizes.values()), sum(sizes[key] for key in done)) as report:
+        if done:
+            report.say(f"continuing: {len(done):,} of {len(tasks):,} parts are there")
+        for part in executor(work, missing):
+            done[part.key] = part
+            report.add(part.documents, part.tokens, sizes[part.key])
+        parts = [done[task.key] for task in tasks]
+        skipped, examples = Counter[str](), dict[str, str]()
+        for part in parts:
+            skipped.update(part.skipped)
+            examples = {**part.examples, **examples}
+        for line in sources.summary(skipped, examples):
+            report.say(f"{preparation.on_error}: {line}")
+    return parts
+
+
+def _read(folder: Path, key: str, on_error: str) -> Part | None:
+    """Returns a part that an earlier process finished; None where there is none that serves.
+
+    What could be read without skipping anything serves whatever is to be done about errors.
+    """
+    path = metadata.path_of(folder / key)
+    if not path.is_file():
+        return None
+    part = Part(**json.loads(path.read_text(encoding="utf-8")))
+    return part if part.on_error == on_error or not part.skipped else None
+
+
+def _join(wanted: Metadata, prefix: str, folder: Path, parts: list[Part]) -> Metadata:
+    """Makes the output of its parts."""
+    (folder / "joining").touch()
+    skipped: Counter[str] = Counter()
+    with Writer(prefix, np.dtype(wanted.dtype)) as writer:
+        for part in parts:
+            broken = metadata.damage(folder / part.pair, part.checksums)
+            if broken:
+                metadata.path_of(folder / part.key).unlink(missing_ok=True)
+                raise ConfigError(
+                    f"{broken} is missing or damaged; the same command makes it again. "
+                    f"With several machines, {folder.parent} must be a folder that all of them share."
+                )
+            merge.append(writer, Indexed(folder / part.pair))
+            skipped.update(part.skipped)
+        metadata.path_of(prefix).unlink(missing_ok=True)  # what it says of an older pair is over
+    done = dataclasses.replace(
+        wanted,
+        documents=len(writer.lengths),
+        tokens=sum(part.tokens for part in parts),
+        skipped=dict(sorted(skipped.items())),
+        checksums=writer.checksums,
+    )
+    metadata.write(prefix, done)
+    return done
+
+
+def _unchanged(task: Task) -> None:
+    """Raises ConfigError where a file is not what it was when the work was planned."""
+    for stretch, stamp in zip(task.stretches, task.stamps, strict=True):
+        stat = stretch.path.stat()
+        if (stat.st_size, stat.st_mtime_ns) != stamp:
+            raise ConfigError(f"{stretch.path} was changed while it was read.")
+
+
+@contextmanager
+def _alone(prefix: str) -> Iterator[Path]:
+    """Gives the folder of parts to one process at a time.
+
+    Raises:
+        ConfigError: another process has it, or it cannot be written.
+    """
+    folder = Path(f"{prefix}.parts")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock: Any = open(folder / "lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ConfigError(f"the output folder {folder.parent} cannot be written: {error}.") from error
+    with lock:
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # released when the file closes, also when the process dies
+        except OSError:
+            raise ConfigError(f"another process is preparing {prefix}.") from None
+        yield folder

@@ -1,0 +1,1 @@
+"""Raw text: where documents come from, and how they are read from files."""

@@ -1,0 +1,91 @@
+"""SentencePiece models: from a file, or trained on the run's own texts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+
+from torchladder.data.base import Tokenizer
+from torchladder.data.tokenizer import files, training
+from torchladder.data.tokenizer.base import register
+from torchladder.registry import ConfigError
+
+VOCAB_SIZE = 4096
+"""Tokens of a vocabulary that trains itself, unless a run asks for another number."""
+SPACE = "▁"
+"""How SentencePiece writes a space inside its pieces, so it cannot tell a literal U+2581 from one."""
+
+
+@register("sentencepiece")
+def sentencepiece(
+    texts: Callable[[], Iterator[str]], cache: Path, path: str = "", vocab_size: int | None = None
+) -> Tokenizer:
+    """A SentencePiece model: from a file, or trained once on the run's own texts and kept in the cache.
+
+    A trained one is BPE with byte fallback and no normalisation, so every text comes back exactly as it went in.
+
+    Args:
+        path: a .model file; empty trains one.
+        vocab_size: tokens of the vocabulary: 4096 when it trains; of a .model it only asserts the size.
+
+    Raises:
+        ConfigError: the file is missing, is no SentencePiece model or has another size; or the texts are too few.
+    """
+    if not path:
+        return SentencePiece(training.trained(texts(), cache, vocab_size or VOCAB_SIZE).read_bytes())
+    tokenizer = SentencePiece(files.content(path), path)
+    if vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(f"tokenizer vocab_size is {vocab_size}, but {path} has {tokenizer.vocab_size} tokens.")
+    return tokenizer
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece model in memory.
+
+    Args:
+        model: content of a .model file.
+        name: what errors call it.
+    """
+
+    def __init__(self, model: bytes, name: str = "the tokenizer model") -> None:
+        try:
+            self._model = spm.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ConfigError(f"{name} is no SentencePiece model.{files.hint(model)}") from error
+        if self._model.eos_id() < 0:
+            raise ConfigError(f"{name} has no end-of-sentence token, which ends a document.")
+        self.eos = self._model.eos_id()
+        self.bos = None if self._model.bos_id() < 0 else self._model.bos_id()
+        self.vocab_size = self._model.vocab_size()
+        self.fingerprint = f"sentencepiece {hashlib.sha256(model).hexdigest()}"
+        ids = range(self.vocab_size)
+        self._silent = {i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
+        self._literal_space = self._bytes_of(SPACE)
+        self._content = model, name
+
+    def __reduce__(self) -> tuple[type[SentencePiece], tuple[bytes, str]]:
+        return SentencePiece, self._content
+
+    def encode(self, text: str) -> list[int]:
+        if not self._literal_space or SPACE not in text:
+            return self._model.encode(text)
+        first, *rest = (self._model.encode(part) for part in text.split(SPACE))
+        return first + [token for ids in rest for token in (*self._literal_space, *ids)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode([i for i in ids if 0 <= i < self.vocab_size and i not in self._silent])
+
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
+        plain = iter(self._model.encode([text for text in texts if SPACE not in text], num_threads=threads))
+        encoded = (self.encode(text) if SPACE in text else next(plain) for text in texts)
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+    def _bytes_of(self, text: str) -> list[int]:
+        """Returns the byte tokens of a text, or nothing for a model that lacks them or puts a space before a text."""
+        ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+        own_space = self._model.encode("a", out_type=str)[0].startswith(SPACE)
+        return ids if all(map(self._model.is_byte, ids)) and not own_space else []
