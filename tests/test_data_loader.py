@@ -125,7 +125,7 @@ def test_a_worker_may_be_sent_the_dataset(folder):
     """As spawned workers are; the tokens stay on the disk."""
     dataset = load(folder)._data_loader().dataset
     sent = pickle.dumps(dataset)
-    assert same(pickle.loads(sent)[[3, 900]], dataset[[3, 900]])
+    assert same(pickle.loads(sent)[[3, 900]].batch(), dataset[[3, 900]].batch())
 
 
 @given(st.integers(0, 30), st.integers(0, 5))
@@ -344,3 +344,10 @@ def test_a_source_without_tokens_is_an_error(folder):
         writer.add([])
     with pytest.raises(ConfigError, match=r"empty\.bin has 0 tokens"):
         load(folder, sources=[SourceConfig(path=f"{folder}/empty.bin")])
+
+
+def test_tokens_beyond_32_bits_are_an_error(folder):
+    with Writer(folder / "wide", np.dtype(np.int64)) as writer:
+        writer.add([1, 1 << 31, 3])
+    with pytest.raises(ConfigError, match=r"wide\.bin holds token 2147483648"):
+        next(load(folder, sources=[SourceConfig(path=f"{folder}/wide.bin")], tokenizer=None))

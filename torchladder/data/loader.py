@@ -23,7 +23,7 @@ from torchladder.data import packing as packings
 from torchladder.data.base import Batch, Tokenizer, Usage, register
 from torchladder.data.cache import DEFAULT, cache_path
 from torchladder.data.corpus import Corpus, Opener, SourceConfig
-from torchladder.data.dataset import RankRows, Rows
+from torchladder.data.dataset import Content, RankRows, Rows
 from torchladder.data.mixing.domains import Domains, Shares
 from torchladder.data.mixing.mixture import Interleave
 from torchladder.data.mixing.phases import Phase, Timetable
@@ -101,7 +101,7 @@ class RowLoader:
         self.rows = sum(packed.rows or 0 for packed in packings) if self.split == "validation" else None
         """Global rows there are; None without end."""
         self._accumulation = self.global_batch_size // (self.dp_degree * self.local_batch_size)
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Batch | Content] | None = None
         self.seek(0)
 
     @property
@@ -114,9 +114,9 @@ class RowLoader:
     def __next__(self) -> Batch:
         if self._batches is None:
             self._batches = iter(self._data_loader())
-        batch = next(self._batches)
+        found = next(self._batches)
         self._taken += 1
-        return batch
+        return found if isinstance(found, Batch) else found.batch()  # where memory is pinned, that thread has done it
 
     def seek(self, row: int) -> None:
         """Continues at a global row, which becomes the first of a global batch.
@@ -298,6 +298,7 @@ class RowLoader:
                 sampler=sampler,
                 num_workers=self.num_workers,
                 prefetch_factor=self.prefetch_factor,
+                snapshot_every_n_steps=1 << 62,  # the row is the whole state, workers need not send theirs
                 pin_memory=self.pin_memory and torch.accelerator.is_available(),
                 # Its own generator: the default one would be advanced by every start, and dropout with it.
                 generator=torch.Generator(),

@@ -40,7 +40,8 @@ def _copies(pair: Indexed) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         end = max(begin + 1, int(np.searchsorted(ends, done + TOKENS, side="right")))
         mine = slice(begin, end)
         if (starts[mine][1:] == (starts[mine] + lengths[mine])[:-1]).all():
-            yield pair.flat[int(starts[begin]) : int(starts[begin] + lengths[mine].sum())], lengths[mine]
+            place = int(starts[begin]) * pair.dtype.itemsize
+            yield np.fromfile(f"{pair.prefix}.bin", pair.dtype, int(lengths[mine].sum()), offset=place), lengths[mine]
         else:
             yield np.concatenate([pair[document] for document in range(begin, end)]), lengths[mine]
         begin = end
