@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from torchladder.data.base import IGNORED, Batch
 from torchladder.data.corpus import Corpus
 from torchladder.data.packing.base import NOTHING, Packing
+from torchladder.registry import ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ class Rows(Dataset[Content]):
         return Content(tokens, np.concatenate(begins))
 
     def _fill(self, row: int, tokens: np.ndarray) -> np.ndarray:
-        """Writes one row (T + 1,), returns where its pieces begin; padding is a piece of its own."""
+        """Writes one row (T + 1,), returns where its pieces begin."""
         source, spans = 0, NOTHING
         if self.count is None or row < self.count:
             source, index = self.mixture(row)
@@ -85,11 +86,23 @@ class Rows(Dataset[Content]):
         used = int(begins[-1])
         if used:
             tokens[:used] = self.corpora[source].read(spans)
-        tokens[used:] = ~0
-        if not self.across:
-            firsts = begins[(begins > 0) & (begins < used)]
-            tokens[firsts] = np.minimum(tokens[firsts], ~tokens[firsts])
-        return begins[begins < self.seq_len]  # the last token of a full row is only a label
+        return closed(tokens, begins, self.across)
+
+
+def closed(tokens: np.ndarray, begins: np.ndarray, across: bool) -> np.ndarray:
+    """Completes a row in place; returns where its pieces begin, padding among them.
+
+    Args:
+        tokens: (T + 1,) as in ``Content``.
+        begins: (pieces + 1,) where documents begin, from 0, and behind them where they end.
+        across: whether the last token of a document predicts the first one of the next.
+    """
+    used = begins[-1]
+    tokens[used:] = ~0
+    if not across:
+        firsts = begins[(begins > 0) & (begins < used)]
+        tokens[firsts] = np.minimum(tokens[firsts], ~tokens[firsts])
+    return begins[begins < len(tokens) - 1]  # the last token of a full row is only a label
 
 
 @dataclass
@@ -120,3 +133,22 @@ class RankRows(Sampler[list[int]]):
             for row in range(mine, mine + share, self.local):
                 yield list(range(row, row + self.local))
             start += self.batch
+
+
+def check_division(seq_len: int, rank: int, degree: int, local: int, batch: int) -> None:
+    """Checks how rows are divided over ranks and micro-batches.
+
+    Raises:
+        ConfigError: they do not divide, or a number is too small.
+    """
+    named = {"seq_len": seq_len, "dp_degree": degree, "local_batch_size": local, "global_batch_size": batch}
+    for name, value in named.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it is 1 at least.")
+    if not 0 <= rank < degree:
+        raise ConfigError(f"dp_rank is {rank}; it is from 0 to {degree - 1}.")
+    if batch % (degree * local):
+        raise ConfigError(
+            f"global_batch_size {batch} is not a multiple of {degree} data-parallel ranks "
+            f"times local_batch_size {local}."
+        )

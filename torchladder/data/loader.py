@@ -23,7 +23,7 @@ from torchladder.data import packing as packings
 from torchladder.data.base import Batch, Tokenizer, Usage, register
 from torchladder.data.cache import DEFAULT, cache_path
 from torchladder.data.corpus import Corpus, Opener, SourceConfig
-from torchladder.data.dataset import Content, RankRows, Rows
+from torchladder.data.dataset import Content, RankRows, Rows, check_division
 from torchladder.data.mixing.domains import Domains, Shares
 from torchladder.data.mixing.mixture import Interleave
 from torchladder.data.mixing.phases import Phase, Timetable
@@ -169,16 +169,7 @@ class RowLoader:
     def _check(self) -> None:
         if not self.sources:
             raise ConfigError('data.sources is empty. For a first run: sources = [{ name = "python-stdlib" }].')
-        for name in ("seq_len", "dp_degree", "local_batch_size", "global_batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it is 1 at least.")
-        if not 0 <= self.dp_rank < self.dp_degree:
-            raise ConfigError(f"dp_rank is {self.dp_rank}; it is from 0 to {self.dp_degree - 1}.")
-        if self.global_batch_size % (self.dp_degree * self.local_batch_size):
-            raise ConfigError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of {self.dp_degree} data-parallel ranks "
-                f"times local_batch_size {self.local_batch_size}."
-            )
+        check_division(self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size)
         if self.split not in ("train", "validation"):
             raise ConfigError(f"split is {self.split!r}. Known: train, validation.")
         if self.seed < 0 or self.num_workers < 0:
