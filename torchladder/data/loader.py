@@ -150,13 +150,16 @@ class RowLoader:
         }
 
     def describe(self) -> list[str]:
-        """Returns one line on the whole, one on each source, and one on each later mixture."""
+        """Returns a line on the whole, on each source, on each later mixture, and on the epochs of each phase."""
         order = f"shuffled with seed {self.seed}" if self.shuffle else "in order"
         order = order if self.rows is None else "in an order that is the same for every run"
         total = "" if self.rows is None else f", {self.rows:,} rows"
         tokens = sum(corpus.tokens for corpus in self._supply.corpora)
         whole = f"{self.split}: {self.packing}, {order}, {tokens:,} tokens{total}"
-        return [whole, *(f"  {line}" for line in self._supply.describe())]
+        lines = self._supply.describe()
+        if self.split == "train" and self.steps is not None:
+            lines += self._supply.epochs(self._starts(), self.steps)
+        return [whole, *(f"  {line}" for line in lines)]
 
     def steps_for(self, epochs: float) -> int:
         return self._supply.steps_for(epochs)
@@ -164,7 +167,11 @@ class RowLoader:
     def usage(self) -> list[Usage]:
         if self.steps is None:
             raise ConfigError("what a run reads depends on its steps, which are not known here.")
-        return self._supply.usage(sorted({0, *self._timetable.starts}), self.steps)
+        return self._supply.usage(self._starts(), self.steps)
+
+    def _starts(self) -> list[int]:
+        """Returns the first step of each phase, the run's beginning among them."""
+        return sorted({0, *self._timetable.starts})
 
     def _check(self) -> None:
         if not self.sources:
