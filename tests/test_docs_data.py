@@ -20,7 +20,7 @@ SHORT = [
     *("--training.seq_len", "64", "--training.local_batch_size", "4", "--metrics.log_freq", "1"),
     *("--training.mixed_precision_param", "float32"),
 ]
-PAGES = [ROOT / "docs" / name for name in ("data.md", "prepare.md", "mixing.md")]
+PAGES = [ROOT / "docs" / name for name in ("data.md", "prepare.md", "mixing.md", "hub.md")]
 
 
 def small(text):

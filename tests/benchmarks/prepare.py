@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tests.benchmarks.timing import table
 from torchladder.data import tokenizer
-from torchladder.data.prepare import parts
+from torchladder.data.prepare import parts, tasks
 from torchladder.data.prepare.executor import local
 from torchladder.data.prepare.framing import Framing
 from torchladder.data.text import sources
@@ -62,7 +62,7 @@ def _bare_share(job):
 def prepared(part, folder, workers, turn):
     """Returns the tokens of a whole preparation."""
     output = str(folder / f"{workers}-{turn}")
-    preparation = parts.Preparation(inputs=[str(folder / "texts")], output=output, framing=Framing(part))
+    preparation = tasks.Preparation(inputs=[str(folder / "texts")], output=output, framing=Framing(part))
     return parts.run(preparation, local(workers)).tokens
 
 
