@@ -39,20 +39,27 @@ setup() {
     PYTHON="$root/.venv/bin/python"
 }
 
-# Whether this Python can import torchladder and has every package that the requirements name.
+# Whether this Python can import torchladder and has every package that the requirements name for it.
 has_all() {
     "$1" - "$2" 2>/dev/null <<'PY'
-import importlib.metadata, importlib.util, pathlib, re, sys
+import importlib.metadata, importlib.util, pathlib, sys
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
 if importlib.util.find_spec("torchladder") is None:
     sys.exit(1)
 pending = [pathlib.Path(sys.argv[1])]
 while pending:
     file = pending.pop()
     for line in file.read_text().splitlines():
+        line = line.partition("#")[0].strip()
         if line.startswith("-r "):
             pending.append(file.parent / line[3:].strip())
-        elif name := re.match(r"[A-Za-z0-9_.-]+", line):
-            importlib.metadata.version(name[0])
+        elif line:
+            named = Requirement(line)
+            if named.marker is None or named.marker.evaluate():  # python_version < "3.11", for one
+                importlib.metadata.version(named.name)
 PY
 }
 

@@ -109,6 +109,21 @@ def test_the_global_batch_is_the_same_for_any_ranks(folder, degree, local):
         assert all(map(torch.equal, ours, one))
 
 
+@pytest.mark.parametrize(("degree", "local"), [(1, 4), (4, 2), (8, 1)])
+def test_the_number_of_ranks_may_change_where_a_run_resumes(folder, degree, local):
+    whole = steps(folder, 1, 8)
+    begun = [load(folder, dp_rank=d, dp_degree=2) for d in range(2)]
+    for rank in begun:
+        take(rank, 2 * 3)
+    assert {rank.row for rank in begun} == {8 * 3}
+    resumed = [load(folder, dp_rank=d, dp_degree=degree, local_batch_size=local) for d in range(degree)]
+    for rank in resumed:
+        rank.seek(begun[0].row)
+    for step in whole[3:]:
+        parts = [take(rank, 8 // degree // local) for rank in resumed]
+        assert all(torch.equal(torch.cat([part[key] for part in parts]), step[key]) for key in range(3))
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_change_nothing(folder, workers):
     plain, worked = load(folder), load(folder, num_workers=workers, prefetch_factor=3)
@@ -125,7 +140,7 @@ def test_a_worker_may_be_sent_the_dataset(folder):
     """As spawned workers are; the tokens stay on the disk."""
     dataset = load(folder)._data_loader().dataset
     sent = pickle.dumps(dataset)
-    assert same(pickle.loads(sent)[[3, 900]], dataset[[3, 900]])
+    assert same(pickle.loads(sent)[[3, 900]].batch(), dataset[[3, 900]].batch())
 
 
 @given(st.integers(0, 30), st.integers(0, 5))
@@ -344,3 +359,10 @@ def test_a_source_without_tokens_is_an_error(folder):
         writer.add([])
     with pytest.raises(ConfigError, match=r"empty\.bin has 0 tokens"):
         load(folder, sources=[SourceConfig(path=f"{folder}/empty.bin")])
+
+
+def test_tokens_beyond_32_bits_are_an_error(folder):
+    with Writer(folder / "wide", np.dtype(np.int64)) as writer:
+        writer.add([1, 1 << 31, 3])
+    with pytest.raises(ConfigError, match=r"wide\.bin holds token 2147483648"):
+        next(load(folder, sources=[SourceConfig(path=f"{folder}/wide.bin")], tokenizer=None))

@@ -191,7 +191,11 @@ def test_rows_before_a_phase_are_as_without_it(folder):
         assert torch.equal(ours, without)
     tokens = take(phased, 8)[0]
     assert tokens.min() >= 10_000
-    assert "from step 3: a 0.0%, b 100.0%" in phased.describe()[-1]
+    *_, mixture, first, second = phased.describe()
+    assert "from step 3: a 0.0%, b 100.0%" in mixture
+    read = {(one.step, one.source): one.epochs for one in phased.usage()}
+    assert first == f"  epochs of steps 0 to 2: a 0.00 to {read[0, 'a']:.2f}, b 0.00 to {read[0, 'b']:.2f}"
+    assert second == f"  epochs of steps 3 to 49: b {read[0, 'b']:.2f} to {read[0, 'b'] + read[3, 'b']:.2f}"
 
 
 def test_a_phase_without_weights_leaves_the_rows_alone(folder):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from torchladder.data.formats.indexed import Indexed
-from torchladder.data.prepare import executor, merge, metadata, parts
+from torchladder.data.prepare import executor, merge, metadata, parts, tasks
 from torchladder.data.prepare.executor import local
 from torchladder.data.prepare.framing import Framing
-from torchladder.data.prepare.parts import Preparation
+from torchladder.data.prepare.tasks import Preparation
 from torchladder.data.tokenizer import Bytes
 from torchladder.registry import ConfigError
 
@@ -133,7 +133,7 @@ def test_what_is_done_is_not_done_again(prepare, folder, tmp_path, capfd):
     prepare("whole")
     settings = {"inputs": [str(folder)], "framing": Framing(Bytes()), "tokenizer": "bytes", "part_bytes": 2000}
     preparation = Preparation(output=str(tmp_path / "out"), **settings)
-    total = len(parts.plan(preparation, parts.expand(preparation.inputs)))
+    total = len(tasks.cut(preparation, tasks.expand(preparation.inputs)))
     assert total > 14
     for count in (0, 5, 7):
         with pytest.raises(InterruptedError):

@@ -11,7 +11,7 @@ import pytest
 from torchladder.data.prepare import executor, parts
 from torchladder.data.prepare.executor import local
 from torchladder.data.prepare.framing import Framing
-from torchladder.data.prepare.parts import Preparation
+from torchladder.data.prepare.tasks import Preparation
 from torchladder.data.tokenizer import Bytes
 from torchladder.registry import ConfigError
 

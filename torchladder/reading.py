@@ -8,6 +8,7 @@ from typing import Any
 from torchladder import data
 from torchladder.config import Config
 from torchladder.data.base import Finite, Usage
+from torchladder.data.cache import DEFAULT
 from torchladder.registry import ConfigError
 
 STEPS = 10_000
@@ -48,7 +49,7 @@ def tokenizer(config: Config) -> data.Tokenizer | None:
     return data.tokenizer.registry.build(
         config.tokenizer,
         texts=lambda: data.training_texts(config.data),
-        cache=data.cache_path(getattr(config.data, "cache_folder", data.DEFAULT_CACHE)),  # a plugin may have none
+        cache=data.cache_path(getattr(config.data, "cache_folder", DEFAULT)),
     )
 
 

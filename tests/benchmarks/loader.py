@@ -1,9 +1,10 @@
-"""The loader alone: tokens per second by packing and workers, opening ten million documents, a far row, the wait.
+"""The loader: tokens per second by packing and workers, opening ten million documents, a far row, a run's wait.
 
 python -m tests.benchmarks.loader [--documents 10000000]
 """
 
 import argparse
+import itertools
 import resource
 import subprocess
 import sys
@@ -15,9 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 
 from tests.benchmarks.timing import table
-from torchladder import data
+from torchladder import config as settings
+from torchladder import data, plan
 from torchladder.data import SourceConfig
 from torchladder.data.formats.indexed import CODES, HEADER, MAGIC, Writer
+from torchladder.distributed import ranks as processes
+from torchladder.trainer import Trainer
 
 SEQ_LEN, LOCAL, SOURCES = 8192, 8, 10
 FAR = 10_000_000
@@ -117,6 +121,34 @@ def open_one(path, packing, cache):
     table(["", "seconds", "cpu s", "peak MiB above start"], rows)
 
 
+def waiting(config, steps=10):
+    """Prints the share of a run's steps that is spent waiting for rows, after a first step that does not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = ["--validation.no_enable", "--metrics.log_freq", "1000", "--training.steps", "1000"]
+        loaded = settings.load(["--job.config_file", config, "--job.dump_folder", folder, *quiet])
+        trainer = Trainer(plan.make(loaded), processes.join(loaded.comm))
+        loader, waited = trainer.loader, []
+        trainer.loader = (lap(waited, next, loader) for _ in itertools.count())
+        taken = []
+        for _ in range(steps + 1):
+            lap(taken, trainer.train_step)
+        processes.leave()
+    each = len(waited) // len(taken)
+    whole, wait = sum(taken[1:]), sum(waited[each:])
+    table(
+        ["", "ms/step", "ms waiting", "share"],
+        [[config, f"{1e3 * whole / steps:.0f}", f"{1e3 * wait / steps:.2f}", f"{wait / whole:.2%}"]],
+    )
+
+
+def lap(times, work, *arguments):
+    """Does some work and appends the seconds it took."""
+    begin = time.perf_counter()
+    done = work(*arguments)
+    times.append(time.perf_counter() - begin)
+    return done
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--documents", type=int, default=10_000_000)
@@ -130,6 +162,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         opening(Path(folder), args.documents)
         throughput(Path(folder))
+    waiting("train_configs/quickstart.toml")
 
 
 if __name__ == "__main__":

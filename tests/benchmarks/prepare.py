@@ -1,28 +1,35 @@
 """Preparing against the bare tokenizer: tokens per second of the same documents, in turns.
 
-python -m tests.benchmarks.prepare [workers] [MB of text]
+python -m tests.benchmarks.prepare [--workers 2] [--megabytes 200] [--kind bpe]
 
-The bare tokenizer is one thread of the library itself over texts that are in memory already. Preparing reads .jsonl,
-parses it, encodes, frames, checks, hashes, writes and joins; the start of its processes is in its time. The CPU column
-compares the work alone, which a busy machine does not change.
+The bare tokenizer is the library itself over texts that are in memory already, on one thread, and in as many processes
+as there are workers: what this machine can do. Preparing reads .jsonl, parses it, encodes, frames, checks, hashes,
+writes and joins; the start of its processes is in its time. The CPU column compares the work alone, which a busy
+machine does not change. With datatrove installed and --kind byte-bpe, its tokenization of the same files is measured
+beside it; it leaves a file for each worker, so its merge into one is in its time, too.
 """
 
+import argparse
+import importlib.util
 import json
+import multiprocessing
+import os
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from tests.benchmarks.timing import table
 from torchladder.data import tokenizer
-from torchladder.data.prepare import parts
+from torchladder.data.prepare import parts, tasks
 from torchladder.data.prepare.executor import local
 from torchladder.data.prepare.framing import Framing
 from torchladder.data.text import sources
+from torchladder.data.tokenizer.training import Training, train
 
-TURNS = 3
 PIECE = 4000
+FILES = 8
+SINGLE = ("bare tokenizer, one thread", "prepare --workers 1")
 
 
 def corpus(folder, megabytes):
@@ -33,21 +40,51 @@ def corpus(folder, megabytes):
     while size < megabytes * 1e6:
         texts.append(rng.choice(pieces))
         size += len(texts[-1])
-    with open(folder / "texts.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "texts").mkdir()
+    for number in range(FILES):
+        with open(folder / "texts" / f"{number}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts[number::FILES])
     return texts
 
 
 def bare(part, texts):
     """Returns the tokens that one thread of the tokenizer's own library makes."""
-    return sum(len(part._model.encode(text)) for text in texts)
+    if hasattr(part, "_model"):
+        return sum(len(part._model.encode(text)) for text in texts)
+    return sum(len(part._part.encode_batch_fast([text], add_special_tokens=False)[0].ids) for text in texts)
+
+
+def _bare_share(job):
+    number, count = job
+    return bare(_shared[0], _shared[1][number::count])
 
 
 def prepared(part, folder, workers, turn):
     """Returns the tokens of a whole preparation."""
     output = str(folder / f"{workers}-{turn}")
-    preparation = parts.Preparation(inputs=[str(folder / "texts.jsonl")], output=output, framing=Framing(part))
+    preparation = tasks.Preparation(inputs=[str(folder / "texts")], output=output, framing=Framing(part))
     return parts.run(preparation, local(workers)).tokens
+
+
+def datatrove(eos, folder, workers, turn):
+    """Returns the tokens that datatrove writes, merged into one file as a preparation's are."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import DocumentTokenizer, DocumentTokenizerMerger
+
+    out = folder / f"datatrove-{turn}"
+    tokens = DocumentTokenizer(
+        str(out / "parts"),
+        tokenizer_name_or_path=str(folder / "tokenizer.json"),
+        eos_token=eos,
+        shuffle_documents=False,
+    )
+    reader = JsonlReader(str(folder / "texts"))
+    quiet = {"logging_dir": str(out / "logs"), "skip_completed": False}
+    LocalPipelineExecutor([reader, tokens], tasks=FILES, workers=workers, **quiet).run()
+    merge = DocumentTokenizerMerger(str(out / "parts"), str(out / "whole"), "whole", shuffle=False)
+    LocalPipelineExecutor([merge], tasks=1, **{**quiet, "logging_dir": str(out / "merge")}).run()
+    return sum(path.stat().st_size for path in (out / "whole").glob("*.ds")) // 2
 
 
 def rate(work):
@@ -57,27 +94,55 @@ def rate(work):
     return tokens / (time.perf_counter() - begin), tokens / (time.process_time() - busy)
 
 
-def main(workers, megabytes):
+def contenders(part, folder, texts, arguments):
+    """Returns what is measured, by name: a call with the number of the turn that returns tokens."""
+    workers = arguments.workers
+    pool = multiprocessing.get_context("fork").Pool(workers)
+    jobs = [(number, workers) for number in range(workers)]
+    pool.map(len, [""] * workers)
+    found = {
+        SINGLE[0]: lambda turn: bare(part, texts),
+        f"bare tokenizer, {workers} processes": lambda turn: sum(pool.map(_bare_share, jobs, chunksize=1)),
+        SINGLE[1]: lambda turn: prepared(part, folder, 1, turn),
+        f"prepare --workers {workers}": lambda turn: prepared(part, folder, workers, turn),
+    }
+    if arguments.kind == "byte-bpe" and importlib.util.find_spec("datatrove"):
+        eos = part._part.id_to_token(part.eos)
+        found[f"datatrove, {workers} workers"] = lambda turn: datatrove(eos, folder, workers, turn)
+    return found
+
+
+def main():
+    global _shared
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--kind", default="bpe")
+    parser.add_argument("--turns", type=int, default=3)
+    arguments = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts = corpus(folder, megabytes)
-        part = tokenizer.sentencepiece(lambda: iter(texts[:2000]), folder / "cache")
-        rates = {0: [], 1: [], workers: []}
-        for turn in range(TURNS):
-            rates[0].append(rate(lambda: bare(part, texts)))
-            for count in sorted({1, workers}):
-                rates[count].append(rate(lambda count=count, turn=turn: prepared(part, folder, count, turn)))
-    best = {count: [max(column) for column in zip(*found, strict=True)] for count, found in rates.items()}
-    wall, cpu = best[0]
-    rows = [["bare tokenizer, one thread", f"{wall:,.0f}", "1.00", "1.00"]]
-    for count in sorted({1, workers}):
-        by_cpu = f"{best[1][1] / cpu:.2f}" if count == 1 else ""  # the work of others is not in this process's time
-        rows.append(
-            [f"prepare --workers {count}", f"{best[count][0]:,.0f}", f"{best[count][0] / wall / count:.2f}", by_cpu]
-        )
-    print(f"{megabytes} MB of .jsonl, SentencePiece BPE of {part.vocab_size:,} tokens, best of {TURNS} turns")
+        texts = corpus(folder, arguments.megabytes)
+        for file, content in train(texts[:2000], Training(kind=arguments.kind, vocab_size=4096)).items():
+            (folder / file).write_bytes(content)
+        part = tokenizer.load(str(folder))
+        _shared = part, texts
+        works, rates = contenders(part, folder, texts, arguments), {}
+        for turn in range(arguments.turns):
+            for what, work in works.items():
+                rates.setdefault(what, []).append(rate(lambda work=work, turn=turn: work(turn)))
+    best = {what: [max(column) for column in zip(*found, strict=True)] for what, found in rates.items()}
+    first = next(iter(best.values()))
+    rows = []
+    for what, (wall, cpu) in best.items():
+        count = 1 if what in SINGLE else arguments.workers
+        by_cpu = f"{cpu / first[1]:.2f}" if count == 1 else ""  # the work of others is not in this process's time
+        rows.append([what, f"{wall:,.0f}", f"{wall / first[0] / count:.2f}", by_cpu])
+    kind = f"{arguments.kind} of {part.vocab_size:,} tokens"
+    print(f"{arguments.megabytes} MB of .jsonl, {kind}, best of {arguments.turns} turns")
     table(["", "tokens/s", "of workers x bare", "by CPU time"], rows)
 
 
 if __name__ == "__main__":
-    main(*([int(word) for word in sys.argv[1:]] or [2, 200]))
+    main()

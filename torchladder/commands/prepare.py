@@ -7,7 +7,7 @@ import sys
 from typing import get_args
 
 from torchladder.data import tokenizer
-from torchladder.data.prepare import executor, parts
+from torchladder.data.prepare import executor, parts, tasks
 from torchladder.data.prepare.framing import Framing
 from torchladder.data.prepare.metadata import Metadata
 from torchladder.data.text.documents import OnError
@@ -28,7 +28,7 @@ def run(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.executor not in executor.registry.names():
         raise unknown("executor", arguments.executor, executor.registry.names())
-    preparation = parts.Preparation(
+    preparation = tasks.Preparation(
         inputs=arguments.input,
         output=arguments.output,
         framing=Framing(load_tokenizer(arguments), bos=arguments.bos, eos=arguments.eos),

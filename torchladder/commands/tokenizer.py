@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from torchladder.commands.prepare import add_input
 from torchladder.data import tokenizer
-from torchladder.data.prepare import parts
+from torchladder.data.prepare import tasks
 from torchladder.data.text import sources
 from torchladder.data.text.documents import Reader, Stretch
 from torchladder.data.tokenizer import Training, training
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     if arguments.sample_chars < 1:
         raise ConfigError(f"--sample-chars {arguments.sample_chars}: it is 1 at least.")
     reader = Reader(arguments.text_key, arguments.on_error)
-    sample = training.sample(_texts(reader, parts.expand(arguments.input)), arguments.sample_chars)
+    sample = training.sample(_texts(reader, tasks.expand(arguments.input)), arguments.sample_chars)
     for line in sources.summary(reader.skipped, reader.examples):
         print(f"{arguments.on_error}: {line}")
     files = tokenizer.train(sample, settings)

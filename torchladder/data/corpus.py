@@ -21,6 +21,8 @@ from torchladder.data.text import sources
 from torchladder.data.text.documents import OnError
 from torchladder.registry import ConfigError, unknown
 
+LARGEST = 1 << 31
+"""Tokens are below it: rows hold 32 bits of each."""
 OF_ALL = {"name", "label", "weight", "language", "domain", "repeat"}
 """Settings that every source takes."""
 
@@ -170,12 +172,13 @@ class Corpus:
             shards = np.searchsorted(self._ends, spans.documents, side="right").tolist()
             pieces = [self.shards[i].flat[begin:end] for i, begin, end in zip(shards, begins, ends, strict=True)]
         tokens = np.concatenate(pieces)
-        if self.vocab_size is not None and len(tokens):
+        bound = LARGEST if self.vocab_size is None else self.vocab_size
+        if len(tokens) and (self.vocab_size is not None or tokens.itemsize > 4):
             least, most = int(tokens.min()), int(tokens.max())
-            if not -self.vocab_size <= least <= most < self.vocab_size:
+            if not -bound <= least <= most < bound:
                 raise ConfigError(
-                    f"{self.label} holds token {most if most >= self.vocab_size else ~least}, the tokenizer's "
-                    f"vocabulary has {self.vocab_size}: it was written with another tokenizer."
+                    f"{self.label} holds token {most if most >= bound else ~least}, the tokenizer's vocabulary has "
+                    f"{self.vocab_size or 'fewer'}: it was written with another tokenizer."
                 )
         return tokens
 

@@ -23,7 +23,7 @@ from torchladder.data import packing as packings
 from torchladder.data.base import Batch, Tokenizer, Usage, register
 from torchladder.data.cache import DEFAULT, cache_path
 from torchladder.data.corpus import Corpus, Opener, SourceConfig
-from torchladder.data.dataset import RankRows, Rows
+from torchladder.data.dataset import Content, RankRows, Rows, check_division
 from torchladder.data.mixing.domains import Domains, Shares
 from torchladder.data.mixing.mixture import Interleave
 from torchladder.data.mixing.phases import Phase, Timetable
@@ -101,7 +101,7 @@ class RowLoader:
         self.rows = sum(packed.rows or 0 for packed in packings) if self.split == "validation" else None
         """Global rows there are; None without end."""
         self._accumulation = self.global_batch_size // (self.dp_degree * self.local_batch_size)
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Batch | Content] | None = None
         self.seek(0)
 
     @property
@@ -114,9 +114,9 @@ class RowLoader:
     def __next__(self) -> Batch:
         if self._batches is None:
             self._batches = iter(self._data_loader())
-        batch = next(self._batches)
+        found = next(self._batches)
         self._taken += 1
-        return batch
+        return found if isinstance(found, Batch) else found.batch()  # where memory is pinned, that thread has done it
 
     def seek(self, row: int) -> None:
         """Continues at a global row, which becomes the first of a global batch.
@@ -150,13 +150,16 @@ class RowLoader:
         }
 
     def describe(self) -> list[str]:
-        """Returns one line on the whole, one on each source, and one on each later mixture."""
+        """Returns a line on the whole, on each source, on each later mixture, and on the epochs of each phase."""
         order = f"shuffled with seed {self.seed}" if self.shuffle else "in order"
         order = order if self.rows is None else "in an order that is the same for every run"
         total = "" if self.rows is None else f", {self.rows:,} rows"
         tokens = sum(corpus.tokens for corpus in self._supply.corpora)
         whole = f"{self.split}: {self.packing}, {order}, {tokens:,} tokens{total}"
-        return [whole, *(f"  {line}" for line in self._supply.describe())]
+        lines = self._supply.describe()
+        if self.split == "train" and self.steps is not None:
+            lines += self._supply.epochs(self._starts(), self.steps)
+        return [whole, *(f"  {line}" for line in lines)]
 
     def steps_for(self, epochs: float) -> int:
         return self._supply.steps_for(epochs)
@@ -164,21 +167,16 @@ class RowLoader:
     def usage(self) -> list[Usage]:
         if self.steps is None:
             raise ConfigError("what a run reads depends on its steps, which are not known here.")
-        return self._supply.usage(sorted({0, *self._timetable.starts}), self.steps)
+        return self._supply.usage(self._starts(), self.steps)
+
+    def _starts(self) -> list[int]:
+        """Returns the first step of each phase, the run's beginning among them."""
+        return sorted({0, *self._timetable.starts})
 
     def _check(self) -> None:
         if not self.sources:
             raise ConfigError('data.sources is empty. For a first run: sources = [{ name = "python-stdlib" }].')
-        for name in ("seq_len", "dp_degree", "local_batch_size", "global_batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it is 1 at least.")
-        if not 0 <= self.dp_rank < self.dp_degree:
-            raise ConfigError(f"dp_rank is {self.dp_rank}; it is from 0 to {self.dp_degree - 1}.")
-        if self.global_batch_size % (self.dp_degree * self.local_batch_size):
-            raise ConfigError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of {self.dp_degree} data-parallel ranks "
-                f"times local_batch_size {self.local_batch_size}."
-            )
+        check_division(self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size)
         if self.split not in ("train", "validation"):
             raise ConfigError(f"split is {self.split!r}. Known: train, validation.")
         if self.seed < 0 or self.num_workers < 0:
@@ -298,6 +296,7 @@ class RowLoader:
                 sampler=sampler,
                 num_workers=self.num_workers,
                 prefetch_factor=self.prefetch_factor,
+                snapshot_every_n_steps=1 << 62,  # the row is the whole state, workers need not send theirs
                 pin_memory=self.pin_memory and torch.accelerator.is_available(),
                 # Its own generator: the default one would be advanced by every start, and dropout with it.
                 generator=torch.Generator(),

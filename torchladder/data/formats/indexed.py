@@ -162,7 +162,7 @@ class Indexed:
             if not os.path.isfile(self.prefix + suffix):
                 raise ConfigError(f"{self.prefix}{suffix} is missing: tokens are a pair of .bin and .idx.")
         self.dtype, self.lengths, self.starts = self._read_index()
-        self.flat = self._map_tokens()
+        self.flat = map_tokens(f"{self.prefix}.bin", self.dtype)
         end = int((self.starts + self.lengths).max(initial=0))
         if end > len(self.flat):
             raise ConfigError(
@@ -255,14 +255,21 @@ class Indexed:
         first = np.append(starts, 0)[indices[:-1]]  # an empty document at the very end begins nowhere
         return np.diff(ends[indices]), first
 
-    def _map_tokens(self) -> np.ndarray:
-        with open(f"{self.prefix}.bin", "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < self.dtype.itemsize:
-                return np.empty(0, self.dtype)  # nothing to map
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # A plain array over the map: slices of np.memmap cost several times as much.
-        return np.frombuffer(mapped, dtype=self.dtype, count=size // self.dtype.itemsize)
+
+def map_tokens(path: str | Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
+    """Returns the tokens of a file from ``offset`` bytes on, read-only, each read when it is asked for.
+
+    They are read in random order: what the system would read ahead of each document, up to megabytes, does not come
+    next. Who reads a file from its begin to its end reads it otherwise.
+    """
+    with open(path, "rb") as file:
+        count = (os.fstat(file.fileno()).st_size - offset) // dtype.itemsize
+        if count < 1:
+            return np.empty(0, dtype)  # nothing to map
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_RANDOM)
+    # A plain array over the map: slices of np.memmap cost several times as much.
+    return np.frombuffer(mapped, dtype, count, offset)
 
 
 def _sync(file: BinaryIO) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from torchladder.data.cache import build_once
+from torchladder.data.formats.indexed import map_tokens
 from torchladder.data.formats.readers import register
 from torchladder.registry import ConfigError
 
@@ -85,7 +86,7 @@ class Chunks:
         return digest.hexdigest()
 
     def _open(self, number: int) -> np.ndarray:
-        return np.memmap(self.files[number], self.dtype, "r", HEADER.size, (self.chunk,)).view(np.ndarray)
+        return map_tokens(self.files[number], self.dtype, HEADER.size)
 
     def _stamp(self) -> str:
         """Returns a hash of the files' names, sizes and times."""
@@ -94,13 +95,13 @@ class Chunks:
 
     def _write_ends(self, target: Path) -> None:
         ends = []
-        for number in range(len(self.files)):
-            inside = np.flatnonzero(self._map(number) == self.eos) + 1
+        for number, file in enumerate(self.files):
+            inside = np.flatnonzero(np.fromfile(file, self.dtype, offset=HEADER.size) == self.eos) + 1
             if not len(inside) or inside[-1] != self.chunk:
                 inside = np.append(inside, self.chunk)
             ends.append(inside + number * self.chunk)
-        with open(target, "wb") as file:
-            np.save(file, np.concatenate(ends))
+        with open(target, "wb") as saved:
+            np.save(saved, np.concatenate(ends))
 
 
 def is_chunk(file: Path) -> bool:

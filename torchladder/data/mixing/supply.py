@@ -96,6 +96,15 @@ class Supply:
             lines.append(f"from step {first // self.batch:,}: {', '.join(named)}")
         return lines
 
+    def epochs(self, starts: Sequence[int], steps: int) -> list[str]:
+        """Returns a line on each phase: up to which epoch it reads every source."""
+        lines = []
+        for step, until in zip(starts, [*starts[1:], steps], strict=True):
+            read = [one for one in self.usage(starts, steps) if one.step == step and one.epochs]
+            named = (f"{one.source} {one.epochs_before:.2f} to {one.epochs_before + one.epochs:.2f}" for one in read)
+            lines.append(f"epochs of steps {step:,} to {until - 1:,}: {', '.join(named)}")
+        return lines
+
     def _rows(self, source: int, steps: int) -> int:
         """Returns the rows that the first steps take of a source."""
         return self.interleave.counts(steps * self.batch)[source]

@@ -79,7 +79,8 @@ class Stream:
         """Returns an epoch's order, keeping the two read last: workers stand on either side of a border."""
         if epoch not in self._passes:
             documents = self.order(epoch)
-            bounds = np.concatenate([[0], np.cumsum(self.lengths[documents])])
+            bounds = np.zeros(len(documents) + 1, np.int64)
+            np.cumsum(self.lengths[documents], out=bounds[1:])
             while len(self._passes) > 1:
                 del self._passes[next(iter(self._passes))]
             self._passes[epoch] = _Epoch(documents, bounds)

@@ -84,7 +84,8 @@ class Processes:
         self.workers = workers
 
     def __call__(self, work: Callable[[Task], Done], tasks: Sequence[Task]) -> Iterator[Done]:
-        if not tasks:
+        if len(tasks) < 2:  # not worth a process, which takes seconds to start
+            yield from map(work, tasks)
             return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([name for name in sys.modules if name.startswith("torchladder.")])

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,8 @@ def _copies(pair: Indexed) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         end = max(begin + 1, int(np.searchsorted(ends, done + TOKENS, side="right")))
         mine = slice(begin, end)
         if (starts[mine][1:] == (starts[mine] + lengths[mine])[:-1]).all():
-            yield pair.flat[int(starts[begin]) : int(starts[begin] + lengths[mine].sum())], lengths[mine]
+            place = int(starts[begin]) * pair.dtype.itemsize
+            yield np.fromfile(f"{pair.prefix}.bin", pair.dtype, int(lengths[mine].sum()), offset=place), lengths[mine]
         else:
             yield np.concatenate([pair[document] for document in range(begin, end)]), lengths[mine]
         begin = end
@@ -102,21 +104,17 @@ def _in_order(pairs: Pairs) -> Pairs:
     wholes = [about.shard[1] for _, about in pairs if about and about.shard]
     first = next(about for _, about in pairs if about and about.shard)
     for pair, about in pairs:
-        if (
-            about is None
-            or about.shard is None
-            or {**about.settings(), "shard": None}
-            != {
-                **first.settings(),
-                "shard": None,
-            }
-        ):
+        if about is None or about.shard is None or _unsharded(about) != _unsharded(first):
             raise ConfigError(f"{pair.prefix} is no shard of the same preparation as the others.")
     missing = sorted(set(range(wholes[0])) - set(shards))
     if missing or len(set(wholes)) > 1 or len(pairs) != wholes[0]:
         named = ", ".join(f"{number}/{wholes[0]}" for number in missing) or "none"
         raise ConfigError(f"these are {len(pairs)} of {wholes[0]} shards; missing: {named}.")
     return [shards[number] for number in sorted(shards)]
+
+
+def _unsharded(about: Metadata) -> dict[str, Any]:
+    return {**about.settings(), "shard": None}
 
 
 def _together(known: Sequence[Metadata]) -> Metadata:

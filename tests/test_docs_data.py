@@ -1,0 +1,76 @@
+"""What the pages on data show: the commands, in order and as they stand there, and the settings."""
+
+import glob
+import gzip
+import json
+import re
+import shlex
+import sys
+
+import pytest
+
+from tests.test_docs import ROOT
+from tests.test_docs import commands as shown
+from torchladder import commands, config, train
+from torchladder.data.formats.indexed import Indexed
+
+# What stands in for a corpus is small, and so is all that is made of it.
+SMALL = {"32000": "400", '"small"': '"debug"'}
+SHORT = [
+    *("--training.seq_len", "64", "--training.local_batch_size", "4", "--metrics.log_freq", "1"),
+    *("--training.mixed_precision_param", "float32"),
+]
+PAGES = [ROOT / "docs" / name for name in ("data.md", "prepare.md", "mixing.md", "hub.md")]
+
+
+def small(text):
+    for long, short in SMALL.items():
+        text = text.replace(long, short)
+    return text
+
+
+def blocks(page):
+    return re.findall(r"```toml\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two languages, one plain and one compressed."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for language, words in (("en", "the quick brown fox jumps"), ("de", "der schnelle braune Fuchs springt über")):
+        (folder / "data" / language).mkdir(parents=True)
+        lines = [json.dumps({"text": f"{words} {i}. " * (i % 7 + 1)}) + "\n" for i in range(24)]
+        name, content = f"{language}.jsonl", "".join(lines).encode()
+        if language == "de":
+            name, content = f"{name}.gz", gzip.compress(content)
+        (folder / "data" / language / name).write_bytes(content)
+    (run,) = (block for block in blocks(PAGES[0]) if block.startswith("# run.toml"))
+    (folder / "run.toml").write_text(small(run))
+    return folder
+
+
+def test_the_commands_lead_from_folders_to_a_run(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (folder / "data" / "en" / "more.jsonl").write_text("")
+    for command in [command for page in PAGES[:2] for command in shown(page)]:
+        words = shlex.split(small(command))
+        if words[:3] == ["python", "-m", "torchladder.train"]:
+            assert train.main([*words[3:], *SHORT]) == 0
+            continue
+        assert words[0] == "torchladder", command
+        words = [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]  # as a shell
+        monkeypatch.setattr(sys, "argv", [*words, *(SHORT if words[1] == "plan" else [])])
+        assert commands.main() == 0, command
+    said = capsys.readouterr().out
+    assert "0.00 to " in said  # epochs, as planned
+    assert Indexed("tokens/all").tokens == Indexed("tokens/en").tokens
+    steps = [json.loads(line) for line in (folder / "outputs" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["step"] > 5
+
+
+@pytest.mark.parametrize("number", range(sum(len(blocks(page)) for page in PAGES)))
+def test_the_settings_are_settings(number, tmp_path):
+    text = [block for page in PAGES for block in blocks(page)][number]
+    (tmp_path / "run.toml").write_text(text)
+    loaded = config.load(["--job.config_file", str(tmp_path / "run.toml")])
+    assert loaded.data.name in ("rows", "hub")
