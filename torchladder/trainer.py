@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -47,10 +48,10 @@ class Trainer:
         self.curriculum = plan.window
         self.masks = [mask.registry.get(name) for name in config.attention.masks]
         self.kernel = attention.kernel(config.attention.kernel, config.attention.masks, ranks.device)
+        self.mesh = mesh.build(plan.degrees, ranks.rank, ranks.device.type)
         self.tokenizer = self._tokenizer()
         self.loader = self._loader("train")
         self.validation = self._loader("validation") if config.validation.enable else None
-        self.mesh = mesh.build(config.parallelism, ranks.size, ranks.device.type)
         self.model = self._model()
         self.optimizer = optim.build(config.optimizer, self.model)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
@@ -98,7 +99,8 @@ class Trainer:
         window = self.curriculum(self.step)
         self._turn()
         batches = [next(self.loader) for _ in range(self.plan.batch.accumulation)]
-        num_labels = self.ranks.sum(sum(batch.num_labels for batch in batches))  # each label weighs the same
+        labels = sum(batch.num_labels for batch in batches)
+        num_labels = self.ranks.sum(labels, self.plan.degrees.copies)  # each label weighs the same
 
         self.optimizer.zero_grad()
         loss, pairs = torch.zeros((), device=self.ranks.device), 0
@@ -146,7 +148,8 @@ class Trainer:
                 batch = batch.to(self.ranks.device)
                 with self._precision():
                     loss += self.model(batch.tokens, form, batch.labels)
-            mean = self.ranks.sum(float(loss)) / max(self.ranks.sum(num_labels), 1)
+            total = self.ranks.sum(float(loss), self.plan.degrees.tensor)
+            mean = total / max(self.ranks.sum(num_labels, self.plan.degrees.copies), 1)
             self.metrics.validation(self.step, mean, window)
 
     @torch.no_grad()
@@ -157,6 +160,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.debug.seed + self.step)
 
         def forward(tokens: Tensor) -> Tensor:
+            tokens = F.pad(tokens, (0, -tokens.shape[1] % self.plan.degrees.tensor))  # ranks share tokens evenly
             start = torch.zeros(tokens.shape, dtype=torch.int32)
             with self._precision():
                 return self.model(tokens.to(self.ranks.device), self.kernel.derive(start, self.ranks.device))
@@ -219,7 +223,7 @@ class Trainer:
         return tokenizer
 
     def _loader(self, split: str) -> data.Loader:
-        return reading.loader(self.config, self.plan.batch, split, self.tokenizer, self.ranks.rank)
+        return reading.loader(self.config, self.plan.batch, split, self.tokenizer, self.mesh.data_rank)
 
     def _model(self) -> models.Model:
         """Makes the model on meta, spreads it, then gives it memory and its first weights."""
@@ -227,21 +231,20 @@ class Trainer:
         with torch.device("meta"):
             model = models.registry.build(config.model, attend=self.kernel.attend, seq_len=training.seq_len)
         self.compute = getattr(torch, training.mixed_precision_param)
-        parallelize.parallelize(
-            model,
-            self.mesh,
+        settings = parallelize.Settings(
+            config.parallelism,
             config.activation_checkpoint,
             config.compile,
             parallelize.Precision(self.compute, getattr(torch, training.mixed_precision_reduce)),
-            config.parallelism.fsdp_reshard_after_forward,
         )
+        parallelize.parallelize(model, model.parallel_plan(), self.mesh, settings)
         model.to_empty(device=self.ranks.device)
         model.init_weights(config.debug.seed)
         return model
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Computes in the run's type; FSDP2 casts by itself."""
-        if self.mesh is not None or self.compute == torch.float32:
+        if self.mesh.data is not None or self.compute == torch.float32:
             return nullcontext()
         return torch.autocast(self.ranks.device.type, self.compute)
 
@@ -279,11 +282,11 @@ class Trainer:
 
     def _report(self, window: int, loss: Tensor, norm: Tensor, lr: float, pairs: int) -> None:
         """Counts a step, and reports the ones that are due; only those wait for the accelerator."""
-        self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs))
+        self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs, self.plan.degrees.copies))
         last = self.step == self.config.training.steps
         if self.metrics.due(self.step) or self.checkpointer.due(self.step, last):  # totals go on from a checkpoint
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            mean = self.ranks.sum(loss.item())
+            mean = self.ranks.sum(loss.item(), self.plan.degrees.tensor)
             self.metrics.log(self.step, loss=mean, grad_norm=norm.item(), lr=lr, window=window)
 
     def _draw(self) -> None:

@@ -12,8 +12,9 @@ import tomli_w
 from torchladder import mask, optim
 from torchladder.checkpoint import CheckpointConfig
 from torchladder.distributed.mesh import ParallelismConfig
-from torchladder.distributed.parallelize import ActivationCheckpointConfig, CompileConfig
+from torchladder.distributed.parallelize import CompileConfig
 from torchladder.distributed.ranks import CommConfig
+from torchladder.distributed.recompute import ActivationCheckpointConfig
 from torchladder.generate import SamplesConfig
 from torchladder.metrics import MetricsConfig
 from torchladder.models import attention

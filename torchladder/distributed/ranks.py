@@ -40,9 +40,10 @@ class Ranks:
         """Whether this process speaks for the run: logs, pictures, files."""
         return self.rank == 0
 
-    def sum(self, value: Number) -> Number:
-        """Returns the sum of a number over all ranks."""
-        return self._reduce(value, dist.ReduceOp.SUM)
+    def sum(self, value: Number, copies: int = 1) -> Number:
+        """Returns the sum of a number over all ranks, where ``copies`` of them each hold the same one."""
+        total = self._reduce(value, dist.ReduceOp.SUM)
+        return total if copies == 1 else type(value)(total / copies)
 
     def max(self, value: Number) -> Number:
         """Returns the largest of a number over all ranks."""

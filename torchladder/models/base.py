@@ -55,10 +55,15 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def parallel_plan(self) -> dict[str, str]:
-        """Returns how tensor parallelism shards the linear layers: module path -> ``"colwise"`` or ``"rowwise"``.
+        """Returns how tensor parallelism shares each module that has parameters: module path -> style.
 
-        A ``*`` in a path stands for every block; what the plan does not name is replicated.
+        Styles: ``embedding``, ``sequence`` (norms), ``gather`` (the tokens of a module's input), ``colwise``,
+        ``rowwise``, ``head``. A ``*`` in a path stands for every block.
         """
+
+    @abstractmethod
+    def heads(self) -> tuple[int, ...]:
+        """Returns the numbers of heads that tensor-parallel ranks have to share evenly."""
 
     @abstractmethod
     def flops(self, tokens: int, pairs: int) -> int:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from torchladder.models import vocabulary
 from torchladder.models.base import Attend
 from torchladder.models.loss import cross_entropy
 
@@ -157,4 +159,8 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor | None = None, tied: Tensor | None = None) -> Tensor:
         weight = self.weight if tied is None else tied
         assert weight is not None
-        return F.linear(hidden, weight) if labels is None else cross_entropy(hidden, weight, labels)
+        if labels is not None:
+            return cross_entropy(hidden, weight, labels)
+        if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
+            return vocabulary.logits(hidden, weight)
+        return F.linear(hidden, weight)

@@ -68,8 +68,14 @@ class Llama(Model):
     def parallel_plan(self) -> dict[str, str]:
         attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
         feed_forward = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-        plan = {f"layers.*.attention.{name}": style for name, style in attention.items()}
-        return plan | {f"layers.*.feed_forward.{name}": style for name, style in feed_forward.items()}
+        plan = {"embedding": "embedding", "norm": "sequence", "head": "head"}
+        for layer, parts in (("attention", attention), ("feed_forward", feed_forward)):
+            plan |= {f"layers.*.{layer}_norm": "sequence", f"layers.*.{layer}": "gather"}
+            plan |= {f"layers.*.{layer}.{name}": style for name, style in parts.items()}
+        return plan
+
+    def heads(self) -> tuple[int, ...]:
+        return self.config.n_heads, self.config.kv_heads
 
     def turn(self, theta: float) -> None:
         if self.rope is None:
