@@ -1,5 +1,7 @@
 """Layouts of ranks change nothing in the result: losses of 20 steps under a ladder with documents, and gradients."""
 
+import importlib.util
+
 import layouts
 import pytest
 import torch
@@ -7,8 +9,7 @@ import torch
 from torchladder import models
 from torchladder.distributed import mesh, parallelize
 from torchladder.distributed.mesh import ParallelismConfig
-from torchladder.distributed.parallelize import CompileConfig, Precision, Settings
-from torchladder.distributed.recompute import ActivationCheckpointConfig
+from torchladder.distributed.parallelize import Settings
 
 CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=51, vocab_size=67)
 TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
@@ -27,12 +28,29 @@ FOUR = {
     "TP2 x FSDP2": [ROWS, "2", TENSOR, "2"],
 }
 
+BY_OP = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"]
+COMPILED = ["--compile.enable", "--compile.backend", "aot_eager", "--compile.components", "model", "loss"]
+FLOAT8 = ["--float8.enable", "--float8.emulate", "--training.steps", "3"]
+GATHERED = ["--float8.enable_fsdp_float8_all_gather", "--float8.precompute_float8_dynamic_scale_for_fsdp"]
+SAME = {
+    "every second block recomputed": [ROWS, "2", "--activation_checkpoint.mode", "selective"],
+    "compiled, by operation": [ROWS, "2", *COMPILED, *BY_OP],
+    "TP2, compiled, by operation": [TENSOR, "2", *COMPILED, *BY_OP],
+}
+ROUNDED = {
+    "float8 tensorwise, gathered": [ROWS, "2", *FLOAT8, *GATHERED],
+    "float8 rowwise": [ROWS, "2", *FLOAT8, "--float8.recipe_name", "rowwise"],
+    "float8 tensorwise, TP2": [TENSOR, "2", *FLOAT8],
+}
+if not importlib.util.find_spec("torchao"):
+    ROUNDED = {}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The runs of every layout, and of one rank."""
     folder = tmp_path_factory.mktemp("layouts")
-    for ranks, runs in ((1, {"one": []}), (2, TWO), (4, FOUR)):
+    for ranks, runs in ((1, {"one": []}), (2, {**TWO, **SAME, **ROUNDED}), (4, FOUR)):
         layouts.launch(layouts.train, ranks, folder, runs)
     return folder
 
@@ -45,6 +63,20 @@ def test_a_layout_gives_one_ranks_losses(folder, layout):
         print(f"| {layout} | {key} | {apart[1]:.1e} | {apart[20]:.1e} |")
         assert apart[1] <= first
         assert max(apart.values()) <= later
+
+
+@pytest.mark.parametrize("how", SAME)
+def test_recomputing_and_compiling_change_no_loss(folder, how):
+    one, other = layouts.losses(folder / "one"), layouts.losses(folder / how)
+    assert max(abs(other[step] / one[step] - 1) for step in one) <= 1e-5
+
+
+@pytest.mark.parametrize("how", ROUNDED)
+def test_float8_changes_losses_a_little(folder, how):
+    one, other = layouts.losses(folder / "one"), layouts.losses(folder / how)
+    apart = [abs(other[step] / one[step] - 1) for step in other]
+    assert len(apart) == 3
+    assert 1e-6 < max(apart) < 1e-2
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -73,8 +105,7 @@ def spread(ranks, config, parallelism):
     with torch.device("meta"):
         model = models.Llama(config, seq_len=16)
     found = mesh.build(mesh.degrees(parallelism, ranks.size), ranks.rank, "cpu")
-    settings = Settings(parallelism, ActivationCheckpointConfig(), CompileConfig(), Precision())
-    parallelize.parallelize(model, model.parallel_plan(), found, settings)
+    parallelize.parallelize(model, model.parallel_plan(), found, Settings(parallelism))
     model.to_empty(device="cpu")
     model.init_weights(0)
     return model, found

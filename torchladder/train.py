@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         plan = plans.make(config, int(os.environ.get("WORLD_SIZE", "1")))
         if config.debug.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
         ranks = processes.join(config.comm)
         try:
             init_logger(ranks.rank)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from torchladder import checkpoint, data, mask, models, optim, plots, profiling, reading
 from torchladder.data import Batch
-from torchladder.distributed import mesh, parallelize
+from torchladder.distributed import float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.generate import generate
 from torchladder.metrics import Metrics, Run
@@ -54,6 +54,8 @@ class Trainer:
         self.validation = self._loader("validation") if config.validation.enable else None
         self.model = self._model()
         self.optimizer = optim.build(config.optimizer, self.model)
+        if after := float8.after_step(self.model, config.float8):
+            self.optimizer.register_step_post_hook(after)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
         saves = self.folder / config.checkpoint.folder
         self.checkpointer = checkpoint.Checkpointer(config.checkpoint, saves, self.model, self.optimizer)
@@ -231,14 +233,17 @@ class Trainer:
         with torch.device("meta"):
             model = models.registry.build(config.model, attend=self.kernel.attend, seq_len=training.seq_len)
         self.compute = getattr(torch, training.mixed_precision_param)
+        config.float8.check(self.ranks.device, self.compute)
         settings = parallelize.Settings(
-            config.parallelism,
-            config.activation_checkpoint,
-            config.compile,
-            parallelize.Precision(self.compute, getattr(torch, training.mixed_precision_reduce)),
+            parallelism=config.parallelism,
+            float8=config.float8,
+            recompute=config.activation_checkpoint,
+            compile=config.compile,
+            precision=parallelize.Precision(self.compute, getattr(torch, training.mixed_precision_reduce)),
+            offload=training.enable_cpu_offload,
         )
         parallelize.parallelize(model, model.parallel_plan(), self.mesh, settings)
-        model.to_empty(device=self.ranks.device)
+        parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
         model.init_weights(config.debug.seed)
         return model
 

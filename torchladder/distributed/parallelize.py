@@ -1,4 +1,4 @@
-"""Spreads a model over ranks: shared layers, float8, recomputed activations, compilation, FSDP2, in this order."""
+"""Spreads a model over ranks: float8 and shared layers, then recomputed activations, compilation, FSDP2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from torchladder.distributed import recompute, tensor
+from torchladder.distributed import float8, recompute, tensor
+from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import Mesh, ParallelismConfig
 from torchladder.distributed.recompute import ActivationCheckpointConfig
 from torchladder.registry import ConfigError
@@ -49,6 +50,7 @@ class Settings:
 
     Attributes:
         parallelism: the degrees, and how FSDP2 and tensor parallelism go about it.
+        float8: which layers compute in float8.
         recompute: which activations are recomputed.
         compile: what is compiled.
         precision: compute and gradient reduction types under FSDP2.
@@ -56,9 +58,10 @@ class Settings:
     """
 
     parallelism: ParallelismConfig
-    recompute: ActivationCheckpointConfig
-    compile: CompileConfig
-    precision: Precision
+    float8: Float8Config = field(default_factory=Float8Config)
+    recompute: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    precision: Precision = field(default_factory=Precision)
     offload: bool = False
 
 
@@ -79,9 +82,12 @@ def parallelize(model: nn.Module, plan: dict[str, str], mesh: Mesh, settings: Se
     compile = settings.compile
     if settings.parallelism.enable_async_tensor_parallel:
         tensor.overlap(mesh.tensor.device_type if mesh.tensor else "a single rank", compile.compiles("model"))
-    if settings.offload and mesh.data is None:
-        raise ConfigError("training.enable_cpu_offload is FSDP2's work, and this run has a single rank.")
+    if settings.offload and (mesh.data is None or mesh.data.device_type == "cpu"):
+        why = "this run has a single rank" if mesh.data is None else "a CPU's weights are in the host's memory already"
+        raise ConfigError(f"training.enable_cpu_offload is for FSDP2 on accelerators: {why}.")
 
+    # torchao puts layers of its own in the place of linear ones, so it comes before what is tied to a layer.
+    float8.convert(model, settings.float8, sharded=mesh.data is not None)
     if mesh.tensor is not None:
         tensor.parallelize(model, plan, mesh.tensor, not settings.parallelism.disable_loss_parallel)
     for number, (name, block) in enumerate(list(layers.items())):
@@ -94,6 +100,14 @@ def parallelize(model: nn.Module, plan: dict[str, str], mesh: Mesh, settings: Se
                 model.get_submodule(path).compile(backend=compile.backend, fullgraph=True)
     if mesh.data is not None:
         _shard(model, list(layers.values()), mesh.data, settings)
+
+
+def materialize(model: nn.Module, device: torch.device, offload: bool) -> None:
+    """Gives a model on meta its memory: on the device, or what can be offloaded on the host."""
+    model.to_empty(device="cpu" if offload else device)
+    for module in model.modules() if offload else ():
+        if next(module.parameters(), None) is None:
+            module.to(device)  # buffers serve where the activations are
 
 
 def _shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, settings: Settings) -> None:

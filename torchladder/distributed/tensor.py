@@ -87,6 +87,16 @@ class _Gather(ParallelStyle):
         return module
 
 
+class _Embedding(RowwiseParallel):
+    """Waits for its result: a compiled block that is handed one on its way gives it no gradient."""
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
+    ) -> torch.Tensor:
+        return outputs.redistribute(placements=output_layouts, async_op=False).to_local()
+
+
 class _Rowwise(RowwiseParallel):
     """Takes features that do not divide as well: their number is the layer's, not twice that of this rank's share."""
 
@@ -129,7 +139,7 @@ def _placed(x: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
 
 
 _STYLES: dict[str, Callable[[bool], ParallelStyle]] = {
-    "embedding": lambda _: RowwiseParallel(input_layouts=Replicate(), output_layouts=TOKENS),
+    "embedding": lambda _: _Embedding(input_layouts=Replicate(), output_layouts=TOKENS),
     "sequence": lambda _: SequenceParallel(),
     "gather": lambda _: _Gather(),
     "colwise": lambda _: ColwiseParallel(),

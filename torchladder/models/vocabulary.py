@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -27,12 +26,12 @@ class Share:
 
     def logsumexp(self, own: Tensor) -> Tensor:
         """Returns the logarithm of the sum over all ranks, from this rank's (n)."""
-        every = collectives.all_gather_tensor(own[None], 0, self.mesh)  # (ranks, n)
-        return every.logsumexp(0)
+        every = DTensor.from_local(own[None], self.mesh, [Shard(0)], run_check=False)  # (ranks, n)
+        return every.full_tensor().logsumexp(0)
 
     def sum(self, own: Tensor) -> Tensor:
         """Returns the sum over all ranks."""
-        return collectives.all_reduce(own, "sum", self.mesh)
+        return DTensor.from_local(own, self.mesh, [Partial()], run_check=False).full_tensor()
 
 
 ChunkedLoss = Callable[[Tensor, Tensor, Tensor, Share | None], Tensor]
