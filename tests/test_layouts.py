@@ -15,6 +15,7 @@ CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim
 TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
 
 REPLICATE = "--parallelism.data_parallel_replicate_degree"
+CONTEXT = "--parallelism.context_parallel_degree"
 TENSOR = "--parallelism.tensor_parallel_degree"
 ROWS = "--training.local_batch_size"
 
@@ -22,10 +23,13 @@ TWO = {
     "FSDP2 on 2 ranks": [ROWS, "2"],
     "replicate on 2 ranks": [ROWS, "2", REPLICATE, "2"],
     "TP2": [TENSOR, "2"],
+    "CP2": [CONTEXT, "2"],
 }
 FOUR = {
     "HSDP 2x2": [ROWS, "1", REPLICATE, "2"],
     "TP2 x FSDP2": [ROWS, "2", TENSOR, "2"],
+    "CP2 x FSDP2": [ROWS, "2", CONTEXT, "2"],
+    "CP2 x TP2": [CONTEXT, "2", TENSOR, "2"],
 }
 
 BY_OP = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"]
@@ -36,6 +40,7 @@ SAME = {
     "every second block recomputed": [ROWS, "2", "--activation_checkpoint.mode", "selective"],
     "compiled, by operation": [ROWS, "2", *COMPILED, *BY_OP],
     "TP2, compiled, by operation": [TENSOR, "2", *COMPILED, *BY_OP],
+    "CP2, compiled, by operation": [CONTEXT, "2", *COMPILED, *BY_OP],
 }
 ROUNDED = {
     "float8 tensorwise, gathered": [ROWS, "2", *FLOAT8, *GATHERED],

@@ -87,6 +87,8 @@ def make(config: Config, ranks: int = 1) -> Plan:
         model = models.registry.build(config.model, attend=None, seq_len=training.seq_len)
         for theta in phases.history("rope_theta").values():
             model.turn(theta)  # a model without rotary positions refuses
+    if degrees.context > 1 and config.samples.prompts:
+        raise ConfigError("samples.prompts: ranks that share rows (context_parallel_degree) draw no samples.")
     mesh.check(config.parallelism, model.heads(), training.seq_len)
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
     stretches = curriculum.windows(window, training.steps)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from torchladder import checkpoint, data, mask, models, optim, plots, profiling, reading
 from torchladder.data import Batch
-from torchladder.distributed import float8, mesh, parallelize
+from torchladder.distributed import context, float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.generate import generate
 from torchladder.metrics import Metrics, Run
@@ -47,8 +47,10 @@ class Trainer:
 
         self.curriculum = plan.window
         self.masks = [mask.registry.get(name) for name in config.attention.masks]
-        self.kernel = attention.kernel(config.attention.kernel, config.attention.masks, ranks.device)
         self.mesh = mesh.build(plan.degrees, ranks.rank, ranks.device.type)
+        self.share = context.Share(self.mesh, config.training.seq_len)
+        shared = self.share.tokens if self.mesh.context else None
+        self.kernel = attention.kernel(config.attention.kernel, config.attention.masks, ranks.device, share=shared)
         self.tokenizer = self._tokenizer()
         self.loader = self._loader("train")
         self.validation = self._loader("validation") if config.validation.enable else None
@@ -125,11 +127,15 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, start: Tensor, num_labels: int) -> Tensor:
         """Adds the gradients of a micro-batch; returns its part of the mean loss over the step's labels."""
-        form = self.kernel.derive(start, self.ranks.device)
-        with self._precision():
-            loss = self.model(batch.tokens, form, batch.labels) / max(num_labels, 1)
+        loss = self._loss(batch, start) / max(num_labels, 1)
         loss.backward()
         return loss.detach()
+
+    def _loss(self, batch: Batch, start: Tensor) -> Tensor:
+        """Returns the loss summed over this rank's stretch of the rows."""
+        form = self.share.form(self.kernel.derive, start, self.ranks.device)
+        with self._precision():
+            return self.model(self.share(batch.tokens), form, self.share(batch.labels))
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -139,18 +145,15 @@ class Trainer:
         config = self.config.validation
         for window in sorted({*config.windows, self.config.training.seq_len}):
             self.validation.seek(0)
-            loss, num_labels = 0.0, 0
+            loss, num_labels = torch.zeros((), device=self.ranks.device), 0
             for number, batch in enumerate(self.validation):
                 if number == config.steps:
                     break
                 # Documents stay apart if the run keeps them apart; the curriculum's window has no part in this.
                 start = mask.compose(*(allow(batch.positions, window) for allow in self.masks))
-                form = self.kernel.derive(start, self.ranks.device)
                 num_labels += batch.num_labels
-                batch = batch.to(self.ranks.device)
-                with self._precision():
-                    loss += self.model(batch.tokens, form, batch.labels)
-            total = self.ranks.sum(float(loss), self.plan.degrees.tensor)
+                loss += self._loss(batch.to(self.ranks.device), start)
+            total = self.ranks.sum(loss.item(), self.plan.degrees.tensor)
             mean = total / max(self.ranks.sum(num_labels, self.plan.degrees.copies), 1)
             self.metrics.validation(self.step, mean, window)
 
@@ -231,7 +234,12 @@ class Trainer:
         """Makes the model on meta, spreads it, then gives it memory and its first weights."""
         config, training = self.config, self.config.training
         with torch.device("meta"):
-            model = models.registry.build(config.model, attend=self.kernel.attend, seq_len=training.seq_len)
+            model = models.registry.build(
+                config.model,
+                attend=self.share.attend(self.kernel.attend),
+                seq_len=training.seq_len,
+                first=self.share.first if self.mesh.context else None,
+            )
         self.compute = getattr(torch, training.mixed_precision_param)
         config.float8.check(self.ranks.device, self.compute)
         settings = parallelize.Settings(

@@ -64,13 +64,15 @@ class RoPE(nn.Module):
         head_dim: features per head, even.
         seq_len: tokens in a row; positions run from 0 to ``seq_len - 1``.
         rotation: how positions become rotations.
+        first: the position of the first token of the rows that come, where ranks share rows.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, seq_len: int, rotation: Rotation) -> None:
+    def __init__(self, head_dim: int, seq_len: int, rotation: Rotation, first: int = 0) -> None:
         super().__init__()
+        self.first = first
         self.head_dim = head_dim
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(seq_len, 1, head_dim // 2, dtype=torch.float32), persistent=False)
@@ -85,8 +87,8 @@ class RoPE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotates the heads of ``x`` (B, T, H, K); the result has the type of ``x``."""
-        length = x.shape[1]
-        cos, sin = self.cos[:length], self.sin[:length]
+        here = slice(self.first, self.first + x.shape[1])
+        cos, sin = self.cos[here], self.sin[here]
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
