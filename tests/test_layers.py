@@ -33,7 +33,18 @@ LAYERS = [
     ["train", "commands"],
     ["__main__"],
 ]
-OPTIONAL = {"flash_attn", "wandb", "matplotlib", "pyarrow", "datasets", "zstandard", "tokenizers", "tiktoken", "ray"}
+OPTIONAL = {
+    "flash_attn",
+    "wandb",
+    "matplotlib",
+    "pyarrow",
+    "datasets",
+    "zstandard",
+    "tokenizers",
+    "tiktoken",
+    "ray",
+    "torchao",
+}
 """Third-party packages that may be imported inside a function: extras, and what would slow down every start."""
 
 

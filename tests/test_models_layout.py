@@ -1,7 +1,6 @@
 """Weights and loss do not depend on how ranks share a model: four processes, sizes that do not divide."""
 
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,13 +8,12 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from torchladder import models
+from torchladder.distributed import tensor
 
 CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=50, vocab_size=67)
 TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
-STYLES: dict[str, Callable] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 
 
 def sharded(config, tensor_parallel):
@@ -26,9 +24,7 @@ def sharded(config, tensor_parallel):
     if tensor_parallel:
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
         mesh = both["data"]
-        plan = {name.replace("layers.*.", ""): STYLES[style]() for name, style in model.parallel_plan().items()}
-        for block in model.layers.values():
-            parallelize_module(block, both["tensor"], plan)
+        tensor.parallelize(model, model.parallel_plan(), both["tensor"], loss_parallel=True)
     for block in model.layers.values():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

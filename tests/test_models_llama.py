@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -385,14 +386,14 @@ def test_flops_agree_with_what_pytorch_counts():
     assert counter.get_total_flops() == model.flops(2 * 32, 2 * 32 * 32)
 
 
-def test_the_parallel_plan_names_every_linear_layer_of_a_block():
+def test_the_parallel_plan_names_every_module_that_has_parameters():
     model = make()
     plan = model.parallel_plan()
-    linear = {
-        f"layers.*.{name}" for name, module in model.layers["0"].named_modules() if isinstance(module, torch.nn.Linear)
-    }
-    assert set(plan) == linear
-    assert set(plan.values()) == {"colwise", "rowwise"}
+    owners = {name.rsplit(".", 1)[0] for name, _ in model.named_parameters()}
+    owners = {re.sub(r"^layers\.\d+", "layers.*", owner) for owner in owners}
+    gathers = {"layers.*.attention", "layers.*.feed_forward"}
+    assert set(plan) == owners | gathers
+    assert {path for path, style in plan.items() if style == "gather"} == gathers
 
 
 def test_layers_are_named_in_order():

@@ -72,7 +72,7 @@ def test_the_picture_is_written(tmp_path, capsys):
         (["--curriculum.initial_window", "999"], ["curriculum.initial_window = 999", "256"]),
         (["--attention.masks", "document"], ["chunk", "sliding", "moves the window"]),
         (["--model.flavor", "debgu"], ["debgu", "debug"]),
-        (["--parallelism.data_parallel_replicate_degree", "3"], ["3", "1 x 1"]),
+        (["--parallelism.data_parallel_replicate_degree", "3"], ["3", "data_parallel_replicate_degree 1"]),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(argv, words):

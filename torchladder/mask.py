@@ -133,7 +133,11 @@ def fold(start: Tensor) -> int:
     return width
 
 
-def block_mask(start: Tensor, block_size: int = 128) -> BlockMask:
+BLOCK = 128
+"""Tokens per side of a FlexAttention block, the fewest that its GPU kernel takes."""
+
+
+def block_mask(start: Tensor, block_size: int = BLOCK, first: int = 0) -> BlockMask:
     """Returns the FlexAttention ``BlockMask`` of the mask, written down without looking at tokens pairwise.
 
     Equal to ``create_block_mask`` of the same mask, for any length, with memory in proportion to (T / block_size)².
@@ -143,6 +147,7 @@ def block_mask(start: Tensor, block_size: int = 128) -> BlockMask:
     Args:
         start: (B, T) int32.
         block_size: tokens per side of a block, a multiple of 128 for the GPU kernel.
+        first: the token that queries begin at, a multiple of ``block_size``; the keys are all T.
     """
     batch, length = start.shape
     blocks = -(-length // block_size)
@@ -167,6 +172,8 @@ def block_mask(start: Tensor, block_size: int = 128) -> BlockMask:
     full_kv_num, full_kv_indices = _runs((inner, block), None)
     q_num, q_indices = _runs((block, block + 1), (full_until, touch_until))
     full_q_num, full_q_indices = _runs((block + 1, full_until), None)
+    if first:
+        return _queries_from(first, start, block_size, (kv_num, kv_indices), (full_kv_num, full_kv_indices))
     return BlockMask(
         seq_lengths=(length, length),
         kv_num_blocks=kv_num,
@@ -179,6 +186,27 @@ def block_mask(start: Tensor, block_size: int = 128) -> BlockMask:
         full_q_indices=full_q_indices,
         BLOCK_SIZE=(block_size, block_size),
         mask_mod=kv_index_inside,
+    )
+
+
+def _queries_from(
+    first: int, start: Tensor, block_size: int, some: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor]
+) -> BlockMask:
+    """Returns the block mask of the queries from ``first`` on, given the key blocks of all."""
+
+    def kv_index_inside(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (start[b, q + first] <= k) & (k <= q + first)
+
+    rows, length = first // block_size, start.shape[1]
+    (kv_num, kv_indices), (full_kv_num, full_kv_indices) = some, full
+    return BlockMask.from_kv_blocks(
+        kv_num[:, :, rows:].contiguous(),
+        kv_indices[:, :, rows:].contiguous(),
+        full_kv_num[:, :, rows:].contiguous(),
+        full_kv_indices[:, :, rows:].contiguous(),
+        BLOCK_SIZE=(block_size, block_size),
+        mask_mod=kv_index_inside,
+        seq_lengths=(length - first, length),
     )
 
 

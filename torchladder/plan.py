@@ -31,6 +31,7 @@ class Plan:
         full_at: the first step with the full window, None where there is none.
         state_bytes: weights, gradients and optimizer state on one rank.
         batch: how a step's rows are divided.
+        degrees: how the ranks are divided.
     """
 
     config: Config
@@ -45,6 +46,7 @@ class Plan:
     full_at: int | None
     state_bytes: int
     batch: Batching
+    degrees: mesh.Degrees
 
     @property
     def tokens(self) -> int:
@@ -72,8 +74,8 @@ def make(config: Config, ranks: int = 1) -> Plan:
     Raises:
         ConfigError: settings that cannot be, alone or together.
     """
-    replicate, shard = mesh.degrees(config.parallelism, ranks)
-    batch = reading.batching(config, replicate * shard)
+    degrees = mesh.degrees(config.parallelism, ranks)
+    batch = reading.batching(config, degrees.data)
     config = reading.resolve(config, batch)
     training = config.training
     phases = Timetable(getattr(config.data, "phases", []), training.steps, batch.rows * training.seq_len)
@@ -85,6 +87,9 @@ def make(config: Config, ranks: int = 1) -> Plan:
         model = models.registry.build(config.model, attend=None, seq_len=training.seq_len)
         for theta in phases.history("rope_theta").values():
             model.turn(theta)  # a model without rotary positions refuses
+    if degrees.context > 1 and config.samples.prompts:
+        raise ConfigError("samples.prompts: ranks that share rows (context_parallel_degree) draw no samples.")
+    mesh.check(config.parallelism, model.heads(), training.seq_len)
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
     stretches = curriculum.windows(window, training.steps)
     pairs = {w: mask.pairs(mask.compose(*(allow(row, w) for allow in masks))) for _, w in stretches}
@@ -106,8 +111,11 @@ def make(config: Config, ranks: int = 1) -> Plan:
         flops_full_context=training.steps * (linear + attention),
         attention_flops_full_context=training.steps * attention,
         full_at=curriculum.full_at(window, training.steps, training.seq_len),
-        state_bytes=16 * model.num_parameters() // shard,  # float32: weight, gradient and two moments
+        state_bytes=16
+        * model.num_parameters()
+        // (degrees.shard * degrees.copies),  # float32: weight, gradient and two moments
         batch=batch,
+        degrees=degrees,
     )
 
 
@@ -124,7 +132,7 @@ def lines(plan: Plan) -> list[str]:
         f"model       {config.model.name} {config.model.flavor}, {plan.parameters:,} parameters, "
         f"{plan.state_bytes / 2**30:.2f} GiB of weights, gradients and optimizer state per rank",
         f"step        {batch.rows} rows x {config.training.seq_len:,} tokens = {plan.tokens_per_step:,} tokens "
-        f"({batch.data_ranks} ranks x {batch.local} rows x {batch.accumulation} accumulated)",
+        f"({batch.data_ranks} x {batch.local} rows x {batch.accumulation} accumulated)",
         f"run         {plan.steps:,} steps, {plan.tokens:,} tokens, {plan.flops:.3e} FLOPs",
         f"curriculum  {ladder}",
         f"masks       {' + '.join(config.attention.masks)}: {plan.attention_saved:.1%} of attention saved, "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from torchladder import config as settings
 from torchladder import plan as plans
@@ -22,17 +24,18 @@ def main(argv: list[str] | None = None) -> int:
         plan = plans.make(config, int(os.environ.get("WORLD_SIZE", "1")))
         if config.debug.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        ranks = processes.join(config.comm)
+            torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
+        ranks = processes.join(config.comm, Path(config.job.dump_folder))
         try:
             init_logger(ranks.rank)
             Trainer(plan, ranks).train()
         finally:
             processes.leave()
     except ConfigError as error:
+        processes.report(error)
         return settings.fail(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main)())

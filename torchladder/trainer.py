@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from torchladder import checkpoint, data, mask, models, optim, plots, profiling, reading
 from torchladder.data import Batch
-from torchladder.distributed import mesh, parallelize
+from torchladder.distributed import context, float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.generate import generate
 from torchladder.metrics import Metrics, Run
@@ -46,13 +47,17 @@ class Trainer:
 
         self.curriculum = plan.window
         self.masks = [mask.registry.get(name) for name in config.attention.masks]
-        self.kernel = attention.kernel(config.attention.kernel, config.attention.masks, ranks.device)
+        self.mesh = mesh.build(plan.degrees, ranks.rank, ranks.device.type)
+        self.share = context.Share(self.mesh, config.training.seq_len)
+        shared = self.share.tokens if self.mesh.context else None
+        self.kernel = attention.kernel(config.attention.kernel, config.attention.masks, ranks.device, share=shared)
         self.tokenizer = self._tokenizer()
         self.loader = self._loader("train")
         self.validation = self._loader("validation") if config.validation.enable else None
-        self.mesh = mesh.build(config.parallelism, ranks.size, ranks.device.type)
         self.model = self._model()
         self.optimizer = optim.build(config.optimizer, self.model)
+        if after := float8.after_step(self.model, config.float8):
+            self.optimizer.register_step_post_hook(after)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
         saves = self.folder / config.checkpoint.folder
         self.checkpointer = checkpoint.Checkpointer(config.checkpoint, saves, self.model, self.optimizer)
@@ -98,7 +103,8 @@ class Trainer:
         window = self.curriculum(self.step)
         self._turn()
         batches = [next(self.loader) for _ in range(self.plan.batch.accumulation)]
-        num_labels = self.ranks.sum(sum(batch.num_labels for batch in batches))  # each label weighs the same
+        labels = sum(batch.num_labels for batch in batches)
+        num_labels = self.ranks.sum(labels, self.plan.degrees.copies)  # each label weighs the same
 
         self.optimizer.zero_grad()
         loss, pairs = torch.zeros((), device=self.ranks.device), 0
@@ -121,11 +127,15 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, start: Tensor, num_labels: int) -> Tensor:
         """Adds the gradients of a micro-batch; returns its part of the mean loss over the step's labels."""
-        form = self.kernel.derive(start, self.ranks.device)
-        with self._precision():
-            loss = self.model(batch.tokens, form, batch.labels) / max(num_labels, 1)
+        loss = self._loss(batch, start) / max(num_labels, 1)
         loss.backward()
         return loss.detach()
+
+    def _loss(self, batch: Batch, start: Tensor) -> Tensor:
+        """Returns the loss summed over this rank's stretch of the rows."""
+        form = self.share.form(self.kernel.derive, start, self.ranks.device)
+        with self._precision():
+            return self.model(self.share(batch.tokens), form, self.share(batch.labels))
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -135,18 +145,16 @@ class Trainer:
         config = self.config.validation
         for window in sorted({*config.windows, self.config.training.seq_len}):
             self.validation.seek(0)
-            loss, num_labels = 0.0, 0
+            loss, num_labels = torch.zeros((), device=self.ranks.device), 0
             for number, batch in enumerate(self.validation):
                 if number == config.steps:
                     break
                 # Documents stay apart if the run keeps them apart; the curriculum's window has no part in this.
                 start = mask.compose(*(allow(batch.positions, window) for allow in self.masks))
-                form = self.kernel.derive(start, self.ranks.device)
                 num_labels += batch.num_labels
-                batch = batch.to(self.ranks.device)
-                with self._precision():
-                    loss += self.model(batch.tokens, form, batch.labels)
-            mean = self.ranks.sum(float(loss)) / max(self.ranks.sum(num_labels), 1)
+                loss += self._loss(batch.to(self.ranks.device), start)
+            total = self.ranks.sum(loss.item(), self.plan.degrees.tensor)
+            mean = total / max(self.ranks.sum(num_labels, self.plan.degrees.copies), 1)
             self.metrics.validation(self.step, mean, window)
 
     @torch.no_grad()
@@ -157,6 +165,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.debug.seed + self.step)
 
         def forward(tokens: Tensor) -> Tensor:
+            tokens = F.pad(tokens, (0, -tokens.shape[1] % self.plan.degrees.tensor))  # ranks share tokens evenly
             start = torch.zeros(tokens.shape, dtype=torch.int32)
             with self._precision():
                 return self.model(tokens.to(self.ranks.device), self.kernel.derive(start, self.ranks.device))
@@ -219,29 +228,36 @@ class Trainer:
         return tokenizer
 
     def _loader(self, split: str) -> data.Loader:
-        return reading.loader(self.config, self.plan.batch, split, self.tokenizer, self.ranks.rank)
+        return reading.loader(self.config, self.plan.batch, split, self.tokenizer, self.mesh.data_rank)
 
     def _model(self) -> models.Model:
         """Makes the model on meta, spreads it, then gives it memory and its first weights."""
         config, training = self.config, self.config.training
         with torch.device("meta"):
-            model = models.registry.build(config.model, attend=self.kernel.attend, seq_len=training.seq_len)
+            model = models.registry.build(
+                config.model,
+                attend=self.share.attend(self.kernel.attend),
+                seq_len=training.seq_len,
+                first=self.share.first if self.mesh.context else None,
+            )
         self.compute = getattr(torch, training.mixed_precision_param)
-        parallelize.parallelize(
-            model,
-            self.mesh,
-            config.activation_checkpoint,
-            config.compile,
-            parallelize.Precision(self.compute, getattr(torch, training.mixed_precision_reduce)),
-            config.parallelism.fsdp_reshard_after_forward,
+        config.float8.check(self.ranks.device, self.compute)
+        settings = parallelize.Settings(
+            parallelism=config.parallelism,
+            float8=config.float8,
+            recompute=config.activation_checkpoint,
+            compile=config.compile,
+            precision=parallelize.Precision(self.compute, getattr(torch, training.mixed_precision_reduce)),
+            offload=training.enable_cpu_offload,
         )
-        model.to_empty(device=self.ranks.device)
+        parallelize.parallelize(model, model.parallel_plan(), self.mesh, settings)
+        parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
         model.init_weights(config.debug.seed)
         return model
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Computes in the run's type; FSDP2 casts by itself."""
-        if self.mesh is not None or self.compute == torch.float32:
+        if self.mesh.data is not None or self.compute == torch.float32:
             return nullcontext()
         return torch.autocast(self.ranks.device.type, self.compute)
 
@@ -279,11 +295,11 @@ class Trainer:
 
     def _report(self, window: int, loss: Tensor, norm: Tensor, lr: float, pairs: int) -> None:
         """Counts a step, and reports the ones that are due; only those wait for the accelerator."""
-        self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs))
+        self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs, self.plan.degrees.copies))
         last = self.step == self.config.training.steps
         if self.metrics.due(self.step) or self.checkpointer.due(self.step, last):  # totals go on from a checkpoint
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            mean = self.ranks.sum(loss.item())
+            mean = self.ranks.sum(loss.item(), self.plan.degrees.tensor)
             self.metrics.log(self.step, loss=mean, grad_norm=norm.item(), lr=lr, window=window)
 
     def _draw(self) -> None:

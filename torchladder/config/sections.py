@@ -11,9 +11,11 @@ import tomli_w
 
 from torchladder import mask, optim
 from torchladder.checkpoint import CheckpointConfig
+from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import ParallelismConfig
-from torchladder.distributed.parallelize import ActivationCheckpointConfig, CompileConfig
+from torchladder.distributed.parallelize import CompileConfig
 from torchladder.distributed.ranks import CommConfig
+from torchladder.distributed.recompute import ActivationCheckpointConfig
 from torchladder.generate import SamplesConfig
 from torchladder.metrics import MetricsConfig
 from torchladder.models import attention
@@ -90,6 +92,9 @@ class TrainingConfig:
     mixed_precision_reduce: Literal["bfloat16", "float32"] = "float32"
     """Type in which gradients are added up over ranks."""
 
+    enable_cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the host's memory, and the optimizer's work there; with FSDP2."""
+
     gc_freq: int = 50
     """Steps between Python garbage collections, which are off otherwise: ranks then never wait for one."""
 
@@ -144,6 +149,9 @@ class DebugConfig:
     deterministic: bool = False
     """Use deterministic algorithms only: slower, and the same bits each time on the same machine."""
 
+    deterministic_warn_only: bool = False
+    """Warn of what has no deterministic algorithm, and go on."""
+
 
 @dataclass(frozen=True)
 class ExperimentalConfig:
@@ -169,6 +177,7 @@ class Config:
     parallelism: ParallelismConfig
     activation_checkpoint: ActivationCheckpointConfig
     compile: CompileConfig
+    float8: Float8Config
     checkpoint: CheckpointConfig
     validation: ValidationConfig
     samples: SamplesConfig

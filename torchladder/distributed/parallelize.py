@@ -1,39 +1,21 @@
-"""Spreads a model over ranks: checkpointed activations, then compilation, then FSDP2, block by block."""
+"""Spreads a model over ranks: float8 and shared layers, then recomputed activations, compilation, FSDP2."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from torchladder.distributed import float8, recompute, tensor
+from torchladder.distributed.float8 import Float8Config
+from torchladder.distributed.mesh import Mesh, ParallelismConfig
+from torchladder.distributed.recompute import ActivationCheckpointConfig
 from torchladder.registry import ConfigError
-
-
-@dataclass(frozen=True)
-class ActivationCheckpointConfig:
-    """Recomputing activations in backward instead of keeping them."""
-
-    mode: Literal["none", "full", "selective"] = "none"
-    """none keeps everything; full recomputes every block; selective recomputes every n-th block."""
-
-    selective_ac_option: str = "2"
-    """For selective: recompute every n-th block, n as a number."""
-
-    def __post_init__(self) -> None:
-        if not self.selective_ac_option.isdigit() or int(self.selective_ac_option) < 1:
-            raise ConfigError(
-                f"activation_checkpoint.selective_ac_option = {self.selective_ac_option!r}: "
-                "must be a number n, to recompute every n-th block."
-            )
-
-    def recomputes(self, layer: int) -> bool:
-        """Whether block number ``layer`` is recomputed."""
-        return self.mode == "full" or (self.mode == "selective" and layer % int(self.selective_ac_option) == 0)
 
 
 @dataclass(frozen=True)
@@ -41,53 +23,113 @@ class CompileConfig:
     """torch.compile, one graph per block: all blocks share it, and the ladder never recompiles it."""
 
     enable: bool = False
-    """Compile the model's blocks."""
+    """Compile what components names."""
+
+    components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model"])
+    """What is compiled: model, block by block; loss, the head and its cross entropy."""
 
     backend: str = "inductor"
     """The compiler behind torch.compile."""
+
+    def compiles(self, component: str) -> bool:
+        """Whether a component is compiled."""
+        return self.enable and component in self.components
 
 
 @dataclass(frozen=True)
 class Precision:
     """What a model computes in; its weights stay float32."""
 
-    compute: torch.dtype
-    reduce: torch.dtype
+    compute: torch.dtype = torch.float32
+    reduce: torch.dtype = torch.float32
 
 
-def parallelize(
-    model: nn.Module,
-    mesh: DeviceMesh | None,
-    recompute: ActivationCheckpointConfig,
-    compile: CompileConfig,
-    precision: Precision,
-    reshard_after_forward: bool = True,
-) -> None:
+@dataclass(frozen=True)
+class Settings:
+    """All that decides how a model is spread.
+
+    Attributes:
+        parallelism: the degrees, and how FSDP2 and tensor parallelism go about it.
+        float8: which layers compute in float8.
+        recompute: which activations are recomputed.
+        compile: what is compiled.
+        precision: compute and gradient reduction types under FSDP2.
+        offload: whether weights, gradients and optimizer state stay in the host's memory.
+    """
+
+    parallelism: ParallelismConfig
+    float8: Float8Config = field(default_factory=Float8Config)
+    recompute: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    precision: Precision = field(default_factory=Precision)
+    offload: bool = False
+
+
+def parallelize(model: nn.Module, plan: dict[str, str], mesh: Mesh, settings: Settings) -> None:
     """Prepares a model in place; its blocks are ``model.layers``, name → block.
 
     Args:
         model: on the meta device or not.
-        mesh: the data-parallel mesh, or None to leave the model whole.
-        recompute: which blocks recompute their activations.
-        compile: whether blocks are compiled.
-        precision: compute and gradient reduction types under FSDP2.
-        reshard_after_forward: whether a block frees its gathered parameters after forward.
+        plan: the model's own, module path → style of tensor parallelism.
+        mesh: the layout of the ranks.
+        settings: what to do.
+
+    Raises:
+        ConfigError: a setting that cannot work here.
     """
     layers = model.layers
     assert isinstance(layers, nn.ModuleDict)
+    compile = settings.compile
+    if settings.parallelism.enable_async_tensor_parallel:
+        tensor.overlap(mesh.tensor.device_type if mesh.tensor else "a single rank", compile.compiles("model"))
+    if settings.offload and (mesh.data is None or mesh.data.device_type == "cpu"):
+        why = "this run has a single rank" if mesh.data is None else "a CPU's weights are in the host's memory already"
+        raise ConfigError(f"training.enable_cpu_offload is for FSDP2 on accelerators: {why}.")
+
+    # torchao puts layers of its own in the place of linear ones, so it comes before what is tied to a layer.
+    float8.convert(model, settings.float8, sharded=mesh.data is not None)
+    if mesh.tensor is not None:
+        tensor.parallelize(model, plan, mesh.tensor, not settings.parallelism.disable_loss_parallel)
     for number, (name, block) in enumerate(list(layers.items())):
-        if recompute.recomputes(number):
-            block = checkpoint_wrapper(block, preserve_rng_state=False)
-        if compile.enable:
-            block.compile(backend=compile.backend, fullgraph=True)
-        layers[name] = block
-    if mesh is not None:
-        policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce)
-        for block in layers.values():
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # FSDP2 averages over ranks. The loss here is a sum divided by the label count of all ranks: add up.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to leave the average out
+        layers[name] = recompute.wrap(block, number, settings.recompute)
+        if compile.compiles("model"):
+            layers[name].compile(backend=compile.backend, fullgraph=True)
+    if compile.compiles("loss"):
+        for path, style in plan.items():
+            if style == "head":
+                model.get_submodule(path).compile(backend=compile.backend, fullgraph=True)
+    if mesh.data is not None:
+        _shard(model, list(layers.values()), mesh.data, settings)
+
+
+def materialize(model: nn.Module, device: torch.device, offload: bool) -> None:
+    """Gives a model on meta its memory: on the device, or what can be offloaded on the host."""
+    model.to_empty(device="cpu" if offload else device)
+    for module in model.modules() if offload else ():
+        if next(module.parameters(), None) is None:
+            module.to(device)  # buffers serve where the activations are
+
+
+def _shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, settings: Settings) -> None:
+    """Shards block by block with FSDP2; a block's parameters are gathered while the one before it computes."""
+    precision = settings.precision
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce),
+    }
+    if settings.offload:
+        options["offload_policy"] = CPUOffloadPolicy()
+    reshard = settings.parallelism.fsdp_reshard_after_forward != "never"
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=reshard, **options)
+    fully_shard(model, **options)
+    for block, following in pairwise(blocks):
+        assert isinstance(block, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # FSDP2 averages over ranks. The loss here is a sum divided by the label count of all ranks: add up.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to leave the average out

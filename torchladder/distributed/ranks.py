@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from torchladder.registry import ConfigError
 
@@ -26,6 +28,20 @@ class CommConfig:
     train_timeout_seconds: int = 300
     """Seconds after which a collective counts as hung once training runs."""
 
+    trace_buf_size: int = 20000
+    """Collectives that NCCL's flight recorder remembers on each rank and writes down if one hangs; 0: none."""
+
+    save_traces_folder: str = "comm_traces"
+    """Folder for what it writes, inside job.dump_folder."""
+
+    save_traces_file_prefix: str = "rank_"
+    """Beginning of its files' names; the rank follows."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("init_timeout_seconds", 1), ("train_timeout_seconds", 1), ("trace_buf_size", 0)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"comm.{key} = {getattr(self, key)}: must be {least} or more.")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -40,9 +56,10 @@ class Ranks:
         """Whether this process speaks for the run: logs, pictures, files."""
         return self.rank == 0
 
-    def sum(self, value: Number) -> Number:
-        """Returns the sum of a number over all ranks."""
-        return self._reduce(value, dist.ReduceOp.SUM)
+    def sum(self, value: Number, copies: int = 1) -> Number:
+        """Returns the sum of a number over all ranks, where ``copies`` of them each hold the same one."""
+        total = self._reduce(value, dist.ReduceOp.SUM)
+        return total if copies == 1 else type(value)(total / copies)
 
     def max(self, value: Number) -> Number:
         """Returns the largest of a number over all ranks."""
@@ -60,7 +77,8 @@ class Ranks:
         """Changes after how long a collective counts as hung, once all ranks are past the slow start."""
         if self.size > 1:
             self.barrier()
-            _set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+            for group in list(_world.pg_map):  # those of the mesh too
+                _set_pg_timeout(timedelta(seconds=seconds), group)
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -76,8 +94,12 @@ class Ranks:
         return type(value)(box.item())
 
 
-def join(config: CommConfig) -> Ranks:
+def join(config: CommConfig, folder: Path) -> Ranks:
     """Joins the process group that torchrun set up, or makes one of this process alone.
+
+    Args:
+        config: timeouts, and what is written down when one is over.
+        folder: the run's.
 
     Raises:
         ConfigError: torchrun started more processes than this machine has GPUs.
@@ -91,6 +113,7 @@ def join(config: CommConfig) -> Ranks:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        _record(config, folder)
     else:
         device = torch.device("cpu")
     dist.init_process_group(
@@ -102,6 +125,30 @@ def join(config: CommConfig) -> Ranks:
         world_size=size,
     )
     return Ranks(rank, size, device)
+
+
+def _record(config: CommConfig, folder: Path) -> None:
+    """Turns NCCL's flight recorder on, unless the environment has its own mind."""
+    if config.trace_buf_size == 0:
+        return
+    traces = folder / config.save_traces_folder
+    traces.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        # The newer name, and the one of PyTorch 2.11 and before.
+        "TORCH_FR_BUFFER_SIZE": str(config.trace_buf_size),
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(config.trace_buf_size),
+        "TORCH_FR_DUMP_TEMP_FILE": str(traces / config.save_traces_file_prefix),
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(traces / config.save_traces_file_prefix),
+    }
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
+
+
+def report(error: Exception) -> None:
+    """Hands torchrun an error of this rank, to show the first of all ranks' when they have stopped."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
 
 
 def leave() -> None:

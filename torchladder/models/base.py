@@ -55,10 +55,15 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def parallel_plan(self) -> dict[str, str]:
-        """Returns how tensor parallelism shards the linear layers: module path -> ``"colwise"`` or ``"rowwise"``.
+        """Returns how tensor parallelism shares each module that has parameters: module path -> style.
 
-        A ``*`` in a path stands for every block; what the plan does not name is replicated.
+        Styles: ``embedding``, ``sequence`` (norms), ``gather`` (the tokens of a module's input), ``colwise``,
+        ``rowwise``, ``head``. A ``*`` in a path stands for every block.
         """
+
+    @abstractmethod
+    def heads(self) -> tuple[int, ...]:
+        """Returns the numbers of heads that tensor-parallel ranks have to share evenly."""
 
     @abstractmethod
     def flops(self, tokens: int, pairs: int) -> int:
@@ -110,11 +115,18 @@ def draw(parameter: Tensor, name: str, seed: int, std: float) -> None:
     parameter.copy_(values)
 
 
+FACTS = {
+    "attend": "what the attention kernel offers",
+    "seq_len": "tokens in a row",
+    "first": "position of the first token of the rows that come, where ranks share rows",
+}
+
+
 class ModelRegistry(Registry[Model]):
     """Models by name, each with its flavors: one config per size."""
 
     def __init__(self) -> None:
-        super().__init__("model", {"attend": "what the attention kernel offers", "seq_len": "tokens in a row"})
+        super().__init__("model", FACTS)
         self._flavors: dict[str, dict[str, Any]] = {}
 
     def register(self, name: str, flavors: Mapping[str, Any] | None = None) -> Callable[[Part], Part]:
@@ -179,10 +191,19 @@ class ModelRegistry(Registry[Model]):
 
         Args:
             section: as for ``resolve``.
-            **facts: ``attend`` and ``seq_len``; the model receives the ones it declares.
+            **facts: ``attend``, ``seq_len`` and ``first``; the model receives the ones it declares.
+
+        Raises:
+            ConfigError: ranks share rows, and the model does not take the place of the first token of its own.
         """
         model = self.get(section.name)
         declared = inspect.signature(model).parameters
+        facts = {key: value for key, value in facts.items() if value is not None or key != "first"}
+        if "first" in facts and "first" not in declared:
+            raise ConfigError(
+                f"model {section.name!r} does not declare `first`, the position of a row's first token: it cannot "
+                "share rows among ranks (parallelism.context_parallel_degree)."
+            )
         return model(config=self.resolve(section), **{key: facts[key] for key in facts if key in declared})
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from torchladder.models import vocabulary
 from torchladder.models.base import Attend
 from torchladder.models.loss import cross_entropy
 
@@ -62,13 +64,15 @@ class RoPE(nn.Module):
         head_dim: features per head, even.
         seq_len: tokens in a row; positions run from 0 to ``seq_len - 1``.
         rotation: how positions become rotations.
+        first: the position of the first token of the rows that come, where ranks share rows.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, seq_len: int, rotation: Rotation) -> None:
+    def __init__(self, head_dim: int, seq_len: int, rotation: Rotation, first: int = 0) -> None:
         super().__init__()
+        self.first = first
         self.head_dim = head_dim
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(seq_len, 1, head_dim // 2, dtype=torch.float32), persistent=False)
@@ -83,8 +87,8 @@ class RoPE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotates the heads of ``x`` (B, T, H, K); the result has the type of ``x``."""
-        length = x.shape[1]
-        cos, sin = self.cos[:length], self.sin[:length]
+        here = slice(self.first, self.first + x.shape[1])
+        cos, sin = self.cos[here], self.sin[here]
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -157,4 +161,8 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor | None = None, tied: Tensor | None = None) -> Tensor:
         weight = self.weight if tied is None else tied
         assert weight is not None
-        return F.linear(hidden, weight) if labels is None else cross_entropy(hidden, weight, labels)
+        if labels is not None:
+            return cross_entropy(hidden, weight, labels)
+        if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
+            return vocabulary.logits(hidden, weight)
+        return F.linear(hidden, weight)

@@ -37,14 +37,15 @@ class Llama(Model):
         config: its shape.
         attend: the kernel's attention; full causal attention where none is given.
         seq_len: tokens in the longest row.
+        first: the position of the first token of the rows that come, where ranks share rows.
     """
 
-    def __init__(self, config: LlamaConfig, attend: Attend = causal, seq_len: int = 2048) -> None:
+    def __init__(self, config: LlamaConfig, attend: Attend = causal, seq_len: int = 2048, first: int = 0) -> None:
         super().__init__()
         self.config = config
         self.seq_len = seq_len
         rope = config.positional_embedding == "rope"
-        self.rope = RoPE(config.head_size, seq_len, config.rotation) if rope else None
+        self.rope = RoPE(config.head_size, seq_len, config.rotation, first) if rope else None
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): Block(config, self.rope, attend) for i in range(config.n_layers)})
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -68,8 +69,14 @@ class Llama(Model):
     def parallel_plan(self) -> dict[str, str]:
         attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
         feed_forward = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-        plan = {f"layers.*.attention.{name}": style for name, style in attention.items()}
-        return plan | {f"layers.*.feed_forward.{name}": style for name, style in feed_forward.items()}
+        plan = {"embedding": "embedding", "norm": "sequence", "head": "head"}
+        for layer, parts in (("attention", attention), ("feed_forward", feed_forward)):
+            plan |= {f"layers.*.{layer}_norm": "sequence", f"layers.*.{layer}": "gather"}
+            plan |= {f"layers.*.{layer}.{name}": style for name, style in parts.items()}
+        return plan
+
+    def heads(self) -> tuple[int, ...]:
+        return self.config.n_heads, self.config.kv_heads
 
     def turn(self, theta: float) -> None:
         if self.rope is None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from torchladder.models import vocabulary
+from torchladder.models.vocabulary import Share
 
 IGNORE = -100
 """The label of a place where nothing is to be predicted."""
@@ -26,15 +30,26 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         weight: (V, d) of the head.
         labels: (...) int64.
     """
+    if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
+        return vocabulary.loss(_chunked, hidden, weight, labels)
+    return _chunked(hidden, weight, labels, None)
+
+
+def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, share: Share | None) -> Tensor:
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _CrossEntropy.apply(hidden, weight, labels, differentiate)
+    return _CrossEntropy.apply(hidden, weight, labels, differentiate, share)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, differentiate: bool
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        differentiate: bool,
+        share: Share | None,
     ) -> Tensor:
         device, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(device):
@@ -47,15 +62,18 @@ class _CrossEntropy(torch.autograd.Function):
 
         at_a_time = LOGITS_ON_CPU if device == "cpu" else LOGITS_ON_GPU
         size = max(at_a_time // len(weight), FEWEST)  # tokens
+        first = share.first if share else 0
         for chunk in range(0, len(hidden), size):
             some = slice(chunk, chunk + size)
             counts = labels[some, None] != IGNORE  # (n, 1)
-            label = labels[some, None].where(counts, 0)
+            label = labels[some, None] - first
+            own = counts & (label >= 0) & (label < len(weight))
+            label = label.where(own, 0)
             states = hidden[some].to(dtype).where(counts, 0)
-            log_p = torch.log_softmax(states @ head.t(), dim=-1, dtype=exact)  # (n, V)
-            loss -= log_p.gather(1, label).where(counts, 0).sum()
+            log_p = _log_softmax(states @ head.t(), exact, share)  # (n, V)
+            loss -= log_p.gather(1, label).where(own, 0).sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad_logits = log_p.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=exact)).to(dtype)
+                grad_logits = log_p.exp_().scatter_add_(1, label, -own.to(exact)).to(dtype)
                 grad_hidden[some] = (grad_logits @ head).where(counts, 0)
                 if dtype == exact:
                     grad_weight.addmm_(grad_logits.t(), states)
@@ -63,9 +81,17 @@ class _CrossEntropy(torch.autograd.Function):
                     grad_weight += grad_logits.t() @ states
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return loss
+        return share.sum(loss) if share else loss
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None
+
+
+def _log_softmax(logits: Tensor, dtype: torch.dtype, share: Share | None) -> Tensor:
+    """Returns log probabilities (n, V), of this rank's share of the vocabulary where it has one."""
+    if share is None:
+        return torch.log_softmax(logits, dim=-1, dtype=dtype)
+    logits = logits.to(dtype)
+    return logits - share.logsumexp(logits.logsumexp(-1))[:, None]

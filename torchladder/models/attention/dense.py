@@ -16,8 +16,11 @@ class Dense(Kernel):
 
     name = "dense"
 
-    def derive(self, start: Tensor, device: torch.device) -> Tensor:
-        return mask.dense(start.to(device))[:, None]  # (B, 1, T, T)
+    def check_share(self, tokens: int) -> None:
+        """Any stretch of a row will do."""
+
+    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Tensor:
+        return mask.dense(start.to(device))[:, None, first:]  # (B, 1, queries, T)
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, form: Tensor) -> Tensor:

@@ -30,8 +30,15 @@ class Flex(Kernel):
                 "kernel 'flex' cannot train on a CPU: FlexAttention has no backward there. Use sdpa, fold or auto."
             )
 
-    def derive(self, start: Tensor, device: torch.device) -> BlockMask:
-        return mask.block_mask(start.to(device, non_blocking=True))
+    def check_share(self, tokens: int) -> None:
+        if tokens % mask.BLOCK:
+            raise ConfigError(
+                f"kernel 'flex' works in blocks of {mask.BLOCK} tokens, and {tokens} of a row fall to each rank: "
+                "choose training.seq_len and parallelism.context_parallel_degree so that a rank's are a multiple."
+            )
+
+    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> BlockMask:
+        return mask.block_mask(start.to(device, non_blocking=True), first=first)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, form: BlockMask) -> Tensor:  # type: ignore[override]
         return self._flex(q, k, v, block_mask=form, enable_gqa=q.shape[1] != k.shape[1])

@@ -55,19 +55,30 @@ class Kernel(ABC):
     def check(self, device: torch.device, training: bool) -> None:  # noqa: B027 - most kernels run everywhere
         """Raises ConfigError where the kernel cannot run."""
 
+    def check_share(self, tokens: int) -> None:
+        """Raises ConfigError where queries cannot be the last ``tokens`` of the keys, as with ranks that share rows."""
+        raise ConfigError(
+            f"kernel {self.name!r} cannot share rows among ranks (parallelism.context_parallel_degree): "
+            "use sdpa, flex, dense or auto."
+        )
+
     @abstractmethod
-    def derive(self, start: Tensor, device: torch.device) -> Any:
+    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Any:
         """Returns the kernel's form of a mask.
 
         Args:
             start: (B, T) int32 on the CPU.
             device: where attention runs.
+            first: the token that queries begin at; the keys are all T. Above 0 only after ``check_share``.
         """
 
     @staticmethod
     @abstractmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, form: Any) -> Tensor:
-        """Returns attention (B, H, T, K) of ``q`` (B, H, T, K) over ``k`` and ``v`` (B, G, T, K); G divides H."""
+        """Returns attention (B, H, T, K) of ``q`` (B, H, T, K) over ``k`` and ``v`` (B, G, S, K); G divides H.
+
+        Queries are the last T of S tokens, all of them unless ranks share rows.
+        """
 
 
 registry: Registry[Kernel] = Registry(
@@ -76,7 +87,9 @@ registry: Registry[Kernel] = Registry(
 register = registry.register
 
 
-def kernel(name: str, masks: list[str], device: torch.device | str, training: bool = True) -> Kernel:
+def kernel(
+    name: str, masks: list[str], device: torch.device | str, training: bool = True, share: int | None = None
+) -> Kernel:
     """Returns the kernel of that name, or for ``auto`` the one that suits the device and the masks.
 
     Args:
@@ -84,6 +97,7 @@ def kernel(name: str, masks: list[str], device: torch.device | str, training: bo
         masks: names of the masks that ``start`` will be composed of.
         device: where attention will run.
         training: whether gradients will be needed.
+        share: tokens of a row that each rank holds, None for all.
 
     Raises:
         ConfigError: an unknown name, or a kernel that cannot do it.
@@ -91,15 +105,17 @@ def kernel(name: str, masks: list[str], device: torch.device | str, training: bo
     device = torch.device(device)
     for known in masks:
         mask.registry.get(known)
-    if name != "auto":
-        return registry.get(name)(masks=masks, device=device, training=training)
-    name, why = _choose(masks, device)
-    chosen = registry.get(name)(masks=masks, device=device, training=training)
-    chosen.why = why
-    return chosen
+    chosen, why = (name, "as configured") if name != "auto" else _choose(masks, device, share is not None)
+    made = registry.get(chosen)(masks=masks, device=device, training=training)
+    made.why = why
+    if share is not None:
+        made.check_share(share)
+    return made
 
 
-def _choose(masks: list[str], device: torch.device) -> tuple[str, str]:
+def _choose(masks: list[str], device: torch.device, shared: bool) -> tuple[str, str]:
+    if shared and UNIFORM.issuperset(masks):
+        return "sdpa", f"ranks share rows, and it takes each whole chunk of {' + '.join(masks)} as plain attention"
     if UNIFORM.issuperset(masks):
         return "fold", f"{' + '.join(masks)} cuts rows into chunks of one width, each a row of plain causal attention"
     if device.type == "cuda":

@@ -10,22 +10,25 @@ from torch import Tensor
 from torchladder.models.attention import fused
 from torchladder.models.attention.pieces import Piece
 
+Tokens = tuple[int, int]
 
-def operator(name: str, layout: Callable[[Tensor, int, int], Sequence[Piece]]) -> Callable[..., Tensor]:
+
+def operator(name: str, layout: Callable[[Tensor, int, Tokens], Sequence[Piece]]) -> Callable[..., Tensor]:
     """Returns attention over pieces as an operator that the compiler takes as a whole: no mask recompiles anything.
 
     Args:
         name: of the operator in ``torch.ops.torchladder``; its backward is ``<name>_backward``.
-        layout: (form, batch, length) -> pieces, where the form is a tensor on the CPU.
+        layout: (form, batch, (queries, keys)) -> pieces, where the form is a tensor on the CPU. Queries are the last
+            of the keys; pieces name them by the place of their own key.
     """
 
     def forward(q: Tensor, k: Tensor, v: Tensor, form: Tensor) -> tuple[Tensor, Tensor]:
-        return _forward(q, k, v, layout(form, q.shape[0], q.shape[2]))
+        return _forward(q, k, v, layout(form, q.shape[0], (q.shape[2], k.shape[2])))
 
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, form: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(grad, (q, k, v), out, lse, layout(form, q.shape[0], q.shape[2]))
+        return _backward(grad, (q, k, v), out, lse, layout(form, q.shape[0], (q.shape[2], k.shape[2])))
 
     qkv = "Tensor q, Tensor k, Tensor v"
     attend = torch.library.custom_op(
@@ -54,10 +57,11 @@ def operator(name: str, layout: Callable[[Tensor, int, int], Sequence[Piece]]) -
 def _forward(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
     out, lse = _like(q), _lse(q)
     for piece in pieces:
-        qkv = (_cut(q, piece), _cut(k, piece, piece.keys), _cut(v, piece, piece.keys))
+        queries = _queries(piece, q, k)
+        qkv = (_cut(q, piece, queries), _cut(k, piece, piece.keys), _cut(v, piece, piece.keys))
         some, its_lse = fused.forward(*qkv, _on(piece.bias, q))
-        _place(out, piece, some)
-        _place(lse[..., None], piece, its_lse[..., None])
+        _place(out, piece, some, queries)
+        _place(lse[..., None], piece, its_lse[..., None], queries)
     return out, lse
 
 
@@ -66,33 +70,40 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv
     # Blocks that see keys before themselves share keys: their gradients add up, in the type that sums are kept in.
-    shared = any(piece.bias is not None for piece in pieces)
+    # Where queries are not all there are, keys before them may be seen by none.
+    shared = any(piece.bias is not None for piece in pieces) or q.shape[2] < k.shape[2]
     exact = lse.dtype if shared else q.dtype
     grads = _like(q), _like(k, exact), _like(v, exact)
     if shared:
         grads[1].zero_()
         grads[2].zero_()
     for piece in pieces:
-        cuts = (_cut(q, piece), _cut(k, piece, piece.keys), _cut(v, piece, piece.keys))
-        its_lse = _cut(lse[..., None], piece)[..., 0]
-        some = fused.backward(_cut(grad, piece), cuts, _cut(out, piece), its_lse, _on(piece.bias, q))
-        _place(grads[0], piece, some[0])
+        queries = _queries(piece, q, k)
+        cuts = (_cut(q, piece, queries), _cut(k, piece, piece.keys), _cut(v, piece, piece.keys))
+        its_grad, its_out, its_lse = (_cut(x, piece, queries) for x in (grad, out, lse[..., None]))
+        some = fused.backward(its_grad, cuts, its_out, its_lse[..., 0], _on(piece.bias, q))
+        _place(grads[0], piece, some[0], queries)
         for whole, part in zip(grads[1:], some[1:], strict=True):
             _place(whole, piece, part, piece.keys, add=shared)
     return grads[0], grads[1].to(q.dtype), grads[2].to(q.dtype)
 
 
-def _cut(x: Tensor, piece: Piece, tokens: slice | None = None) -> Tensor:
+def _queries(piece: Piece, q: Tensor, k: Tensor) -> slice:
+    """Returns where the queries of a piece are among those that there are."""
+    before = k.shape[2] - q.shape[2]
+    return slice(piece.queries.start - before, piece.queries.stop - before)
+
+
+def _cut(x: Tensor, piece: Piece, tokens: slice) -> Tensor:
     """Returns a piece of (B, H, T, K), its segments folded into the batch; a view where that can be one."""
-    tokens = tokens or piece.queries
     part = x.transpose(1, 2)[piece.rows, tokens]  # (b, t, H, K)
     width = tokens.stop - tokens.start if piece.bias is not None else piece.width
     return part.reshape(-1, width, *part.shape[2:]).transpose(1, 2)
 
 
-def _place(x: Tensor, piece: Piece, part: Tensor, tokens: slice | None = None, add: bool = False) -> None:
+def _place(x: Tensor, piece: Piece, part: Tensor, tokens: slice, add: bool = False) -> None:
     """Writes, or adds, a piece to where ``_cut`` would take it from."""
-    to = x.transpose(1, 2)[piece.rows, tokens or piece.queries]
+    to = x.transpose(1, 2)[piece.rows, tokens]
     part = part.transpose(1, 2).reshape(to.shape)
     if add:
         to += part

@@ -54,30 +54,32 @@ def uniform(batch: int, length: int, width: int) -> list[Piece]:
     return pieces
 
 
-def of(start: Tensor) -> Sequence[Piece]:
-    """Returns the pieces of a mask, ``start`` (B, T) int32 on the CPU."""
-    return _of(start.numpy().tobytes(), *start.shape)
+def of(start: Tensor, begin: int = 0) -> Sequence[Piece]:
+    """Returns the pieces of a mask, ``start`` (B, T) int32 on the CPU, that hold the queries from ``begin`` on."""
+    return _of(start.numpy().tobytes(), *start.shape, begin)
 
 
 @lru_cache(maxsize=8)  # every layer of a model asks, forward and backward
-def _of(start: bytes, batch: int, length: int) -> Sequence[Piece]:
+def _of(start: bytes, batch: int, length: int, begin: int) -> Sequence[Piece]:
     rows = np.frombuffer(start, dtype=np.int32).reshape(batch, length)
     biases: dict[bytes, Tensor] = {}
     if (rows == rows[0]).all():
-        return tuple(_row(rows[0], slice(0, batch), biases))
-    return tuple(piece for b in range(batch) for piece in _row(rows[b], slice(b, b + 1), biases))
+        return tuple(_row(rows[0], slice(0, batch), biases, begin))
+    return tuple(piece for b in range(batch) for piece in _row(rows[b], slice(b, b + 1), biases, begin))
 
 
-def _row(start: np.ndarray, rows: slice, biases: dict[bytes, Tensor]) -> Iterator[Piece]:
-    """Yields the pieces of rows that all have this mask."""
+def _row(start: np.ndarray, rows: slice, biases: dict[bytes, Tensor], begin: int) -> Iterator[Piece]:
+    """Yields the pieces, from query ``begin`` on, of rows that all have this mask."""
     length = len(start)
     first = np.flatnonzero(start == np.arange(length))  # where segments begin
-    last = np.append(first[1:], length)
+    first = first[first >= begin]
+    last = np.append(first, length)[1:]
     plain = start[last - 1] == first  # the last token sees the first, so all tokens do
     width = np.where(plain, last - first, 0)
     run = np.flatnonzero(np.diff(width, prepend=-1))  # runs of plain segments of one width, or of other segments
-    loose: int | None = None  # where tokens begin that no piece has taken yet
-    for i, j in zip(run, np.append(run[1:], len(first)), strict=True):
+    # Where tokens begin that no piece has taken yet: at once if the first of them see keys before ``begin``.
+    loose: int | None = None if begin in first[:1] else begin
+    for i, j in zip(run, np.append(run, len(first))[1:], strict=True):
         a, b = int(first[i]), int(last[j - 1])
         alone = a + int(width[i]) if plain[i] else int(np.searchsorted(start, a, side="right"))
         end = b if plain[i] else alone  # a sliding window begins as plain causal attention

@@ -10,8 +10,8 @@ from torchladder.models.attention import pieces
 from torchladder.models.attention.kernel import UNIFORM, Kernel, register
 from torchladder.models.attention.operator import operator
 
-_fold = operator("fold", lambda width, batch, length: pieces.uniform(batch, length, int(width)))
-_sdpa = operator("sdpa", lambda start, batch, length: pieces.of(start))
+_fold = operator("fold", lambda width, batch, tokens: pieces.uniform(batch, tokens[1], int(width)))
+_sdpa = operator("sdpa", lambda start, batch, tokens: pieces.of(start, tokens[1] - tokens[0]))
 
 
 @register("fold")
@@ -21,7 +21,7 @@ class Fold(Kernel):
     name = "fold"
     expresses = UNIFORM
 
-    def derive(self, start: Tensor, device: torch.device) -> Tensor:
+    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Tensor:
         return torch.tensor(mask.fold(start))  # stays on the CPU, where the operator reads it
 
     @staticmethod
@@ -35,7 +35,10 @@ class Sdpa(Kernel):
 
     name = "sdpa"
 
-    def derive(self, start: Tensor, device: torch.device) -> Tensor:
+    def check_share(self, tokens: int) -> None:
+        """Any stretch of a row will do."""
+
+    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Tensor:
         return start.cpu().to(torch.int32)  # the operator reads it to lay out its pieces
 
     @staticmethod

@@ -42,7 +42,7 @@ class Segmented(Kernel):
         if device.type != "cuda":
             raise ConfigError(f"kernel {self.name!r} needs CUDA, not {device.type}. Use sdpa, fold or auto.")
 
-    def derive(self, start: Tensor, device: torch.device) -> Segments:
+    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Segments:
         form = mask.varlen(start)
         left = -1 if form.window >= form.max_seqlen else form.window - 1
         return Segments(form.cu_seqlens.to(device, non_blocking=True), form.max_seqlen, left)

@@ -1,0 +1,143 @@
+"""Layouts of ranks change nothing in the result: losses of 20 steps under a ladder with documents, and gradients."""
+
+import importlib.util
+
+import layouts
+import pytest
+import torch
+
+from torchladder import models
+from torchladder.distributed import mesh, parallelize
+from torchladder.distributed.mesh import ParallelismConfig
+from torchladder.distributed.parallelize import Settings
+
+CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=51, vocab_size=67)
+TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
+
+REPLICATE = "--parallelism.data_parallel_replicate_degree"
+CONTEXT = "--parallelism.context_parallel_degree"
+TENSOR = "--parallelism.tensor_parallel_degree"
+ROWS = "--training.local_batch_size"
+
+TWO = {
+    "FSDP2 on 2 ranks": [ROWS, "2"],
+    "replicate on 2 ranks": [ROWS, "2", REPLICATE, "2"],
+    "TP2": [TENSOR, "2"],
+    "CP2": [CONTEXT, "2"],
+}
+FOUR = {
+    "HSDP 2x2": [ROWS, "1", REPLICATE, "2"],
+    "TP2 x FSDP2": [ROWS, "2", TENSOR, "2"],
+    "CP2 x FSDP2": [ROWS, "2", CONTEXT, "2"],
+    "CP2 x TP2": [CONTEXT, "2", TENSOR, "2"],
+}
+
+BY_OP = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"]
+COMPILED = ["--compile.enable", "--compile.backend", "aot_eager", "--compile.components", "model", "loss"]
+FLOAT8 = ["--float8.enable", "--float8.emulate", "--training.steps", "3"]
+GATHERED = ["--float8.enable_fsdp_float8_all_gather", "--float8.precompute_float8_dynamic_scale_for_fsdp"]
+SAME = {
+    "every second block recomputed": [ROWS, "2", "--activation_checkpoint.mode", "selective"],
+    "compiled, by operation": [ROWS, "2", *COMPILED, *BY_OP],
+    "TP2, compiled, by operation": [TENSOR, "2", *COMPILED, *BY_OP],
+    "CP2, compiled, by operation": [CONTEXT, "2", *COMPILED, *BY_OP],
+}
+ROUNDED = {
+    "float8 tensorwise, gathered": [ROWS, "2", *FLOAT8, *GATHERED],
+    "float8 rowwise": [ROWS, "2", *FLOAT8, "--float8.recipe_name", "rowwise"],
+    "float8 tensorwise, TP2": [TENSOR, "2", *FLOAT8],
+}
+if not importlib.util.find_spec("torchao"):
+    ROUNDED = {}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The runs of every layout, and of one rank."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for ranks, runs in ((1, {"one": []}), (2, {**TWO, **SAME, **ROUNDED}), (4, FOUR)):
+        layouts.launch(layouts.train, ranks, folder, runs)
+    return folder
+
+
+@pytest.mark.parametrize("layout", [*TWO, *FOUR])
+def test_a_layout_gives_one_ranks_losses(folder, layout):
+    for key, first, later in (("loss", 1e-6, 1e-4), ("grad_norm", 1e-5, 1e-3)):
+        one, many = (layouts.losses(folder / name, key) for name in ("one", layout))
+        apart = {step: abs(many[step] / one[step] - 1) for step in one}
+        print(f"| {layout} | {key} | {apart[1]:.1e} | {apart[20]:.1e} |")
+        assert apart[1] <= first
+        assert max(apart.values()) <= later
+
+
+@pytest.mark.parametrize("how", SAME)
+def test_recomputing_and_compiling_change_no_loss(folder, how):
+    one, other = layouts.losses(folder / "one"), layouts.losses(folder / how)
+    assert max(abs(other[step] / one[step] - 1) for step in one) <= 1e-5
+
+
+@pytest.mark.parametrize("how", ROUNDED)
+def test_float8_changes_losses_a_little(folder, how):
+    one, other = layouts.losses(folder / "one"), layouts.losses(folder / how)
+    apart = [abs(other[step] / one[step] - 1) for step in other]
+    assert len(apart) == 3
+    assert 1e-6 < max(apart) < 1e-2
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def rows(batch=4, length=16):
+    """Rows whose labels are uneven: none in the first half of the batch but one, all in the second."""
+    tokens = torch.randint(67, (batch, length), generator=torch.Generator().manual_seed(0))
+    labels = tokens.roll(-1, dims=1).clone()
+    labels[: batch // 2] = -100
+    labels[0, 5] = 3
+    return tokens, labels
+
+
+def whole(config):
+    model = models.Llama(config, seq_len=16)
+    model.init_weights(0)
+    tokens, labels = rows()
+    loss = model(tokens, None, labels) / 33
+    loss.backward()
+    return model, loss
+
+
+def spread(ranks, config, parallelism):
+    """Returns the model on a layout, and its mesh."""
+    with torch.device("meta"):
+        model = models.Llama(config, seq_len=16)
+    found = mesh.build(mesh.degrees(parallelism, ranks.size), ranks.rank, "cpu")
+    parallelize.parallelize(model, model.parallel_plan(), found, Settings(parallelism))
+    model.to_empty(device="cpu")
+    model.init_weights(0)
+    return model, found
+
+
+def compare(ranks, cases):
+    tokens, labels = rows()
+    for config, settings in cases:
+        one, expected = whole(config)
+        model, found = spread(ranks, config, ParallelismConfig(**settings))
+        share = len(tokens) // found.degrees.data
+        mine = slice(found.data_rank * share, (found.data_rank + 1) * share)
+        loss = model(tokens[mine], None, labels[mine]) / 33
+        loss.backward()
+        assert ranks.sum(loss.item(), found.degrees.tensor) == pytest.approx(expected.item(), rel=1e-6)
+        assert sum(parameter.numel() for parameter in model.parameters()) == one.num_parameters()
+        for (name, own), reference in zip(model.named_parameters(), one.parameters(), strict=True):
+            assert torch.equal(own.full_tensor(), reference), f"{name} begins otherwise under {settings}"
+            torch.testing.assert_close(own.grad.full_tensor(), reference.grad, atol=1e-6, rtol=1e-4)
+        norm, reference = (torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0) for m in (model, one))
+        torch.testing.assert_close(norm.full_tensor(), reference)
+        logits = one(tokens, None)
+        torch.testing.assert_close(model(tokens[mine], None), logits[mine], atol=1e-5, rtol=1e-4)
+
+
+def test_uneven_labels_sizes_that_do_not_divide_and_tied_weights_give_one_ranks_gradients():
+    tensor = {"tensor_parallel_degree": 2}
+    off = {**tensor, "disable_loss_parallel": True}
+    cases = [(config, settings) for config in (CONFIG, TIED) for settings in (tensor, off)]
+    layouts.launch(compare, 4, [*cases, (CONFIG, {}), (TIED, {"data_parallel_replicate_degree": 2})])

@@ -1,0 +1,142 @@
+"""What is done to a model before it trains, on one rank, and what is refused with a reason."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from torchladder import models
+from torchladder.distributed import float8, parallelize, recompute, tensor
+from torchladder.distributed.float8 import Float8Config
+from torchladder.distributed.mesh import Degrees, Mesh, ParallelismConfig
+from torchladder.distributed.parallelize import CompileConfig, Settings
+from torchladder.distributed.recompute import ActivationCheckpointConfig
+from torchladder.models.attention import sdpa
+from torchladder.registry import ConfigError
+
+CONFIG = models.LlamaConfig(dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
+CPU = torch.device("cpu")
+ALONE = Mesh(Degrees(1, 1, 1, 1))
+
+
+def llama():
+    return models.Llama(CONFIG, sdpa.Sdpa.attend, 64)
+
+
+def spread(settings):
+    model = llama()
+    parallelize.parallelize(model, model.parallel_plan(), ALONE, settings)
+    return model
+
+
+# --- recomputed activations ------------------------------------------------------------------------------------------
+
+
+def kept(option):
+    """Returns how many matrix products and attentions one block computes again in backward."""
+    mode = option if option in ("none", "full") else "selective"
+    config = ActivationCheckpointConfig(mode=mode, selective_ac_option=option if mode == "selective" else "2")
+    again = {"mm": 0, "sdpa": 0}
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.name().split("::")[-1].split(".")[0]
+            if name in again:
+                again[name] += 1
+            return function(*args, **(kwargs or {}))
+
+    model = llama()
+    model.init_weights(0)
+    block = recompute.wrap(model.layers["0"], 0, config)
+    x = torch.randn(2, 64, 32, requires_grad=True)
+    loss = block(x, torch.zeros(2, 64, dtype=torch.int32)).sum()
+    with Count():
+        loss.backward()
+    return again
+
+
+def test_what_is_kept_is_not_computed_again():
+    backward = kept("none")  # two products of a gradient for each product of the forward pass, 7 of these
+    assert backward == {"mm": 14, "sdpa": 0}
+    assert kept("full") == {"mm": 14 + 6, "sdpa": 1}  # the last product's result is not needed
+    assert kept("op") == {"mm": 14 + 3, "sdpa": 0}
+
+
+@pytest.mark.parametrize(
+    ("option", "blocks"), [("1", [0, 1, 2, 3]), ("2", [0, 2]), ("3", [0, 3]), ("op", [0, 1, 2, 3])]
+)
+def test_which_blocks_are_recomputed(option, blocks):
+    config = ActivationCheckpointConfig("selective", option)
+    assert [layer for layer in range(4) if config.recomputes(layer)] == blocks
+
+
+@pytest.mark.parametrize("option", ["0", "-1", "ops", "1.5"])
+def test_options_that_mean_nothing(option):
+    with pytest.raises(ConfigError, match="selective_ac_option"):
+        ActivationCheckpointConfig("selective", option)
+
+
+# --- float8 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
+def test_float8_takes_the_layers_that_are_large_enough_and_not_named():
+    config = Float8Config(enable=True, emulate=True, filter_fqns=["layers.1.", "o_proj"], min_features=32)
+    made = float8.convert(model := llama(), config, sharded=False)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    # k_proj and v_proj have 2 heads of 8 features: fewer outputs than 32.
+    expected = {name for name in names if not any(part in name for part in ("layers.1.", "o_proj", "k_proj", "v_proj"))}
+    assert set(made) == expected
+    assert {type(model.get_submodule(name)).__name__ for name in made} == {"Float8Linear"}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, ["cpu has no float8 products", "emulate"]),
+        ({"emulate": True, "enable_fsdp_float8_all_gather": True}, ["single rank"]),
+        ({"enable_fsdp_float8_all_gather": True, "recipe_name": "rowwise"}, ["tensorwise"]),
+        ({"precompute_float8_dynamic_scale_for_fsdp": True}, ["enable_fsdp_float8_all_gather"]),
+    ],
+)
+def test_float8_that_cannot_be(config, words):
+    def use():
+        made = Float8Config(enable=True, **config)
+        made.check(CPU, torch.bfloat16)
+        float8.convert(llama(), made, sharded=False)
+
+    with pytest.raises(ConfigError) as error:
+        use()
+    for word in words:
+        assert word in str(error.value)
+
+
+# --- tensor parallelism and offload ----------------------------------------------------------------------------------
+
+
+def test_async_tensor_parallelism_says_what_it_needs():
+    for device, compiled, word in (("cpu", True, "CUDA"), ("cuda", False, "compile.enable")):
+        with pytest.raises(ConfigError, match=word):
+            tensor.overlap(device, compiled)
+    asked = ParallelismConfig(tensor_parallel_degree=2, enable_async_tensor_parallel=True)
+    with pytest.raises(ConfigError, match="single rank"):
+        spread(Settings(asked, compile=CompileConfig(enable=True)))
+
+
+def test_offload_needs_something_to_offload_from():
+    with pytest.raises(ConfigError, match="single rank"):
+        spread(Settings(ParallelismConfig(), offload=True))
+
+
+def test_a_plan_has_to_name_known_styles():
+    with pytest.raises(ConfigError, match="sequential"):
+        tensor.parallelize(llama(), {"norm": "sequential"}, mesh=None, loss_parallel=True)
+
+
+@pytest.mark.parametrize("components", [["model"], ["loss"], ["model", "loss"]])
+def test_components_are_compiled(components):
+    model = spread(Settings(ParallelismConfig(), compile=CompileConfig(True, components, "eager")))
+    blocks = [block._compiled_call_impl is not None for block in model.layers.values()]
+    assert blocks == ["model" in components] * 4
+    assert (model.head._compiled_call_impl is not None) == ("loss" in components)
