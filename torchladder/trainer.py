@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Trainer:
         self.ranks = ranks
         self.folder = Path(config.job.dump_folder)
         self.step = 0
+        self.asked = False
 
         self.curriculum = plan.window
         self.masks = [mask.registry.get(name) for name in config.attention.masks]
@@ -55,7 +57,9 @@ class Trainer:
         self.optimizer = optim.build(config.optimizer, self.model)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
         saves = self.folder / config.checkpoint.folder
-        self.checkpointer = checkpoint.Checkpointer(config.checkpoint, saves, self.model, self.optimizer)
+        self.checkpointer = checkpoint.Checkpointer(
+            config.checkpoint, saves, self.model, self.optimizer, config.to_toml()
+        )
         self._resume()
         self._turn()
         self._announce()
@@ -81,11 +85,10 @@ class Trainer:
                         self.validate()
                     if config.samples.due(self.step, last):
                         self.sample()
-                    if self.checkpointer.due(self.step, last):
+                    if self.checkpointer.due(self.step, last, self.asked):
                         self.checkpointer.save(self.step, self.state(), last)
                     if self.step % config.training.gc_freq == 0:
                         gc.collect(1)
-                self.checkpointer.poll()
                 if self.step == first + 1:  # compiled, connected, warm
                     self.ranks.set_timeout(config.comm.train_timeout_seconds)
                 profiler.step()
@@ -98,7 +101,7 @@ class Trainer:
         window = self.curriculum(self.step)
         self._turn()
         batches = [next(self.loader) for _ in range(self.plan.batch.accumulation)]
-        num_labels = self.ranks.sum(sum(batch.num_labels for batch in batches))  # each label weighs the same
+        num_labels = self._agree(sum(batch.num_labels for batch in batches))  # each label weighs the same
 
         self.optimizer.zero_grad()
         loss, pairs = torch.zeros((), device=self.ranks.device), 0
@@ -108,10 +111,20 @@ class Trainer:
             pairs += mask.pairs(start)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
 
+        self.checkpointer.wait_for_copy()
         lr = self.schedule.set(self.step, self.plan.phases("lr_factor", self.step, 1.0))
         self.optimizer.step()
         self.step += 1
         self._report(window, loss, norm, lr, pairs)
+
+    def _agree(self, num_labels: int) -> int:
+        """Returns the labels of all ranks; the same exchange tells each rank what the others want."""
+        saves = self.checkpointer
+        labels, settled, overdue = self.ranks.sums(num_labels, saves.settled, saves.overdue)
+        if settled == self.ranks.size:
+            saves.wait()  # for nothing: it is complete, or has failed
+        self.asked = overdue > 0
+        return round(labels)
 
     def _turn(self) -> None:
         """Gives the model the RoPE theta of the step, where the phases set one."""
@@ -178,7 +191,7 @@ class Trainer:
             "step": self.step,
             "row": self.loader.row,
             "fingerprints": self._fingerprints(),
-            "torch": torch.__version__,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
 
     def _resume(self) -> None:
@@ -281,7 +294,9 @@ class Trainer:
         """Counts a step, and reports the ones that are due; only those wait for the accelerator."""
         self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs))
         last = self.step == self.config.training.steps
-        if self.metrics.due(self.step) or self.checkpointer.due(self.step, last):  # totals go on from a checkpoint
+        if self.metrics.due(self.step) or self.checkpointer.due(
+            self.step, last, self.asked
+        ):  # totals go on from a checkpoint
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             mean = self.ranks.sum(loss.item())
             self.metrics.log(self.step, loss=mean, grad_norm=norm.item(), lr=lr, window=window)
