@@ -20,7 +20,9 @@ PARTS = [
     "metrics",
     "profiling",
     "generate",
+    "interrupt",
     "plots",
+    "resilience",
 ]
 LAYERS = [
     ["registry"],

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import logging
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torchladder.data import Batch
 from torchladder.distributed import mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.generate import generate
+from torchladder.interrupt import Interrupt, Interrupted
 from torchladder.metrics import Metrics, Run
 from torchladder.models import attention
-from torchladder.plan import Plan, lines
+from torchladder.plan import Plan, fingerprints, lines
 from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -33,17 +34,21 @@ class Trainer:
     Args:
         plan: the run's settings, checked, with its curriculum and its batch.
         ranks: this process among all.
+        interrupt: what asks this process to end early; nothing does where it is left out.
 
     Raises:
         ConfigError: a part refuses its settings, or its input is not there.
     """
 
-    def __init__(self, plan: Plan, ranks: Ranks) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, interrupt: Interrupt | None = None) -> None:
         config = self.config = plan.config
         self.plan = plan
         self.ranks = ranks
+        self.interrupt = interrupt or Interrupt()
         self.folder = Path(config.job.dump_folder)
         self.step = 0
+        self.row = 0
+        self.pending = True  # validation, at step 0
         self.asked = False
 
         self.curriculum = plan.window
@@ -67,40 +72,63 @@ class Trainer:
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """Trains from the current step to the last."""
-        config, first, steps = self.config, self.step, self.config.training.steps
+    def train(self) -> bool:
+        """Trains from the current step to the last; returns whether it got there, or was asked to end before."""
+        config, first = self.config, self.step
         if config.checkpoint.create_seed_checkpoint:
-            self.checkpointer.save(0, self.state())
-            return
+            self.checkpointer.save(0, self.state(), must=True)
+            return True
         gc.disable()
-        with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, self.step) as profiler:
-            if self.step == 0:
-                self.validate()
-            while self.step < steps:
-                self.train_step()
-                last = self.step == steps
-                with self.metrics.pause():
-                    if last or self.step % config.validation.freq == 0:
-                        self.validate()
-                    if config.samples.due(self.step, last):
-                        self.sample()
-                    if self.checkpointer.due(self.step, last, self.asked):
-                        self.checkpointer.save(self.step, self.state(), last)
-                    if self.step % config.training.gc_freq == 0:
-                        gc.collect(1)
-                if self.step == first + 1:  # compiled, connected, warm
-                    self.ranks.set_timeout(config.comm.train_timeout_seconds)
-                profiler.step()
-            self.checkpointer.wait()
+        with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, first) as profiler:
+            try:
+                if self.pending:
+                    self.between_steps()
+                while self.step < config.training.steps:
+                    self.train_step()
+                    self.between_steps()
+                    if self.step == first + 1:  # compiled, connected, warm
+                        self.ranks.set_timeout(config.comm.train_timeout_seconds)
+                    profiler.step()
+            except Interrupted as why:
+                self._leave(str(why))
+                return False
+            finally:
+                self.checkpointer.close()
         gc.enable()
         self._draw()
+        return True
+
+    def between_steps(self) -> None:
+        """Does what is due after a step: validation, samples, a checkpoint."""
+        config, step = self.config, self.step
+        last = step == config.training.steps
+        self.pending = True
+        with self.metrics.pause():
+            if last or step % config.validation.freq == 0:
+                self.validate()
+            if step and config.samples.due(step, last):
+                self.sample()
+            self.pending = False
+            if step and self.checkpointer.due(step, last, self.asked):
+                self.checkpointer.save(step, self.state(), last)
+            if step % config.training.gc_freq == 0:
+                gc.collect(1)
+        if step and not last and config.job.exit_interval and step % config.job.exit_interval == 0:
+            raise Interrupted(f"job.exit_interval = {config.job.exit_interval}")
+
+    def _leave(self, why: str) -> None:
+        """Saves where the run stands, unless that is saved."""
+        if self.ranks.first:
+            logger.warning("ending after step %d of %d: %s", self.step, self.config.training.steps, why)
+        self.checkpointer.wait()
+        if self.checkpointer.due(self.step, last=True):
+            self.checkpointer.save(self.step, self.state(), must=True)
 
     def train_step(self) -> None:
         """One optimizer step: pick the window, gather gradients, move the weights."""
         window = self.curriculum(self.step)
         self._turn()
-        batches = [next(self.loader) for _ in range(self.plan.batch.accumulation)]
+        batches = self._read()
         num_labels = self._agree(sum(batch.num_labels for batch in batches))  # each label weighs the same
 
         self.optimizer.zero_grad()
@@ -115,16 +143,35 @@ class Trainer:
         lr = self.schedule.set(self.step, self.plan.phases("lr_factor", self.step, 1.0))
         self.optimizer.step()
         self.step += 1
+        self.row = self.loader.row
         self._report(window, loss, norm, lr, pairs)
 
+    def _read(self) -> list[Batch]:
+        """Returns this rank's micro-batches of the step; none where waiting for them was broken off."""
+        with suppress(Interrupted), self.interrupt.breaks():
+            return [next(self.loader) for _ in range(self.plan.batch.accumulation)]
+        return []
+
     def _agree(self, num_labels: int) -> int:
-        """Returns the labels of all ranks; the same exchange tells each rank what the others want."""
+        """Returns the labels of all ranks; the same exchange tells each rank what the others want.
+
+        Raises:
+            Interrupted: on every rank, when one was asked to end; the step has not begun.
+        """
         saves = self.checkpointer
-        labels, settled, overdue = self.ranks.sums(num_labels, saves.settled, saves.overdue)
+        wants = self.interrupt.wanted, saves.settled, saves.overdue
+        labels, stop, settled, overdue = self.ranks.sums(num_labels, *wants)
+        if stop:
+            raise Interrupted(self.interrupt.reason or "another rank was asked to end")
         if settled == self.ranks.size:
             saves.wait()  # for nothing: it is complete, or has failed
         self.asked = overdue > 0
         return round(labels)
+
+    def _stop_if_asked(self) -> None:
+        """Ends the run on every rank when one was asked to, inside what takes long."""
+        if self.ranks.max(int(self.interrupt.wanted)):
+            raise Interrupted(self.interrupt.reason or "another rank was asked to end")
 
     def _turn(self) -> None:
         """Gives the model the RoPE theta of the step, where the phases set one."""
@@ -146,12 +193,14 @@ class Trainer:
         if self.validation is None:
             return
         config = self.config.validation
+        means = {}
         for window in sorted({*config.windows, self.config.training.seq_len}):
             self.validation.seek(0)
             loss, num_labels = 0.0, 0
             for number, batch in enumerate(self.validation):
                 if number == config.steps:
                     break
+                self._stop_if_asked()
                 # Documents stay apart if the run keeps them apart; the curriculum's window has no part in this.
                 start = mask.compose(*(allow(batch.positions, window) for allow in self.masks))
                 form = self.kernel.derive(start, self.ranks.device)
@@ -159,7 +208,8 @@ class Trainer:
                 batch = batch.to(self.ranks.device)
                 with self._precision():
                     loss += self.model(batch.tokens, form, batch.labels)
-            mean = self.ranks.sum(float(loss)) / max(self.ranks.sum(num_labels), 1)
+            means[window] = self.ranks.sum(float(loss)) / max(self.ranks.sum(num_labels), 1)
+        for window, mean in means.items():  # all or none: what is broken off is done again
             self.metrics.validation(self.step, mean, window)
 
     @torch.no_grad()
@@ -170,6 +220,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.debug.seed + self.step)
 
         def forward(tokens: Tensor) -> Tensor:
+            self._stop_if_asked()
             start = torch.zeros(tokens.shape, dtype=torch.int32)
             with self._precision():
                 return self.model(tokens.to(self.ranks.device), self.kernel.derive(start, self.ranks.device))
@@ -189,7 +240,8 @@ class Trainer:
         """Returns what a checkpoint holds beside model and optimizer."""
         return {
             "step": self.step,
-            "row": self.loader.row,
+            "row": self.row,
+            "pending": self.pending,
             "fingerprints": self._fingerprints(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
@@ -203,20 +255,12 @@ class Trainer:
         )
         if saved is not None:
             self.step = saved["step"]
-            self.loader.seek(saved["row"])
+            self.row = saved["row"]
+            self.pending = saved["pending"]
+            self.loader.seek(self.row)
 
     def _fingerprints(self) -> dict[str, str]:
-        """Returns what must be as it was for a run to go on: data, tokenizer, and what gives the state its meaning."""
-        config = self.config
-        settings = {
-            "model": dataclasses.asdict(self.model.config),
-            "curriculum": dataclasses.asdict(config.curriculum),
-            "attention": {"masks": config.attention.masks},
-            "training": {"global_batch_size": self.plan.batch.rows, "max_norm": config.training.max_norm},
-            "phases": {key: self.plan.phases.history(key) for key in ("window", "rope_theta")},
-        }
-        named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
-        return named | {f"data.{name}": value for name, value in self.loader.fingerprint().items()}
+        return fingerprints(self.plan, self.model.config, self.loader)
 
     # --- building -----------------------------------------------------------------------------------------------------
 

@@ -114,6 +114,10 @@ class Checkpointer:
         if self.saver.busy:
             self._settle(self.saver.result, self.saved)
 
+    def close(self) -> None:
+        """Lets what is being written come to its end, whatever that is; ``wait`` tells more."""
+        self.saver.close()
+
     def load(self, check: Check) -> dict[str, Any] | None:
         """Loads the checkpoint to continue from and returns its ``run.json``; None where the run starts anew.
 
@@ -134,7 +138,7 @@ class Checkpointer:
                     "checkpoint.exclude_from_loading = ['train_state'] begins at step 0, and this run's own folder "
                     f"{self.folder} has later ones: start in another folder, with checkpoint.initial_load_path."
                 )
-            self.saved = run["step"]
+            self.saved = -1 if run.get("pending") else run["step"]
             return run
         if not config.initial_load_path:
             return None

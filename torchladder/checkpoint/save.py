@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,11 @@ class Saver:
             writing, self._writing = self._writing, None
             self.wait_for_copy()
             writing.result()
+
+    def close(self) -> None:
+        """Waits until nothing is being written; says nothing of how it ended."""
+        if self._writing is not None:
+            wait([self._writing])
 
     def write(self, job: Job, state: State) -> None:
         """Writes a checkpoint; when this returns it is complete, and the ones before that are not kept are gone.
