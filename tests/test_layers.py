@@ -30,7 +30,7 @@ LAYERS = [
     PARTS,
     ["config"],
     ["reading"],
-    ["plan"],
+    ["plan", "lifeline"],
     ["trainer"],
     ["train", "commands"],
     ["__main__"],

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from torchladder import checkpoint, interrupt
+from torchladder import checkpoint, interrupt, resilience
 from torchladder import config as settings
 from torchladder import plan as plans
 from torchladder.distributed import ranks as processes
+from torchladder.distributed import rollcall
 from torchladder.metrics import init_logger
 from torchladder.registry import ConfigError
 from torchladder.trainer import Trainer
@@ -48,11 +50,27 @@ def run(config: settings.Config, asked: interrupt.Interrupt) -> int:
     except interrupt.Interrupted as why:
         logger.warning("ending before the first step: %s", why)
         return interrupt.REQUEUE
-    except checkpoint.SaveError as error:
+    except (checkpoint.SaveError, resilience.BadStepError) as error:
         logger.error("%s", error)
         return interrupt.FAILED
+    except RuntimeError as error:
+        if dist.is_initialized() and rollcall.failed_together(error):
+            _call_the_roll()
+        raise
     finally:
         processes.leave()
+
+
+def _call_the_roll() -> None:
+    """Names the ranks that a failed collective waited for."""
+    try:
+        missing = rollcall.absent(dist.get_rank(), dist.get_world_size())
+    except RuntimeError:
+        logger.error("a collective failed, and the store is gone too: the machine of rank 0 may be down")
+        return
+    if missing:
+        names = ", ".join(map(str, missing))
+        logger.error("no answer from rank %s: dead, hung, or failed by an error of its own", names)
 
 
 def process_code(code: int) -> int:

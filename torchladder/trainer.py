@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchladder import checkpoint, data, mask, models, optim, plots, profiling, reading
+from torchladder import checkpoint, data, mask, models, optim, plots, profiling, reading, resilience
 from torchladder.data import Batch
 from torchladder.distributed import mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.generate import generate
 from torchladder.interrupt import Interrupt, Interrupted
+from torchladder.lifeline import Lifeline
 from torchladder.metrics import Metrics, Run
 from torchladder.models import attention
 from torchladder.plan import Plan, fingerprints, lines
 from torchladder.registry import ConfigError
+from torchladder.resilience import RollBack
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,6 @@ class Trainer:
         self.step = 0
         self.row = 0
         self.pending = True  # validation, at step 0
-        self.asked = False
 
         self.curriculum = plan.window
         self.masks = [mask.registry.get(name) for name in config.attention.masks]
@@ -61,10 +62,7 @@ class Trainer:
         self.model = self._model()
         self.optimizer = optim.build(config.optimizer, self.model)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
-        saves = self.folder / config.checkpoint.folder
-        self.checkpointer = checkpoint.Checkpointer(
-            config.checkpoint, saves, self.model, self.optimizer, config.to_toml()
-        )
+        self.lifeline = Lifeline(config, ranks, self.interrupt, self.model, self.optimizer)
         self._resume()
         self._turn()
         self._announce()
@@ -76,7 +74,7 @@ class Trainer:
         """Trains from the current step to the last; returns whether it got there, or was asked to end before."""
         config, first = self.config, self.step
         if config.checkpoint.create_seed_checkpoint:
-            self.checkpointer.save(0, self.state(), must=True)
+            self.lifeline.save(self.state(), must=True)
             return True
         gc.disable()
         with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, first) as profiler:
@@ -84,16 +82,20 @@ class Trainer:
                 if self.pending:
                     self.between_steps()
                 while self.step < config.training.steps:
-                    self.train_step()
-                    self.between_steps()
+                    try:
+                        self.train_step()
+                        self.between_steps()
+                    except RollBack as bad:
+                        self._go_on(self.lifeline.roll_back(bad, self._check, self.loader))
+                        self.metrics.rewind(self.step)
                     if self.step == first + 1:  # compiled, connected, warm
                         self.ranks.set_timeout(config.comm.train_timeout_seconds)
                     profiler.step()
             except Interrupted as why:
-                self._leave(str(why))
+                self.lifeline.leave(self.state(), str(why))
                 return False
             finally:
-                self.checkpointer.close()
+                self.lifeline.close()
         gc.enable()
         self._draw()
         return True
@@ -109,69 +111,42 @@ class Trainer:
             if step and config.samples.due(step, last):
                 self.sample()
             self.pending = False
-            if step and self.checkpointer.due(step, last, self.asked):
-                self.checkpointer.save(step, self.state(), last)
+            if self.lifeline.due(step):
+                self.lifeline.save(self.state())
             if step % config.training.gc_freq == 0:
                 gc.collect(1)
         if step and not last and config.job.exit_interval and step % config.job.exit_interval == 0:
             raise Interrupted(f"job.exit_interval = {config.job.exit_interval}")
-
-    def _leave(self, why: str) -> None:
-        """Saves where the run stands, unless that is saved."""
-        if self.ranks.first:
-            logger.warning("ending after step %d of %d: %s", self.step, self.config.training.steps, why)
-        self.checkpointer.wait()
-        if self.checkpointer.due(self.step, last=True):
-            self.checkpointer.save(self.step, self.state(), must=True)
 
     def train_step(self) -> None:
         """One optimizer step: pick the window, gather gradients, move the weights."""
         window = self.curriculum(self.step)
         self._turn()
         batches = self._read()
-        num_labels = self._agree(sum(batch.num_labels for batch in batches))  # each label weighs the same
+        num_labels = self.lifeline.exchange(sum(batch.num_labels for batch in batches))  # each label weighs the same
 
         self.optimizer.zero_grad()
-        loss, pairs = torch.zeros((), device=self.ranks.device), 0
+        losses: list[resilience.Loss] = []
+        pairs = 0
         for batch in batches:
             start = mask.compose(*(allow(batch.positions, window) for allow in self.masks))
-            loss += self.forward_backward(batch.to(self.ranks.device), start, num_labels)
+            losses.append((batch.rows, self.forward_backward(batch.to(self.ranks.device), start, num_labels)))
             pairs += mask.pairs(start)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-        self.checkpointer.wait_for_copy()
+        self.lifeline.saves.wait_for_copy()
         lr = self.schedule.set(self.step, self.plan.phases("lr_factor", self.step, 1.0))
-        self.optimizer.step()
-        self.step += 1
-        self.row = self.loader.row
-        self._report(window, loss, norm, lr, pairs)
+        rows = self.row, self.loader.row - 1
+        self.lifeline.guard.update(self.step + 1, rows, norm, losses)
+        self.step, self.row = self.step + 1, self.loader.row
+        self._report(window, torch.stack([loss for _, loss in losses]).sum(), norm, lr, pairs)
 
     def _read(self) -> list[Batch]:
         """Returns this rank's micro-batches of the step; none where waiting for them was broken off."""
         with suppress(Interrupted), self.interrupt.breaks():
             return [next(self.loader) for _ in range(self.plan.batch.accumulation)]
         return []
-
-    def _agree(self, num_labels: int) -> int:
-        """Returns the labels of all ranks; the same exchange tells each rank what the others want.
-
-        Raises:
-            Interrupted: on every rank, when one was asked to end; the step has not begun.
-        """
-        saves = self.checkpointer
-        wants = self.interrupt.wanted, saves.settled, saves.overdue
-        labels, stop, settled, overdue = self.ranks.sums(num_labels, *wants)
-        if stop:
-            raise Interrupted(self.interrupt.reason or "another rank was asked to end")
-        if settled == self.ranks.size:
-            saves.wait()  # for nothing: it is complete, or has failed
-        self.asked = overdue > 0
-        return round(labels)
-
-    def _stop_if_asked(self) -> None:
-        """Ends the run on every rank when one was asked to, inside what takes long."""
-        if self.ranks.max(int(self.interrupt.wanted)):
-            raise Interrupted(self.interrupt.reason or "another rank was asked to end")
 
     def _turn(self) -> None:
         """Gives the model the RoPE theta of the step, where the phases set one."""
@@ -184,7 +159,7 @@ class Trainer:
         form = self.kernel.derive(start, self.ranks.device)
         with self._precision():
             loss = self.model(batch.tokens, form, batch.labels) / max(num_labels, 1)
-        loss.backward()
+        loss.backward(resilience.seed(loss))
         return loss.detach()
 
     @torch.no_grad()
@@ -200,7 +175,7 @@ class Trainer:
             for number, batch in enumerate(self.validation):
                 if number == config.steps:
                     break
-                self._stop_if_asked()
+                self.lifeline.stop_if_asked()
                 # Documents stay apart if the run keeps them apart; the curriculum's window has no part in this.
                 start = mask.compose(*(allow(batch.positions, window) for allow in self.masks))
                 form = self.kernel.derive(start, self.ranks.device)
@@ -220,7 +195,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.debug.seed + self.step)
 
         def forward(tokens: Tensor) -> Tensor:
-            self._stop_if_asked()
+            self.lifeline.stop_if_asked()
             start = torch.zeros(tokens.shape, dtype=torch.int32)
             with self._precision():
                 return self.model(tokens.to(self.ranks.device), self.kernel.derive(start, self.ranks.device))
@@ -248,16 +223,15 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continues from the newest checkpoint, if there is one and it is of this run."""
-        saved = self.checkpointer.load(
-            lambda run: checkpoint.check(
-                run["fingerprints"], self._fingerprints(), self.config.checkpoint.accept_changes
-            )
-        )
+        saved = self.lifeline.resume(self._check, self.loader)
         if saved is not None:
-            self.step = saved["step"]
-            self.row = saved["row"]
-            self.pending = saved["pending"]
-            self.loader.seek(self.row)
+            self._go_on(saved)
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        self.step, self.row, self.pending = saved["step"], saved["row"], saved["pending"]
+
+    def _check(self, run: dict[str, Any]) -> None:
+        checkpoint.check(run["fingerprints"], self._fingerprints(), self.config.checkpoint.accept_changes)
 
     def _fingerprints(self) -> dict[str, str]:
         return fingerprints(self.plan, self.model.config, self.loader)
@@ -337,12 +311,9 @@ class Trainer:
     def _report(self, window: int, loss: Tensor, norm: Tensor, lr: float, pairs: int) -> None:
         """Counts a step, and reports the ones that are due; only those wait for the accelerator."""
         self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs))
-        last = self.step == self.config.training.steps
-        if self.metrics.due(self.step) or self.checkpointer.due(
-            self.step, last, self.asked
-        ):  # totals go on from a checkpoint
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.metrics.due(self.step) or self.lifeline.due(self.step):  # totals go on from a checkpoint
             mean = self.ranks.sum(loss.item())
+            self.lifeline.guard.settle()
             self.metrics.log(self.step, loss=mean, grad_norm=norm.item(), lr=lr, window=window)
 
     def _draw(self) -> None:

@@ -118,11 +118,12 @@ class Checkpointer:
         """Lets what is being written come to its end, whatever that is; ``wait`` tells more."""
         self.saver.close()
 
-    def load(self, check: Check) -> dict[str, Any] | None:
+    def load(self, check: Check, newest: bool = False) -> dict[str, Any] | None:
         """Loads the checkpoint to continue from and returns its ``run.json``; None where the run starts anew.
 
         Args:
             check: raises ConfigError where the ``run.json`` is of another run; asked before anything is loaded.
+            newest: whatever load_step says.
 
         Raises:
             ConfigError: the checkpoint that the settings name is not there, not intact or of another run.
@@ -130,7 +131,8 @@ class Checkpointer:
         config = self.config
         if not config.enable:
             return None
-        path = load.newest(self.folder, -1 if load.restarted() else config.load_step, check, self.team)
+        load_step = -1 if newest or load.restarted() else config.load_step
+        path = load.newest(self.folder, load_step, check, self.team)
         if path is not None:
             run = self._restore(path, model_only=False)
             if run["step"] != folders.read_run(path)["step"]:

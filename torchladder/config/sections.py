@@ -19,6 +19,7 @@ from torchladder.metrics import MetricsConfig
 from torchladder.models import attention
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import ConfigError
+from torchladder.resilience import ResilienceConfig
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ class Config:
     activation_checkpoint: ActivationCheckpointConfig
     compile: CompileConfig
     checkpoint: CheckpointConfig
+    resilience: ResilienceConfig
     validation: ValidationConfig
     samples: SamplesConfig
     metrics: MetricsConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from torchladder.data.base import IGNORED, Batch
 from torchladder.data.corpus import Corpus
 from torchladder.data.packing.base import NOTHING, Packing
+from torchladder.data.skipping import Skipping
 
 
 @dataclass(eq=False)
@@ -42,7 +43,7 @@ class Rows(Dataset[Batch]):
         tokens, labels, positions = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32)
         for b, row in enumerate(rows):
             self._fill(row, tokens[b], labels[b], positions[b])
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions))
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions), tuple(rows))
 
     def _fill(self, row: int, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray) -> None:
         """Writes one row; what is padding is a piece of its own, without labels."""
@@ -84,6 +85,7 @@ class RankRows(Sampler[list[int]]):
         batch: rows in a global batch.
         count: rows there are; the last global batch is completed with rows past them. None without end.
         first: first row of the first global batch.
+        skipping: the rows that no batch has.
     """
 
     rank: int
@@ -92,12 +94,14 @@ class RankRows(Sampler[list[int]]):
     batch: int
     count: int | None = None
     first: int = 0
+    skipping: Skipping = field(default_factory=Skipping)
 
     def __iter__(self) -> Iterator[list[int]]:
         share = self.batch // self.degree
         start = self.first
         while self.count is None or start < self.count:
-            mine = start + self.rank * share
-            for row in range(mine, mine + share, self.local):
-                yield list(range(row, row + self.local))
-            start += self.batch
+            rows = self.skipping.take(start, self.batch)
+            mine = rows[self.rank * share : (self.rank + 1) * share]
+            for first in range(0, share, self.local):
+                yield mine[first : first + self.local]
+            start = self.skipping.after(start, self.batch)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from torchladder.distributed import attempt
 from torchladder.registry import ConfigError
 
 Number = TypeVar("Number", int, float)
@@ -102,15 +103,22 @@ def join(config: CommConfig) -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+    timeout = timedelta(seconds=config.init_timeout_seconds)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=config.init_timeout_seconds),
-        # Without torchrun there is nobody to meet: a store in this process's own memory is enough.
-        store=None if "RANK" in os.environ else dist.HashStore(),
+        timeout=timeout,
+        store=_store(rank, size, timeout),
         rank=rank,
         world_size=size,
     )
     return Ranks(rank, size, device)
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    if "RANK" not in os.environ:  # without torchrun there is nobody to meet
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    return attempt.fresh(store, rank, size, timeout)
 
 
 def leave() -> None:
