@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from torchladder import checkpoint, models
+from torchladder.resilience import Guard, ResilienceConfig, seed
 
 CONFIG = models.LlamaConfig(dim=10, n_layers=2, n_heads=5, n_kv_heads=1, ffn_dim=7, vocab_size=53, tie_embeddings=True)
 TOKENS = torch.randint(53, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -31,7 +32,7 @@ class Run:
             for block in (*self.model.layers.values(), self.model):
                 fully_shard(block, mesh=mesh)
         self.model.init_weights(seed)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=True)
 
     def step(self) -> torch.Tensor:
         loss = self.model(TOKENS, None, TOKENS)
@@ -91,6 +92,24 @@ def fail_on_one_rank(folder) -> None:
         checkpointer.save(2, {"step": 2})
 
 
+def skip_a_bad_step(folder) -> None:
+    run = Run(seed=0)
+    run.step()
+    guard = Guard(ResilienceConfig("skip"), run.optimizer, torch.device("cpu"))
+    for poisoned in (False, True):
+        before = run.bits()
+        loss = run.model(TOKENS, None, TOKENS)
+        if poisoned and dist.get_rank() == 1:
+            loss = loss + torch.inf  # on one rank alone, and its gradient would be finite
+        loss.backward(seed(loss))
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        guard.update(2, (0, 1), whole(norm), [])
+        run.optimizer.zero_grad()
+        assert poisoned == all(torch.equal(one, other) for one, other in zip(run.bits(), before, strict=True))
+    guard.settle()
+    assert guard.bad_steps == 1  # on both ranks
+
+
 def _full(stream, data):
     raise OSError(28, "No space left on device")
 
@@ -100,6 +119,7 @@ def rank_main(rank: int, folder) -> None:
     with_ranks(rank, folder, 3, save_in_a_thread)
     with_ranks(rank, folder, 2, compare)
     with_ranks(rank, folder, 3, compare)
+    with_ranks(rank, folder, 2, skip_a_bad_step)
     with_ranks(rank, folder, 2, fail_on_one_rank)
 
 
