@@ -20,7 +20,9 @@ PARTS = [
     "metrics",
     "profiling",
     "generate",
+    "interrupt",
     "plots",
+    "resilience",
 ]
 LAYERS = [
     ["registry"],
@@ -28,7 +30,7 @@ LAYERS = [
     PARTS,
     ["config"],
     ["reading"],
-    ["plan"],
+    ["plan", "lifeline"],
     ["trainer"],
     ["train", "commands"],
     ["__main__"],

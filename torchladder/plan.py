@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from torchladder import curriculum, mask, models, reading
 from torchladder.config import Config
+from torchladder.data.base import Loader
 from torchladder.data.mixing.phases import Timetable
 from torchladder.distributed import mesh
 from torchladder.reading import Batching
@@ -138,6 +141,20 @@ def lines(plan: Plan) -> list[str]:
         f"masks       {' + '.join(config.attention.masks)}: {plan.attention_saved:.1%} of attention saved, "
         f"{plan.saved:.1%} of all FLOPs",
     ]
+
+
+def fingerprints(plan: Plan, model: Any, loader: Loader) -> dict[str, str]:
+    """Returns what must be as it was for a run to go on: data, tokenizer, and what gives the state its meaning."""
+    config = plan.config
+    settings = {
+        "model": dataclasses.asdict(model),
+        "curriculum": dataclasses.asdict(config.curriculum),
+        "attention": {"masks": config.attention.masks},
+        "training": {"global_batch_size": plan.batch.rows, "max_norm": config.training.max_norm},
+        "phases": {key: plan.phases.history(key) for key in ("window", "rope_theta")},
+    }
+    named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
+    return named | {f"data.{name}": value for name, value in loader.fingerprint().items()}
 
 
 def _window(config: Config, phases: Timetable) -> curriculum.Curriculum:

@@ -2,40 +2,96 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from torchladder import checkpoint, interrupt, resilience
 from torchladder import config as settings
 from torchladder import plan as plans
 from torchladder.distributed import ranks as processes
+from torchladder.distributed import rollcall
 from torchladder.metrics import init_logger
 from torchladder.registry import ConfigError
 from torchladder.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one training; returns the exit code: 0 done, 2 for settings or inputs that cannot be."""
+    """Runs one training; returns the exit code: 0 finished, 75 asked to end before, 1 failed, 2 settings or inputs."""
     try:
         config = settings.load(sys.argv[1:] if argv is None else argv)
-        plan = plans.make(config, int(os.environ.get("WORLD_SIZE", "1")))
-        if config.debug.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
-        ranks = processes.join(config.comm, Path(config.job.dump_folder))
-        try:
-            init_logger(ranks.rank)
-            Trainer(plan, ranks).train()
-        finally:
-            processes.leave()
+        with interrupt.Interrupt(config.job.max_minutes) as asked:
+            return run(config, asked)
     except ConfigError as error:
         processes.report(error)
         return settings.fail(error)
-    return 0
+
+
+def run(config: settings.Config, asked: interrupt.Interrupt) -> int:
+    """Trains, unless the run is over already; returns the exit code."""
+    try:
+        with asked.breaks():
+            plan = plans.make(config, int(os.environ.get("WORLD_SIZE", "1")))
+            if config.debug.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
+            ranks = processes.join(config.comm, Path(config.job.dump_folder))
+            init_logger(ranks.rank)
+            if _finished(config, plan.steps):
+                logger.info("all %d steps are taken: nothing to do", plan.steps)
+                return interrupt.FINISHED
+            trainer = Trainer(plan, ranks, asked)
+        return interrupt.FINISHED if trainer.train() else interrupt.REQUEUE
+    except interrupt.Interrupted as why:
+        logger.warning("ending before the first step: %s", why)
+        return interrupt.REQUEUE
+    except (checkpoint.SaveError, resilience.BadStepError) as error:
+        logger.error("%s", error)
+        return interrupt.FAILED
+    except RuntimeError as error:
+        if dist.is_initialized() and rollcall.failed_together(error):
+            _call_the_roll()
+        raise
+    finally:
+        processes.leave()
+
+
+def _call_the_roll() -> None:
+    """Names the ranks that a failed collective waited for."""
+    try:
+        missing = rollcall.absent(dist.get_rank(), dist.get_world_size())
+    except RuntimeError:
+        logger.error("a collective failed, and the store is gone too: the machine of rank 0 may be down")
+        return
+    if missing:
+        names = ", ".join(map(str, missing))
+        logger.error("no answer from rank %s: dead, hung, or failed by an error of its own", names)
+
+
+def process_code(code: int) -> int:
+    """Returns what this process is to end with.
+
+    torchrun takes every code but 0 for a failure, and starts the run again. So under torchrun an interrupted run ends
+    with 0, and says 75 in the file that TORCHLADDER_EXIT_FILE names, for whoever called torchrun.
+    """
+    file = os.environ.get("TORCHLADDER_EXIT_FILE")
+    if file and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(file).write_text(str(code))
+    return 0 if code == interrupt.REQUEUE and "TORCHELASTIC_RUN_ID" in os.environ else code
+
+
+def _finished(config: settings.Config, steps: int) -> bool:
+    section = config.checkpoint
+    folder = Path(config.job.dump_folder) / section.folder
+    return section.enable and section.load_step == -1 and checkpoint.finished(folder, steps)
 
 
 if __name__ == "__main__":
-    sys.exit(record(main)())
+    sys.exit(process_code(record(main)()))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-from contextlib import AbstractContextManager, nullcontext
+import platform
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchladder import checkpoint, data, mask, models, optim, plots, profiling, reading
+from torchladder import checkpoint, data, mask, models, optim, plots, profiling, reading, resilience
 from torchladder.data import Batch
 from torchladder.distributed import context, float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.generate import generate
+from torchladder.interrupt import Interrupt, Interrupted
+from torchladder.lifeline import Lifeline
 from torchladder.metrics import Metrics, Run
 from torchladder.models import attention
-from torchladder.plan import Plan, lines
+from torchladder.plan import Plan, fingerprints, lines
 from torchladder.registry import ConfigError
+from torchladder.resilience import RollBack
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +37,21 @@ class Trainer:
     Args:
         plan: the run's settings, checked, with its curriculum and its batch.
         ranks: this process among all.
+        interrupt: what asks this process to end early; nothing does where it is left out.
 
     Raises:
         ConfigError: a part refuses its settings, or its input is not there.
     """
 
-    def __init__(self, plan: Plan, ranks: Ranks) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, interrupt: Interrupt | None = None) -> None:
         config = self.config = plan.config
         self.plan = plan
         self.ranks = ranks
+        self.interrupt = interrupt or Interrupt()
         self.folder = Path(config.job.dump_folder)
         self.step = 0
+        self.row = 0
+        self.pending = True  # validation, at step 0
 
         self.curriculum = plan.window
         self.masks = [mask.registry.get(name) for name in config.attention.masks]
@@ -59,8 +67,7 @@ class Trainer:
         if after := float8.after_step(self.model, config.float8):
             self.optimizer.register_step_post_hook(after)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
-        saves = self.folder / config.checkpoint.folder
-        self.checkpointer = checkpoint.Checkpointer(config.checkpoint, saves, self.model, self.optimizer)
+        self.lifeline = Lifeline(config, ranks, self.interrupt, self.model, self.optimizer)
         self._resume()
         self._turn()
         self._announce()
@@ -68,56 +75,84 @@ class Trainer:
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """Trains from the current step to the last."""
-        config, first, steps = self.config, self.step, self.config.training.steps
+    def train(self) -> bool:
+        """Trains from the current step to the last; returns whether it got there, or was asked to end before."""
+        config, first = self.config, self.step
         if config.checkpoint.create_seed_checkpoint:
-            self.checkpointer.save(0, self.state())
-            return
+            self.lifeline.save(self.state(), must=True)
+            return True
         gc.disable()
-        with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, self.step) as profiler:
-            if self.step == 0:
-                self.validate()
-            while self.step < steps:
-                self.train_step()
-                last = self.step == steps
-                with self.metrics.pause():
-                    if last or self.step % config.validation.freq == 0:
-                        self.validate()
-                    if config.samples.due(self.step, last):
-                        self.sample()
-                    if self.checkpointer.due(self.step, last):
-                        self.checkpointer.save(self.step, self.state(), last)
-                    if self.step % config.training.gc_freq == 0:
-                        gc.collect(1)
-                self.checkpointer.poll()
-                if self.step == first + 1:  # compiled, connected, warm
-                    self.ranks.set_timeout(config.comm.train_timeout_seconds)
-                profiler.step()
-            self.checkpointer.wait()
+        with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, first) as profiler:
+            try:
+                if self.pending:
+                    self.between_steps()
+                while self.step < config.training.steps:
+                    try:
+                        self.train_step()
+                        self.between_steps()
+                    except RollBack as bad:
+                        self._go_on(self.lifeline.roll_back(bad, self._check, self.loader))
+                        self.metrics.rewind(self.step)
+                    if self.step == first + 1:  # compiled, connected, warm
+                        self.ranks.set_timeout(config.comm.train_timeout_seconds)
+                    profiler.step()
+            except Interrupted as why:
+                self.lifeline.leave(self.state(), str(why))
+                return False
+            finally:
+                self.lifeline.close()
         gc.enable()
         self._draw()
+        return True
+
+    def between_steps(self) -> None:
+        """Does what is due after a step: validation, samples, a checkpoint."""
+        config, step = self.config, self.step
+        last = step == config.training.steps
+        self.pending = True
+        with self.metrics.pause():
+            if last or step % config.validation.freq == 0:
+                self.validate()
+            if step and config.samples.due(step, last):
+                self.sample()
+            self.pending = False
+            if self.lifeline.due(step):
+                self.lifeline.save(self.state())
+            if step % config.training.gc_freq == 0:
+                gc.collect(1)
+        if step and not last and config.job.exit_interval and step % config.job.exit_interval == 0:
+            raise Interrupted(f"job.exit_interval = {config.job.exit_interval}")
 
     def train_step(self) -> None:
         """One optimizer step: pick the window, gather gradients, move the weights."""
         window = self.curriculum(self.step)
         self._turn()
-        batches = [next(self.loader) for _ in range(self.plan.batch.accumulation)]
+        batches = self._read()
         labels = sum(batch.num_labels for batch in batches)
-        num_labels = self.ranks.sum(labels, self.plan.degrees.copies)  # each label weighs the same
+        num_labels = self.lifeline.exchange(labels, self.plan.degrees.copies)  # each label weighs the same
 
         self.optimizer.zero_grad()
-        loss, pairs = torch.zeros((), device=self.ranks.device), 0
+        losses: list[resilience.Loss] = []
+        pairs = 0
         for batch in batches:
             start = mask.compose(*(allow(batch.positions, window) for allow in self.masks))
-            loss += self.forward_backward(batch.to(self.ranks.device), start, num_labels)
+            losses.append((batch.rows, self.forward_backward(batch.to(self.ranks.device), start, num_labels)))
             pairs += mask.pairs(start)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+        self.lifeline.saves.wait_for_copy()
         lr = self.schedule.set(self.step, self.plan.phases("lr_factor", self.step, 1.0))
-        self.optimizer.step()
-        self.step += 1
-        self._report(window, loss, norm, lr, pairs)
+        rows = self.row, self.loader.row - 1
+        self.lifeline.guard.update(self.step + 1, rows, norm, losses)
+        self.step, self.row = self.step + 1, self.loader.row
+        self._report(window, torch.stack([loss for _, loss in losses]).sum(), norm, lr, pairs)
+
+    def _read(self) -> list[Batch]:
+        """Returns this rank's micro-batches of the step; none where waiting for them was broken off."""
+        with suppress(Interrupted), self.interrupt.breaks():
+            return [next(self.loader) for _ in range(self.plan.batch.accumulation)]
+        return []
 
     def _turn(self) -> None:
         """Gives the model the RoPE theta of the step, where the phases set one."""
@@ -128,7 +163,7 @@ class Trainer:
     def forward_backward(self, batch: Batch, start: Tensor, num_labels: int) -> Tensor:
         """Adds the gradients of a micro-batch; returns its part of the mean loss over the step's labels."""
         loss = self._loss(batch, start) / max(num_labels, 1)
-        loss.backward()
+        loss.backward(resilience.seed(loss))
         return loss.detach()
 
     def _loss(self, batch: Batch, start: Tensor) -> Tensor:
@@ -143,18 +178,21 @@ class Trainer:
         if self.validation is None:
             return
         config = self.config.validation
+        means = {}
         for window in sorted({*config.windows, self.config.training.seq_len}):
             self.validation.seek(0)
             loss, num_labels = torch.zeros((), device=self.ranks.device), 0
             for number, batch in enumerate(self.validation):
                 if number == config.steps:
                     break
+                self.lifeline.stop_if_asked()
                 # Documents stay apart if the run keeps them apart; the curriculum's window has no part in this.
                 start = mask.compose(*(allow(batch.positions, window) for allow in self.masks))
                 num_labels += batch.num_labels
                 loss += self._loss(batch.to(self.ranks.device), start)
             total = self.ranks.sum(loss.item(), self.plan.degrees.tensor)
-            mean = total / max(self.ranks.sum(num_labels, self.plan.degrees.copies), 1)
+            means[window] = total / max(self.ranks.sum(num_labels, self.plan.degrees.copies), 1)
+        for window, mean in means.items():  # all or none: what is broken off is done again
             self.metrics.validation(self.step, mean, window)
 
     @torch.no_grad()
@@ -165,6 +203,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.debug.seed + self.step)
 
         def forward(tokens: Tensor) -> Tensor:
+            self.lifeline.stop_if_asked()
             tokens = F.pad(tokens, (0, -tokens.shape[1] % self.plan.degrees.tensor))  # ranks share tokens evenly
             start = torch.zeros(tokens.shape, dtype=torch.int32)
             with self._precision():
@@ -185,34 +224,26 @@ class Trainer:
         """Returns what a checkpoint holds beside model and optimizer."""
         return {
             "step": self.step,
-            "row": self.loader.row,
+            "row": self.row,
+            "pending": self.pending,
             "fingerprints": self._fingerprints(),
-            "torch": torch.__version__,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
 
     def _resume(self) -> None:
         """Continues from the newest checkpoint, if there is one and it is of this run."""
-        saved = self.checkpointer.load(
-            lambda run: checkpoint.check(
-                run["fingerprints"], self._fingerprints(), self.config.checkpoint.accept_changes
-            )
-        )
+        saved = self.lifeline.resume(self._check, self.loader)
         if saved is not None:
-            self.step = saved["step"]
-            self.loader.seek(saved["row"])
+            self._go_on(saved)
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        self.step, self.row, self.pending = saved["step"], saved["row"], saved["pending"]
+
+    def _check(self, run: dict[str, Any]) -> None:
+        checkpoint.check(run["fingerprints"], self._fingerprints(), self.config.checkpoint.accept_changes)
 
     def _fingerprints(self) -> dict[str, str]:
-        """Returns what must be as it was for a run to go on: data, tokenizer, and what gives the state its meaning."""
-        config = self.config
-        settings = {
-            "model": dataclasses.asdict(self.model.config),
-            "curriculum": dataclasses.asdict(config.curriculum),
-            "attention": {"masks": config.attention.masks},
-            "training": {"global_batch_size": self.plan.batch.rows, "max_norm": config.training.max_norm},
-            "phases": {key: self.plan.phases.history(key) for key in ("window", "rope_theta")},
-        }
-        named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
-        return named | {f"data.{name}": value for name, value in self.loader.fingerprint().items()}
+        return fingerprints(self.plan, self.model.config, self.loader)
 
     # --- building -----------------------------------------------------------------------------------------------------
 
@@ -296,10 +327,9 @@ class Trainer:
     def _report(self, window: int, loss: Tensor, norm: Tensor, lr: float, pairs: int) -> None:
         """Counts a step, and reports the ones that are due; only those wait for the accelerator."""
         self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs, self.plan.degrees.copies))
-        last = self.step == self.config.training.steps
-        if self.metrics.due(self.step) or self.checkpointer.due(self.step, last):  # totals go on from a checkpoint
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.metrics.due(self.step) or self.lifeline.due(self.step):  # totals go on from a checkpoint
             mean = self.ranks.sum(loss.item(), self.plan.degrees.tensor)
+            self.lifeline.guard.settle()
             self.metrics.log(self.step, loss=mean, grad_norm=norm.item(), lr=lr, window=window)
 
     def _draw(self) -> None:

@@ -21,6 +21,7 @@ from torchladder.metrics import MetricsConfig
 from torchladder.models import attention
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import ConfigError
+from torchladder.resilience import ResilienceConfig
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,16 @@ class JobConfig:
 
     print_config: bool = False
     """Print the resolved settings at the start."""
+
+    max_minutes: float = 0.0
+    """Minutes after which the run saves and ends with exit code 75, to be started again; 0: no limit."""
+
+    exit_interval: int = 0
+    """Steps after which the run saves and ends with exit code 75, at every multiple of it; 0: never."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.max_minutes < math.inf, f"job.max_minutes = {self.max_minutes}: must be 0 or more.")
+        _require(self.exit_interval >= 0, f"job.exit_interval = {self.exit_interval}: must be 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,7 @@ class Config:
     compile: CompileConfig
     float8: Float8Config
     checkpoint: CheckpointConfig
+    resilience: ResilienceConfig
     validation: ValidationConfig
     samples: SamplesConfig
     metrics: MetricsConfig

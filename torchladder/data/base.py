@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -26,11 +26,13 @@ class Batch:
         tokens: (B, T) int64.
         labels: (B, T) int64, the token after each token; -100 where there is none.
         positions: (B, T) int32, 0 at the first token of a document and of a row. Stays on the CPU, where masks begin.
+        rows: the global row of each, where the loader knows them.
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
+    rows: tuple[int, ...] = ()
 
     @cached_property
     def num_labels(self) -> int:
@@ -108,6 +110,15 @@ class Finite(Protocol):
 
     def usage(self) -> list[Usage]:
         """Returns what each phase reads of each source; the loader was told the steps of the run."""
+        ...
+
+
+@runtime_checkable
+class Skips(Protocol):
+    """A loader that can leave rows out."""
+
+    def leave_out(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Leaves out ranges of rows, first to last, beside those that already are; ask before ``seek``."""
         ...
 
 

@@ -6,7 +6,7 @@ Copying is what a micro-batch costs, most of all between processes: a worker sen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from torchladder.data.base import IGNORED, Batch
 from torchladder.data.corpus import Corpus
 from torchladder.data.packing.base import NOTHING, Packing
+from torchladder.data.skipping import Skipping
 from torchladder.registry import ConfigError
 
 
@@ -28,10 +29,12 @@ class Content:
     Attributes:
         tokens: (B, T + 1) int32, the last one only a label. One that nobody is to predict is ``~token``, padding ~0.
         begins: (pieces,) int64, where documents, rows and padding begin among the B * T places.
+        rows: the global row of each.
     """
 
     tokens: np.ndarray
     begins: np.ndarray
+    rows: tuple[int, ...]
 
     def batch(self) -> Batch:
         """Returns the micro-batch."""
@@ -42,7 +45,7 @@ class Content:
             labels.masked_fill_(labels < 0, IGNORED)
         places = np.arange(tokens.numel(), dtype=np.int32)
         places -= self.begins.astype(np.int32).repeat(np.diff(self.begins, append=len(places)))
-        return Batch(tokens, labels, torch.from_numpy(places).view(tokens.shape))
+        return Batch(tokens, labels, torch.from_numpy(places).view(tokens.shape), self.rows)
 
     def pin_memory(self) -> Batch:
         """Returns the micro-batch in pinned memory; the thread that pins it calls this."""
@@ -74,7 +77,7 @@ class Rows(Dataset[Content]):
     def __getitem__(self, rows: list[int]) -> Content:
         tokens = np.empty((len(rows), self.seq_len + 1), np.int32)
         begins = [b * self.seq_len + self._fill(row, tokens[b]) for b, row in enumerate(rows)]
-        return Content(tokens, np.concatenate(begins))
+        return Content(tokens, np.concatenate(begins), tuple(rows))
 
     def _fill(self, row: int, tokens: np.ndarray) -> np.ndarray:
         """Writes one row (T + 1,), returns where its pieces begin."""
@@ -116,6 +119,7 @@ class RankRows(Sampler[list[int]]):
         batch: rows in a global batch.
         count: rows there are; the last global batch is completed with rows past them. None without end.
         first: first row of the first global batch.
+        skipping: the rows that no batch has.
     """
 
     rank: int
@@ -124,15 +128,17 @@ class RankRows(Sampler[list[int]]):
     batch: int
     count: int | None = None
     first: int = 0
+    skipping: Skipping = field(default_factory=Skipping)
 
     def __iter__(self) -> Iterator[list[int]]:
         share = self.batch // self.degree
         start = self.first
         while self.count is None or start < self.count:
-            mine = start + self.rank * share
-            for row in range(mine, mine + share, self.local):
-                yield list(range(row, row + self.local))
-            start += self.batch
+            rows = self.skipping.take(start, self.batch)
+            mine = rows[self.rank * share : (self.rank + 1) * share]
+            for first in range(0, share, self.local):
+                yield mine[first : first + self.local]
+            start = self.skipping.after(start, self.batch)
 
 
 def check_division(seq_len: int, rank: int, degree: int, local: int, batch: int) -> None:

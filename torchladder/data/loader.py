@@ -30,6 +30,7 @@ from torchladder.data.mixing.phases import Phase, Timetable
 from torchladder.data.mixing.supply import Supply
 from torchladder.data.packing.base import Packing
 from torchladder.data.packing.shuffle import Order, RowOrder
+from torchladder.data.skipping import Skipping
 from torchladder.registry import ConfigError, unknown
 
 
@@ -77,6 +78,8 @@ class RowLoader:
     """Begin each document of raw text with the tokenizer's bos token."""
     cache_folder: str = DEFAULT
     """Where tokenized text is kept; the default follows XDG_CACHE_HOME."""
+    skip_rows: list[tuple[int, int]] = field(default_factory=list)
+    """Rows that training leaves out, each range as its first and its last global row; the rows after them move up."""
     num_workers: int = 0
     """Processes that make rows ahead of time; 0 makes them when they are asked for. Never changes the rows."""
     prefetch_factor: int | None = None
@@ -85,6 +88,7 @@ class RowLoader:
     """Hand out batches in pinned memory, where there is an accelerator to copy them to."""
 
     def __post_init__(self) -> None:
+        self._skipping: Skipping = Skipping(self.skip_rows if self.split == "train" else [])
         self._check()
         corpora = self._open()
         packings = [self._pack(number, corpus) for number, corpus in enumerate(corpora)]
@@ -97,7 +101,8 @@ class RowLoader:
             self.global_batch_size,
         )
         if self.split == "train" and self.steps is not None:
-            self._supply.check(self.steps)
+            end = self._skipping.after(0, self.steps * self.global_batch_size)
+            self._supply.check(-(-end // self.global_batch_size))
         self.rows = sum(packed.rows or 0 for packed in packings) if self.split == "validation" else None
         """Global rows there are; None without end."""
         self._accumulation = self.global_batch_size // (self.dp_degree * self.local_batch_size)
@@ -106,7 +111,7 @@ class RowLoader:
 
     @property
     def row(self) -> int:
-        return self._first + self._taken // self._accumulation * self.global_batch_size
+        return self._skipping.after(self._first, self._taken // self._accumulation * self.global_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -129,6 +134,14 @@ class RowLoader:
         self._first = row
         self._taken = 0
         self._batches = None  # workers start with the first batch, not before
+
+    def leave_out(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Leaves out further ranges of rows, first to last, for the seek that follows.
+
+        Raises:
+            ConfigError: one of them is no range.
+        """
+        self._skipping = Skipping([*self._skipping.ranges, *rows])
 
     def fingerprint(self) -> dict[str, str]:
         """Returns what the rows depend on, by content: files may move, ranks and workers may change."""
@@ -278,7 +291,13 @@ class RowLoader:
 
     def _data_loader(self) -> StatefulDataLoader:
         sampler = RankRows(
-            self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size, self.rows, self._first
+            self.dp_rank,
+            self.dp_degree,
+            self.local_batch_size,
+            self.global_batch_size,
+            self.rows,
+            self._first,
+            self._skipping,
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # of torchdata's own making

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from torchladder.distributed import attempt
 from torchladder.registry import ConfigError
 
 Number = TypeVar("Number", int, float)
@@ -60,6 +61,15 @@ class Ranks:
         """Returns the sum of a number over all ranks, where ``copies`` of them each hold the same one."""
         total = self._reduce(value, dist.ReduceOp.SUM)
         return total if copies == 1 else type(value)(total / copies)
+
+    def sums(self, *values: float) -> list[float]:
+        """Returns the sums of several numbers over all ranks, in one exchange."""
+        if self.size == 1:
+            return [float(value) for value in values]
+        box = torch.tensor(values, dtype=torch.float64)  # on the CPU, as in _reduce
+        dist.all_reduce(box)
+        found: list[float] = box.tolist()
+        return found
 
     def max(self, value: Number) -> Number:
         """Returns the largest of a number over all ranks."""
@@ -116,11 +126,11 @@ def join(config: CommConfig, folder: Path) -> Ranks:
         _record(config, folder)
     else:
         device = torch.device("cpu")
+    timeout = timedelta(seconds=config.init_timeout_seconds)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=config.init_timeout_seconds),
-        # Without torchrun there is nobody to meet: a store in this process's own memory is enough.
-        store=None if "RANK" in os.environ else dist.HashStore(),
+        timeout=timeout,
+        store=_store(rank, size, timeout),
         rank=rank,
         world_size=size,
     )
@@ -149,6 +159,13 @@ def report(error: Exception) -> None:
     """Hands torchrun an error of this rank, to show the first of all ranks' when they have stopped."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         get_error_handler().record_exception(error)
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    if "RANK" not in os.environ:  # without torchrun there is nobody to meet
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    return attempt.fresh(store, rank, size, timeout)
 
 
 def leave() -> None:

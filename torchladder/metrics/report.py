@@ -93,8 +93,13 @@ class Metrics:
         self.run = run
         self.peak = config.peak_flops or peak_flops(run.device)
         self.outputs: list[Output] = []
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Goes on after ``step`` steps: drops what is reported of later ones."""
+        self.close()
         self.total: dict[str, float] = {"tokens": 0, "flops": 0, "seconds": 0.0}
-        if run.rank == 0:
+        if self.run.rank == 0:
             self._open(step)
         self.step = step
         self.tokens = self.pairs = 0

@@ -1,0 +1,229 @@
+"""Bad steps: found without waiting, never learnt from, told with their rows; rows that are left out."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import lines, losses, run
+from torch import nn
+
+from torchladder import checkpoint, trainer
+from torchladder.data.skipping import Skipping
+from torchladder.registry import ConfigError
+from torchladder.resilience import FEWEST, HISTORY, BadStepError, Guard, ResilienceConfig, RollBack, seed
+
+CPU = torch.device("cpu")
+
+
+class Thing:
+    def __init__(self, **optimizer) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(3, 2)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **optimizer)
+
+    def gradients(self, value: float) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+
+    def bits(self) -> list[torch.Tensor]:
+        state = [value for one in self.optimizer.state.values() for value in one.values()]
+        return [value.detach().clone() for value in (*self.model.parameters(), *state)]
+
+
+@pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_step_leaves_weights_and_optimizer_as_they_were(kind, bad):
+    thing, plain = Thing(**kind), Thing(**kind)
+    guard = Guard(ResilienceConfig("skip"), thing.optimizer, CPU)
+    for step, value in enumerate([0.1, bad, 0.3, bad, 0.2], start=1):
+        before = thing.bits()
+        thing.gradients(value)
+        guard.update(step, (4 * step, 4 * step + 3), torch.tensor(value), [])
+        if math.isfinite(value):
+            plain.gradients(value)
+            plain.optimizer.step()
+        else:
+            assert all(torch.equal(one, other) for one, other in zip(thing.bits(), before, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(thing.bits(), plain.bits(), strict=True))
+    guard.settle()
+    assert guard.bad_steps == 2
+
+
+def reference(norms: list[float], deviations: float) -> list[bool]:
+    """What judge does, slowly."""
+    good: list[float] = []
+    bad = []
+    for norm in norms:
+        last = good[-HISTORY:]
+        far = False
+        if len(last) >= FEWEST:
+            mean = sum(last) / len(last)
+            far = norm > mean + deviations * math.sqrt(sum((value - mean) ** 2 for value in last) / len(last))
+        bad.append(far or not math.isfinite(norm))
+        good += [] if bad[-1] else [norm]
+    return bad
+
+
+@given(st.integers(0, 2**31), st.floats(1.5, 6.0), st.integers(0, 3 * HISTORY))
+def test_norms_are_judged_like_the_slow_reference_and_across_a_resume(number, deviations, stop):
+    random = torch.Generator().manual_seed(number)
+    norms = torch.randn(3 * HISTORY, generator=random, dtype=torch.float64).exp().tolist()
+    norms[number % len(norms)] = math.nan
+    config, optimizer = ResilienceConfig("skip", deviations), Thing().optimizer
+    guard, found = Guard(config, optimizer, CPU), []
+    for step, norm in enumerate(norms):
+        if step == stop:
+            state = guard.state()
+            guard = Guard(config, optimizer, CPU)
+            guard.load(state)
+        found.append(bool(guard.judge(torch.tensor(norm, dtype=torch.float64))))
+    assert found == reference(norms, deviations)
+
+
+def test_a_loss_that_is_not_finite_reaches_every_gradient():
+    weight = torch.ones(3, requires_grad=True)
+    finite = weight.sum()
+    finite.backward(seed(finite))
+    assert torch.equal(weight.grad, torch.ones(3))
+    loss = weight.sum() + torch.inf  # its gradient would be 1
+    weight.grad = None
+    loss.backward(seed(loss))
+    assert weight.grad.isnan().all()
+
+
+def guard_after(policy: str, **settings) -> Guard:
+    guard = Guard(ResilienceConfig(policy, **settings), Thing().optimizer, CPU)
+    for step in (1, 2, 3):
+        norm = torch.tensor(math.nan if step == 2 else 1.0)
+        guard.update(step, (4 * step, 4 * step + 3), norm, [((8, 9), norm)])
+    return guard
+
+
+def test_what_is_told_and_what_follows(caplog):
+    with pytest.raises(BadStepError, match="step 2 was bad: rows 8 to 11"):
+        guard_after("stop").settle()
+    assert "bad step 2: gradient norm nan, rows 8 to 11 (1 so far)" in caplog.text
+    assert "the loss is nan on the rows 8, 9" in caplog.text
+    with pytest.raises(RollBack) as back:
+        guard_after("rollback").settle()
+    assert back.value.rows == [(8, 11)]
+    guard = guard_after("skip", max_bad_steps=1)
+    guard.settle()
+    guard.settle()  # each is seen once
+    assert guard.bad_steps == 1
+    guard.update(4, (16, 19), torch.tensor(math.inf), [])
+    with pytest.raises(BadStepError, match="2 bad steps between two checkpoints"):
+        guard.settle()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"norm_deviations": -1.0}, "norm_deviations"), ({"max_bad_steps": 0}, "max_bad_steps")]
+)
+def test_settings_that_cannot_be(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        ResilienceConfig(**settings)
+
+
+def test_skip_on_a_gpu_needs_a_fused_optimizer():
+    with pytest.raises(ConfigError, match="fused"):
+        Guard(ResilienceConfig("skip"), Thing(foreach=True).optimizer, torch.device("meta"))
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+RANGES = st.lists(
+    st.tuples(st.integers(0, 60), st.integers(0, 9)).map(lambda one: (one[0], one[0] + one[1])), max_size=6
+)
+
+
+@given(RANGES, st.integers(0, 70), st.integers(0, 40), st.integers(0, 40))
+def test_rows_are_left_out_as_by_a_list(ranges, row, count, more):
+    skipping = Skipping(ranges)
+    kept = [one for one in range(300) if not any(first <= one <= last for first, last in ranges)]
+    following = [one for one in kept if one >= row]
+    assert skipping.take(row, count) == following[:count]
+    after = skipping.after(row, count)
+    assert skipping.take(after, more) == following[count : count + more]
+    assert skipping.after(after, more) == skipping.after(row, count + more) or more == 0
+
+
+@pytest.mark.parametrize("wrong", [(3, 2), (-1, 4)])
+def test_ranges_that_are_none(wrong):
+    with pytest.raises(ConfigError, match="is no range of rows"):
+        Skipping([wrong])
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+RUN = [
+    *("--training.steps", "8", "--training.local_batch_size", "2", "--training.global_batch_size", "4"),
+    *("--training.seq_len", "64", "--validation.no_enable", "--metrics.no_enable_tensorboard"),
+    *("--checkpoint.enable", "--checkpoint.interval", "3", "--metrics.log_freq", "2"),
+]
+BAD = 18
+"""A row of the fifth step, which trains on rows 16 to 19."""
+
+
+def poison(monkeypatch, row: int = BAD) -> None:
+    forward_backward = trainer.Trainer.forward_backward
+
+    def poisoned(self, batch, start, num_labels):
+        loss = forward_backward(self, batch, start, num_labels)
+        if row in batch.rows:
+            next(self.model.parameters()).grad += torch.nan
+            loss = loss * torch.nan
+        return loss
+
+    monkeypatch.setattr(trainer.Trainer, "forward_backward", poisoned)
+
+
+def saved_losses(folder) -> dict[int, float]:
+    return {step: loss for step, loss in losses(folder).items() if loss is not None}
+
+
+def test_stop_saves_nothing_bad(tmp_path, monkeypatch, caplog):
+    poison(monkeypatch)
+    run(tmp_path, *RUN, code=1)
+    assert checkpoint.steps(tmp_path / "checkpoint") == [3]
+    assert "step 5 was bad: rows 16 to 19" in caplog.text
+    assert "the loss is nan on the rows 18, 19" in caplog.text
+
+
+def test_rollback_leaves_the_rows_out_and_equals_a_run_without_them(tmp_path, monkeypatch):
+    run(tmp_path / "without", *RUN, "--data.skip_rows", "16", "19", "--metrics.log_freq", "1")
+    with monkeypatch.context() as patch:
+        poison(patch)
+        run(tmp_path / "back", *RUN, "--resilience.on_bad_step", "rollback")
+        run(tmp_path / "again", *RUN, "--resilience.on_bad_step", "rollback", "--job.exit_interval", "7", code=75)
+        run(tmp_path / "again", *RUN, "--resilience.on_bad_step", "rollback")  # the rows stay out
+    without = losses(tmp_path / "without")
+    for name in ("back", "again"):
+        found = losses(tmp_path / name)
+        assert found == {step: without[step] for step in found}
+        assert {2, 4, 6, 8} <= set(found)
+        steps = [line["step"] for line in lines(tmp_path / name)]
+        assert steps == sorted(set(steps))
+
+
+def test_skip_goes_on_as_if_the_step_had_not_been(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch)
+        run(tmp_path / "skip", *RUN, "--resilience.on_bad_step", "skip")
+    with monkeypatch.context() as patch:
+        update = Guard.update
+
+        def left_out(self, step, *rest):
+            if step != 5:
+                update(self, step, *rest)
+
+        patch.setattr(Guard, "update", left_out)
+        run(tmp_path / "none", *RUN)
+    assert losses(tmp_path / "skip") == losses(tmp_path / "none")
+
+
+def test_a_bad_first_step_has_nothing_to_go_back_to(tmp_path, monkeypatch, caplog):
+    poison(monkeypatch, row=2)
+    run(tmp_path, *RUN, "--resilience.on_bad_step", "rollback", code=1)
+    assert "nothing to go back to" in caplog.text

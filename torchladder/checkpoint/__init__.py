@@ -1,0 +1,20 @@
+"""Checkpoints: model and optimizer by DCP, beside them what the run needs to go on, as readable text.
+
+A checkpoint is the folder ``step-N``. It is written as ``step-N.partial``, every file synced and read back, and then
+named, so a folder with the final name is complete:
+
+| file | holds |
+|---|---|
+| ``.metadata``, ``__R_0.distcp`` | model and optimizer, DCP's: any layout and number of ranks can read them |
+| ``run.json`` | step, next row, fingerprints, versions |
+| ``config.toml`` | the settings of the run |
+| ``SHA256SUMS`` | a checksum of every file, as ``sha256sum --check`` reads it |
+"""
+
+from torchladder.checkpoint.checkpointer import Checkpointer
+from torchladder.checkpoint.config import CheckpointConfig
+from torchladder.checkpoint.folders import RUN, complete, finished, steps
+from torchladder.checkpoint.identity import check
+from torchladder.checkpoint.team import SaveError
+
+__all__ = ["RUN", "CheckpointConfig", "Checkpointer", "SaveError", "check", "complete", "finished", "steps"]

@@ -1,0 +1,192 @@
+"""When to save, what to do when that fails, and how a run begins: all that the trainer knows of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchladder.checkpoint import folders, load, state
+from torchladder.checkpoint.config import CheckpointConfig
+from torchladder.checkpoint.load import Check
+from torchladder.checkpoint.save import Job, Saver
+from torchladder.checkpoint.team import SaveError, Team
+from torchladder.registry import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves and loads a model and its optimizer, with a small JSON of what else the run needs.
+
+    Args:
+        config: the section [checkpoint].
+        folder: where checkpoints are.
+        model: the model, whole or sharded.
+        optimizer: its optimizer.
+        settings: the run's settings as TOML, kept in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: str = "",
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.model = model
+        self.optimizer = optimizer
+        self.settings = settings
+        self.team = Team()
+        self.saver = Saver(config, self.team, next(model.parameters()).device)
+        self.saved = -1
+        """The step of the last checkpoint that was begun or loaded."""
+        self.failures = 0
+        """Saves that have failed since the last one that did not."""
+        self._since = time.monotonic()
+
+    @property
+    def saves(self) -> bool:
+        """Whether this run saves at all."""
+        return self.config.enable and not self.config.load_only
+
+    @property
+    def settled(self) -> bool:
+        """Whether this rank has nothing left to write; when every rank says so, ``wait`` waits for nothing."""
+        return self.saver.settled
+
+    @property
+    def overdue(self) -> bool:
+        """Whether this rank's clock asks for a checkpoint: by interval_minutes, or to try again after a failure."""
+        minutes = self.config.retry_minutes if self.failures else self.config.interval_minutes
+        waits = self.failures > 0 or minutes > 0
+        return self.saves and waits and self.saver.settled and time.monotonic() - self._since >= 60 * minutes
+
+    def due(self, step: int, last: bool, asked: bool = False) -> bool:
+        """Whether a checkpoint is to be saved after that many steps; ``asked``: a rank was ``overdue``."""
+        config = self.config
+        if not self.saves or step == self.saved:
+            return False
+        return last or asked or step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
+
+    def save(self, step: int, run: dict[str, Any], last: bool = False, must: bool = False) -> None:
+        """Saves the state after ``step`` steps; ``run`` goes into ``run.json``.
+
+        Args:
+            step: optimizer steps behind the run.
+            run: what the run needs to go on, beside model and optimizer.
+            last: the run is over; last_save_model_only holds, and it must succeed.
+            must: it must succeed, and be complete when this returns.
+
+        Raises:
+            SaveError: max_failures saves in a row have failed.
+        """
+        self.wait()
+        run = run | {"excluded": self.config.exclude_from_loading}
+        texts = {folders.RUN: json.dumps(run, indent=2) + "\n", folders.SETTINGS: self.settings}
+        job = Job(folders.path_of(self.folder, step), step, texts)
+        self.saved, self._since = step, time.monotonic()
+        if self.config.async_mode != "disabled" and not (last or must):
+            self.saver.start(job, self._state(step, last))
+            return
+        while not self._settle(lambda: self.saver.write(job, self._state(step, last)), step) and (last or must):
+            time.sleep(60 * self.config.retry_minutes)
+
+    def wait_for_copy(self) -> None:
+        """Waits until the weights may change again: a save has copied them."""
+        self.saver.wait_for_copy()
+
+    def wait(self) -> None:
+        """Waits until a checkpoint that is being written is complete, or has failed.
+
+        Raises:
+            SaveError: max_failures saves in a row have failed.
+        """
+        if self.saver.busy:
+            self._settle(self.saver.result, self.saved)
+
+    def close(self) -> None:
+        """Lets what is being written come to its end, whatever that is; ``wait`` tells more."""
+        self.saver.close()
+
+    def load(self, check: Check, newest: bool = False) -> dict[str, Any] | None:
+        """Loads the checkpoint to continue from and returns its ``run.json``; None where the run starts anew.
+
+        Args:
+            check: raises ConfigError where the ``run.json`` is of another run; asked before anything is loaded.
+            newest: whatever load_step says.
+
+        Raises:
+            ConfigError: the checkpoint that the settings name is not there, not intact or of another run.
+        """
+        config = self.config
+        if not config.enable:
+            return None
+        load_step = -1 if newest or load.restarted() else config.load_step
+        path = load.newest(self.folder, load_step, check, self.team)
+        if path is not None:
+            run = self._restore(path, model_only=False)
+            if run["step"] != folders.read_run(path)["step"]:
+                raise ConfigError(
+                    "checkpoint.exclude_from_loading = ['train_state'] begins at step 0, and this run's own folder "
+                    f"{self.folder} has later ones: start in another folder, with checkpoint.initial_load_path."
+                )
+            self.saved = -1 if run.get("pending") else run["step"]
+            return run
+        if not config.initial_load_path:
+            return None
+        path, model_only = Path(config.initial_load_path), config.initial_load_model_only
+        wrong = load.problem(path, (lambda run: None) if model_only else check, self.team)
+        if wrong is not None:
+            raise ConfigError(
+                f"checkpoint.initial_load_path = {str(path)!r}: no intact checkpoint is there. What is wrong: {wrong}."
+            )
+        run = self._restore(path, model_only)
+        return None if model_only else run
+
+    def _restore(self, path: Path, model_only: bool) -> dict[str, Any]:
+        """Loads what is not excluded; a checkpoint that was saved under the same exclusions is this run's own."""
+        run = folders.read_run(path)
+        excluded = set(self.config.exclude_from_loading) - set(run["excluded"])
+        weights_only = model_only or run["step"] == 0 or "optimizer" in excluded
+        state.restore(path, self.model, None if weights_only else self.optimizer, self.team)
+        if self.team.rank == 0:
+            logger.info("loaded %s%s", path, " (weights only)" if weights_only else "")
+        if "train_state" in excluded:
+            run["step"] = 0
+        if "dataloader" in excluded:
+            run["row"] = 0
+        return run
+
+    def _state(self, step: int, last: bool) -> state.State:
+        exports = last and self.config.last_save_model_only
+        dtype = getattr(torch, self.config.export_dtype) if exports else None
+        # Before the first step an optimizer has no state.
+        return state.collect(self.model, None if exports or step == 0 else self.optimizer, dtype)
+
+    def _settle(self, finish: Callable[[], None], step: int) -> bool:
+        """Sees how a save ended; returns whether it succeeded."""
+        try:
+            finish()
+        except SaveError as error:
+            self.failures += 1
+            self.saved, self._since = -1, time.monotonic()
+            most = self.config.max_failures
+            if self.failures >= most:
+                raise SaveError(f"{self.failures} saves in a row failed (checkpoint.max_failures): {error}") from error
+            if self.team.rank == 0:
+                logger.warning(
+                    "checkpoint: step %d is not saved (failure %d of %d): %s", step, self.failures, most, error
+                )
+            return False
+        self.failures = 0
+        return True
