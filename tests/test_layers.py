@@ -29,11 +29,23 @@ LAYERS = [
     ["config"],
     ["reading"],
     ["plan"],
+    ["export"],
     ["trainer"],
     ["train", "commands"],
     ["__main__"],
 ]
-OPTIONAL = {"flash_attn", "wandb", "matplotlib", "pyarrow", "datasets", "zstandard", "tokenizers", "tiktoken", "ray"}
+OPTIONAL = {
+    "flash_attn",
+    "wandb",
+    "matplotlib",
+    "pyarrow",
+    "datasets",
+    "zstandard",
+    "tokenizers",
+    "tiktoken",
+    "ray",
+    "safetensors",
+}
 """Third-party packages that may be imported inside a function: extras, and what would slow down every start."""
 
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchladder import checkpoint, data, mask, models, optim, plots, profiling, reading
+from torchladder import checkpoint, data, export, mask, models, optim, plots, profiling, reading
 from torchladder.data import Batch
 from torchladder.distributed import mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.generate import generate
 from torchladder.metrics import Metrics, Run
 from torchladder.models import attention
+from torchladder.models.interchange import weights
 from torchladder.plan import Plan, lines
 from torchladder.registry import ConfigError
 
@@ -83,6 +84,8 @@ class Trainer:
                         self.sample()
                     if self.checkpointer.due(self.step, last):
                         self.checkpointer.save(self.step, self.state(), last)
+                    if last and config.checkpoint.last_save_in_hf:
+                        self._export()
                     if self.step % config.training.gc_freq == 0:
                         gc.collect(1)
                 self.checkpointer.poll()
@@ -191,6 +194,8 @@ class Trainer:
         if saved is not None:
             self.step = saved["step"]
             self.loader.seek(saved["row"])
+        elif self.config.checkpoint.initial_load_in_hf:
+            weights.load(self.model, self.config.checkpoint.initial_load_path or self.config.model.hf_assets_path)
 
     def _fingerprints(self) -> dict[str, str]:
         """Returns what must be as it was for a run to go on: data, tokenizer, and what gives the state its meaning."""
@@ -204,6 +209,14 @@ class Trainer:
         }
         named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
         return named | {f"data.{name}": value for name, value in self.loader.fingerprint().items()}
+
+    def _export(self) -> None:
+        """Leaves the model as a Hugging Face folder beside the checkpoints."""
+        config, first = self.config, self.ranks.first
+        facts, dtype = export.facts(config, self.tokenizer), getattr(torch, config.checkpoint.export_dtype)
+        path = self.checkpointer.folder / f"step-{self.step}-hf"
+        with export.folder(path, export.tokenizer_files(config), first) as partial:
+            weights.save(self.model, partial, facts, dtype, first)
 
     # --- building -----------------------------------------------------------------------------------------------------
 
