@@ -1,9 +1,11 @@
 """Our models and those of transformers: the same logits, the same bits, the same text, in both directions."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from torchladder import mask, models
 from torchladder.generate import SamplesConfig, generate
@@ -11,8 +13,10 @@ from torchladder.models import attention
 from torchladder.models.interchange import conversion, folder, settings, weights
 from torchladder.models.interchange.folder import Folder
 from torchladder.models.interchange.settings import Facts
+from torchladder.registry import ConfigError
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 
 V, T = 96, 48
 SHAPE = {
@@ -147,3 +151,127 @@ def test_there_and_back_is_bit_for_bit(theirs, tmp_path, monkeypatch, dtype):
     for (name, one), other in zip(reloaded.named_parameters(), theirs.model.to(dtype).parameters(), strict=True):
         assert torch.equal(one, other), name
     theirs.model.float()
+
+
+# --- more rows --------------------------------------------------------------------------------------------------------
+
+
+def test_new_rows_of_the_vocabulary_are_the_mean_of_the_old(theirs, tmp_path):
+    model, _ = make(theirs.path, vocab_size=V + 7)
+    weights.load(model, theirs.path)
+    conversion.to_checkpoint(Folder(theirs.path), tmp_path, V + 7)
+    for name, parameter in model.state_dict().items():
+        kept = torch.zeros_like(parameter)
+        dcp.load({f"model.{name}": kept}, checkpoint_id=tmp_path, no_dist=True)
+        assert torch.equal(kept, parameter)
+        if name in ("embedding.weight", "head.weight"):
+            assert torch.equal(parameter[:V], Folder(theirs.path).read(model.hugging_face.theirs(name)))
+            assert (parameter[V:] == parameter[:V].mean(dim=0)).all()
+    with pytest.raises(ConfigError, match="vocabulary of 90 cannot hold the 96"):
+        conversion.to_checkpoint(Folder(theirs.path), tmp_path / "fewer", 90)
+
+
+# --- config.json -----------------------------------------------------------------------------------------------------
+
+JSON = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 48, "vocab_size": V, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def test_older_files_say_the_same():
+    older = {**JSON, "rope_theta": 5000.0, "rope_scaling": {**SCALED, "rope_type": None, "type": "llama3"}}
+    older["rope_scaling"].pop("rope_type")
+    older["rope_scaling"].pop("rope_theta")
+    newer = {**JSON, "rope_parameters": SCALED}
+    assert settings.read(older) == settings.read(newer)
+    read = settings.read(JSON)
+    assert (read["n_kv_heads"], read["head_dim"], read["rope_theta"], read["tie_embeddings"]) == (4, 8, 1e4, False)
+
+
+def test_linear_scaling_is_a_condensed_position():
+    read = settings.read({**JSON, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert read["rope_condense_ratio"] == 4.0
+    config = models.resolve(SimpleNamespace(**read))
+    again = settings.write("llama", config, Facts(T), torch.float32)
+    assert again["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**again))
+    with torch.device("meta"):
+        ours = models.build(SimpleNamespace(**read), seq_len=8)
+    frequencies = ours.rope.rotation.angles(2, 8, torch.device("cpu"))[1]
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "lama"}, "unknown model_type in config.json 'lama'. Did you mean 'llama'"),
+        ({"hidden_size": None}, "does not say hidden_size"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "unknown rope_type in config.json 'yarn'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layers of the kind sliding_attention"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"]}, "layers of the kind full_attention"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        settings.read({**JSON, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "window"),
+    [
+        ("llama", {"positional_embedding": "none"}, None),
+        ("llama", {"rope_restart": 8}, None),
+        ("llama", {"rope_condense_ratio": 2.0, "rope_scaling_factor": 2.0}, None),
+        ("qwen3", {}, 16),
+    ],
+)
+def test_what_cannot_be_said_there_is_refused(name, change, window):
+    config = models.resolve(SimpleNamespace(name=name, flavor="debug", **change))
+    with pytest.raises(ConfigError, match="Hugging Face"):
+        settings.write(name, config, Facts(T, window), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layers": 1}, "model.n_layers = 2, the settings say 1"),
+        ({"rope_theta": 1e5}, "data.phases"),
+        ({"vocab_size": V - 1}, "model.vocab_size = 96, the settings say 95"),
+        ({"name": "qwen3"}, "describes a llama"),
+    ],
+)
+def test_a_folder_of_another_model_is_refused(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(JSON))
+    with pytest.raises(ConfigError, match=message):
+        weights.load(make(tmp_path, **change)[0], tmp_path)
+
+
+def test_tensors_that_lack_or_are_left_over_are_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(JSON))
+    model, _ = make(tmp_path)
+    with pytest.raises(ConfigError, match=r"model.safetensors is not there"):
+        weights.load(model, tmp_path)
+    weights.save(model, tmp_path, Facts(T), torch.float32, first=True)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.load_file(file)
+    for name, changed, message in (
+        ("lm_head.weight", None, "lacks 1 tensors, lm_head.weight"),
+        ("lm_head.bias", torch.zeros(V), "1 tensors that the model lacks, lm_head.bias"),
+        ("model.norm.weight", torch.zeros(31), r"model.norm.weight has the shape \[31\], the model's is \[32\]"),
+        ("lm_head.weight", torch.zeros(V - 1, 32), r"the shape \[95, 32\]"),
+    ):
+        other = {key: tensor for key, tensor in {**tensors, name: changed}.items() if tensor is not None}
+        safetensors.save_file(other, file)
+        with pytest.raises(ConfigError, match=message):
+            weights.load(model, tmp_path)
+    safetensors.save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, file)
+    weights.load(model, tmp_path)
+
+
+def test_a_folder_without_a_config_is_none(tmp_path):
+    with pytest.raises(ConfigError, match="is no Hugging Face folder"):
+        Folder(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def run(argv: list[str]) -> int:
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
         command.add_argument("--overwrite", action="store_true", help="replace DIR where it is there already")
     arguments = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
     if arguments.output.exists() and not arguments.overwrite:
         raise ConfigError(f"{arguments.output} is there already; --overwrite replaces it.")
     return _from_hf(arguments) if arguments.command == "from-hf" else _to_hf(arguments)

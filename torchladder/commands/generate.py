@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--top-p", type=float, default=defaults.top_p, help="probability of the tokens to draw from")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     arguments = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
     samples = SamplesConfig(
         max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, top_p=arguments.top_p
     )

@@ -110,4 +110,5 @@ def _state(model: Model) -> dict[str, Tensor]:
 
 
 def _name(model: Model) -> str:
-    return next(name for name in registry.names() if registry.get(name) is type(model))
+    names: dict[object, str] = {registry.get(name): name for name in registry.names()}
+    return next(names[kind] for kind in type(model).__mro__ if kind in names)  # FSDP2 puts a class of its own first
