@@ -90,6 +90,7 @@ def run_of(checkpoint: Path) -> Config:
     """
     for place in (checkpoint, *checkpoint.resolve().parents[:2]):
         if (place / "config.toml").is_file():
-            # What the folder said is in the settings; it may be gone since.
-            return settings.load(["--job.config_file", str(place / "config.toml"), "--model.hf_assets_path", ""])
+            # What the folder said of the model is in the settings, and it may be gone since.
+            without = ["--model.hf_assets_path", "", "--checkpoint.no_initial_load_in_hf"]
+            return settings.load(["--job.config_file", str(place / "config.toml"), *without])
     raise ConfigError(f"{checkpoint} is of no run that is here: there is no config.toml in it or two folders above.")
