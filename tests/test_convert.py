@@ -1,8 +1,11 @@
 """Folders of Hugging Face's as they come, through commands and runs: converted, trained on, given back."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from torchladder.registry import ConfigError
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
+ROOT = Path(__file__).parents[1]
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
@@ -185,6 +189,27 @@ def test_commands_refuse_what_cannot_be(folders, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["torchladder", *words])
         assert commands.main() == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_page_is_true(folders, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "interchange.md").read_text()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "Llama-3.2-1B").symlink_to(folders / "llama")
+    monkeypatch.chdir(tmp_path)
+    shown = [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
+    assert len(shown) == 4
+    for line in shown:
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        assert commands.main() == 0
+    assert capsys.readouterr().out.count("The ladder") == 2
+    training = re.search(r"    \./run_train\.sh (.*?)\n\n", page, flags=re.DOTALL)[1].replace("\\\n", " ")
+    given = [word for word in shlex.split(training) if word not in ("--job.config_file", "my.toml")]
+    assert train.main([*argv(folders, tmp_path / "out"), *given, "--training.steps", "1"]) == 0
+    assert (tmp_path / "out" / "checkpoint" / "step-1-hf").is_dir()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], names)
+    assert names["River"].hugging_face.theirs("norm.weight") == "model.last_norm.weight"
+    assert names["River"].hugging_face.theirs("layers.3.attention.q_proj.weight").startswith("model.layers.3.")
 
 
 MEASURED = """

@@ -202,9 +202,34 @@ def test_linear_scaling_is_a_condensed_position():
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies)
 
 
+LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "flavor", "published"),
+    [
+        ("llama", "llama3-8b", ("llama", 4096, 32, 32, 8, 14336, 128256, 1e-5, 500000.0, False, None)),
+        (
+            *("llama", "llama3.2-1b"),
+            ("llama", 2048, 16, 32, 8, 8192, 128256, 1e-5, 500000.0, True,
+             {**LLAMA_3, "factor": 32.0, "original_max_position_embeddings": 8192}),
+        ),
+        ("llama", "mistral-7b", ("mistral", 4096, 32, 32, 8, 14336, 32000, 1e-5, 10000.0, False, None)),
+        ("qwen3", "0.6b", ("qwen3", 1024, 28, 16, 8, 3072, 151936, 1e-6, 1000000, True, None)),
+        ("qwen3", "32b", ("qwen3", 5120, 64, 64, 8, 25600, 151936, 1e-6, 1000000, False, None)),
+    ],
+)  # fmt: skip
+def test_flavors_are_what_the_published_files_say(name, flavor, published):
+    keys = ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    keys += ["intermediate_size", "vocab_size", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "rope_scaling"]
+    read = settings.read(dict(zip(keys, published, strict=True)))
+    settings.agree(read, models.registry.flavors(name)[flavor], flavor)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"rope_scaling": {"type": "linear"}}, "does not say factor"),
         ({"model_type": "lama"}, "unknown model_type in config.json 'lama'. Did you mean 'llama'"),
         ({"hidden_size": None}, "does not say hidden_size"),
         ({"attention_bias": True}, "attention_bias = True"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import warnings
@@ -67,14 +68,23 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     with export.folder(output, {}) as partial:
         step = partial / "checkpoint" / "step-0"
         conversion.to_checkpoint(source, step, arguments.vocab_size)
-        begins = {"step": 0, "row": 0, "fingerprints": {}, "torch": torch.__version__}
+        begins = {"step": 0, "row": 0, "fingerprints": {}, "excluded": [], "torch": torch.__version__}
         (step / checkpoint.RUN).write_text(json.dumps(begins, indent=2) + "\n")
+        (step / "SHA256SUMS").write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(step.iterdir())))
         (partial / "tokenizer").mkdir()
         for file in source.assets():
             shutil.copyfile(file, partial / "tokenizer" / file.name)
         (partial / "config.toml").write_text(tomli_w.dumps(sections))
     print(f"{output}: checkpoint/step-0 to start from, config.toml to extend")
     return 0
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while piece := content.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _sections(source: Folder, output: Path, vocab_size: int | None) -> dict[str, dict[str, Any]]:

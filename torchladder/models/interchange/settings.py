@@ -38,6 +38,17 @@ FIXED: dict[str, Any] = {
 }
 """Keys that may be missing, and the one value that our models compute with."""
 
+SCALINGS = {
+    "linear": {"rope_condense_ratio": "factor"},
+    "llama3": {
+        "rope_scaling_factor": "factor",
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_seq_len": "original_max_position_embeddings",
+    },
+}
+"""Type of a scaled RoPE -> field of a model's config -> key of the rotation's table."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -176,17 +187,15 @@ def _read_rope(config: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("config.json rotates a part of each head (partial_rotary_factor); here it is all or none.")
     if kind == "default":
         return fields
-    if kind == "linear":
-        return {**fields, "rope_condense_ratio": float(table["factor"])}
-    if kind != "llama3":
-        raise unknown("rope_type in config.json", str(kind), ["default", "linear", "llama3"])
-    return {
-        **fields,
-        "rope_scaling_factor": float(table["factor"]),
-        "rope_low_freq_factor": float(table["low_freq_factor"]),
-        "rope_high_freq_factor": float(table["high_freq_factor"]),
-        "rope_original_seq_len": int(table["original_max_position_embeddings"]),
-    }
+    if kind not in SCALINGS:
+        raise unknown("rope_type in config.json", str(kind), ["default", *SCALINGS])
+    missing = [key for key in SCALINGS[kind].values() if key not in table]
+    if missing:
+        raise ConfigError(f"config.json has RoPE of the type {kind}, but does not say {', '.join(missing)}.")
+    scaled = {ours: float(table[theirs]) for ours, theirs in SCALINGS[kind].items()}
+    if "rope_original_seq_len" in scaled:
+        scaled["rope_original_seq_len"] = int(scaled["rope_original_seq_len"])
+    return {**fields, **scaled}
 
 
 def _write_rope(config: Any) -> dict[str, Any]:
@@ -196,15 +205,8 @@ def _write_rope(config: Any) -> dict[str, Any]:
             "Hugging Face's form knows neither model.positional_embedding = 'none' nor model.rope_restart, nor "
             "model.rope_scaling_factor and model.rope_condense_ratio together."
         )
-    table: dict[str, Any] | None = None
-    if condensed:
-        table = {"rope_type": "linear", "factor": config.rope_condense_ratio}
-    if scaled:
-        table = {
-            "rope_type": "llama3",
-            "factor": config.rope_scaling_factor,
-            "low_freq_factor": config.rope_low_freq_factor,
-            "high_freq_factor": config.rope_high_freq_factor,
-            "original_max_position_embeddings": config.rope_original_seq_len,
-        }
-    return {"rope_theta": config.rope_theta, "rope_scaling": table}
+    if not (scaled or condensed):
+        return {"rope_theta": config.rope_theta, "rope_scaling": None}
+    kind = "llama3" if scaled else "linear"
+    table = {theirs: getattr(config, ours) for ours, theirs in SCALINGS[kind].items()}
+    return {"rope_theta": config.rope_theta, "rope_scaling": {"rope_type": kind, **table}}
