@@ -26,7 +26,7 @@ EPILOG = """
   torchladder convert to-hf outputs/run/checkpoint/step-5000 --output models/mine --dtype bfloat16
       writes what AutoModelForCausalLM.from_pretrained reads; the run's config.toml says what the checkpoint is of
 
-Weights go from shard to shard: memory holds one tensor (from-hf) or one shard of 2 GiB (to-hf), never the model.
+Weights go from file to file, tensor by tensor: memory holds one or two of them (from-hf) and a shard of 2 GiB (to-hf).
 """
 
 LONGEST = 8192
