@@ -195,7 +195,9 @@ class Trainer:
             self.step = saved["step"]
             self.loader.seek(saved["row"])
         elif self.config.checkpoint.initial_load_in_hf:
-            weights.load(self.model, self.config.checkpoint.initial_load_path or self.config.model.hf_assets_path)
+            path = self.config.checkpoint.initial_load_path or self.config.model.hf_assets_path
+            weights.load(self.model, path)
+            logger.info("loaded the weights of %s", path)
 
     def _fingerprints(self) -> dict[str, str]:
         """Returns what must be as it was for a run to go on: data, tokenizer, and what gives the state its meaning."""
@@ -217,6 +219,7 @@ class Trainer:
         path = self.checkpointer.folder / f"step-{self.step}-hf"
         with export.folder(path, export.tokenizer_files(config), first) as partial:
             weights.save(self.model, partial, facts, dtype, first)
+        logger.info("saved %s", path)
 
     # --- building -----------------------------------------------------------------------------------------------------
 

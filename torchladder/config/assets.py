@@ -69,7 +69,10 @@ def _tokenizer(folder: Folder) -> dict[str, Any]:
 
 def _sliding(window: int, settings: Settings, argv: list[str]) -> dict[str, Any]:
     """Returns the sections that keep a sliding window, or says that the run's own do not."""
-    length = int(flag(argv, "training.seq_len") or settings.get("training", {}).get("seq_len", 2048))
+    try:
+        length = int(flag(argv, "training.seq_len") or settings.get("training", {}).get("seq_len", 2048))
+    except (TypeError, ValueError):
+        return {}  # what it is instead is refused where all settings are
     masks = flags(argv, "attention.masks") or settings.get("attention", {}).get("masks")
     if length <= window:
         return {}
