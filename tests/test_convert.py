@@ -138,8 +138,14 @@ def test_mistral_keeps_its_window(folders, tmp_path, capsys):
     assert "sliding window of 16" in capsys.readouterr().out
 
     assert convert.run(["from-hf", str(folders / "mistral"), "--output", str(tmp_path / "ours")]) == 0
-    assert convert.run(["to-hf", str(tmp_path / "ours/checkpoint/step-0"), "--output", str(tmp_path / "back")]) == 0
-    assert Folder(tmp_path / "back").config["sliding_window"] == 16
+    assert (
+        convert.run(
+            ["to-hf", str(tmp_path / "ours/checkpoint/step-0"), "--output", str(tmp_path / "back"), "--seq-len", "4096"]
+        )
+        == 0
+    )
+    back = Folder(tmp_path / "back").config
+    assert (back["sliding_window"], back["max_position_embeddings"], back["bos_token_id"]) == (16, 4096, 0)
     assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")).__name__ == "MistralForCausalLM"
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import tomli_w
 import torch
 
-from torchladder import checkpoint, export, models
+from torchladder import checkpoint, export, models, reading
+from torchladder.config import Config
 from torchladder.data import tokenizer
 from torchladder.models.interchange import conversion, settings
 from torchladder.models.interchange.folder import CONFIG, Folder
@@ -35,31 +36,33 @@ LONGEST = 8192
 
 def run(argv: list[str]) -> int:
     """Converts, in the direction that the first word says."""
+    arguments = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+    if arguments.output.exists() and not arguments.overwrite:
+        raise ConfigError(f"{arguments.output} is there already; --overwrite replaces it.")
+    return _from_hf(arguments) if arguments.command == "from-hf" else _to_hf(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="torchladder convert", description=__doc__, epilog=EPILOG, allow_abbrev=False, formatter_class=form
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="from-hf|to-hf")
     ours = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint", allow_abbrev=False)
-    theirs = commands.add_parser("to-hf", help="a checkpoint to a Hugging Face folder", allow_abbrev=False)
     ours.add_argument("source", type=Path, metavar="DIR", help="with config.json and safetensors")
     ours.add_argument("--vocab-size", type=int, metavar="N", help="rows to have; new ones are the mean of the others")
+
+    theirs = commands.add_parser("to-hf", help="a checkpoint to a Hugging Face folder", allow_abbrev=False)
     theirs.add_argument("source", type=Path, metavar="CHECKPOINT", help="of a run: .../checkpoint/step-N")
     theirs.add_argument("--vocab-size", type=int, metavar="N", help="rows to keep: leaves out what pads the vocabulary")
-    theirs.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as saved)"
-    )
-    theirs.add_argument(
-        "--tokenizer", metavar="T", help="file or folder to copy the tokenizer from (default: the run's)"
-    )
+    theirs.add_argument("--seq-len", type=int, metavar="N", help="tokens of the longest row (default: of the run's)")
+    theirs.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: as saved)")
+    theirs.add_argument("--tokenizer", metavar="T", help="file or folder of the tokenizer (default: the run's)")
     for command in (ours, theirs):
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
         command.add_argument("--overwrite", action="store_true", help="replace DIR where it is there already")
-    arguments = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
-    if arguments.output.exists() and not arguments.overwrite:
-        raise ConfigError(f"{arguments.output} is there already; --overwrite replaces it.")
-    return _from_hf(arguments) if arguments.command == "from-hf" else _to_hf(arguments)
+    return parser
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
@@ -120,7 +123,8 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     files = export.files_of(arguments.tokenizer) if arguments.tokenizer else export.tokenizer_files(config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     with export.folder(output, files) as partial:
-        facts = export.facts(config, _tokenizer(arguments.tokenizer or getattr(config.tokenizer, "path", "")))
+        facts = export.facts(config, _tokenizer(arguments.tokenizer, config))
+        facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len)
         conversion.from_checkpoint(source, partial, (config.model.name, model), facts, dtype)
     print(f"{output}: {CONFIG}, weights, {', '.join(files) or 'no tokenizer (--tokenizer names one)'}")
     for mask in {*config.attention.masks} - {"causal", "sliding"}:
@@ -128,5 +132,8 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tokenizer(path: str) -> tokenizer.Tokenizer | None:
-    return tokenizer.load(path) if path else None
+def _tokenizer(path: str | None, config: Config) -> tokenizer.Tokenizer | None:
+    """Returns the tokenizer whose special tokens config.json names: the given one, or the run's if it is a file."""
+    if path:
+        return tokenizer.load(path)
+    return reading.tokenizer(config) if getattr(config.tokenizer, "path", "") else None
