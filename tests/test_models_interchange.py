@@ -1,11 +1,14 @@
 """Our models and those of transformers: the same logits, the same bits, the same text, in both directions."""
 
 import json
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 
 from torchladder import mask, models
 from torchladder.generate import SamplesConfig, generate
@@ -226,6 +229,37 @@ def test_flavors_are_what_the_published_files_say(name, flavor, published):
     settings.agree(read, models.registry.flavors(name)[flavor], flavor)
 
 
+@given(
+    kind=st.sampled_from([models.LlamaConfig, models.Qwen3Config]),
+    heads=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 64)),
+    tied=st.booleans(),
+    theta=st.floats(1.0, 1e8),
+    rope=st.sampled_from([{}, {"rope_condense_ratio": 4.0}, {"rope_scaling_factor": 8.0, "rope_original_seq_len": 99}]),
+    window=st.sampled_from([None, 16]),
+)
+def test_a_written_config_is_read_as_it_was(kind, heads, tied, theta, rope, window):
+    groups, each, half = heads
+    name = "llama" if kind is models.LlamaConfig else "qwen3"
+    window = window if name == "llama" else None
+    config = kind(
+        dim=24, n_layers=3, n_heads=groups * each, n_kv_heads=groups, head_dim=2 * half, ffn_dim=7, vocab_size=11,
+        tie_embeddings=tied, rope_theta=theta, initialization="normal", **rope,
+    )  # fmt: skip
+    written = json.loads(json.dumps(settings.write(name, config, Facts(64, window), torch.bfloat16)))
+    assert models.resolve(SimpleNamespace(**settings.read(written))) == config
+    assert settings.window_of(written) == window
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), limit=st.integers(1, 100))
+def test_shards_hold_each_tensor_once_in_order(sizes, limit):
+    stored = {str(number): size for number, size in enumerate(sizes)}
+    shards = list(folder.shards(stored, limit))
+    assert [name for shard in shards for name in shard] == list(stored)
+    assert all(len(shard) == 1 or sum(stored[name] for name in shard) <= limit for shard in shards)
+    for shard, following in pairwise(shards):
+        assert sum(stored[name] for name in [*shard, following[0]]) > limit
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -295,6 +329,18 @@ def test_tensors_that_lack_or_are_left_over_are_named(tmp_path):
             weights.load(model, tmp_path)
     safetensors.save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, file)
     weights.load(model, tmp_path)
+
+
+def test_damaged_files_are_named(theirs, tmp_path):
+    for file in theirs.path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    second = sorted(tmp_path.glob("*.safetensors"))[1]
+    second.write_bytes(second.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=rf"{second.name} is damaged"):
+        weights.load(make(tmp_path)[0], tmp_path)
+    (tmp_path / folder.INDEX).write_text("{}")
+    with pytest.raises(ConfigError, match="has no weight_map"):
+        weights.load(make(tmp_path)[0], tmp_path)
 
 
 def test_a_folder_without_a_config_is_none(tmp_path):

@@ -67,7 +67,7 @@ class Folder:
         """Name -> what is stored, file by file."""
         found = {}
         for file in self._files():
-            with _library(file).safe_open(file, framework="pt") as content:
+            with _opened(file) as content:
                 for name in content.keys():  # noqa: SIM118 - not a dict
                     kept = content.get_slice(name)
                     dtype = _DTYPES.get(kept.get_dtype())
@@ -81,7 +81,7 @@ class Folder:
         file = self.tensors[name].file
         if self._open is None or self._open[0] != file:
             self._open = None  # closed before the next is opened: pages of both would count as memory
-            self._open = file, _library(file).safe_open(file, framework="pt")
+            self._open = file, _opened(file)
         return self._open[1].get_tensor(name)
 
     def assets(self) -> list[Path]:
@@ -90,7 +90,12 @@ class Folder:
 
     def _files(self) -> list[Path]:
         index = self.path / INDEX
-        names = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        names = ["model.safetensors"]
+        if index.is_file():
+            where = _json(index).get("weight_map")
+            if not isinstance(where, dict):
+                raise ConfigError(f"{index} has no weight_map.")
+            names = sorted(set(where.values()))
         for name in names:
             if not (self.path / name).is_file():
                 raise ConfigError(f"{self.path}: {name} is not there; weights are read from safetensors only.")
@@ -109,11 +114,11 @@ def write(
         read: gives a tensor.
         keep: whether this process writes; one that does not takes part in reading all the same.
     """
-    shards = list(_shards(stored))
+    files = list(shards(stored, SHARD_BYTES))
     where: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        single = len(shards) == 1
-        file = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for number, names in enumerate(files, start=1):
+        single = len(files) == 1
+        file = "model.safetensors" if single else f"model-{number:05}-of-{len(files):05}.safetensors"
         tensors = {}
         for name in names:
             tensor = read(name)
@@ -124,16 +129,17 @@ def write(
             _library(path / file).torch.save_file(tensors, path / file, metadata={"format": "pt"})
     if keep:
         (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    if keep and len(shards) > 1:
+    if keep and len(files) > 1:
         index = {"metadata": {"total_size": sum(stored.values())}, "weight_map": where}
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _shards(stored: dict[str, int]) -> Iterator[list[str]]:
+def shards(stored: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """Cuts names, with their bytes, into runs of at most ``limit`` bytes, or of a single larger one."""
     names: list[str] = []
     held = 0
     for name, size in stored.items():
-        if names and held + size > SHARD_BYTES:
+        if names and held + size > limit:
             yield names
             names, held = [], 0
         names.append(name)
@@ -149,6 +155,14 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file} holds no JSON object.")
     return loaded
+
+
+def _opened(file: Path) -> Any:
+    library = _library(file)
+    try:
+        return library.safe_open(file, framework="pt")
+    except library.SafetensorError as error:
+        raise ConfigError(f"{file} is damaged: {error}.") from None
 
 
 def _library(file: Path) -> ModuleType:
