@@ -31,6 +31,7 @@ LAYERS = [
     ["config"],
     ["reading"],
     ["plan", "lifeline"],
+    ["export"],
     ["trainer"],
     ["train", "commands"],
     ["__main__"],
@@ -46,6 +47,7 @@ OPTIONAL = {
     "tiktoken",
     "ray",
     "torchao",
+    "safetensors",
 }
 """Third-party packages that may be imported inside a function: extras, and what would slow down every start."""
 

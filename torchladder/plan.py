@@ -132,7 +132,7 @@ def lines(plan: Plan) -> list[str]:
     elif last != config.training.seq_len:
         ladder += f", {last:,} at the last step: never the full {config.training.seq_len:,}"
     return [
-        f"model       {config.model.name} {config.model.flavor}, {plan.parameters:,} parameters, "
+        f"model       {f'{config.model.name} {config.model.flavor}'.strip()}, {plan.parameters:,} parameters, "
         f"{plan.state_bytes / 2**30:.2f} GiB of weights, gradients and optimizer state per rank",
         f"step        {batch.rows} rows x {config.training.seq_len:,} tokens = {plan.tokens_per_step:,} tokens "
         f"({batch.data_ranks} x {batch.local} rows x {batch.accumulation} accumulated)",

@@ -94,4 +94,4 @@ def _finished(config: settings.Config, steps: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(process_code(record(main)()))
+    sys.exit(process_code(record(main)() or 0))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchladder import checkpoint, data, mask, models, optim, plots, profiling, reading, resilience
+from torchladder import checkpoint, data, export, mask, models, optim, plots, profiling, reading, resilience
 from torchladder.data import Batch
 from torchladder.distributed import context, float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
@@ -24,6 +24,7 @@ from torchladder.interrupt import Interrupt, Interrupted
 from torchladder.lifeline import Lifeline
 from torchladder.metrics import Metrics, Run
 from torchladder.models import attention
+from torchladder.models.interchange import weights
 from torchladder.plan import Plan, fingerprints, lines
 from torchladder.registry import ConfigError
 from torchladder.resilience import RollBack
@@ -118,6 +119,8 @@ class Trainer:
             self.pending = False
             if self.lifeline.due(step):
                 self.lifeline.save(self.state())
+            if last and config.checkpoint.last_save_in_hf:
+                self._export()
             if step % config.training.gc_freq == 0:
                 gc.collect(1)
         if step and not last and config.job.exit_interval and step % config.job.exit_interval == 0:
@@ -235,6 +238,10 @@ class Trainer:
         saved = self.lifeline.resume(self._check, self.loader)
         if saved is not None:
             self._go_on(saved)
+        elif self.config.checkpoint.initial_load_in_hf:
+            path = self.config.checkpoint.initial_load_path or self.config.model.hf_assets_path
+            weights.load(self.model, path)
+            logger.info("loaded the weights of %s", path)
 
     def _go_on(self, saved: dict[str, Any]) -> None:
         self.step, self.row, self.pending = saved["step"], saved["row"], saved["pending"]
@@ -244,6 +251,15 @@ class Trainer:
 
     def _fingerprints(self) -> dict[str, str]:
         return fingerprints(self.plan, self.model.config, self.loader)
+
+    def _export(self) -> None:
+        """Leaves the model as a Hugging Face folder beside the checkpoints."""
+        config, first = self.config, self.ranks.first
+        facts, dtype = export.facts(config, self.tokenizer), getattr(torch, config.checkpoint.export_dtype)
+        path = self.lifeline.saves.folder / f"step-{self.step}-hf"
+        with export.folder(path, export.tokenizer_files(config), first) as partial:
+            weights.save(self.model, partial, facts, dtype, first)
+        logger.info("saved %s", path)
 
     # --- building -----------------------------------------------------------------------------------------------------
 

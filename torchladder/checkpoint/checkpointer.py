@@ -142,7 +142,7 @@ class Checkpointer:
                 )
             self.saved = -1 if run.get("pending") else run["step"]
             return run
-        if not config.initial_load_path:
+        if not config.initial_load_path or config.initial_load_in_hf:  # the trainer knows Hugging Face's form
             return None
         path, model_only = Path(config.initial_load_path), config.initial_load_model_only
         wrong = load.problem(path, (lambda run: None) if model_only else check, self.team)

@@ -52,6 +52,9 @@ class CheckpointConfig:
     initial_load_model_only: bool = True
     """Take only the weights from initial_load_path, not optimizer, step and rows."""
 
+    initial_load_in_hf: bool = False
+    """Start from a Hugging Face folder: initial_load_path where it is set, model.hf_assets_path otherwise."""
+
     exclude_from_loading: list[str] = field(default_factory=list)
     """What not to take from a checkpoint of another run: optimizer, dataloader (the row), train_state (the step)."""
 
@@ -59,7 +62,10 @@ class CheckpointConfig:
     """Save only the weights at the end of the run."""
 
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights that last_save_model_only saves."""
+    """Type of the weights that last_save_model_only and last_save_in_hf save."""
+
+    last_save_in_hf: bool = False
+    """Leave the weights at the end of the run as a Hugging Face folder too, step-N-hf beside the checkpoints."""
 
     create_seed_checkpoint: bool = False
     """Save the initial state as step-0 and stop: runs of any layout can begin with the same weights."""
@@ -83,6 +89,9 @@ class CheckpointConfig:
             self._at_least(key, least)
         if self.create_seed_checkpoint and (not self.enable or self.load_only):
             raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable, and not load_only.")
+        for key in ("initial_load_in_hf", "last_save_in_hf"):
+            if getattr(self, key) and (not self.enable or (key == "last_save_in_hf" and self.load_only)):
+                raise ConfigError(f"checkpoint.{key} needs checkpoint.enable, and last_save_in_hf not load_only.")
         if self.keep_latest_k < 0 or self.keep_latest_k == 1:
             raise ConfigError(
                 f"checkpoint.keep_latest_k = {self.keep_latest_k}: must be 0 (all) or 2 and more: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from torchladder import config
-from torchladder.commands import inspect, merge, plan, prepare, report, slurm, tokenizer
+from torchladder.commands import convert, generate, inspect, merge, plan, prepare, report, slurm, tokenizer
 from torchladder.registry import ConfigError, unknown
 
 COMMANDS = {
@@ -15,6 +15,8 @@ COMMANDS = {
     "inspect": inspect,
     "tokenizer": tokenizer,
     "report": report,
+    "convert": convert,
+    "generate": generate,
     "slurm": slurm,
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 import pydantic
 import tyro
 
-from torchladder.config import files
+from torchladder.config import assets, files
 from torchladder.config.parts import config_type
 from torchladder.config.sections import Config
 from torchladder.config.values import adapter, fields, flag, flags, problem
@@ -33,6 +33,7 @@ def load(argv: list[str]) -> Config:
     file = flag(argv, "job.config_file")
     settings, origins = files.read(Path(file)) if file else ({}, {})
     _import_plugins(settings, argv, Path(file).parent if file else Path())
+    assets.apply(settings, origins, argv)
 
     sections: dict[str, Any] = {}
     kind = config_type(settings, argv)
@@ -41,7 +42,7 @@ def load(argv: list[str]) -> Config:
             raise unknown(f"section in {files.origin(origins, name)}", name, fields(kind))
     for name, section in fields(kind).items():
         sections[name] = _section(section.kind, name, settings.get(name, {}), origins)
-    return tyro.cli(
+    config = tyro.cli(
         kind,
         default=kind(**sections),
         args=argv,
@@ -50,6 +51,8 @@ def load(argv: list[str]) -> Config:
         "comes first, the command line wins over it.",
         use_underscores=True,
     )
+    assets.check(config)
+    return config
 
 
 def fail(error: ConfigError) -> int:

@@ -29,12 +29,12 @@ class Content:
     Attributes:
         tokens: (B, T + 1) int32, the last one only a label. One that nobody is to predict is ``~token``, padding ~0.
         begins: (pieces,) int64, where documents, rows and padding begin among the B * T places.
-        rows: the global row of each.
+        rows: the global row of each; empty where the loader numbers none.
     """
 
     tokens: np.ndarray
     begins: np.ndarray
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] = ()
 
     def batch(self) -> Batch:
         """Returns the micro-batch."""

@@ -6,6 +6,7 @@ The model's ``parallel_plan`` names a style for every module that has parameters
 |---|---|---|
 | ``embedding`` | rows of the vocabulary on each rank | all tokens → a share of the tokens |
 | ``sequence`` | whole on each rank, a norm | a share of the tokens → the same |
+| ``heads`` | whole on each rank, a norm of each head | a share of the heads → the same |
 | ``gather`` | has no parameters of its own | its first input: a share of the tokens → all of them |
 | ``colwise`` | linear, a share of the outputs on each rank | all tokens → all tokens, a share of the features |
 | ``rowwise`` | linear, a share of the inputs on each rank | a share of the features → a share of the tokens |
@@ -141,6 +142,7 @@ def _placed(x: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
 _STYLES: dict[str, Callable[[bool], ParallelStyle]] = {
     "embedding": lambda _: _Embedding(input_layouts=Replicate(), output_layouts=TOKENS),
     "sequence": lambda _: SequenceParallel(),
+    "heads": lambda _: SequenceParallel(sequence_dim=2, use_local_output=True),
     "gather": lambda _: _Gather(),
     "colwise": lambda _: ColwiseParallel(),
     "rowwise": lambda _: _Rowwise(output_layouts=TOKENS),

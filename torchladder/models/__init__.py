@@ -3,8 +3,21 @@
 from torchladder.models.base import Attend, Model, ModelRegistry, register, registry
 from torchladder.models.llama import Llama
 from torchladder.models.llama_config import LlamaConfig
+from torchladder.models.qwen3 import Qwen3, Qwen3Config
 
 build = registry.build
 resolve = registry.resolve
 
-__all__ = ["Attend", "Llama", "LlamaConfig", "Model", "ModelRegistry", "build", "register", "registry", "resolve"]
+__all__ = [
+    "Attend",
+    "Llama",
+    "LlamaConfig",
+    "Model",
+    "ModelRegistry",
+    "Qwen3",
+    "Qwen3Config",
+    "build",
+    "register",
+    "registry",
+    "resolve",
+]

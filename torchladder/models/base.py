@@ -14,14 +14,15 @@ import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
-from typing import Any, get_type_hints
+from dataclasses import MISSING, fields, replace
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from docstring_parser import parse_from_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchladder.models.interchange.family import Family
 from torchladder.registry import ConfigError, Part, Registry, unknown
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -34,10 +35,12 @@ class Model(nn.Module, ABC):
     Attributes:
         config: the facts the model was built from, a frozen dataclass.
         layers: name -> block, in the order of the forward pass: the unit of compilation, checkpointing and sharding.
+        hugging_face: how the model is written in Hugging Face's form; None for one that has no such form.
     """
 
     config: Any
     layers: nn.ModuleDict
+    hugging_face: ClassVar[Family | None] = None
 
     @abstractmethod
     def forward(self, tokens: Tensor, attention_mask: Any, labels: Tensor | None = None) -> Tensor:
@@ -155,16 +158,26 @@ class ModelRegistry(Registry[Model]):
         return dict(self._flavors[name])
 
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:
-        """Returns the settings of a model: its flavor, and each field of its config, where None keeps the flavor's."""
+        """Returns the settings of a model: its flavor or folder, and each field of its config; None keeps their value.
+
+        ``hf_assets_path`` is for whoever reads the settings, who gives each field the folder's value.
+        """
         hints = get_type_hints(self.config_type(name))
-        settings = {"flavor": _setting("flavor", str, next(iter(self.flavors(name))))}
+        settings = {
+            "flavor": _setting("flavor", str, next(iter(self.flavors(name)))),
+            "hf_assets_path": _setting("hf_assets_path", str, ""),
+        }
         return settings | {field: _setting(field, hint | None, None) for field, hint in hints.items()}
 
     def docs(self, name: str) -> dict[str, str]:
         """Returns one line of help per setting, taken from the docstrings below the config's fields."""
-        parsed = parse_from_object(self.config_type(name))
-        lines = {field.arg_name: field.description or "" for field in parsed.params}
-        return {"flavor": f"Size of the model: {', '.join(self.flavors(name))}.", **lines}
+        kinds = reversed(self.config_type(name).__mro__[:-1])
+        parsed = [field for kind in kinds for field in parse_from_object(kind).params]
+        return {
+            "flavor": f"Size of the model: {', '.join(self.flavors(name))}; empty where every field is given.",
+            "hf_assets_path": "A Hugging Face folder: its config.json sets the model, its tokenizer the tokenizer.",
+            **{field.arg_name: field.description or "" for field in parsed},
+        }
 
     def config_type(self, name: str) -> type:
         """Returns the dataclass of a model's config."""
@@ -175,16 +188,22 @@ class ModelRegistry(Registry[Model]):
 
         Args:
             section: an object with ``name``, ``flavor`` and any of the config's fields; None keeps the flavor's value.
+                An empty flavor has no values.
 
         Raises:
             ConfigError: no such model, no such flavor, or values that do not fit together.
         """
-        flavors = self.flavors(section.name)
-        if section.flavor not in flavors:
+        flavors, kind = self.flavors(section.name), self.config_type(section.name)
+        if section.flavor and section.flavor not in flavors:
             raise unknown(f"{section.name} flavor", section.flavor, flavors)
-        flavor = flavors[section.flavor]
-        chosen = {field.name: getattr(section, field.name, None) for field in fields(flavor)}
-        return replace(flavor, **{field: value for field, value in chosen.items() if value is not None})
+        chosen = {field.name: getattr(section, field.name, None) for field in fields(kind)}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        if section.flavor:
+            return replace(flavors[section.flavor], **chosen)
+        for field in fields(kind):
+            if field.default is MISSING and field.name not in chosen:
+                raise ConfigError(f"model.{field.name} is not set, and there is no model.flavor to set it.")
+        return kind(**chosen)
 
     def build(self, section: Any, **facts: Any) -> Model:
         """Makes the model that a section describes, on the current default device (``meta`` included).

@@ -108,9 +108,19 @@ class Attention(nn.Module):
         head_dim: features per head.
         rope: the rotation of queries and keys, or None for attention without positions.
         attend: the kernel's attention.
+        qk_norm: added to the mean square where each head's queries and keys are normalised (arXiv 2302.05442) before
+            they are rotated; None leaves them as they are.
     """
 
-    def __init__(self, dim: int, heads: tuple[int, int], head_dim: int, rope: RoPE | None, attend: Attend) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: tuple[int, int],
+        head_dim: int,
+        rope: RoPE | None,
+        attend: Attend,
+        qk_norm: float | None = None,
+    ) -> None:
         super().__init__()
         n_heads, n_kv_heads = heads
         self.head_dim = head_dim
@@ -120,12 +130,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(n_heads * head_dim, dim, bias=False)
+        self.q_norm = None if qk_norm is None else nn.RMSNorm(head_dim, eps=qk_norm)
+        self.k_norm = None if qk_norm is None else nn.RMSNorm(head_dim, eps=qk_norm)
 
     def forward(self, x: Tensor, attention_mask: Any) -> Tensor:
         # The number of heads is read off the projections: under tensor parallelism a rank holds a share of them.
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, K)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = self.rope(q), self.rope(k)
         out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention_mask)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from torchladder.models.attention import causal
 from torchladder.models.base import Attend, Model, draw, register
+from torchladder.models.interchange.family import LLAMA, Family
 from torchladder.models.layers import Attention, FeedForward, Head, RoPE
 from torchladder.models.llama_config import FLAVORS, INITIALIZATIONS, RESIDUAL, LlamaConfig
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each after a norm and each added to what came in."""
+    """Attention and a feed-forward layer, each after a norm and each added to what came in.
 
-    def __init__(self, config: LlamaConfig, rope: RoPE | None, attend: Attend) -> None:
+    Args:
+        config: the shape.
+        rope: the rotation of queries and keys, or None.
+        attend: the kernel's attention.
+        qk_norm: as ``Attention`` takes it.
+    """
+
+    def __init__(self, config: LlamaConfig, rope: RoPE | None, attend: Attend, qk_norm: float | None = None) -> None:
         super().__init__()
         heads = (config.n_heads, config.kv_heads)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config.dim, heads, config.head_size, rope, attend)
+        self.attention = Attention(config.dim, heads, config.head_size, rope, attend, qk_norm)
         self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
 
@@ -40,6 +48,8 @@ class Llama(Model):
         first: the position of the first token of the rows that come, where ranks share rows.
     """
 
+    hugging_face: ClassVar[Family | None] = LLAMA
+
     def __init__(self, config: LlamaConfig, attend: Attend = causal, seq_len: int = 2048, first: int = 0) -> None:
         super().__init__()
         self.config = config
@@ -47,9 +57,13 @@ class Llama(Model):
         rope = config.positional_embedding == "rope"
         self.rope = RoPE(config.head_size, seq_len, config.rotation, first) if rope else None
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleDict({str(i): Block(config, self.rope, attend) for i in range(config.n_layers)})
+        self.layers = nn.ModuleDict({str(i): self.block(attend) for i in range(config.n_layers)})
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = Head(config.dim, config.vocab_size, config.tie_embeddings)
+
+    def block(self, attend: Attend) -> Block:
+        """Returns one of the blocks."""
+        return Block(self.config, self.rope, attend)
 
     def forward(self, tokens: Tensor, attention_mask: Any, labels: Tensor | None = None) -> Tensor:
         x = self.embedding(tokens)  # (B, T, d)

@@ -8,6 +8,7 @@
 | `code-1b`, `code-3.2-3b` | SkyLadder's models of code | |
 | `llama2-7b`, `llama2-13b`, `llama2-70b` | Llama 2 (arXiv 2307.09288) | |
 | `llama3-8b`, `llama3.2-1b`, `llama3.2-3b` | Llama 3 (arXiv 2407.21783) | |
+| `mistral-7b` | Mistral 7B v0.1 (arXiv 2310.06825), with the mask `sliding` and a window of 4,096 | |
 | `teenytinyllama-160m`, `teenytinyllama-460m` | TeenyTinyLlama (arXiv 2401.16640) | |
 | `tilde-30b` | TildeOpen 30B | |
 """
@@ -187,6 +188,7 @@ FLAVORS = {
     "llama3-8b": _shape(32, 4096, (32, 8), 14336, **_LLAMA_3),
     "llama3.2-1b": _shape(16, 2048, (32, 8), 8192, **_LLAMA_3_2),
     "llama3.2-3b": _shape(28, 3072, (24, 8), 8192, **_LLAMA_3_2),
+    "mistral-7b": _shape(32, 4096, (32, 8), 14336, **_PLAIN),
     "teenytinyllama-160m": _shape(12, 768, (12, 12), 3072, **_PLAIN),
     "teenytinyllama-460m": _shape(24, 1024, (16, 16), 4096, **_PLAIN),
     "tilde-30b": _shape(60, 6144, (48, 8), 21504, **_TILDE),

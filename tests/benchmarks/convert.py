@@ -1,0 +1,67 @@
+"""Peak memory of converting a model to a checkpoint and back, against its size and that of its largest tensor.
+
+python -m tests.benchmarks.convert [MiB of the embedding] [blocks]
+
+Each direction runs in a process of its own. Memory is what it had at most (VmHWM, with pages of mapped files) beyond
+what it had after its imports. Linux only.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from torchladder import models
+from torchladder.models.interchange import conversion, folder, weights
+from torchladder.models.interchange.settings import Facts
+
+DIM, FFN = 1024, 3072
+
+
+def config(mib: int, blocks: int) -> models.LlamaConfig:
+    vocab = mib * 2**20 // (2 * DIM)  # bfloat16
+    return models.LlamaConfig(dim=DIM, n_layers=blocks, n_heads=8, ffn_dim=FFN, vocab_size=vocab, tie_embeddings=True)
+
+
+def peak() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def convert(direction: str, root: Path, shape: models.LlamaConfig) -> None:
+    """Converts in this process and prints the peak in MiB."""
+    folder.SHARD_BYTES = 16 << 20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak()
+    if direction == "from-hf":
+        conversion.to_checkpoint(folder.Folder(root / "source"), root / "step-0")
+    elif direction == "from-hf, 1,000 rows more":
+        conversion.to_checkpoint(folder.Folder(root / "source"), root / "step-1", shape.vocab_size + 1000)
+    else:
+        (root / "back").mkdir()
+        conversion.from_checkpoint(root / "step-0", root / "back", ("llama", shape), Facts(64))
+    print(round(peak() - before))
+
+
+def main(mib: int = 64, blocks: int = 20) -> None:
+    shape = config(mib, blocks)
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        (root / "source").mkdir()
+        folder.SHARD_BYTES = 16 << 20
+        weights.save(models.Llama(shape, seq_len=8), root / "source", Facts(64), torch.bfloat16, first=True)
+        size = sum(file.stat().st_size for file in (root / "source").glob("*.safetensors")) >> 20
+        print(f"model of {size:,} MiB in shards of 16 MiB, largest tensor {mib} MiB; peak beyond the start:")
+        for direction in ("from-hf", "from-hf, 1,000 rows more", "to-hf"):
+            command = [sys.executable, "-m", "tests.benchmarks.convert", direction, place, str(mib), str(blocks)]
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            print(f"  {direction:26} {found.strip():>5} MiB")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 5:
+        convert(sys.argv[1], Path(sys.argv[2]), config(int(sys.argv[3]), int(sys.argv[4])))
+    else:
+        main(*map(int, sys.argv[1:]))

@@ -1,0 +1,255 @@
+"""Folders of Hugging Face's as they come, through commands and runs: converted, trained on, given back."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchladder import commands, config, train
+from torchladder.checkpoint import CheckpointConfig
+from torchladder.commands import convert, generate
+from torchladder.models.interchange.folder import Folder
+from torchladder.registry import ConfigError
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+ROOT = Path(__file__).parents[1]
+SHAPE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+WORDS = "the ladder climbs from a few tokens to the full row while the model trains and every mask is one integer "
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A Llama and a Mistral, each with a tokenizer, and a text to train on."""
+    root = tmp_path_factory.mktemp("folders")
+    part = tokenizers.Tokenizer(tokenizers.models.BPE())
+    part.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    part.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    part.train_from_iterator(
+        [WORDS] * 3,
+        tokenizers.trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False),
+    )
+    size = part.get_vocab_size()
+    for kind in (
+        transformers.LlamaConfig(**SHAPE, vocab_size=size),
+        transformers.MistralConfig(**SHAPE, vocab_size=size, sliding_window=16),
+    ):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(kind)
+        model.save_pretrained(root / kind.model_type, max_shard_size="40KB")
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=part, bos_token="<s>", eos_token="</s>")
+        fast.save_pretrained(root / kind.model_type)
+    (root / "text.txt").write_text(WORDS * 60)
+    return root
+
+
+def argv(folders, out, *more):
+    """The command line of a short run on a small text."""
+    return [
+        *("--job.dump_folder", str(out), "--data.sources", f'{{ path = "{folders / "text.txt"}" }}'),
+        *("--data.cache_folder", str(folders / "cache"), "--validation.no_enable", "--training.seq_len", "64"),
+        *("--training.local_batch_size", "2", "--training.mixed_precision_param", "float32"),
+        *("--metrics.log_freq", "1", "--checkpoint.enable", "--lr_scheduler.warmup_steps", "1", *more),
+    ]  # fmt: skip
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_run_starts_from_a_folder_and_ends_in_one(folders, tmp_path, capsys):
+    straight = ["--model.hf_assets_path", str(folders / "llama"), "--checkpoint.initial_load_in_hf"]
+    ends = ["--checkpoint.last_save_in_hf", "--checkpoint.export_dtype", "bfloat16", "--training.steps", "3"]
+    assert train.main(argv(folders, tmp_path / "one", *straight, *ends)) == 0
+    out = tmp_path / "one" / "checkpoint" / "step-3-hf"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {
+        file.name for file in out.iterdir()
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert (model.dtype, model.config.eos_token_id) == (torch.bfloat16, 1)
+    assert transformers.AutoTokenizer.from_pretrained(out)("the ladder")["input_ids"]
+
+    # The same by way of a converted checkpoint, whose config.toml the run extends.
+    assert convert.run(["from-hf", str(folders / "llama"), "--output", str(tmp_path / "ours")]) == 0
+    by_file = ["--job.config_file", str(tmp_path / "ours" / "config.toml"), "--training.steps", "3"]
+    assert train.main(argv(folders, tmp_path / "two", *by_file)) == 0
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+
+    # The checkpoint beside the folder gives the same folder, and the run goes on from it, not from where it began.
+    step = tmp_path / "one" / "checkpoint" / "step-3"
+    assert convert.run(["to-hf", str(step), "--output", str(tmp_path / "back"), "--dtype", "bfloat16"]) == 0
+    assert (tmp_path / "back" / "config.json").read_text() == (out / "config.json").read_text()
+    for name in Folder(out).tensors:
+        assert torch.equal(Folder(tmp_path / "back").read(name), Folder(out).read(name)), name
+    assert train.main(argv(folders, tmp_path / "one", *straight, "--training.steps", "4")) == 0
+    assert len(losses(tmp_path / "one")) == 4
+
+    # Greedy text: theirs from the folder, ours from the checkpoint and from the folder.
+    assert convert.run(["to-hf", str(step), "--output", str(tmp_path / "whole")]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "whole")
+    prompt = tokenizer("the ladder", return_tensors="pt", add_special_tokens=False)
+    expected = tokenizer.decode(
+        model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[0], skip_special_tokens=True
+    )
+    capsys.readouterr()
+    for place in (step, tmp_path / "whole"):
+        greedy = ["--prompt", "the ladder", "--max-new-tokens", "12", "--temperature", "0"]
+        assert generate.run(["--checkpoint", str(place), *greedy]) == 0
+        assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_a_vocabulary_grows_and_shrinks_again(folders, tmp_path):
+    size = Folder(folders / "llama").config["vocab_size"]
+    straight = ["--model.hf_assets_path", str(folders / "llama"), "--checkpoint.initial_load_in_hf"]
+    ends = ["--training.steps", "1", "--optimizer.lr", "1e-9", "--checkpoint.last_save_in_hf"]
+    more = ["--model.vocab_size", str(size + 5)]
+    assert train.main(argv(folders, tmp_path / "run", *straight, *ends, *more)) == 0
+    grown = Folder(tmp_path / "run" / "checkpoint" / "step-1-hf")
+    rows = grown.read("lm_head.weight")
+    assert (grown.config["vocab_size"], len(rows)) == (size + 5, size + 5)
+    torch.testing.assert_close(rows[size:], rows[:size].mean(dim=0).expand(5, -1), atol=1e-6, rtol=0)
+    step = str(tmp_path / "run" / "checkpoint" / "step-1")
+    assert convert.run(["to-hf", step, "--output", str(tmp_path / "cut"), "--vocab-size", str(size)]) == 0
+    cut = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert cut.config.vocab_size == size
+    assert torch.equal(cut.lm_head.weight, rows[:size])
+
+
+def test_mistral_keeps_its_window(folders, tmp_path, capsys):
+    path = ["--model.hf_assets_path", str(folders / "mistral")]
+    found = config.load([*path, "--training.seq_len", "64"])
+    assert (found.attention.masks, found.curriculum.window, found.tokenizer.name) == (["sliding"], 16, "huggingface")
+    assert config.load([*path, "--training.seq_len", "16"]).attention.masks == ["causal"]
+    other = config.load([*path, "--training.seq_len", "64", "--attention.masks", "document"])
+    assert other.attention.masks == ["document"]
+    assert "sliding window of 16" in capsys.readouterr().out
+
+    assert convert.run(["from-hf", str(folders / "mistral"), "--output", str(tmp_path / "ours")]) == 0
+    assert (
+        convert.run(
+            ["to-hf", str(tmp_path / "ours/checkpoint/step-0"), "--output", str(tmp_path / "back"), "--seq-len", "4096"]
+        )
+        == 0
+    )
+    back = Folder(tmp_path / "back").config
+    assert (back["sliding_window"], back["max_position_embeddings"], back["bos_token_id"]) == (16, 4096, 0)
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")).__name__ == "MistralForCausalLM"
+
+
+def test_the_rows_and_the_theta_of_phases_are_said(folders, tmp_path):
+    straight = ["--model.hf_assets_path", str(folders / "llama"), "--checkpoint.initial_load_in_hf"]
+    phases = ["--data.phases", "{ from_step = 0, rope_theta = 5e5 }", "--training.steps", "1"]
+    assert train.main(argv(folders, tmp_path, *straight, *phases, "--checkpoint.last_save_in_hf")) == 0
+    written = Folder(tmp_path / "checkpoint" / "step-1-hf").config
+    assert (written["rope_theta"], written["max_position_embeddings"]) == (5e5, 64)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--model.n_layers", "3"], ["model.n_layers = 2", "3"]),
+        (["--model.rope_theta", "1e6"], ["model.rope_theta", "data.phases"]),
+        (["--model.vocab_size", "10"], ["model.vocab_size", "10"]),
+        (["--model.name", "qwen3"], ["model.name = 'qwen3'", "llama"]),
+        (["--model.flavor", "1b"], ["model.dim = 32", "2048"]),
+    ],
+)
+def test_settings_that_contradict_the_folder_are_refused(folders, tmp_path, capsys, more, words):
+    straight = ["--model.hf_assets_path", str(folders / "llama"), "--checkpoint.initial_load_in_hf"]
+    assert train.main(argv(folders, tmp_path, *straight, *more)) == 2
+    shown = capsys.readouterr().err
+    assert all(word in shown for word in words)
+
+
+def test_a_run_that_has_no_folder_to_start_from_says_so():
+    with pytest.raises(ConfigError, match=r"model\.hf_assets_path or checkpoint\.initial_load_path"):
+        config.load(["--checkpoint.enable", "--checkpoint.initial_load_in_hf"])
+    with pytest.raises(SystemExit):
+        config.load(["--checkpoint.last_save_in_hf"])
+    with pytest.raises(ConfigError, match=r"last_save_in_hf needs checkpoint\.enable"):
+        CheckpointConfig(last_save_in_hf=True)
+    with pytest.raises(ConfigError, match="no Hugging Face folder"):
+        config.load(["--model.hf_assets_path", "/nowhere"])
+
+
+def test_commands_refuse_what_cannot_be(folders, tmp_path, monkeypatch, capsys):
+    for words, message in (
+        (["convert", "from-hf", str(tmp_path), "--output", str(tmp_path / "a")], "is no Hugging Face folder"),
+        (["convert", "from-hf", str(folders / "llama"), "--output", str(tmp_path)], "is there already; --overwrite"),
+        (["convert", "to-hf", str(tmp_path), "--output", str(tmp_path / "a")], "is no complete checkpoint"),
+        (["generate", "--checkpoint", str(tmp_path), "--prompt", "a"], "neither a complete checkpoint"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["torchladder", *words])
+        assert commands.main() == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_page_is_true(folders, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "interchange.md").read_text()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "Llama-3.2-1B").symlink_to(folders / "llama")
+    monkeypatch.chdir(tmp_path)
+    shown = [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
+    assert len(shown) == 4
+    for line in shown:
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        assert commands.main() == 0
+    assert capsys.readouterr().out.count("The ladder") == 2
+    training = re.search(r"    \./run_train\.sh (.*?)\n\n", page, flags=re.DOTALL)[1].replace("\\\n", " ")
+    given = [word for word in shlex.split(training) if word not in ("--job.config_file", "my.toml")]
+    assert train.main([*argv(folders, tmp_path / "out"), *given, "--training.steps", "1"]) == 0
+    assert (tmp_path / "out" / "checkpoint" / "step-1-hf").is_dir()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], names)
+    assert names["River"].hugging_face.theirs("norm.weight") == "model.last_norm.weight"
+    assert names["River"].hugging_face.theirs("layers.3.attention.q_proj.weight").startswith("model.layers.3.")
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+import torch
+from torchladder import models
+from torchladder.models.interchange import conversion, folder, settings
+from torchladder.models.interchange.settings import Facts
+
+source, out, folder.SHARD_BYTES = Path(sys.argv[1]), Path(sys.argv[2]), 2 << 20
+kept = folder.Folder(source)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+conversion.to_checkpoint(kept, out / "step-0")
+model = models.LlamaConfig(dim=256, n_layers=40, n_heads=8, ffn_dim=512, vocab_size=1024)
+(out / "back").mkdir()
+conversion.from_checkpoint(out / "step-0", out / "back", ("llama", model), Facts(64))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_converting_holds_a_shard_and_not_the_model(tmp_path):
+    """A model of 100 MiB in shards of 2 MiB: both ways never take a quarter of it."""
+    (tmp_path / "source").mkdir()
+    make = MEASURED.split("kept =")[0] + (
+        "from torchladder.models.interchange import weights\n"
+        "config = models.LlamaConfig(dim=256, n_layers=40, n_heads=8, ffn_dim=512, vocab_size=1024)\n"
+        "weights.save(models.Llama(config, seq_len=8), source, Facts(64), torch.float32, first=True)\n"
+    )
+    for code in (make, MEASURED):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "source"), str(tmp_path)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    size = sum(file.stat().st_size for file in (tmp_path / "source").glob("*.safetensors"))
+    assert size > 100 << 20
+    assert float(done.stdout) < 25

@@ -1,0 +1,348 @@
+"""Our models and those of transformers: the same logits, the same bits, the same text, in both directions."""
+
+import json
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchladder import mask, models
+from torchladder.generate import SamplesConfig, generate
+from torchladder.models import attention
+from torchladder.models.interchange import conversion, folder, settings, weights
+from torchladder.models.interchange.folder import Folder
+from torchladder.models.interchange.settings import Facts
+from torchladder.registry import ConfigError
+
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+V, T = 96, 48
+SHAPE = {
+    "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "attn_implementation": "eager", "pad_token_id": None,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+SCALED = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+STYLES = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    "llama3.2": lambda: transformers.LlamaConfig(
+        **SHAPE, head_dim=16, tie_word_embeddings=True, rope_parameters=SCALED
+    ),
+    "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=8, tie_word_embeddings=False),
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(scope="module", params=list(STYLES))
+def theirs(request, tmp_path_factory):
+    """A small random model of theirs, in several shards, and the folder that it is in."""
+    model = transformers.AutoModelForCausalLM.from_config(STYLES[request.param](), attn_implementation="eager").eval()
+    stir(model, seed=1)
+    path = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(path, max_shard_size="20KB")
+    assert (path / folder.INDEX).is_file()
+    return SimpleNamespace(model=model, path=path)
+
+
+@torch.no_grad()
+def stir(model, seed):
+    """Draws weights so large that every part of a model has its say in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(std=0.3, generator=generator).add_(1.0 if "norm" in name else 0.0)
+
+
+def make(path, masks=(), **changed):
+    """Returns our model of a folder's config.json, without its weights, and what turns ``start`` into a form."""
+    config = Folder(path).config
+    section = SimpleNamespace(**{**settings.read(config), **changed})
+    masks = [*masks, "sliding" if settings.window_of(config) else "causal"]
+    kernel = attention.kernel("dense", masks, "cpu", training=False)
+    return models.build(section, attend=kernel.attend, seq_len=T).eval(), kernel
+
+
+def begins(path, positions, masks=()):
+    """Returns ``start`` under a folder's own window, and the given masks."""
+    window = settings.window_of(Folder(path).config) or T
+    return mask.compose(mask.sliding(positions, window), *(allow(positions, window) for allow in masks))
+
+
+@torch.no_grad()
+def logits(path, model, kernel, tokens, start):
+    return model(tokens, kernel.derive(start, torch.device("cpu")))
+
+
+def text(rows=2, length=T):
+    return torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+PLAIN = torch.arange(T, dtype=torch.int32).repeat(2, 1)
+PACKED = torch.cat([torch.arange(n, dtype=torch.int32) for n in (13, 1, 20, 14)]).repeat(2, 1)
+
+
+@torch.no_grad()
+def compare(path, one, kernel, other):
+    """The logits of our model and theirs, on plain rows and on rows of several documents."""
+    plain = logits(path, one, kernel, text(), begins(path, PLAIN))
+    torch.testing.assert_close(plain, other(text()).logits, atol=1e-5, rtol=1e-5)
+    start = begins(path, PACKED, [mask.document])
+    hidden = torch.where(mask.dense(start), 0.0, torch.finfo(torch.float32).min)[:, None]
+    packed = logits(path, one, kernel, text(), start)
+    torch.testing.assert_close(packed, other(text(), attention_mask=hidden).logits, atol=1e-5, rtol=1e-5)
+    assert (packed - plain).abs().max() > 0.1
+
+
+def test_their_weights_give_their_logits_here(theirs):
+    model, kernel = make(theirs.path, ["document"])
+    weights.load(model, theirs.path)
+    compare(theirs.path, model, kernel, theirs.model)
+
+
+def test_our_weights_give_our_logits_there_and_the_same_text(theirs, tmp_path):
+    model, kernel = make(theirs.path, ["document"])
+    stir(model, seed=3)
+    window = settings.window_of(Folder(theirs.path).config)
+    weights.save(model, tmp_path, Facts(T, window), torch.float32, first=True)
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert type(other) is type(theirs.model)
+    compare(theirs.path, model, kernel, other)
+
+    def forward(tokens):
+        positions = torch.arange(tokens.shape[1], dtype=torch.int32)[None]
+        return logits(theirs.path, model, kernel, tokens, begins(theirs.path, positions))
+
+    greedy = SamplesConfig(max_new_tokens=30, temperature=0.0)
+    mine = generate(forward, [5, 6, 7], greedy, T, torch.Generator())
+    prompt = torch.tensor([[5, 6, 7]])
+    found = other.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False, pad_token_id=0
+    )
+    assert found[0, 3:].tolist() == mine
+    assert len(set(mine)) > 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_and_back_is_bit_for_bit(theirs, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(folder, "SHARD_BYTES", 20_000)
+    source = tmp_path / "source"
+    theirs.model.to(dtype).save_pretrained(source, max_shard_size="20KB")
+    theirs.model.float()
+    conversion.to_checkpoint(Folder(source), tmp_path / "step-0")
+    fields = settings.read(Folder(source).config)
+    config = models.resolve(SimpleNamespace(**fields))
+    (tmp_path / "back").mkdir()
+    facts = Facts(64, settings.window_of(Folder(source).config))
+    conversion.from_checkpoint(tmp_path / "step-0", tmp_path / "back", (fields["name"], config), facts)
+    first, back = Folder(source), Folder(tmp_path / "back")
+    assert first.tensors.keys() == back.tensors.keys()
+    assert len({kept.file for kept in back.tensors.values()}) > 1
+    for name, kept in first.tensors.items():
+        assert back.tensors[name].dtype == kept.dtype == dtype
+        assert torch.equal(back.read(name), first.read(name)), name
+    assert settings.read(back.config) == fields
+    known = settings.KEYS.values()
+    assert {key: back.config[key] for key in known} == {key: first.config.get(key, back.config[key]) for key in known}
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=dtype)
+    for (name, one), other in zip(reloaded.named_parameters(), theirs.model.to(dtype).parameters(), strict=True):
+        assert torch.equal(one, other), name
+    theirs.model.float()
+
+
+# --- more rows --------------------------------------------------------------------------------------------------------
+
+
+def test_new_rows_of_the_vocabulary_are_the_mean_of_the_old(theirs, tmp_path):
+    model, _ = make(theirs.path, vocab_size=V + 7)
+    weights.load(model, theirs.path)
+    conversion.to_checkpoint(Folder(theirs.path), tmp_path, V + 7)
+    for name, parameter in model.state_dict().items():
+        kept = torch.zeros_like(parameter)
+        dcp.load({f"model.{name}": kept}, checkpoint_id=tmp_path, no_dist=True)
+        assert torch.equal(kept, parameter)
+        if name in ("embedding.weight", "head.weight"):
+            assert torch.equal(parameter[:V], Folder(theirs.path).read(model.hugging_face.theirs(name)))
+            assert (parameter[V:] == parameter[:V].mean(dim=0)).all()
+    with pytest.raises(ConfigError, match="vocabulary of 90 cannot hold the 96"):
+        conversion.to_checkpoint(Folder(theirs.path), tmp_path / "fewer", 90)
+
+
+# --- config.json -----------------------------------------------------------------------------------------------------
+
+JSON = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 48, "vocab_size": V, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def test_older_files_say_the_same():
+    older = {**JSON, "rope_theta": 5000.0, "rope_scaling": {**SCALED, "rope_type": None, "type": "llama3"}}
+    older["rope_scaling"].pop("rope_type")
+    older["rope_scaling"].pop("rope_theta")
+    newer = {**JSON, "rope_parameters": SCALED}
+    assert settings.read(older) == settings.read(newer)
+    read = settings.read(JSON)
+    assert (read["n_kv_heads"], read["head_dim"], read["rope_theta"], read["tie_embeddings"]) == (4, 8, 1e4, False)
+
+
+def test_linear_scaling_is_a_condensed_position():
+    read = settings.read({**JSON, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert read["rope_condense_ratio"] == 4.0
+    config = models.resolve(SimpleNamespace(**read))
+    again = settings.write("llama", config, Facts(T), torch.float32)
+    assert again["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**again))
+    with torch.device("meta"):
+        ours = models.build(SimpleNamespace(**read), seq_len=8)
+    frequencies = ours.rope.rotation.angles(2, 8, torch.device("cpu"))[1]
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies)
+
+
+LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "flavor", "published"),
+    [
+        ("llama", "llama3-8b", ("llama", 4096, 32, 32, 8, 14336, 128256, 1e-5, 500000.0, False, None)),
+        (
+            *("llama", "llama3.2-1b"),
+            ("llama", 2048, 16, 32, 8, 8192, 128256, 1e-5, 500000.0, True,
+             {**LLAMA_3, "factor": 32.0, "original_max_position_embeddings": 8192}),
+        ),
+        ("llama", "mistral-7b", ("mistral", 4096, 32, 32, 8, 14336, 32000, 1e-5, 10000.0, False, None)),
+        ("qwen3", "0.6b", ("qwen3", 1024, 28, 16, 8, 3072, 151936, 1e-6, 1000000, True, None)),
+        ("qwen3", "32b", ("qwen3", 5120, 64, 64, 8, 25600, 151936, 1e-6, 1000000, False, None)),
+    ],
+)  # fmt: skip
+def test_flavors_are_what_the_published_files_say(name, flavor, published):
+    keys = ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    keys += ["intermediate_size", "vocab_size", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "rope_scaling"]
+    read = settings.read(dict(zip(keys, published, strict=True)))
+    settings.agree(read, models.registry.flavors(name)[flavor], flavor)
+
+
+@given(
+    kind=st.sampled_from([models.LlamaConfig, models.Qwen3Config]),
+    heads=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 64)),
+    tied=st.booleans(),
+    theta=st.floats(1.0, 1e8),
+    rope=st.sampled_from([{}, {"rope_condense_ratio": 4.0}, {"rope_scaling_factor": 8.0, "rope_original_seq_len": 99}]),
+    window=st.sampled_from([None, 16]),
+)
+def test_a_written_config_is_read_as_it_was(kind, heads, tied, theta, rope, window):
+    groups, each, half = heads
+    name = "llama" if kind is models.LlamaConfig else "qwen3"
+    window = window if name == "llama" else None
+    config = kind(
+        dim=24, n_layers=3, n_heads=groups * each, n_kv_heads=groups, head_dim=2 * half, ffn_dim=7, vocab_size=11,
+        tie_embeddings=tied, rope_theta=theta, initialization="normal", **rope,
+    )  # fmt: skip
+    written = json.loads(json.dumps(settings.write(name, config, Facts(64, window), torch.bfloat16)))
+    assert models.resolve(SimpleNamespace(**settings.read(written))) == config
+    assert settings.window_of(written) == window
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), limit=st.integers(1, 100))
+def test_shards_hold_each_tensor_once_in_order(sizes, limit):
+    stored = {str(number): size for number, size in enumerate(sizes)}
+    shards = list(folder.shards(stored, limit))
+    assert [name for shard in shards for name in shard] == list(stored)
+    assert all(len(shard) == 1 or sum(stored[name] for name in shard) <= limit for shard in shards)
+    for shard, following in pairwise(shards):
+        assert sum(stored[name] for name in [*shard, following[0]]) > limit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"type": "linear"}}, "does not say factor"),
+        ({"model_type": "lama"}, "unknown model_type in config.json 'lama'. Did you mean 'llama'"),
+        ({"hidden_size": None}, "does not say hidden_size"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "unknown rope_type in config.json 'yarn'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layers of the kind sliding_attention"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"]}, "layers of the kind full_attention"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        settings.read({**JSON, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "window"),
+    [
+        ("llama", {"positional_embedding": "none"}, None),
+        ("llama", {"rope_restart": 8}, None),
+        ("llama", {"rope_condense_ratio": 2.0, "rope_scaling_factor": 2.0}, None),
+        ("qwen3", {}, 16),
+    ],
+)
+def test_what_cannot_be_said_there_is_refused(name, change, window):
+    config = models.resolve(SimpleNamespace(name=name, flavor="debug", **change))
+    with pytest.raises(ConfigError, match="Hugging Face"):
+        settings.write(name, config, Facts(T, window), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layers": 1}, "model.n_layers = 2, the settings say 1"),
+        ({"rope_theta": 1e5}, "data.phases"),
+        ({"vocab_size": V - 1}, "model.vocab_size = 96, the settings say 95"),
+        ({"name": "qwen3"}, "describes a llama"),
+    ],
+)
+def test_a_folder_of_another_model_is_refused(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(JSON))
+    with pytest.raises(ConfigError, match=message):
+        weights.load(make(tmp_path, **change)[0], tmp_path)
+
+
+def test_tensors_that_lack_or_are_left_over_are_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(JSON))
+    model, _ = make(tmp_path)
+    with pytest.raises(ConfigError, match=r"model.safetensors is not there"):
+        weights.load(model, tmp_path)
+    weights.save(model, tmp_path, Facts(T), torch.float32, first=True)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.load_file(file)
+    for name, changed, message in (
+        ("lm_head.weight", None, "lacks 1 tensors, lm_head.weight"),
+        ("lm_head.bias", torch.zeros(V), "1 tensors that the model lacks, lm_head.bias"),
+        ("model.norm.weight", torch.zeros(31), r"model.norm.weight has the shape \[31\], the model's is \[32\]"),
+        ("lm_head.weight", torch.zeros(V - 1, 32), r"the shape \[95, 32\]"),
+    ):
+        other = {key: tensor for key, tensor in {**tensors, name: changed}.items() if tensor is not None}
+        safetensors.save_file(other, file)
+        with pytest.raises(ConfigError, match=message):
+            weights.load(model, tmp_path)
+    safetensors.save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, file)
+    weights.load(model, tmp_path)
+
+
+def test_damaged_files_are_named(theirs, tmp_path):
+    for file in theirs.path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    second = sorted(tmp_path.glob("*.safetensors"))[1]
+    second.write_bytes(second.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=rf"{second.name} is damaged"):
+        weights.load(make(tmp_path)[0], tmp_path)
+    (tmp_path / folder.INDEX).write_text("{}")
+    with pytest.raises(ConfigError, match="has no weight_map"):
+        weights.load(make(tmp_path)[0], tmp_path)
+
+
+def test_a_folder_without_a_config_is_none(tmp_path):
+    with pytest.raises(ConfigError, match="is no Hugging Face folder"):
+        Folder(tmp_path)

@@ -1,0 +1,139 @@
+"""Turns a Hugging Face folder into a checkpoint to start from, and a run's checkpoint into such a folder."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from torchladder import checkpoint, export, models, reading
+from torchladder.config import Config
+from torchladder.data import tokenizer
+from torchladder.models.interchange import conversion, settings
+from torchladder.models.interchange.folder import CONFIG, Folder
+from torchladder.registry import ConfigError
+
+EPILOG = """
+  torchladder convert from-hf models/Llama-3.2-1B --output models/llama3.2-1b
+      writes checkpoint/step-0, the tokenizer, and config.toml, which a run extends (job.extends) or takes as it is
+  torchladder convert to-hf outputs/run/checkpoint/step-5000 --output models/mine --dtype bfloat16
+      writes what AutoModelForCausalLM.from_pretrained reads; the run's config.toml says what the checkpoint is of
+
+Weights go from file to file, tensor by tensor: memory holds one or two of them (from-hf) and a shard of 2 GiB (to-hf).
+"""
+
+LONGEST = 8192
+"""Tokens of a row in the settings of a converted model, at most; its own context may be far longer."""
+
+
+def run(argv: list[str]) -> int:
+    """Converts, in the direction that the first word says."""
+    arguments = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+    if arguments.output.exists() and not arguments.overwrite:
+        raise ConfigError(f"{arguments.output} is there already; --overwrite replaces it.")
+    return _from_hf(arguments) if arguments.command == "from-hf" else _to_hf(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="torchladder convert", description=__doc__, epilog=EPILOG, allow_abbrev=False, formatter_class=form
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="from-hf|to-hf")
+    ours = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint", allow_abbrev=False)
+    ours.add_argument("source", type=Path, metavar="DIR", help="with config.json and safetensors")
+    ours.add_argument("--vocab-size", type=int, metavar="N", help="rows to have; new ones are the mean of the others")
+
+    theirs = commands.add_parser("to-hf", help="a checkpoint to a Hugging Face folder", allow_abbrev=False)
+    theirs.add_argument("source", type=Path, metavar="CHECKPOINT", help="of a run: .../checkpoint/step-N")
+    theirs.add_argument("--vocab-size", type=int, metavar="N", help="rows to keep: leaves out what pads the vocabulary")
+    theirs.add_argument("--seq-len", type=int, metavar="N", help="tokens of the longest row (default: of the run's)")
+    theirs.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: as saved)")
+    theirs.add_argument("--tokenizer", metavar="T", help="file or folder of the tokenizer (default: the run's)")
+    for command in (ours, theirs):
+        command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+        command.add_argument("--overwrite", action="store_true", help="replace DIR where it is there already")
+    return parser
+
+
+def _from_hf(arguments: argparse.Namespace) -> int:
+    source, output = Folder(arguments.source), arguments.output
+    sections = _sections(source, output, arguments.vocab_size)
+    with export.folder(output, {}) as partial:
+        step = partial / "checkpoint" / "step-0"
+        conversion.to_checkpoint(source, step, arguments.vocab_size)
+        begins = {"step": 0, "row": 0, "fingerprints": {}, "excluded": [], "torch": torch.__version__}
+        (step / checkpoint.RUN).write_text(json.dumps(begins, indent=2) + "\n")
+        (step / "SHA256SUMS").write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(step.iterdir())))
+        (partial / "tokenizer").mkdir()
+        for file in source.assets():
+            shutil.copyfile(file, partial / "tokenizer" / file.name)
+        (partial / "config.toml").write_text(tomli_w.dumps(sections))
+    print(f"{output}: checkpoint/step-0 to start from, config.toml to extend")
+    return 0
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while piece := content.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sections(source: Folder, output: Path, vocab_size: int | None) -> dict[str, dict[str, Any]]:
+    """Returns the settings of a run that starts from the converted model."""
+    model = settings.read(source.config)
+    length = min(source.config.get("max_position_embeddings", LONGEST), LONGEST)
+    window, files = settings.window_of(source.config), {file.name for file in source.assets()}
+    sections: dict[str, dict[str, Any]] = {
+        "model": {**model, "vocab_size": vocab_size or model["vocab_size"]},
+        "training": {"seq_len": length},
+        "checkpoint": {"enable": True, "initial_load_path": str(output.resolve() / "checkpoint" / "step-0")},
+    }
+    if files & {*tokenizer.files.NAMES}:
+        name = next(name for name in tokenizer.files.NAMES if name in files)
+        kind = tokenizer.files.kind((source.path / name).read_bytes())
+        sections["tokenizer"] = {"name": kind, "path": str(output.resolve() / "tokenizer" / name)}
+    if window is not None and window < length:
+        sections["attention"] = {"masks": ["sliding"]}
+        sections["curriculum"] = {"name": "constant", "window": window}
+    return sections
+
+
+def _to_hf(arguments: argparse.Namespace) -> int:
+    source, output = arguments.source, arguments.output
+    if not checkpoint.complete(source):
+        raise ConfigError(f"{str(source)!r} is no complete checkpoint: a folder step-N is meant.")
+    config = export.run_of(source)
+    model = models.resolve(config.model)
+    if arguments.vocab_size:
+        if arguments.vocab_size > model.vocab_size:
+            raise ConfigError(f"--vocab-size {arguments.vocab_size}: the model has {model.vocab_size} rows.")
+        model = replace(model, vocab_size=arguments.vocab_size)
+    files = export.files_of(arguments.tokenizer) if arguments.tokenizer else export.tokenizer_files(config)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    with export.folder(output, files) as partial:
+        facts = export.facts(config, _tokenizer(arguments.tokenizer, config))
+        facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len)
+        conversion.from_checkpoint(source, partial, (config.model.name, model), facts, dtype)
+    print(f"{output}: {CONFIG}, weights, {', '.join(files) or 'no tokenizer (--tokenizer names one)'}")
+    for mask in {*config.attention.masks} - {"causal", "sliding"}:
+        print(f"The run's mask {mask!r} has no form there: the model attends to all tokens before it.")
+    return 0
+
+
+def _tokenizer(path: str | None, config: Config) -> tokenizer.Tokenizer | None:
+    """Returns the tokenizer whose special tokens config.json names: the given one, or the run's if it is a file."""
+    if path:
+        return tokenizer.load(path)
+    return reading.tokenizer(config) if getattr(config.tokenizer, "path", "") else None
