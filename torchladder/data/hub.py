@@ -25,11 +25,11 @@ import torch
 
 from torchladder.data.base import Batch, Tokenizer, register
 from torchladder.data.dataset import Content, check_division
-from torchladder.data.extras import missing
 from torchladder.data.prepare.framing import Framing
 from torchladder.data.streaming import Stream
 from torchladder.data.text.sources import held_out
-from torchladder.registry import ConfigError, unknown
+from torchladder.data.text.streamed import Dataset, library
+from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,9 @@ class HubLoader:
     def __post_init__(self) -> None:
         self._check()
         self._framing = Framing(self._needed_tokenizer(), bos=self.bos)
+        held_apart = self.validation_split if self.split == "validation" else ""
+        split = held_apart or self.train_split
+        self._documents = Dataset(self.path, self.config, self.data_files, self.revision, split, self.text_key)
         self._dataset = self._open()
         self._accumulation = self.global_batch_size // (self.dp_degree * self.local_batch_size)
         self._pin = self.pin_memory and torch.accelerator.is_available()
@@ -133,7 +136,7 @@ class HubLoader:
             "seq_len": str(self.seq_len),
             "ranks": str(self.dp_degree),
             "tokenizer": self._framing.tokenizer.fingerprint,
-            "datasets": _library().__version__,  # shuffles, and splits over ranks, in its own way
+            "datasets": library().__version__,  # shuffles, and splits over ranks, in its own way
         }
 
     def describe(self) -> list[str]:
@@ -180,15 +183,7 @@ class HubLoader:
         return 0.0 if self.validation_split else self.validation_fraction
 
     def _all(self) -> Iterator[str]:
-        return filter(None, map(self._text, count(), self._dataset))
-
-    def _text(self, number: int, document: dict[str, Any]) -> str:
-        text = document.get(self.text_key)
-        if not isinstance(text, str):
-            raise ConfigError(
-                f"{self.path}, document {number}: {self.text_key!r} holds {type(text).__name__}, no text."
-            )
-        return text
+        return self._documents.texts(self._dataset)
 
     def _check(self) -> None:
         check_division(self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size)
@@ -211,24 +206,12 @@ class HubLoader:
         Raises:
             ConfigError: there is no such dataset, split or column.
         """
-        library = _library()
-        validation = self.split == "validation"
-        split = self.validation_split if validation and self.validation_split else self.train_split
-        options = {"data_files": self.data_files, "revision": self.revision, "split": split, "streaming": True}
-        try:
-            dataset = library.load_dataset(self.path, self.config, **options)
-            columns = dataset.column_names or list(next(iter(dataset), {}))
-        except (OSError, ValueError, StopIteration, library.exceptions.DatasetsError) as error:
-            raise ConfigError(
-                f"the dataset {self.path}, split {split!r}, cannot be read: {error or 'no file'}"
-            ) from error
-        if self.text_key not in columns:
-            raise ConfigError(f"{self.path}: text_key: {unknown('column', self.text_key, columns)}")
-        if validation:
+        dataset = self._documents.open()
+        if self.split == "validation":
             return dataset  # every rank reads all of it, so that all have equally many rows
         if self.shuffle_buffer:
             dataset = dataset.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        return library.distributed.split_dataset_by_node(dataset, self.dp_rank, self.dp_degree)
+        return library().distributed.split_dataset_by_node(dataset, self.dp_rank, self.dp_degree)
 
     def _begin(self) -> Iterator[Content]:
         """Yields the micro-batches from the first row on."""
@@ -252,12 +235,3 @@ class HubLoader:
         if content is None:
             return None
         return content.pin_memory() if self._pin else content.batch()
-
-
-def _library() -> Any:
-    try:
-        import datasets
-        import datasets.distributed
-    except ImportError:
-        raise missing("datasets", "hub", "the loader hub") from None
-    return datasets
