@@ -29,6 +29,7 @@ LAYERS = [
     ["config"],
     ["reading"],
     ["plan"],
+    ["footprint"],
     ["trainer"],
     ["train", "commands"],
     ["__main__"],
