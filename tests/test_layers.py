@@ -31,7 +31,7 @@ LAYERS = [
     ["config"],
     ["reading"],
     ["plan", "lifeline"],
-    ["export"],
+    ["export", "footprint"],
     ["trainer"],
     ["train", "commands"],
     ["__main__"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from rich.table import Table
 from torchladder import config, plots, reading
 from torchladder import plan as plans
 from torchladder.data.base import Usage
+from torchladder.distributed import fake
+from torchladder.footprint import Footprint, Memory, Traffic
 from torchladder.registry import ConfigError
 
 SHOWN = 12
@@ -26,21 +29,66 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--at", default="", metavar="STEPS", help="steps whose windows to show: 0,1000,65280")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ladder to a .png, .svg or .pdf")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run, which need not exist")
+    parser.add_argument("--gpu-memory", metavar="80GiB", help="what a rank has; a layout that takes more is refused")
     own, settings = parser.parse_known_args(argv)
-    plan = plans.make(config.load(settings))
+    if own.world_size < 1:
+        raise ConfigError(f"--world-size {own.world_size}: must be 1 or more.")
+    plan = plans.make(config.load(settings), own.world_size)
+    memory, traffic = _dry_run(plan, own.world_size, own.gpu_memory)
     steps = _steps(own.at, plan.steps)
     if own.plot:
         plots.plan(own.plot, plan.steps, plan.window, plan.config.training.seq_len, plan.config.attention.masks)
     if own.json:
-        print(json.dumps(_object(plan, steps)))
+        taken = {"memory_per_rank": dataclasses.asdict(memory), "sent_per_rank_and_step": dataclasses.asdict(traffic)}
+        print(json.dumps(_object(plan, steps) | taken))
         return 0
     print("\n".join(plans.lines(plan)))
     print(f"attention   {plan.attention_share:.1%} of the FLOPs at full context")
+    print(f"ranks       {own.world_size:,}: {plan.degrees}")
+    print(f"memory      {_gib(memory.total)} per rank: {_parts(memory)}")
+    print(f"sent        {_gib(sum(dataclasses.astuple(traffic)))} per rank and step: {_parts(traffic)}")
     _print_ladder(plan, steps)
     _print_phases(plan)
     if own.plot:
         print(f"wrote {own.plot}")
     return 0
+
+
+def _dry_run(plan: plans.Plan, ranks: int, limit: str | None) -> tuple[Memory, Traffic]:
+    """Builds the sharded model on ranks that do not exist; returns what a rank holds and sends.
+
+    Raises:
+        ConfigError: it takes more than the limit; the message names the nearest layouts that take less.
+    """
+    at_most = _bytes(limit) if limit else None
+    with fake.ranks(ranks):
+        model = Footprint(plan)
+        memory, traffic = model.memory(), model.traffic()
+        if at_most is None or memory.total <= at_most:
+            return memory, traffic
+        others = model.fitting(at_most)
+    lines = [f"{_gib(memory.total)} per rank do not fit {limit}: {_parts(memory)}."]
+    for layout, taken in others:
+        settings = " ".join(f"--{key} {value}" for key, value in model.changes(layout).items())
+        lines.append(f"  {_gib(taken.total)} with {settings}")
+    lines.insert(1, "Nearest layouts that fit:" if others else f"No layout of {ranks} ranks fits: take more ranks.")
+    raise ConfigError("\n".join(lines))
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB|MB)", size)
+    if not match:
+        raise ConfigError(f"--gpu-memory {size}: must be a number with GiB, GB, MiB or MB, for example 80GiB.")
+    return int(float(match[1]) * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}[match[2]])
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _parts(sizes: Memory | Traffic) -> str:
+    return ", ".join(f"{name} {_gib(size)}" for name, size in dataclasses.asdict(sizes).items() if size) or "nothing"
 
 
 def _steps(at: str, total: int) -> list[int]:

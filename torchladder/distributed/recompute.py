@@ -51,7 +51,7 @@ def wrap(block: nn.Module, layer: int, config: ActivationCheckpointConfig) -> nn
     if not config.recomputes(layer):
         return block
     context: dict[str, Any] = (
-        {"context_fn": lambda: create_selective_checkpoint_contexts(_policy())} if config.by_op else {}
+        {"context_fn": lambda: create_selective_checkpoint_contexts(policy())} if config.by_op else {}
     )
     return checkpoint_wrapper(block, preserve_rng_state=config.preserve_rng_state, **context)
 
@@ -68,7 +68,7 @@ KEPT = {
 """Names of operators whose results are kept: attention, and what other ranks had to send."""
 
 
-def _policy() -> Callable[..., CheckpointPolicy]:
+def policy() -> Callable[..., CheckpointPolicy]:
     """Returns what to keep of one block's pass; forward and recomputation count their products apart."""
     products = {False: 0, True: 0}
 

@@ -1,0 +1,118 @@
+"""What a layout takes, counted on ranks that do not exist, against what tensors really take."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from torchladder import config, models
+from torchladder import plan as plans
+from torchladder.commands import plan as command
+from torchladder.distributed import fake
+from torchladder.footprint import Footprint
+from torchladder.models.attention import sdpa
+from torchladder.registry import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "train_configs"
+LLAMA = ["--job.config_file", str(CONFIGS / "llama1b_dm8.toml"), "--model.n_layers", "4"]
+WEIGHTS = 2 * 32_000 * 2048 + 2048 + 4 * (2048 * (2 * 2048 + 2 * 256 + 3 * 5632) + 2 * 2048)
+TENSOR, CONTEXT = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
+
+
+def footprint(ranks, *argv):
+    plan = plans.make(config.load([*LLAMA, "--training.local_batch_size", "1", *argv]), ranks)
+    with fake.ranks(ranks):
+        made = Footprint(plan)
+        return made, made.memory(), made.traffic()
+
+
+def test_activations_on_meta_are_those_of_a_real_block():
+    shape = models.LlamaConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
+    form = torch.zeros(2, 64, dtype=torch.int32)
+    found = {}
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            model = models.Llama(shape, sdpa.Sdpa.attend, 64)
+            x = torch.empty(2, 64, 32, requires_grad=True)
+        kept = {}
+
+        def keep(saved, kept=kept):
+            kept[saved.untyped_storage()._cdata] = saved.untyped_storage()
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            model.layers["0"](x, form)
+        weights = sum(parameter.numel() * 4 for parameter in model.layers["0"].parameters())
+        found[device] = sum(storage.nbytes() for storage in kept.values()) - weights - form.nbytes
+        if device == "meta":
+            counted = fake.activations(model.layers["0"], x, form)
+    assert counted["none"] == found["meta"] == found["cpu"]
+    assert counted["full"] == x.nbytes
+    assert counted["full"] < counted["op"] < counted["none"]
+
+
+def test_memory_is_shared_by_all_degrees():
+    _, one, none = footprint(1)
+    assert one.parameters == 4 * WEIGHTS
+    assert not any(dataclasses.astuple(none))
+    for argv in ([], [TENSOR, "2"], [CONTEXT, "4"], [TENSOR, "4", CONTEXT, "2"]):
+        made, memory, _ = footprint(64, *argv)
+        # Shards are padded to whole rows, and the norms are whole on tensor-parallel ranks.
+        assert memory.parameters == pytest.approx(one.parameters / 64, rel=0.01)
+        assert memory.optimizer == 2 * memory.parameters == 2 * memory.gradients
+        assert made.memory(made.layout).total == pytest.approx(memory.total, rel=0.01)
+    copies = "--parallelism.data_parallel_replicate_degree"
+    assert footprint(64, copies, "4")[1].parameters == pytest.approx(one.parameters / 16, rel=0.01)
+
+
+def test_shared_layers_and_rows_keep_fewer_activations():
+    _, alone, _ = footprint(8)
+    _, tensor, _ = footprint(8, TENSOR, "4")
+    _, rows, _ = footprint(8, CONTEXT, "4")
+    assert alone.activations / 4 < tensor.activations < alone.activations / 2
+    assert alone.activations / 4 < rows.activations < alone.activations / 2
+    modes = [
+        footprint(8, "--activation_checkpoint.mode", mode)[1].activations for mode in ("none", "selective", "full")
+    ]
+    assert modes == sorted(modes, reverse=True)
+    assert len(set(modes)) == 3
+
+
+def test_what_is_sent():
+    _, _, shard = footprint(8, "--training.global_batch_size", "16")  # 2 micro-batches
+    # Two gathers in bfloat16, one reduction in float32, of seven eighths, for each micro-batch.
+    assert shard.shard == 2 * (2 + 2 + 4) * WEIGHTS * 7 // 8
+    _, _, copies = footprint(
+        8, "--parallelism.data_parallel_replicate_degree", "2", "--training.global_batch_size", "8"
+    )
+    assert copies.replicate == 2 * 4 * (WEIGHTS // 4) // 2
+    _, _, rows = footprint(8, CONTEXT, "8", "--training.global_batch_size", "1")
+    # The first rank gives its 1,024 keys and values of 4 heads of 64 to seven others, in 4 layers, and gets gradients.
+    assert rows.context == 2 * 4 * 7 * 1024 * 2 * 4 * 64 * 2
+    short = ["--curriculum.name", "constant", "--curriculum.window", "1024"]
+    assert footprint(8, CONTEXT, "8", "--training.global_batch_size", "1", *short)[2].context == 0
+
+
+def test_a_layout_that_does_not_fit_names_those_that_do(capsys):
+    argv = [*LLAMA, "--world-size", "256", "--training.global_batch_size", "1024"]
+    with pytest.raises(ConfigError, match="do not fit 10GiB") as error:
+        command.run([*argv, "--gpu-memory", "10GiB"])
+    assert not dist.is_initialized()
+    offers = re.findall(r"([\d.]+) GiB with (.*)", str(error.value))
+    assert len(offers) == 3
+    for size, settings in offers:
+        assert command.run([*argv, "--json", "--gpu-memory", "10GiB", *settings.split()]) == 0
+        memory = json.loads(capsys.readouterr().out)["memory_per_rank"]
+        assert sum(memory.values()) / 2**30 == pytest.approx(float(size), rel=0.02)
+    with pytest.raises(ConfigError, match="take more ranks"):
+        command.run([*argv, "--gpu-memory", "1MiB"])
+
+
+@pytest.mark.parametrize("argv", [["--gpu-memory", "80"], ["--gpu-memory", "lots"], ["--world-size", "0"]])
+def test_what_is_no_size(argv):
+    with pytest.raises(ConfigError, match=argv[0]):
+        command.run([*LLAMA, *argv])
