@@ -72,7 +72,7 @@ def torture(folder: Path, kills: int, steps: int, seed: int = 0) -> int:
 
 
 def test_a_run_that_is_killed_in_its_saves_ends_as_one_that_is_not(tmp_path):
-    torture(tmp_path, kills=3, steps=16)
+    torture(tmp_path, kills=2, steps=12)
 
 
 if __name__ == "__main__":
