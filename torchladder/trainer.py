@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import logging
 import platform
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,6 @@ class Trainer:
         config = self.config = plan.config
         self.plan = plan
         self.ranks = ranks
-        self.interrupt = interrupt or Interrupt()
         self.folder = Path(config.job.dump_folder)
         self.step = 0
         self.row = 0
@@ -62,7 +61,7 @@ class Trainer:
         self.model = self._model()
         self.optimizer = optim.build(config.optimizer, self.model)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
-        self.lifeline = Lifeline(config, ranks, self.interrupt, self.model, self.optimizer)
+        self.lifeline = Lifeline(config, ranks, interrupt or Interrupt(), self.model, self.optimizer)
         self._resume()
         self._turn()
         self._announce()
@@ -75,6 +74,10 @@ class Trainer:
         config, first = self.config, self.step
         if config.checkpoint.create_seed_checkpoint:
             self.lifeline.save(self.state(), must=True)
+            return True
+        if self.step >= config.training.steps and not self.pending:
+            self.metrics.close()
+            logger.info("all %d steps are taken: nothing to do", config.training.steps)
             return True
         gc.disable()
         with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, first) as profiler:
@@ -96,7 +99,7 @@ class Trainer:
                 return False
             finally:
                 self.lifeline.close()
-        gc.enable()
+                gc.enable()
         self._draw()
         return True
 
@@ -122,7 +125,7 @@ class Trainer:
         """One optimizer step: pick the window, gather gradients, move the weights."""
         window = self.curriculum(self.step)
         self._turn()
-        batches = self._read()
+        batches = self.lifeline.read(self.loader, self.plan.batch.accumulation)
         num_labels = self.lifeline.exchange(sum(batch.num_labels for batch in batches))  # each label weighs the same
 
         self.optimizer.zero_grad()
@@ -141,12 +144,6 @@ class Trainer:
         self.lifeline.guard.update(self.step + 1, rows, norm, losses)
         self.step, self.row = self.step + 1, self.loader.row
         self._report(window, torch.stack([loss for _, loss in losses]).sum(), norm, lr, pairs)
-
-    def _read(self) -> list[Batch]:
-        """Returns this rank's micro-batches of the step; none where waiting for them was broken off."""
-        with suppress(Interrupted), self.interrupt.breaks():
-            return [next(self.loader) for _ in range(self.plan.batch.accumulation)]
-        return []
 
     def _turn(self) -> None:
         """Gives the model the RoPE theta of the step, where the phases set one."""
