@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import losses, run
 from torch import nn
 
 from torchladder import checkpoint
@@ -197,6 +198,37 @@ def test_only_max_failures_in_a_row_end_the_run(tmp_path, full_disk):
     with pytest.raises(SaveError, match=r"3 saves in a row failed .*Stale file handle"):
         checkpointer.save(6, run_of(6))
     assert folders.steps(tmp_path) == [3]
+
+
+def test_a_run_trains_on_while_nothing_can_be_saved(tmp_path, monkeypatch, caplog):
+    short = ["--training.steps", "6", "--validation.no_enable", "--training.seq_len", "64"]
+    run(tmp_path / "whole", *short)
+    write, calls = checksums._Stream.write, []
+
+    def fail(stream, data):
+        calls.append(1)
+        if len(calls) <= 2:
+            raise OSError(28, "No space left on device")
+        return write(stream, data)
+
+    monkeypatch.setattr(checksums._Stream, "write", fail)
+    saving = ["--checkpoint.enable", "--checkpoint.interval", "2", "--checkpoint.retry_minutes", "0"]
+    run(tmp_path / "run", *short, *saving, "--checkpoint.async_mode", "async")
+    assert caplog.text.count("is not saved") == 2
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert folders.steps(tmp_path / "run" / "checkpoint")[-1] == 6
+    calls.clear()
+    run(tmp_path / "run", *short, *saving, "--training.steps", "9", "--checkpoint.max_failures", "1", code=1)
+    assert "1 saves in a row failed" in caplog.text
+    assert folders.steps(tmp_path / "run" / "checkpoint")[-1] == 6
+
+
+def test_what_killed_saves_have_left_is_cleared_away(tmp_path):
+    for name in ("step-3.partial", "step-5.old", "step-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__0_0.distcp").write_bytes(b"half")
+    saved(tmp_path, 4, 6, 7, keep_latest_k=2)
+    assert sorted(os.listdir(tmp_path)) == ["step-6", "step-7"]
 
 
 def test_a_file_in_the_place_of_the_folder_is_no_end(tmp_path, caplog):

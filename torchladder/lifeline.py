@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torchladder.checkpoint import Checkpointer, steps
 from torchladder.checkpoint.load import Check
 from torchladder.config import Config
-from torchladder.data.base import Loader, Skips
+from torchladder.data.base import Batch, Loader, Skips
 from torchladder.distributed.ranks import Ranks
 from torchladder.interrupt import Interrupt, Interrupted
 from torchladder.registry import ConfigError
@@ -43,13 +44,19 @@ class Lifeline:
         self.steps = config.training.steps
         self.policy = config.resilience.on_bad_step
         folder = Path(config.job.dump_folder) / config.checkpoint.folder
-        self.saves = Checkpointer(config.checkpoint, folder, model, optimizer, config.to_toml())
+        self.saves = Checkpointer(config.checkpoint, folder, model, optimizer, config.to_toml(), self.steps)
         self.guard = Guard(config.resilience, optimizer, ranks.device, ranks.first)
         self.left_out: list[tuple[int, int]] = []
         """Rows that this run has gone back from."""
         self._overdue = False
         if self.policy == "rollback" and not self.saves.saves:
             raise ConfigError("resilience.on_bad_step = 'rollback' goes back to checkpoints: set checkpoint.enable.")
+
+    def read(self, loader: Loader, count: int) -> list[Batch]:
+        """Returns this rank's micro-batches of a step; none where waiting for them was broken off."""
+        with suppress(Interrupted), self.interrupt.breaks():
+            return [next(loader) for _ in range(count)]
+        return []
 
     def exchange(self, num_labels: int, copies: int = 1) -> int:
         """Returns the labels of all ranks; the same exchange, on the CPU, tells each rank what the others want.

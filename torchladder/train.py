@@ -44,9 +44,6 @@ def run(config: settings.Config, asked: interrupt.Interrupt) -> int:
                 torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
             ranks = processes.join(config.comm, Path(config.job.dump_folder))
             init_logger(ranks.rank)
-            if _finished(config, plan.steps):
-                logger.info("all %d steps are taken: nothing to do", plan.steps)
-                return interrupt.FINISHED
             trainer = Trainer(plan, ranks, asked)
         return interrupt.FINISHED if trainer.train() else interrupt.REQUEUE
     except interrupt.Interrupted as why:
@@ -85,12 +82,6 @@ def process_code(code: int) -> int:
     if file and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(file).write_text(str(code))
     return 0 if code == interrupt.REQUEUE and "TORCHELASTIC_RUN_ID" in os.environ else code
-
-
-def _finished(config: settings.Config, steps: int) -> bool:
-    section = config.checkpoint
-    folder = Path(config.job.dump_folder) / section.folder
-    return section.enable and section.load_step == -1 and checkpoint.finished(folder, steps)
 
 
 if __name__ == "__main__":

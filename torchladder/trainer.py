@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import logging
 import platform
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ class Trainer:
         config = self.config = plan.config
         self.plan = plan
         self.ranks = ranks
-        self.interrupt = interrupt or Interrupt()
         self.folder = Path(config.job.dump_folder)
         self.step = 0
         self.row = 0
@@ -68,7 +67,7 @@ class Trainer:
         if after := float8.after_step(self.model, config.float8):
             self.optimizer.register_step_post_hook(after)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
-        self.lifeline = Lifeline(config, ranks, self.interrupt, self.model, self.optimizer)
+        self.lifeline = Lifeline(config, ranks, interrupt or Interrupt(), self.model, self.optimizer)
         self._resume()
         self._turn()
         self._announce()
@@ -81,6 +80,10 @@ class Trainer:
         config, first = self.config, self.step
         if config.checkpoint.create_seed_checkpoint:
             self.lifeline.save(self.state(), must=True)
+            return True
+        if self.step >= config.training.steps and not self.pending:
+            self.metrics.close()
+            logger.info("all %d steps are taken: nothing to do", config.training.steps)
             return True
         gc.disable()
         with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, first) as profiler:
@@ -102,7 +105,7 @@ class Trainer:
                 return False
             finally:
                 self.lifeline.close()
-        gc.enable()
+                gc.enable()
         self._draw()
         return True
 
@@ -130,7 +133,7 @@ class Trainer:
         """One optimizer step: pick the window, gather gradients, move the weights."""
         window = self.curriculum(self.step)
         self._turn()
-        batches = self._read()
+        batches = self.lifeline.read(self.loader, self.plan.batch.accumulation)
         labels = sum(batch.num_labels for batch in batches)
         num_labels = self.lifeline.exchange(labels, self.plan.degrees.copies)  # each label weighs the same
 
@@ -150,12 +153,6 @@ class Trainer:
         self.lifeline.guard.update(self.step + 1, rows, norm, losses)
         self.step, self.row = self.step + 1, self.loader.row
         self._report(window, torch.stack([loss for _, loss in losses]).sum(), norm, lr, pairs)
-
-    def _read(self) -> list[Batch]:
-        """Returns this rank's micro-batches of the step; none where waiting for them was broken off."""
-        with suppress(Interrupted), self.interrupt.breaks():
-            return [next(self.loader) for _ in range(self.plan.batch.accumulation)]
-        return []
 
     def _turn(self) -> None:
         """Gives the model the RoPE theta of the step, where the phases set one."""

@@ -31,6 +31,7 @@ class Checkpointer:
         model: the model, whole or sharded.
         optimizer: its optimizer.
         settings: the run's settings as TOML, kept in every checkpoint.
+        steps: optimizer steps of the whole run; a finished one loads nothing.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class Checkpointer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         settings: str = "",
+        steps: int | None = None,
     ) -> None:
         self.config = config
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
         self.settings = settings
+        self.steps = steps
         self.team = Team()
         self.saver = Saver(config, self.team, next(model.parameters()).device)
         self.saved = -1
@@ -132,6 +135,10 @@ class Checkpointer:
         if not config.enable:
             return None
         load_step = -1 if newest or load.restarted() else config.load_step
+        if load_step == -1 and not newest and self._finished():
+            run = folders.read_run(folders.path_of(self.folder, folders.steps(self.folder)[-1]))
+            check(run)  # another run is told so, even when there is nothing to do
+            return run
         path = load.newest(self.folder, load_step, check, self.team)
         if path is not None:
             run = self._restore(path, model_only=False)
@@ -152,6 +159,9 @@ class Checkpointer:
             )
         run = self._restore(path, model_only)
         return None if model_only else run
+
+    def _finished(self) -> bool:
+        return self.steps is not None and self.team.broadcast(folders.finished(self.folder, self.steps))
 
     def _restore(self, path: Path, model_only: bool) -> dict[str, Any]:
         """Loads what is not excluded; a checkpoint that was saved under the same exclusions is this run's own."""

@@ -68,8 +68,9 @@ def partial_of(path: Path) -> Path:
 
 
 def begin(path: Path) -> None:
-    """Makes an empty folder to write a checkpoint into."""
-    shutil.rmtree(partial_of(path), ignore_errors=True)
+    """Makes an empty folder to write a checkpoint into; what killed saves have left is deleted."""
+    for left in (*path.parent.glob("step-*.partial"), *path.parent.glob("step-*.old")):
+        shutil.rmtree(left, ignore_errors=True)
     partial_of(path).mkdir(parents=True)
 
 
@@ -103,12 +104,12 @@ def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
 
     Later ones are of a run that this one branched off from, and stay until they are written again.
     """
-    older = [found for found in steps(folder) if found <= step][:-keep] if keep else []
-    for found in older:
-        if keep_every == 0 or found % keep_every:
+    kept = [found for found in steps(folder) if found <= step][-keep:]
+    for found in named(folder) if keep and kept else []:  # incomplete ones as well: of a deletion that was killed
+        if found < kept[0] and (keep_every == 0 or found % keep_every):
             try:
                 # Without its sums it no longer counts as complete, however far the deletion gets.
-                (path_of(folder, found) / SUMS).unlink()
+                (path_of(folder, found) / SUMS).unlink(missing_ok=True)
                 shutil.rmtree(path_of(folder, found))
             except OSError as error:
                 logger.warning("checkpoint: step-%d could not be deleted: %s", found, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import torch
 from torchladder.metrics.device import memory, peak_flops
 from torchladder.metrics.outputs import File, Line, Output, TensorBoard, Terminal, WandB, rewind
 from torchladder.registry import ConfigError
+
+logger = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 
@@ -182,4 +185,7 @@ class Metrics:
 
     def _write(self, line: Line) -> None:
         for output in self.outputs:
-            output.write(line)
+            try:
+                output.write(line)
+            except OSError as error:  # a full disk is no reason to stop training
+                logger.warning("metrics: step %d is not reported in full: %s", line["step"], error)
