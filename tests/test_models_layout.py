@@ -11,15 +11,17 @@ from torch.distributed.fsdp import fully_shard
 
 from torchladder import models
 from torchladder.distributed import tensor
+from torchladder.models.qwen3 import Qwen3, Qwen3Config
 
 CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=50, vocab_size=67)
 TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
+QWEN = Qwen3Config(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8, ffn_dim=50, vocab_size=67)
 
 
-def sharded(config, tensor_parallel):
+def sharded(family, config, tensor_parallel):
     """A model made on meta and spread over data-parallel ranks, and over two tensor-parallel ones if asked."""
     with torch.device("meta"):
-        model = models.Llama(config, seq_len=16)
+        model = family(config, seq_len=16)
     mesh = init_device_mesh("cpu", (4,))
     if tensor_parallel:
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -37,11 +39,11 @@ def rank_main(rank, store):
     os.environ["OMP_NUM_THREADS"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
     tokens = torch.randint(67, (2, 16), generator=torch.Generator().manual_seed(0))
-    for config in (CONFIG, TIED):
-        whole = models.Llama(config, seq_len=16)
+    for family, config in ((models.Llama, CONFIG), (models.Llama, TIED), (Qwen3, QWEN)):
+        whole = family(config, seq_len=16)
         whole.init_weights(0)
         for tensor_parallel in (False, True):
-            model = sharded(config, tensor_parallel)
+            model = sharded(family, config, tensor_parallel)
             assert model.num_parameters() == whole.num_parameters()
             assert model.flops(7, 9) == whole.flops(7, 9)
             for one, other in zip(model.parameters(), whole.parameters(), strict=True):

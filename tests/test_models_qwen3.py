@@ -85,8 +85,10 @@ def test_the_contract_is_kept():
     assert list(model.layers) == ["0", "1"]
     weights = 2 * (2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48) + 64 * 32
     assert model.flops(100, 1000) == 6 * weights * 100 + 12 * 2 * 4 * 16 * 1000
-    linear = {name for name, module in model.layers["0"].named_modules() if isinstance(module, torch.nn.Linear)}
-    assert {name.removeprefix("layers.*.") for name in model.parallel_plan()} == linear
+    assert {path for path, style in model.parallel_plan().items() if style == "heads"} == {
+        "layers.*.attention.q_norm",
+        "layers.*.attention.k_norm",
+    }
     loss = model(tokens(), None, tokens())
     torch.testing.assert_close(
         loss, F.cross_entropy(model(tokens(), None).flatten(0, 1), tokens().flatten(), reduction="sum")
