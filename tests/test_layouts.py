@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from torchladder import models
-from torchladder.distributed import mesh, parallelize
+from torchladder.distributed import context, mesh, parallelize
 from torchladder.distributed.mesh import ParallelismConfig
 from torchladder.distributed.parallelize import Settings
+from torchladder.models import attention
+from torchladder.models.attention import sdpa
 
 CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=51, vocab_size=67)
 TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
@@ -74,6 +76,8 @@ def test_a_layout_gives_one_ranks_losses(folder, layout):
 def test_recomputing_and_compiling_change_no_loss(folder, how):
     one, other = layouts.losses(folder / "one"), layouts.losses(folder / how)
     assert max(abs(other[step] / one[step] - 1) for step in one) <= 1e-5
+    graphs = int((folder / how / "graphs").read_text())
+    print(how, graphs)
 
 
 @pytest.mark.parametrize("how", ROUNDED)
@@ -106,24 +110,27 @@ def whole(config):
 
 
 def spread(ranks, config, parallelism):
-    """Returns the model on a layout, and its mesh."""
-    with torch.device("meta"):
-        model = models.Llama(config, seq_len=16)
+    """Returns the model on a layout, its mesh and its share of rows."""
     found = mesh.build(mesh.degrees(parallelism, ranks.size), ranks.rank, "cpu")
+    share = context.Share(found, seq_len=16)
+    with torch.device("meta"):
+        model = models.Llama(config, share.attend(sdpa.Sdpa.attend), seq_len=16, first=share.first)
     parallelize.parallelize(model, model.parallel_plan(), found, Settings(parallelism))
     model.to_empty(device="cpu")
     model.init_weights(0)
-    return model, found
+    return model, found, share
 
 
 def compare(ranks, cases):
     tokens, labels = rows()
+    kernel = attention.kernel("sdpa", ["causal"], "cpu")
     for config, settings in cases:
         one, expected = whole(config)
-        model, found = spread(ranks, config, ParallelismConfig(**settings))
+        model, found, here = spread(ranks, config, ParallelismConfig(**settings))
         share = len(tokens) // found.degrees.data
         mine = slice(found.data_rank * share, (found.data_rank + 1) * share)
-        loss = model(tokens[mine], None, labels[mine]) / 33
+        form = here.form(kernel.derive, torch.zeros(share, 16, dtype=torch.int32), torch.device("cpu"))
+        loss = model(here(tokens[mine]), form, here(labels[mine])) / 33
         loss.backward()
         assert ranks.sum(loss.item(), found.degrees.tensor) == pytest.approx(expected.item(), rel=1e-6)
         assert sum(parameter.numel() for parameter in model.parameters()) == one.num_parameters()
@@ -133,11 +140,17 @@ def compare(ranks, cases):
         norm, reference = (torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0) for m in (model, one))
         torch.testing.assert_close(norm.full_tensor(), reference)
         logits = one(tokens, None)
-        torch.testing.assert_close(model(tokens[mine], None), logits[mine], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(here(tokens[mine]), form), here(logits[mine]), atol=1e-5, rtol=1e-4)
 
 
 def test_uneven_labels_sizes_that_do_not_divide_and_tied_weights_give_one_ranks_gradients():
     tensor = {"tensor_parallel_degree": 2}
     off = {**tensor, "disable_loss_parallel": True}
     cases = [(config, settings) for config in (CONFIG, TIED) for settings in (tensor, off)]
-    layouts.launch(compare, 4, [*cases, (CONFIG, {}), (TIED, {"data_parallel_replicate_degree": 2})])
+    cases += [(CONFIG, {}), (TIED, {"data_parallel_replicate_degree": 2}), (CONFIG, {"context_parallel_degree": 4})]
+    layouts.launch(compare, 4, [*cases, (TIED, {**tensor, "context_parallel_degree": 2})])
+
+
+def test_eight_ranks_of_every_kind_give_one_ranks_gradients():
+    every = {"tensor_parallel_degree": 2, "context_parallel_degree": 2, "data_parallel_replicate_degree": 2}
+    layouts.launch(compare, 8, [(CONFIG, every), (TIED, {**every, "data_parallel_replicate_degree": 1})])
