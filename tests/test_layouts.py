@@ -76,8 +76,8 @@ def test_a_layout_gives_one_ranks_losses(folder, layout):
 def test_recomputing_and_compiling_change_no_loss(folder, how):
     one, other = layouts.losses(folder / "one"), layouts.losses(folder / how)
     assert max(abs(other[step] / one[step] - 1) for step in one) <= 1e-5
-    graphs = int((folder / how / "graphs").read_text())
-    print(how, graphs)
+    if "compiled" in how:  # one graph for all blocks and one or two for the loss: no window of the ladder adds any
+        assert int((folder / how / "graphs").read_text()) <= 3
 
 
 @pytest.mark.parametrize("how", ROUNDED)
