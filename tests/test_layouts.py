@@ -1,6 +1,7 @@
 """Layouts of ranks change nothing in the result: losses of 20 steps under a ladder with documents, and gradients."""
 
 import importlib.util
+import shutil
 
 import layouts
 import pytest
@@ -20,6 +21,7 @@ REPLICATE = "--parallelism.data_parallel_replicate_degree"
 CONTEXT = "--parallelism.context_parallel_degree"
 TENSOR = "--parallelism.tensor_parallel_degree"
 ROWS = "--training.local_batch_size"
+SAVING = ["--checkpoint.enable", "--checkpoint.interval", "10"]
 
 TWO = {
     "FSDP2 on 2 ranks": [ROWS, "2"],
@@ -29,7 +31,7 @@ TWO = {
 }
 FOUR = {
     "HSDP 2x2": [ROWS, "1", REPLICATE, "2"],
-    "TP2 x FSDP2": [ROWS, "2", TENSOR, "2"],
+    "TP2 x FSDP2": [ROWS, "2", TENSOR, "2", *SAVING],
     "CP2 x FSDP2": [ROWS, "2", CONTEXT, "2"],
     "CP2 x TP2": [CONTEXT, "2", TENSOR, "2"],
 }
@@ -86,6 +88,14 @@ def test_float8_changes_losses_a_little(folder, how):
     apart = [abs(other[step] / one[step] - 1) for step in other]
     assert len(apart) == 3
     assert 1e-6 < max(apart) < 1e-2
+
+
+def test_a_checkpoint_of_shared_layers_continues_on_one_rank(folder):
+    shutil.copytree(folder / "TP2 x FSDP2", folder / "continued")
+    layouts.launch(layouts.train, 1, folder, {"continued": [*SAVING, "--checkpoint.load_step", "10"]})
+    one, other = layouts.losses(folder / "one"), layouts.losses(folder / "continued")
+    assert list(other) == list(one)
+    assert max(abs(other[step] / one[step] - 1) for step in one) <= 1e-4
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
