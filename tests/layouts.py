@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from torch._dynamo.utils import counters
 
 from torchladder import config
 from torchladder import plan as plans
@@ -38,7 +39,11 @@ def train(ranks, folder, layouts):
     """Trains once for each name → settings, all in the one process group."""
     for name, argv in layouts.items():
         settings = config.load([*ALWAYS, "--job.dump_folder", f"{folder}/{name}", *argv])
+        torch._dynamo.reset()
+        counters.clear()
         Trainer(plans.make(settings, ranks.size), ranks).train()
+        if ranks.first:
+            (Path(folder) / name / "graphs").write_text(str(counters["stats"]["unique_graphs"]))
 
 
 def losses(folder, key="loss"):

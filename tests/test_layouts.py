@@ -1,15 +1,18 @@
 """Layouts of ranks change nothing in the result: losses of 20 steps under a ladder with documents, and gradients."""
 
 import importlib.util
+import shutil
 
 import layouts
 import pytest
 import torch
 
 from torchladder import models
-from torchladder.distributed import mesh, parallelize
+from torchladder.distributed import context, mesh, parallelize
 from torchladder.distributed.mesh import ParallelismConfig
 from torchladder.distributed.parallelize import Settings
+from torchladder.models import attention
+from torchladder.models.attention import sdpa
 
 CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=51, vocab_size=67)
 TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
@@ -18,6 +21,7 @@ REPLICATE = "--parallelism.data_parallel_replicate_degree"
 CONTEXT = "--parallelism.context_parallel_degree"
 TENSOR = "--parallelism.tensor_parallel_degree"
 ROWS = "--training.local_batch_size"
+SAVING = ["--checkpoint.enable", "--checkpoint.interval", "10"]
 
 TWO = {
     "FSDP2 on 2 ranks": [ROWS, "2"],
@@ -27,7 +31,7 @@ TWO = {
 }
 FOUR = {
     "HSDP 2x2": [ROWS, "1", REPLICATE, "2"],
-    "TP2 x FSDP2": [ROWS, "2", TENSOR, "2"],
+    "TP2 x FSDP2": [ROWS, "2", TENSOR, "2", *SAVING],
     "CP2 x FSDP2": [ROWS, "2", CONTEXT, "2"],
     "CP2 x TP2": [CONTEXT, "2", TENSOR, "2"],
 }
@@ -74,6 +78,8 @@ def test_a_layout_gives_one_ranks_losses(folder, layout):
 def test_recomputing_and_compiling_change_no_loss(folder, how):
     one, other = layouts.losses(folder / "one"), layouts.losses(folder / how)
     assert max(abs(other[step] / one[step] - 1) for step in one) <= 1e-5
+    if "compiled" in how:  # one graph for all blocks and one or two for the loss: no window of the ladder adds any
+        assert int((folder / how / "graphs").read_text()) <= 3
 
 
 @pytest.mark.parametrize("how", ROUNDED)
@@ -82,6 +88,14 @@ def test_float8_changes_losses_a_little(folder, how):
     apart = [abs(other[step] / one[step] - 1) for step in other]
     assert len(apart) == 3
     assert 1e-6 < max(apart) < 1e-2
+
+
+def test_a_checkpoint_of_shared_layers_continues_on_one_rank(folder):
+    shutil.copytree(folder / "TP2 x FSDP2", folder / "continued")
+    layouts.launch(layouts.train, 1, folder, {"continued": [*SAVING, "--checkpoint.load_step", "10"]})
+    one, other = layouts.losses(folder / "one"), layouts.losses(folder / "continued")
+    assert list(other) == list(one)
+    assert max(abs(other[step] / one[step] - 1) for step in one) <= 1e-4
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -106,24 +120,27 @@ def whole(config):
 
 
 def spread(ranks, config, parallelism):
-    """Returns the model on a layout, and its mesh."""
-    with torch.device("meta"):
-        model = models.Llama(config, seq_len=16)
+    """Returns the model on a layout, its mesh and its share of rows."""
     found = mesh.build(mesh.degrees(parallelism, ranks.size), ranks.rank, "cpu")
+    share = context.Share(found, seq_len=16)
+    with torch.device("meta"):
+        model = models.Llama(config, share.attend(sdpa.Sdpa.attend), seq_len=16, first=share.first)
     parallelize.parallelize(model, model.parallel_plan(), found, Settings(parallelism))
     model.to_empty(device="cpu")
     model.init_weights(0)
-    return model, found
+    return model, found, share
 
 
 def compare(ranks, cases):
     tokens, labels = rows()
+    kernel = attention.kernel("sdpa", ["causal"], "cpu")
     for config, settings in cases:
         one, expected = whole(config)
-        model, found = spread(ranks, config, ParallelismConfig(**settings))
+        model, found, here = spread(ranks, config, ParallelismConfig(**settings))
         share = len(tokens) // found.degrees.data
         mine = slice(found.data_rank * share, (found.data_rank + 1) * share)
-        loss = model(tokens[mine], None, labels[mine]) / 33
+        form = here.form(kernel.derive, torch.zeros(share, 16, dtype=torch.int32), torch.device("cpu"))
+        loss = model(here(tokens[mine]), form, here(labels[mine])) / 33
         loss.backward()
         assert ranks.sum(loss.item(), found.degrees.tensor) == pytest.approx(expected.item(), rel=1e-6)
         assert sum(parameter.numel() for parameter in model.parameters()) == one.num_parameters()
@@ -133,11 +150,17 @@ def compare(ranks, cases):
         norm, reference = (torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0) for m in (model, one))
         torch.testing.assert_close(norm.full_tensor(), reference)
         logits = one(tokens, None)
-        torch.testing.assert_close(model(tokens[mine], None), logits[mine], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(here(tokens[mine]), form), here(logits[mine]), atol=1e-5, rtol=1e-4)
 
 
 def test_uneven_labels_sizes_that_do_not_divide_and_tied_weights_give_one_ranks_gradients():
     tensor = {"tensor_parallel_degree": 2}
     off = {**tensor, "disable_loss_parallel": True}
     cases = [(config, settings) for config in (CONFIG, TIED) for settings in (tensor, off)]
-    layouts.launch(compare, 4, [*cases, (CONFIG, {}), (TIED, {"data_parallel_replicate_degree": 2})])
+    cases += [(CONFIG, {}), (TIED, {"data_parallel_replicate_degree": 2}), (CONFIG, {"context_parallel_degree": 4})]
+    layouts.launch(compare, 4, [*cases, (TIED, {**tensor, "context_parallel_degree": 2})])
+
+
+def test_eight_ranks_of_every_kind_give_one_ranks_gradients():
+    every = {"tensor_parallel_degree": 2, "context_parallel_degree": 2, "data_parallel_replicate_degree": 2}
+    layouts.launch(compare, 8, [(CONFIG, every), (TIED, {**every, "data_parallel_replicate_degree": 1})])

@@ -116,17 +116,16 @@ def test_float8_that_cannot_be(config, words):
 
 
 def test_async_tensor_parallelism_says_what_it_needs():
-    for device, compiled, word in (("cpu", True, "CUDA"), ("cuda", False, "compile.enable")):
-        with pytest.raises(ConfigError, match=word):
-            tensor.overlap(device, compiled)
     asked = ParallelismConfig(tensor_parallel_degree=2, enable_async_tensor_parallel=True)
-    with pytest.raises(ConfigError, match="single rank"):
-        spread(Settings(asked, compile=CompileConfig(enable=True)))
+    for device, compiled, word in ((CPU, True, "CUDA"), (torch.device("cuda"), False, "compile.enable")):
+        with pytest.raises(ConfigError, match=word):
+            parallelize.check(ALONE, Settings(asked, compile=CompileConfig(compiled)), device)
+    parallelize.check(ALONE, Settings(asked, compile=CompileConfig(True)), torch.device("cuda"))
 
 
 def test_offload_needs_something_to_offload_from():
     with pytest.raises(ConfigError, match="single rank"):
-        spread(Settings(ParallelismConfig(), offload=True))
+        parallelize.check(ALONE, Settings(ParallelismConfig(), offload=True), torch.device("cuda"))
 
 
 def test_a_plan_has_to_name_known_styles():

@@ -139,10 +139,9 @@ def test_accumulation_equals_one_large_batch(whole, tmp_path):
         assert losses(four)[step] == pytest.approx(loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("argv", [[], ["--parallelism.data_parallel_replicate_degree", "2"]], ids=["fsdp", "replicate"])
-def test_two_ranks_give_one_ranks_losses(whole, tmp_path, argv):
+def test_two_ranks_give_one_ranks_losses(whole, tmp_path):
     # Two micro-batches of two rows on two ranks validate on the rows that two of four rows do on one.
-    two = torchrun(2, tmp_path, "--training.local_batch_size", "2", "--validation.windows", "16", *argv)
+    two = torchrun(2, tmp_path, "--training.local_batch_size", "2", "--validation.windows", "16")
     one = lines(whole)
     assert losses(two)[1] == pytest.approx(losses(one)[1], rel=1e-6)
     for step, loss in losses(one).items():

@@ -135,7 +135,7 @@ def lines(plan: Plan) -> list[str]:
         f"model       {f'{config.model.name} {config.model.flavor}'.strip()}, {plan.parameters:,} parameters, "
         f"{plan.state_bytes / 2**30:.2f} GiB of weights, gradients and optimizer state per rank",
         f"step        {batch.rows} rows x {config.training.seq_len:,} tokens = {plan.tokens_per_step:,} tokens "
-        f"({batch.data_ranks} x {batch.local} rows x {batch.accumulation} accumulated)",
+        f"({batch.data_ranks} ranks x {batch.local} rows x {batch.accumulation} accumulated)",
         f"run         {plan.steps:,} steps, {plan.tokens:,} tokens, {plan.flops:.3e} FLOPs",
         f"curriculum  {ladder}",
         f"masks       {' + '.join(config.attention.masks)}: {plan.attention_saved:.1%} of attention saved, "

@@ -57,6 +57,8 @@ class Trainer:
         self.masks = [mask.registry.get(name) for name in config.attention.masks]
         self.mesh = mesh.build(plan.degrees, ranks.rank, ranks.device.type)
         self.share = context.Share(self.mesh, config.training.seq_len)
+        self.spread = self._spread()
+        parallelize.check(self.mesh, self.spread, ranks.device)
         shared = self.share.tokens if self.mesh.context else None
         self.kernel = attention.kernel(config.attention.kernel, config.attention.masks, ranks.device, share=shared)
         self.tokenizer = self._tokenizer()
@@ -274,6 +276,20 @@ class Trainer:
     def _loader(self, split: str) -> data.Loader:
         return reading.loader(self.config, self.plan.batch, split, self.tokenizer, self.mesh.data_rank)
 
+    def _spread(self) -> parallelize.Settings:
+        config, training = self.config, self.config.training
+        return parallelize.Settings(
+            parallelism=config.parallelism,
+            float8=config.float8,
+            recompute=config.activation_checkpoint,
+            compile=config.compile,
+            precision=parallelize.Precision(
+                compute=getattr(torch, training.mixed_precision_param),
+                reduce=getattr(torch, training.mixed_precision_reduce),
+            ),
+            offload=training.enable_cpu_offload,
+        )
+
     def _model(self) -> models.Model:
         """Makes the model on meta, spreads it, then gives it memory and its first weights."""
         config, training = self.config, self.config.training
@@ -284,26 +300,16 @@ class Trainer:
                 seq_len=training.seq_len,
                 first=self.share.first if self.mesh.context else None,
             )
-        self.compute = getattr(torch, training.mixed_precision_param)
-        config.float8.check(self.ranks.device, self.compute)
-        settings = parallelize.Settings(
-            parallelism=config.parallelism,
-            float8=config.float8,
-            recompute=config.activation_checkpoint,
-            compile=config.compile,
-            precision=parallelize.Precision(self.compute, getattr(torch, training.mixed_precision_reduce)),
-            offload=training.enable_cpu_offload,
-        )
-        parallelize.parallelize(model, model.parallel_plan(), self.mesh, settings)
+        parallelize.parallelize(model, model.parallel_plan(), self.mesh, self.spread)
         parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
         model.init_weights(config.debug.seed)
         return model
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Computes in the run's type; FSDP2 casts by itself."""
-        if self.mesh.data is not None or self.compute == torch.float32:
+        if self.mesh.data is not None or self.spread.precision.compute == torch.float32:
             return nullcontext()
-        return torch.autocast(self.ranks.device.type, self.compute)
+        return torch.autocast(self.ranks.device.type, self.spread.precision.compute)
 
     # --- telling ------------------------------------------------------------------------------------------------------
 

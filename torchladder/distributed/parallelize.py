@@ -65,6 +65,20 @@ class Settings:
     offload: bool = False
 
 
+def check(mesh: Mesh, settings: Settings, device: torch.device) -> None:
+    """Checks that the settings can work here, before anything is built.
+
+    Raises:
+        ConfigError: one cannot; the message says why.
+    """
+    settings.float8.check(device, settings.precision.compute)
+    if settings.parallelism.enable_async_tensor_parallel:
+        tensor.check_overlap(device, settings.compile.compiles("model"))
+    if settings.offload and (mesh.data is None or device.type == "cpu"):
+        why = "this run has a single rank" if mesh.data is None else "a CPU's weights are in the host's memory already"
+        raise ConfigError(f"training.enable_cpu_offload is for FSDP2 on accelerators: {why}.")
+
+
 def parallelize(model: nn.Module, plan: dict[str, str], mesh: Mesh, settings: Settings) -> None:
     """Prepares a model in place; its blocks are ``model.layers``, name → block.
 
@@ -72,22 +86,18 @@ def parallelize(model: nn.Module, plan: dict[str, str], mesh: Mesh, settings: Se
         model: on the meta device or not.
         plan: the model's own, module path → style of tensor parallelism.
         mesh: the layout of the ranks.
-        settings: what to do.
+        settings: what to do; ``check`` has passed them.
 
     Raises:
-        ConfigError: a setting that cannot work here.
+        ConfigError: the model's plan leaves something out, or float8 has no layer to compute.
     """
     layers = model.layers
     assert isinstance(layers, nn.ModuleDict)
     compile = settings.compile
-    if settings.parallelism.enable_async_tensor_parallel:
-        tensor.overlap(mesh.tensor.device_type if mesh.tensor else "a single rank", compile.compiles("model"))
-    if settings.offload and (mesh.data is None or mesh.data.device_type == "cpu"):
-        why = "this run has a single rank" if mesh.data is None else "a CPU's weights are in the host's memory already"
-        raise ConfigError(f"training.enable_cpu_offload is for FSDP2 on accelerators: {why}.")
-
     # torchao puts layers of its own in the place of linear ones, so it comes before what is tied to a layer.
     float8.convert(model, settings.float8, sharded=mesh.data is not None)
+    if settings.parallelism.enable_async_tensor_parallel:
+        tensor.overlap()
     if mesh.tensor is not None:
         tensor.parallelize(model, plan, mesh.tensor, not settings.parallelism.disable_loss_parallel)
     for number, (name, block) in enumerate(list(layers.items())):

@@ -61,19 +61,23 @@ def parallelize(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh, loss_p
             raise ConfigError(f"the model's parallel_plan names no style for the module of {name}.")
 
 
-def overlap(device_type: str, compiled: bool) -> None:
-    """Lets compiled blocks overlap their collectives with the products around them (async tensor parallelism).
+def check_overlap(device: torch.device, compiled: bool) -> None:
+    """Checks that collectives can overlap with products.
 
     Raises:
         ConfigError: there is nothing here that could.
     """
-    if device_type != "cuda":
+    if device.type != "cuda":
         raise ConfigError(
             f"parallelism.enable_async_tensor_parallel needs CUDA, whose ranks can reach into each other's memory; "
-            f"this run is on {device_type}."
+            f"this run is on a {device.type}."
         )
     if not compiled:
         raise ConfigError("parallelism.enable_async_tensor_parallel is the compiler's work: set compile.enable.")
+
+
+def overlap() -> None:
+    """Lets compiled blocks overlap their collectives with the products around them (async tensor parallelism)."""
     torch._inductor.config._micro_pipeline_tp = True
 
 

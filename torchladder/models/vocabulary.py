@@ -31,7 +31,7 @@ class Share:
 
     def sum(self, own: Tensor) -> Tensor:
         """Returns the sum over all ranks."""
-        return DTensor.from_local(own, self.mesh, [Partial()], run_check=False).full_tensor()
+        return DTensor.from_local(own, self.mesh, [Partial()], run_check=False).full_tensor().clone()
 
 
 ChunkedLoss = Callable[[Tensor, Tensor, Tensor, Share | None], Tensor]
@@ -56,7 +56,8 @@ def loss(chunked: ChunkedLoss, hidden: DTensor, weight: DTensor, labels: Tensor)
     (_, length), (_, first) = compute_local_shape_and_global_offset(labels.shape, mesh, [Shard(1)])
     head = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     own = chunked(hidden.to_local(), head, labels[:, first : first + length], None)
-    return DTensor.from_local(own, mesh, [Partial()], run_check=False).full_tensor()
+    # A copy: what FSDP2 hangs its backward pass on should not be a view.
+    return DTensor.from_local(own, mesh, [Partial()], run_check=False).full_tensor().clone()
 
 
 def logits(hidden: DTensor, weight: DTensor) -> Tensor:
@@ -64,4 +65,4 @@ def logits(hidden: DTensor, weight: DTensor) -> Tensor:
     states = hidden.redistribute(placements=[Replicate()])
     own = F.linear(states, weight.redistribute(placements=[Shard(0)]))
     assert isinstance(own, DTensor)
-    return own.full_tensor()
+    return own.full_tensor().clone()
