@@ -337,3 +337,7 @@ def test_the_sample_has_a_reach():
     texts = [str(number) * 10 for number in range(10)]
     assert tokenizer.training.sample(texts, 1000) == texts
     assert tokenizer.training.sample(texts, 1000, reach=25) == texts[:3]
+
+
+def test_a_run_on_tokens_needs_no_tokenizer():
+    assert tokenizer.registry.get("none")() is None

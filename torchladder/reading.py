@@ -48,7 +48,7 @@ def tokenizer(config: Config) -> data.Tokenizer | None:
     return data.tokenizer.registry.build(
         config.tokenizer,
         texts=lambda: data.training_texts(config.data),
-        cache=data.cache_path(config.data.cache_folder),
+        cache=data.cache_path(getattr(config.data, "cache_folder", data.DEFAULT_CACHE)),  # a plugin may have none
     )
 
 

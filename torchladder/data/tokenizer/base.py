@@ -14,6 +14,11 @@ registry: Registry[Tokenizer] = Registry(
 register = registry.register
 
 
+@register("none")
+def none() -> None:
+    """No tokenizer: for runs on tokens, without samples."""
+
+
 @register("bytes")
 class Bytes(Tokenizer):
     """UTF-8 bytes as tokens 0 to 255, and 256 to end a document."""

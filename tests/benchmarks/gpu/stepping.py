@@ -1,0 +1,94 @@
+"""The library's own trainer, stepped by hand: what is measured is what a run does."""
+
+import gc
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from tests.benchmarks.gpu import rows  # noqa: F401 - registers the loader "random"
+from torchladder import config, mask
+from torchladder import plan as plans
+from torchladder.distributed import ranks as processes
+from torchladder.trainer import Trainer
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its rows."""
+
+    flavor: str
+    seq_len: int
+    batch: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.flavor}, {self.seq_len:,} tokens"
+
+
+@contextmanager
+def trainer(
+    shape: Shape, *settings: str, masks: tuple[str, ...] = ("chunk",), kernel: str = "auto"
+) -> Iterator[Trainer]:
+    """Yields a trainer on random rows at full context, compiled on a GPU; its memory is free again afterwards."""
+    documents = ["--data.document_tokens", "2000"] if "document" in masks else []
+    vocab = [] if CUDA else ["--data.vocab_size", "512"]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = (
+            *("--job.dump_folder", folder, "--model.flavor", shape.flavor, "--tokenizer.name", "none"),
+            *("--data.name", "random", *documents, *vocab),
+            *("--attention.masks", *masks, "--attention.kernel", kernel, "--curriculum.name", "constant"),
+            *("--training.steps", "1000000", "--training.seq_len", str(shape.seq_len)),
+            *("--training.local_batch_size", str(shape.batch), "--validation.no-enable"),
+            *("--metrics.log_freq", "1000000", "--compile.enable" if CUDA else "--compile.no-enable"),
+            *("--optimizer.lr", "1e-4", "--lr_scheduler.warmup_steps", "10"),
+            *settings,
+        )
+        torch._dynamo.reset()
+        made = Trainer(plans.make(config.load(list(settings))), processes.join(processes.CommConfig()))
+        made.step = 1  # the first step is always reported, which waits for the device
+        try:
+            yield made
+        finally:
+            processes.leave()
+            del made
+            gc.collect()
+            if CUDA:
+                torch.cuda.empty_cache()
+
+
+def at(trainer: Trainer, window: int) -> Trainer:
+    """Returns the trainer with that window from here on."""
+    trainer.curriculum = lambda step: window
+    return trainer
+
+
+def seconds_per_step(trainer: Trainer, steps: int = 5, warm: int = 2) -> float:
+    """Returns the mean time of a step, after some that do not count."""
+    for _ in range(warm):
+        trainer.train_step()
+    wait()
+    begin = time.perf_counter()
+    for _ in range(steps):
+        trainer.train_step()
+    wait()
+    return (time.perf_counter() - begin) / steps
+
+
+def flops_per_step(trainer: Trainer, window: int) -> tuple[int, int]:
+    """Returns the operations of a step: of the attended pairs alone, and by the PaLM convention."""
+    batch = next(trainer.loader)
+    start = mask.compose(*(allow(batch.positions, window) for allow in trainer.masks))
+    tokens = batch.tokens.numel()
+    return trainer.model.flops(tokens, mask.pairs(start)), trainer.model.palm_flops(tokens)
+
+
+def wait() -> None:
+    """Waits until the device has done all work."""
+    if CUDA:
+        torch.cuda.synchronize()
