@@ -56,10 +56,10 @@ def checkpoints() -> dict[str, float]:
                 run.train_step()
                 wait()
                 begin = time.perf_counter()
-                run.checkpointer.save(run.step, run.state())
+                run.lifeline.save(run.state())
                 wait()
                 found[f"checkpoint_stall_seconds_{mode}"] = time.perf_counter() - begin
-                run.checkpointer.wait()
+                run.lifeline.saves.wait()
     return found
 
 
