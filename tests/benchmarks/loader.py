@@ -4,7 +4,6 @@ python -m tests.benchmarks.loader [--documents 10000000]
 """
 
 import argparse
-import itertools
 import resource
 import subprocess
 import sys
@@ -126,15 +125,13 @@ def waiting(config, steps=10):
     with tempfile.TemporaryDirectory() as folder:
         quiet = ["--validation.no_enable", "--metrics.log_freq", "1000", "--training.steps", "1000"]
         loaded = settings.load(["--job.config_file", config, "--job.dump_folder", folder, *quiet])
-        trainer = Trainer(plan.make(loaded), processes.join(loaded.comm))
-        loader, waited = trainer.loader, []
-        trainer.loader = (lap(waited, next, loader) for _ in itertools.count())
-        taken = []
+        trainer = Trainer(plan.make(loaded), processes.join(loaded.comm, Path(loaded.job.dump_folder)))
+        read, waited, taken = trainer.lifeline.read, [], []
+        trainer.lifeline.read = lambda *arguments: lap(waited, read, *arguments)
         for _ in range(steps + 1):
             lap(taken, trainer.train_step)
         processes.leave()
-    each = len(waited) // len(taken)
-    whole, wait = sum(taken[1:]), sum(waited[each:])
+    whole, wait = sum(taken[1:]), sum(waited[1:])
     table(
         ["", "ms/step", "ms waiting", "share"],
         [[config, f"{1e3 * whole / steps:.0f}", f"{1e3 * wait / steps:.2f}", f"{wait / whole:.2%}"]],

@@ -17,6 +17,7 @@ SMALL = [Shape("debug", 512, 2)]
 KERNELS = ["fold", "flex", "varlen"] if CUDA else ["fold", "sdpa"]
 LONG = ("--activation_checkpoint.mode", "full")
 """Rows of 128K do not fit without recomputing."""
+FLOAT8 = ("--float8.enable", "--float8.recipe_name", "tensorwise")
 
 PARTS = {
     "attention": ("flash", "fmha", "sdpa", "attention", "flex", "torchladder::", "cudnn_generated"),
@@ -46,6 +47,9 @@ def _of_kernel(shape: Shape, kernel: str) -> list[dict[str, Any]]:
     windows = sorted({shape.seq_len, shape.seq_len // 4, 128}, reverse=True)
     with trainer(shape, *recompute, kernel=kernel) as run:
         results += [_measure(run, shape, kernel, ("chunk",), window) for window in windows]
+    if CUDA and shape == SHAPES[0] and kernel == KERNELS[0]:
+        with trainer(shape, *FLOAT8, kernel=kernel) as run:
+            results.append(_measure(run, shape, f"{kernel} float8", ("chunk",), shape.seq_len))
     if kernel != "fold":
         masks = ("document", "chunk")
         with trainer(shape, *recompute, masks=masks, kernel=kernel) as run:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -50,7 +51,7 @@ def trainer(
             *settings,
         )
         torch._dynamo.reset()
-        made = Trainer(plans.make(config.load(list(settings))), processes.join(processes.CommConfig()))
+        made = Trainer(plans.make(config.load(list(settings))), processes.join(processes.CommConfig(), Path(folder)))
         made.step = 1  # the first step is always reported, which waits for the device
         try:
             yield made
