@@ -139,6 +139,17 @@ def test_accumulation_equals_one_large_batch(whole, tmp_path):
         assert losses(four)[step] == pytest.approx(loss, rel=1e-4)
 
 
+def test_deterministic_algorithms_give_the_same_bits_and_another_seed_others(tmp_path):
+    short, before = ["--training.steps", "4", "--validation.no_enable"], torch.are_deterministic_algorithms_enabled()
+    try:
+        first = run(tmp_path / "first", "--debug.deterministic", *short)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert losses(run(tmp_path / "second", "--debug.deterministic", *short)) == losses(first)
+        assert losses(run(tmp_path / "other", "--debug.deterministic", "--debug.seed", "1", *short)) != losses(first)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def test_two_ranks_give_one_ranks_losses(whole, tmp_path):
     # Two micro-batches of two rows on two ranks validate on the rows that two of four rows do on one.
     two = torchrun(2, tmp_path, "--training.local_batch_size", "2", "--validation.windows", "16")
