@@ -293,7 +293,7 @@ def test_settings_are_the_parameters_without_the_facts():
 
 
 def test_a_plugin_is_built_from_its_own_settings():
-    @curriculum.register("staircase")
+    @curriculum.register("a-stair-of-this-test")
     @dataclass(frozen=True)
     class Staircase:
         """A few fixed windows, each for the same number of steps."""
@@ -305,12 +305,12 @@ def test_a_plugin_is_built_from_its_own_settings():
             return self.stairs[min(step // self.steps_per_stair, len(self.stairs) - 1)]
 
     try:
-        section = SimpleNamespace(name="staircase", stairs=[512, 2048, 8192], steps_per_stair=10)
+        section = SimpleNamespace(name="a-stair-of-this-test", stairs=[512, 2048, 8192], steps_per_stair=10)
         made = curriculum.registry.build(section, steps=100, seq_len=8192)
         assert windows(made, 100) == [(0, 512), (10, 2048), (20, 8192)]
         assert full_at(made, 100, 8192) == 20
     finally:
-        del curriculum.registry._parts["staircase"]
+        del curriculum.registry._parts["a-stair-of-this-test"]
 
 
 def test_build_hands_over_the_facts():
