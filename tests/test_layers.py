@@ -105,7 +105,7 @@ def test_the_curriculum_knows_no_tensors():
 
 
 def test_data_knows_no_masks_or_windows():
-    for path in (ROOT / "data").glob("*.py"):
+    for path in (ROOT / "data").rglob("*.py"):
         assert not imported_rooms(path) & {"mask", "curriculum"}
 
 

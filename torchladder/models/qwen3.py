@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torchladder.models.attention import causal
 from torchladder.models.base import Attend, register
 from torchladder.models.interchange.family import LLAMA, Family, extend
 from torchladder.models.llama import Block, Llama
@@ -56,14 +55,7 @@ FLAVORS = {
 
 @register("qwen3", flavors=FLAVORS)
 class Qwen3(Llama):
-    """A Qwen3.
-
-    Args:
-        config: its shape.
-        attend: the kernel's attention; full causal attention where none is given.
-        seq_len: tokens in the longest row.
-        first: the position of the first token of the rows that come, where ranks share rows.
-    """
+    """A Qwen3: a Llama that norms the queries and keys of each head."""
 
     hugging_face: ClassVar[Family | None] = extend(
         LLAMA,
@@ -74,9 +66,6 @@ class Qwen3(Llama):
         },
         head_dim=128,
     )
-
-    def __init__(self, config: Qwen3Config, attend: Attend = causal, seq_len: int = 2048, first: int = 0) -> None:
-        super().__init__(config, attend, seq_len, first)
 
     def block(self, attend: Attend) -> Block:
         return Block(self.config, self.rope, attend, qk_norm=self.config.norm_eps)

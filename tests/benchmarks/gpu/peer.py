@@ -6,6 +6,7 @@ model:
     python -m pip install --no-deps --target build/peer torchtitan==0.2.2
 """
 
+import gc
 import sys
 import types
 from pathlib import Path
@@ -51,6 +52,7 @@ def _beside(shape: Shape, masks: tuple[str, ...]) -> list[dict[str, Any]]:
         with trainer(shape, masks=masks, kernel=kernels[0]) as run:  # for its rows and its settings
             batch, config = next(run.loader), run.model.config
         theirs[kind] = tokens / seconds({"step": _timed(_step(config, shape, kind, masks, batch))}, turns=4)["step"]
+        gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
     best = max(theirs, key=lambda kind: theirs[kind])

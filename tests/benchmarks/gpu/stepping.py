@@ -56,8 +56,10 @@ def trainer(
         try:
             yield made
         finally:
+            made.lifeline.close()
+            made.metrics.close()
             processes.leave()
-            del made
+            vars(made).clear()  # whoever still holds the trainer holds no memory of the device
             gc.collect()
             if CUDA:
                 torch.cuda.empty_cache()
