@@ -16,7 +16,8 @@ from torchladder.distributed.ranks import Ranks
 from torchladder.trainer import Trainer
 
 DEBUG = Path(__file__).parents[1] / "train_configs" / "debug.toml"
-ALWAYS = ["--job.config_file", str(DEBUG), "--validation.no_enable", "--metrics.no_enable_tensorboard"]
+CONFIG = ["--job.config_file", str(DEBUG)]
+ALWAYS = [*CONFIG, "--validation.no_enable", "--metrics.no_enable_tensorboard"]
 
 
 def launch(function, ranks, *arguments):
@@ -46,7 +47,11 @@ def train(ranks, folder, layouts):
             (Path(folder) / name / "graphs").write_text(str(counters["stats"]["unique_graphs"]))
 
 
+def lines(folder):
+    """Returns what a training reported."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder, key="loss"):
     """Returns step → loss of a training."""
-    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line[key] for line in lines if "loss" in line}
+    return {line["step"]: line[key] for line in lines(folder) if "loss" in line}
