@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchladder import commands, config, train
+from torchladder import commands, config, reading, train
 from torchladder.checkpoint import CheckpointConfig
 from torchladder.commands import convert, generate
+from torchladder.data import tokenizer
 from torchladder.models.interchange.folder import Folder
 from torchladder.registry import ConfigError
 
@@ -109,6 +111,76 @@ def test_a_run_starts_from_a_folder_and_ends_in_one(folders, tmp_path, capsys):
         greedy = ["--prompt", "the ladder", "--max-new-tokens", "12", "--temperature", "0"]
         assert generate.run(["--checkpoint", str(place), *greedy]) == 0
         assert capsys.readouterr().out.strip() == expected.strip()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that has trained its own tokenizer, its command line and its text."""
+    root = tmp_path_factory.mktemp("trained")
+    text = (ROOT / "docs" / "layout.md").read_text()
+    (root / "text.txt").write_text(text)
+    words = [
+        *argv(root, root / "run", "--tokenizer.name", "sentencepiece", "--tokenizer.vocab_size", "400"),
+        *("--model.flavor", "debug", "--model.vocab_size", "401", "--training.steps", "2"),
+        *("--attention.masks", "causal", "--curriculum.name", "constant", "--checkpoint.last_save_in_hf"),
+    ]
+    assert train.main(words) == 0
+    return root, words, text
+
+
+def files_in(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_tokenizer_that_a_run_has_trained_goes_along(trained, tmp_path):
+    root, words, text = trained
+    out = root / "run" / "checkpoint" / "step-2-hf"
+    own = reading.tokenizer(config.load(words))
+    assert own.vocab_size == 400
+    assert tokenizer.load(str(out)).fingerprint == own.fingerprint
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    for piece in (text[:200], "  two spaces, a\n\ttab and é", "the ladder"):
+        assert theirs(piece, add_special_tokens=False)["input_ids"] == own.encode(piece)
+    step = str(root / "run" / "checkpoint" / "step-2")
+    assert convert.run(["to-hf", step, "--output", str(tmp_path / "back")]) == 0
+    assert files_in(tmp_path / "back") == files_in(out)
+
+
+def test_a_tokenizer_that_is_not_the_runs_any_more_is_refused(trained, tmp_path):
+    root, _, text = trained
+    to_hf = ["to-hf", str(root / "run" / "checkpoint" / "step-2"), "--output"]
+    (root / "text.txt").write_text(text.upper())
+    with pytest.raises(ConfigError, match="has changed since: --tokenizer"):
+        convert.run([*to_hf, str(tmp_path / "a")])
+    (root / "text.txt").unlink()
+    with pytest.raises(ConfigError, match="--tokenizer names another, or none"):
+        convert.run([*to_hf, str(tmp_path / "a")])
+    assert convert.run([*to_hf, str(tmp_path / "a"), "--tokenizer", "none"]) == 0
+    assert set(files_in(tmp_path / "a")) == {"config.json", "model.safetensors"}
+    (root / "text.txt").write_text(text)
+
+
+def test_a_run_that_was_killed_before_it_had_its_folder_makes_it_when_it_is_started_again(trained, tmp_path, capsys):
+    root, words, _ = trained
+    run, dump = tmp_path / "run", ["--job.dump_folder", str(tmp_path / "run")]
+    shutil.copytree(root / "run", run)
+    out = run / "checkpoint" / "step-2-hf"
+    expected, told = files_in(out), (run / "metrics.jsonl").read_bytes()
+    (out / "model.safetensors").unlink()
+    out.rename(out.with_name("step-2-hf.partial"))  # as far as it came
+    assert train.main([*words, *dump]) == 0
+    assert files_in(out) == expected
+    assert not out.with_name("step-2-hf.partial").exists()
+    assert (run / "metrics.jsonl").read_bytes() == told  # nothing was trained
+
+    shutil.rmtree(out)
+    weights = next((run / "checkpoint" / "step-2").glob("*.distcp"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert train.main([*words, *dump]) == 2
+    assert f"{weights.parent} is damaged: {weights.name}" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_vocabulary_grows_and_shrinks_again(folders, tmp_path):

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from torchladder import checkpoint, curriculum, data
 from torchladder import config as settings
-from torchladder import curriculum, data
 from torchladder.config import Config
 from torchladder.data.tokenizer import files
+from torchladder.models.interchange import conversion
 from torchladder.models.interchange.folder import ASSETS
 from torchladder.models.interchange.settings import Facts
 from torchladder.registry import ConfigError
-
-NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.model"}
-"""What a tokenizer file is called there, by the kind of its content."""
 
 
 def facts(config: Config, tokenizer: data.Tokenizer | None) -> Facts:
@@ -44,30 +44,30 @@ def _last_phase(config: Config, key: str) -> Any:
     return next((value for value in reversed(values) if value is not None), None)
 
 
-def tokenizer_files(config: Config) -> dict[str, Path]:
-    """Returns the files of a run's tokenizer, by the names that they have in a Hugging Face folder."""
-    path = getattr(config.tokenizer, "path", "")
-    return files_of(path) if path else {}
+def tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dict[str, bytes]:
+    """Returns a tokenizer's files, by the names that they have in a Hugging Face folder.
 
-
-def files_of(path: str) -> dict[str, Path]:
-    """Returns a tokenizer's files and those that lie beside it, by the names that they have in a Hugging Face folder.
+    Args:
+        tokenizer: any, also one that a run has trained.
+        path: where it was read from, and other files of it may lie; empty for nowhere.
 
     Raises:
-        ConfigError: there is no tokenizer.
+        ConfigError: nothing is there.
     """
-    file = files.find(path)
-    beside = {name: file.parent / name for name in ASSETS if (file.parent / name).is_file()}
-    return beside if file.name in beside else {NAMES[files.kind(file.read_bytes())]: file}
+    own = {} if tokenizer is None else tokenizer.file()
+    file = files.find(path) if path else None
+    if file is None or file.name not in ASSETS:
+        return own
+    return {name: (file.parent / name).read_bytes() for name in ASSETS if (file.parent / name).is_file()}
 
 
 @contextmanager
-def folder(path: Path, assets: dict[str, Path], first: bool = True) -> Iterator[Path]:
+def folder(path: Path, assets: dict[str, bytes], first: bool = True) -> Iterator[Path]:
     """Gives a folder to fill that gets its name, and the assets, once it is filled; of an old one nothing stays.
 
     Args:
         path: the name.
-        assets: file name -> the file to copy.
+        assets: file name -> what is in it.
         first: whether this rank has the folder; the others fill nothing.
     """
     partial = path.with_name(f"{path.name}.partial")
@@ -76,21 +76,36 @@ def folder(path: Path, assets: dict[str, Path], first: bool = True) -> Iterator[
         partial.mkdir(parents=True)
     yield partial
     if first:
-        for name, file in assets.items():
-            shutil.copyfile(file, partial / name)
+        for name, content in assets.items():
+            (partial / name).write_bytes(content)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
 
 
-def run_of(checkpoint: Path) -> Config:
+def convert(
+    source: Path, path: Path, model: tuple[str, Any], facts: Facts, assets: dict[str, bytes], dtype: torch.dtype | None
+) -> None:
+    """Makes a folder of a checkpoint, from file to file; as ``conversion.from_checkpoint``.
+
+    Raises:
+        ConfigError: the checkpoint is damaged, or of another model.
+    """
+    wrong = checkpoint.damage(source)
+    if wrong is not None:
+        raise ConfigError(f"{source} is damaged: {wrong}.")
+    with folder(path, assets) as partial:
+        conversion.from_checkpoint(source, partial, model, facts, dtype)
+
+
+def run_of(source: Path) -> Config:
     """Returns the settings of the run that a checkpoint is of: the config.toml in it, or in its run's folder.
 
     Raises:
         ConfigError: there is none.
     """
-    for place in (checkpoint, *checkpoint.resolve().parents[:2]):
+    for place in (source, *source.resolve().parents[:2]):
         if (place / "config.toml").is_file():
             # What the folder said of the model is in the settings, and it may be gone since.
             without = ["--model.hf_assets_path", "", "--checkpoint.no_initial_load_in_hf"]
             return settings.load(["--job.config_file", str(place / "config.toml"), *without])
-    raise ConfigError(f"{checkpoint} is of no run that is here: there is no config.toml in it or two folders above.")
+    raise ConfigError(f"{source} is of no run that is here: there is no config.toml in it or two folders above.")

@@ -85,6 +85,7 @@ class Trainer:
             return True
         if self.step >= config.training.steps and not self.pending:
             self.metrics.close()
+            self._export_saved()
             logger.info("all %d steps are taken: nothing to do", config.training.steps)
             return True
         gc.disable()
@@ -256,9 +257,23 @@ class Trainer:
         config, first = self.config, self.ranks.first
         facts, dtype = export.facts(config, self.tokenizer), getattr(torch, config.checkpoint.export_dtype)
         path = self.lifeline.saves.folder / f"step-{self.step}-hf"
-        with export.folder(path, export.tokenizer_files(config), first) as partial:
+        with export.folder(path, self._tokenizer_files(), first) as partial:
             weights.save(self.model, partial, facts, dtype, first)
         logger.info("saved %s", path)
+
+    def _export_saved(self) -> None:
+        """Makes the Hugging Face folder of a finished run that was killed before it had one; no weights are loaded."""
+        config = self.config
+        saved = self.lifeline.saves.folder / f"step-{self.step}"
+        path = saved.with_name(f"{saved.name}-hf")
+        if not (config.checkpoint.last_save_in_hf and self.ranks.first and checkpoint.complete(saved)) or path.exists():
+            return
+        facts, dtype = export.facts(config, self.tokenizer), getattr(torch, config.checkpoint.export_dtype)
+        export.convert(saved, path, (config.model.name, self.model.config), facts, self._tokenizer_files(), dtype)
+        logger.info("saved %s", path)
+
+    def _tokenizer_files(self) -> dict[str, bytes]:
+        return export.tokenizer_files(self.tokenizer, getattr(self.config.tokenizer, "path", ""))
 
     # --- building -----------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,21 @@ named, so a folder with the final name is complete:
 """
 
 from torchladder.checkpoint.checkpointer import Checkpointer
+from torchladder.checkpoint.checksums import damage
 from torchladder.checkpoint.config import CheckpointConfig
-from torchladder.checkpoint.folders import RUN, complete, finished, steps
+from torchladder.checkpoint.folders import RUN, complete, finished, read_run, steps
 from torchladder.checkpoint.identity import check
 from torchladder.checkpoint.team import SaveError
 
-__all__ = ["RUN", "CheckpointConfig", "Checkpointer", "SaveError", "check", "complete", "finished", "steps"]
+__all__ = [
+    "RUN",
+    "CheckpointConfig",
+    "Checkpointer",
+    "SaveError",
+    "check",
+    "complete",
+    "damage",
+    "finished",
+    "read_run",
+    "steps",
+]

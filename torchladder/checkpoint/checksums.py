@@ -111,6 +111,15 @@ def read(folder: Path) -> dict[str, str]:
     return sums
 
 
+def damage(folder: Path) -> str | None:
+    """Returns what is wrong with the files of a checkpoint, None where all are intact."""
+    try:
+        problems = (problem(folder, name, digest) for name, digest in read(folder).items())
+        return next(filter(None, problems), None)
+    except (OSError, ValueError) as error:
+        return f"{SUMS}: {getattr(error, 'strerror', None) or error}"
+
+
 def problem(folder: Path, name: str, digest: str) -> str | None:
     """Returns what is wrong with a file of a checkpoint, None where it is intact."""
     try:

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     theirs.add_argument("--vocab-size", type=int, metavar="N", help="rows to keep: leaves out what pads the vocabulary")
     theirs.add_argument("--seq-len", type=int, metavar="N", help="tokens of the longest row (default: of the run's)")
     theirs.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: as saved)")
-    theirs.add_argument("--tokenizer", metavar="T", help="file or folder of the tokenizer (default: the run's)")
+    theirs.add_argument("--tokenizer", metavar="T", help="file or folder, or none (default: the run's)")
     for command in (ours, theirs):
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
         command.add_argument("--overwrite", action="store_true", help="replace DIR where it is there already")
@@ -120,20 +120,33 @@ def _to_hf(arguments: argparse.Namespace) -> int:
         if arguments.vocab_size > model.vocab_size:
             raise ConfigError(f"--vocab-size {arguments.vocab_size}: the model has {model.vocab_size} rows.")
         model = replace(model, vocab_size=arguments.vocab_size)
-    files = export.files_of(arguments.tokenizer) if arguments.tokenizer else export.tokenizer_files(config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    with export.folder(output, files) as partial:
-        facts = export.facts(config, _tokenizer(arguments.tokenizer, config))
-        facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len)
-        conversion.from_checkpoint(source, partial, (config.model.name, model), facts, dtype)
+    reads, files = _tokenizer(arguments, config)
+    facts = export.facts(config, reads)
+    facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len)
+    export.convert(source, output, (config.model.name, model), facts, files, dtype)
     print(f"{output}: {CONFIG}, weights, {', '.join(files) or 'no tokenizer (--tokenizer names one)'}")
     for mask in {*config.attention.masks} - {"causal", "sliding"}:
         print(f"The run's mask {mask!r} has no form there: the model attends to all tokens before it.")
     return 0
 
 
-def _tokenizer(path: str | None, config: Config) -> tokenizer.Tokenizer | None:
-    """Returns the tokenizer whose special tokens config.json names: the given one, or the run's if it is a file."""
-    if path:
-        return tokenizer.load(path)
-    return reading.tokenizer(config) if getattr(config.tokenizer, "path", "") else None
+def _tokenizer(arguments: argparse.Namespace, config: Config) -> tuple[tokenizer.Tokenizer | None, dict[str, bytes]]:
+    """Returns the tokenizer that goes along, the given one or the run's, and its files.
+
+    Raises:
+        ConfigError: it is not here, or no longer the one that the run had.
+    """
+    if arguments.tokenizer == "none":
+        return None, {}
+    if arguments.tokenizer:
+        found = tokenizer.load(arguments.tokenizer)
+        return found, export.tokenizer_files(found, arguments.tokenizer)
+    try:
+        reads = reading.tokenizer(config)
+    except ConfigError as error:
+        raise ConfigError(f"the run's tokenizer: {error} --tokenizer names another, or none.") from error
+    known = checkpoint.read_run(arguments.source)["fingerprints"].get("data.tokenizer")
+    if reads is not None and known not in (None, reads.fingerprint):
+        raise ConfigError("the run's tokenizer has changed since: --tokenizer names the one it had, or none.")
+    return reads, export.tokenizer_files(reads, getattr(config.tokenizer, "path", ""))

@@ -145,6 +145,10 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int]) -> str:
         """Returns the text of ids; special ids and ids outside the vocabulary leave no trace."""
 
+    def file(self) -> dict[str, bytes]:
+        """Returns the content of its file, by the usual name; nothing for one that has no file."""
+        return {}
+
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         """Returns the ids of each text as an integer array; override it where a library does many at once.
 

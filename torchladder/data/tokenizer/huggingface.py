@@ -84,6 +84,9 @@ class HuggingFace(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._part.decode([token for token in ids if 0 <= token < self.vocab_size], skip_special_tokens=True)
 
+    def file(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self._content[0]}
+
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         # The library uses every core for a batch of many; a batch of one stays on one.
         batches = [texts] if threads > 1 else [[text] for text in texts]

@@ -79,6 +79,9 @@ class SentencePiece(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([i for i in ids if 0 <= i < self.vocab_size and i not in self._silent])
 
+    def file(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self._content[0]}
+
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         plain = iter(self._model.encode([text for text in texts if SPACE not in text], num_threads=threads))
         encoded = (self.encode(text) if SPACE in text else next(plain) for text in texts)

@@ -73,6 +73,9 @@ class Tiktoken(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode([token for token in ids if 0 <= token < self._ranks])
 
+    def file(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self._content[0]}
+
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         if threads == 1:
             return [self._array(text) for text in texts]
