@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from runs import losses, run, start, validations
+from runs import lines, losses, run, start, validations
 
 from torchladder import checkpoint, train, trainer
 from torchladder.checkpoint import checksums
@@ -17,7 +17,7 @@ STEPS = 6
 RUN = [
     *("--training.steps", str(STEPS), "--validation.freq", "3", "--checkpoint.enable", "--checkpoint.interval", "2"),
     *("--training.local_batch_size", "2", "--training.global_batch_size", "4", "--training.seq_len", "64"),
-    *("--samples.prompts", "import ", "--samples.freq", "3", "--samples.max_new_tokens", "4"),
+    *("--samples.prompts", "import ", "def ", "--samples.freq", "3", "--samples.max_new_tokens", "4"),
     *("--data.phases", "{ from_step = 4, window = 16 }", "--lr_scheduler.warmup_steps", "2"),
     *("--metrics.disable_progress_bar", "--checkpoint.async_mode", "async"),
 ]
@@ -44,12 +44,14 @@ def kill_in(monkeypatch, owner, name, call, number=signal.SIGTERM):
 
 
 MOMENTS = {
+    "first rows": (trainer.Lifeline, "read", 1, 0),
     "first step": (trainer.Trainer, "forward_backward", 1, 1),
     "step": (trainer.Trainer, "forward_backward", 6, 3),
     "first validation": (trainer.Trainer, "validate", 1, 0),
     "validation": (trainer.Trainer, "validate", 2, 3),
     "last validation": (trainer.Trainer, "validate", 3, 6),
-    "samples": (trainer, "generate", 1, 3),
+    "samples": (trainer, "generate", 2, 3),
+    "last samples": (trainer, "generate", 3, 6),
     "save": (checkpoint.Checkpointer, "save", 1, 2),
     "checksums of a save": (checksums, "verify", 2, None),
     "report": (trainer.Trainer, "_report", 5, 5),
@@ -67,6 +69,9 @@ def test_a_signal_ends_a_run_at_any_moment_and_nothing_is_lost(whole, tmp_path, 
     run(tmp_path, *RUN)
     assert losses(tmp_path) == losses(whole)
     assert validations(tmp_path) == validations(whole)
+    once = [[(line["step"], "loss" in line) for line in lines(folder)] for folder in (tmp_path, whole)]
+    assert once[0] == once[1]
+    assert (tmp_path / "samples.txt").read_text() == (whole / "samples.txt").read_text()
     assert (tmp_path / "ladder.png").is_file()
 
 

@@ -52,6 +52,7 @@ class Trainer:
         self.step = 0
         self.row = 0
         self.pending = True  # validation, at step 0
+        self.validated = -1  # the step of the last validation
 
         self.curriculum = plan.window
         self.masks = [mask.registry.get(name) for name in config.attention.masks]
@@ -118,8 +119,9 @@ class Trainer:
         last = step == config.training.steps
         self.pending = True
         with self.metrics.pause():
-            if last or step % config.validation.freq == 0:
+            if (last or step % config.validation.freq == 0) and step != self.validated:
                 self.validate()
+                self.validated = step  # not again, should samples be broken off
             if step and config.samples.due(step, last):
                 self.sample()
             self.pending = False
@@ -212,14 +214,15 @@ class Trainer:
             with self._precision():
                 return self.model(tokens.to(self.ranks.device), self.kernel.derive(start, self.ranks.device))
 
+        texts = []
         for prompt in config.prompts:
             ids = tokenizer.encode(prompt) or [tokenizer.eos]
             new = generate(forward, ids, config, self.config.training.seq_len, generator, tokenizer.eos)
-            text = f"{prompt}{tokenizer.decode(new)}"
-            if self.ranks.first:
-                logger.info("sample after step %d:\n%s", self.step, text)
-                with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
-                    file.write(f"--- step {self.step}\n{text}\n")
+            texts.append(f"{prompt}{tokenizer.decode(new)}")
+        for text in texts if self.ranks.first else []:  # all or none, as in validation
+            logger.info("sample after step %d:\n%s", self.step, text)
+            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+                file.write(f"--- step {self.step}\n{text}\n")
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -229,6 +232,7 @@ class Trainer:
             "step": self.step,
             "row": self.row,
             "pending": self.pending,
+            "validated": self.validated,
             "fingerprints": self._fingerprints(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
@@ -244,7 +248,9 @@ class Trainer:
             logger.info("loaded the weights of %s", path)
 
     def _go_on(self, saved: dict[str, Any]) -> None:
-        self.step, self.row, self.pending = saved["step"], saved["row"], saved["pending"]
+        self.step, self.row = saved["step"], saved["row"]
+        self.pending = saved["pending"] or self.step == 0  # metrics that begin at step 0 begin anew
+        self.validated = saved.get("validated", -1) if self.step else -1
 
     def _check(self, run: dict[str, Any]) -> None:
         checkpoint.check(run["fingerprints"], self._fingerprints(), self.config.checkpoint.accept_changes)
