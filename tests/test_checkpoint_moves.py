@@ -21,7 +21,7 @@ from torchladder.trainer import Trainer
 
 RUN = [
     *("--model.dim", "36", "--model.n_heads", "6", "--model.n_kv_heads", "2", "--model.n_layers", "1"),
-    *("--model.ffn_dim", "51", "--model.vocab_size", "259", "--model.tie_embeddings", "True"),  # no sizes that divide
+    *("--model.ffn_dim", "51", "--model.vocab_size", "259", "--model.tie_embeddings", "True"),  # odd sizes
     *("--training.seq_len", "64", "--training.global_batch_size", "4", "--training.local_batch_size", "1"),
     *("--lr_scheduler.warmup_steps", "1", "--metrics.no_enable_tensorboard", "--checkpoint.enable"),
 ]
