@@ -7,7 +7,8 @@ settings.register_profile("torchladder", deadline=None)
 settings.load_profile("torchladder")
 
 LONG = {
-    f"test_{name}.py" for name in ("convert", "docs", "interrupt", "layouts", "nodes", "restart", "torture", "train")
+    f"test_{name}.py"
+    for name in ("checkpoint_moves", "convert", "docs", "interrupt", "layouts", "nodes", "restart", "torture", "train")
 }
 """Files that start processes of several ranks: they begin first, so that no core waits for the last of them."""
 

@@ -7,6 +7,7 @@ All moves between five layouts, in a few minutes:
 
 import shutil
 import tempfile
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -17,24 +18,22 @@ from torch.distributed.tensor import DTensor
 
 from torchladder import config
 from torchladder import plan as plans
+from torchladder.distributed.mesh import ParallelismConfig
 from torchladder.trainer import Trainer
 
 RUN = [
+    *layouts.CONFIG,
     *("--model.dim", "36", "--model.n_heads", "6", "--model.n_kv_heads", "2", "--model.n_layers", "1"),
     *("--model.ffn_dim", "51", "--model.vocab_size", "259", "--model.tie_embeddings", "True"),  # odd sizes
     *("--training.seq_len", "64", "--training.global_batch_size", "4", "--training.local_batch_size", "1"),
     *("--lr_scheduler.warmup_steps", "1", "--metrics.no_enable_tensorboard", "--checkpoint.enable"),
 ]
-REPLICATE = "--parallelism.data_parallel_replicate_degree"
-CONTEXT = "--parallelism.context_parallel_degree"
-TENSOR = "--parallelism.tensor_parallel_degree"
-
 LAYOUTS = {
-    "FSDP4": [],
-    "HSDP 2x2": [REPLICATE, "2"],
-    "TP2 x FSDP2": [TENSOR, "2"],
-    "CP2 x FSDP2": [CONTEXT, "2"],
-    "CP2 x TP2": [CONTEXT, "2", TENSOR, "2"],
+    "FSDP4": {},
+    "HSDP 2x2": {"data_parallel_replicate_degree": 2},
+    "TP2 x FSDP2": {"tensor_parallel_degree": 2},
+    "CP2 x FSDP2": {"context_parallel_degree": 2},
+    "CP2 x TP2": {"context_parallel_degree": 2, "tensor_parallel_degree": 2},
 }
 MOVES = [
     ("FSDP4", "TP2 x FSDP2"),
@@ -45,8 +44,9 @@ MOVES = [
 SAVED, STEPS = 2, 4
 
 
-def trainer(ranks, folder, *argv):
-    settings = config.load([*layouts.CONFIG, "--job.dump_folder", str(folder), *RUN, *argv])
+def trainer(ranks, folder, settings, **degrees):
+    job = replace(settings.job, dump_folder=str(folder))
+    settings = replace(settings, job=job, parallelism=ParallelismConfig(**degrees))
     return Trainer(plans.make(settings, ranks.size), ranks)
 
 
@@ -68,9 +68,11 @@ def copy(ranks, step, source, target):
 
 def move(ranks, folder, moves):
     """Trains under each layout, then goes on under others from what it saved half-way."""
-    always = ["--training.steps", str(STEPS), "--validation.no_enable"]
+    argv = ["--training.steps", str(STEPS), "--validation.no_enable", "--checkpoint.interval", str(SAVED)]
+    settings = config.load([*RUN, *argv])
+    loads = replace(settings, checkpoint=replace(settings.checkpoint, load_only=True))
     for name in dict.fromkeys(name for name, _ in moves):
-        run, kept = trainer(ranks, folder / name, *always, "--checkpoint.interval", str(SAVED), *LAYOUTS[name]), {}
+        run, kept = trainer(ranks, folder / name, settings, **LAYOUTS[name]), {}
         save = run.lifeline.save
 
         def keep(state, must=False, run=run, kept=kept, save=save):
@@ -82,7 +84,7 @@ def move(ranks, folder, moves):
         for other in (other for one, other in moves if one == name):
             place = folder / f"{name} to {other}"
             copy(ranks, SAVED, folder / name, place)
-            run = trainer(ranks, place, *always, "--checkpoint.load_only", *LAYOUTS[other])
+            run = trainer(ranks, place, loads, **LAYOUTS[other])
             assert run.step == SAVED
             same(gathered(run), kept[SAVED])
             run.train()
@@ -124,11 +126,12 @@ EVERYTHING = [
 
 def stay(ranks, folder):
     """Trains, then goes on from every step that was saved; the ends are equal in every bit."""
-    whole = trainer(ranks, folder / "whole", *EVERYTHING)
+    settings = config.load([*RUN, *EVERYTHING])
+    whole = trainer(ranks, folder / "whole", settings)
     whole.train()
     for step in range(1, 5):
         copy(ranks, step, folder / "whole", folder / str(step))
-        run = trainer(ranks, folder / str(step), *EVERYTHING)
+        run = trainer(ranks, folder / str(step), settings)
         assert run.step == step
         run.train()
         same(gathered(run), gathered(whole))
