@@ -8,10 +8,11 @@ import time
 import pytest
 from runs import losses, run, start, validations
 
-from torchladder import checkpoint, train, trainer
+from torchladder import checkpoint, train
 from torchladder.checkpoint import checksums
 from torchladder.data.loader import RowLoader
 from torchladder.interrupt import Interrupt, Interrupted
+from torchladder.run import samples, trainer
 
 STEPS = 6
 RUN = [
@@ -49,7 +50,7 @@ MOMENTS = {
     "first validation": (trainer.Trainer, "validate", 1, 0),
     "validation": (trainer.Trainer, "validate", 2, 3),
     "last validation": (trainer.Trainer, "validate", 3, 6),
-    "samples": (trainer, "generate", 1, 3),
+    "samples": (samples, "generate", 1, 3),
     "save": (checkpoint.Checkpointer, "save", 1, 2),
     "checksums of a save": (checksums, "verify", 2, None),
     "report": (trainer.Trainer, "_report", 5, 5),
