@@ -79,7 +79,7 @@ def test_text_from_a_cache_is_text_without_one(trained, monkeypatch):
     assert steps[:10] == [16, 16, 16, 16, 16, 16, 4, 1, 1, 1]
 
     def anew(rows):
-        reader._read = []
+        reader.forget()
         return reader(rows)
 
     assert together == [generate(anew, [prompt], config, reader.seq_len, seed=1)[0] for prompt in prompts]

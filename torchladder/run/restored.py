@@ -94,6 +94,10 @@ class Reader:
         self._restored = Restored.load(config, path, self._cache.attend, self.seq_len, dtype)
         self._read: list[list[int]] = []
 
+    def forget(self) -> None:
+        """Reads the rows that come from their beginning."""
+        self._read = []
+
     @torch.no_grad()
     def __call__(self, rows: list[list[int]]) -> Tensor:
         """Returns the logits (B, V) of the token after each row, in the type of the weights.
