@@ -11,9 +11,9 @@ import torch.multiprocessing as processes
 from torch._dynamo.utils import counters
 
 from torchladder import config
-from torchladder import plan as plans
 from torchladder.distributed.ranks import Ranks
-from torchladder.trainer import Trainer
+from torchladder.run import plan as plans
+from torchladder.run.trainer import Trainer
 
 DEBUG = Path(__file__).parents[1] / "train_configs" / "debug.toml"
 CONFIG = ["--job.config_file", str(DEBUG)]
@@ -22,7 +22,7 @@ ALWAYS = [*CONFIG, "--validation.no_enable", "--metrics.no_enable_tensorboard"]
 
 def launch(function, ranks, *arguments):
     """Calls ``function(ranks, *arguments)`` on so many ranks, forked off one process that has imported torch."""
-    multiprocessing.set_forkserver_preload(["torchladder.trainer"])
+    multiprocessing.set_forkserver_preload(["torchladder.run.trainer"])
     with tempfile.TemporaryDirectory() as folder:
         every = (ranks, f"file://{folder}/store", function, arguments)
         processes.start_processes(_main, every, nprocs=ranks, start_method="forkserver")

@@ -17,9 +17,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from torchladder import config
-from torchladder import plan as plans
 from torchladder.distributed.mesh import ParallelismConfig
-from torchladder.trainer import Trainer
+from torchladder.run import plan as plans
+from torchladder.run.trainer import Trainer
 
 RUN = [
     *layouts.CONFIG,

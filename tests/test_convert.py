@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchladder import commands, config, reading, train
+from torchladder import commands, config, train
 from torchladder.checkpoint import CheckpointConfig
 from torchladder.commands import convert, generate
 from torchladder.data import tokenizer
 from torchladder.models.interchange.folder import Folder
 from torchladder.registry import ConfigError
+from torchladder.run import reading
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

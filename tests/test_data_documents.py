@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchladder.data.text import compression, documents
-from torchladder.data.text.documents import Reader, Stretch, split
+from torchladder.data.text.documents import Reader
+from torchladder.data.text.kinds import Stretch, split
 from torchladder.registry import ConfigError
 
 pyarrow = pytest.importorskip("pyarrow")

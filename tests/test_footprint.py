@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from torchladder import config, models
-from torchladder import plan as plans
 from torchladder.commands import plan as command
 from torchladder.distributed import fake
-from torchladder.footprint import Footprint
 from torchladder.models.attention import sdpa
 from torchladder.registry import ConfigError
+from torchladder.run import plan as plans
+from torchladder.run.footprint import Footprint
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
 LLAMA = ["--job.config_file", str(CONFIGS / "llama1b_dm8.toml"), "--model.n_layers", "4"]

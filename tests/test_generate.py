@@ -7,36 +7,49 @@ from torchladder.registry import ConfigError
 V = 7
 
 
-def successor(tokens: torch.Tensor) -> torch.Tensor:
+def successor(rows: list[list[int]]) -> torch.Tensor:
     """A model that is sure of the next number, modulo V."""
-    return 50.0 * torch.nn.functional.one_hot((tokens + 1) % V, V).float()
+    return 50.0 * torch.nn.functional.one_hot(torch.tensor([row[-1] + 1 for row in rows]) % V, V).float()
 
 
-def continued(prompt, max_len=64, stop=None, **settings):
-    config = SamplesConfig(max_new_tokens=5, **settings)
-    return generate(successor, prompt, config, max_len, torch.Generator().manual_seed(0), stop)
+def guess(rows: list[list[int]]) -> torch.Tensor:
+    """A model that has an opinion, which hangs on all of a row."""
+    return torch.stack([torch.randn(V, generator=torch.Generator().manual_seed(hash(tuple(row)))) for row in rows])
+
+
+def continued(*prompts, read=successor, max_len=64, stop=None, **settings):
+    config = SamplesConfig(**{"max_new_tokens": 5} | settings)
+    return generate(read, prompts, config, max_len, seed=0, stop=stop)
 
 
 def test_the_prompt_is_continued():
-    assert continued([1, 2]) == [3, 4, 5, 6, 0]
-    assert continued([1, 2], temperature=0.0) == [3, 4, 5, 6, 0]
+    assert continued([1, 2]) == [[3, 4, 5, 6, 0]]
+    assert continued([1, 2], temperature=0.0) == [[3, 4, 5, 6, 0]]
 
 
 def test_text_ends_where_it_stops():
-    assert continued([1], stop=4) == [2, 3]
+    assert continued([1], stop=4) == [[2, 3]]
+    assert continued([1], [5], [3], stop=4) == [[2, 3], [6, 0, 1, 2, 3], []]
+
+
+def test_a_prompt_is_continued_beside_others_as_it_is_alone():
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    together = continued(*prompts, read=guess, stop=0, max_new_tokens=20)
+    assert together == [continued(prompt, read=guess, stop=0, max_new_tokens=20)[0] for prompt in prompts]
+    assert len({len(new) for new in together}) > 1
 
 
 def test_rows_never_exceed_the_model():
     lengths = []
 
-    def forward(tokens):
-        lengths.append(tokens.shape[1])
-        return successor(tokens)
+    def read(rows):
+        lengths.append(len(rows[0]))
+        return successor(rows)
 
-    config = SamplesConfig(max_new_tokens=20)
-    new = generate(forward, [0] * 10, config, 12, torch.Generator().manual_seed(0))
+    (new,) = continued([0] * 10, read=read, max_len=12, max_new_tokens=20)
     assert max(lengths) == 12
     assert new[:4] == [1, 2, 3, 4]
+    assert len(new) == 20
 
 
 def test_drawing_follows_the_distribution_within_the_nucleus():

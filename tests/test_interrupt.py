@@ -8,10 +8,11 @@ import time
 import pytest
 from runs import lines, losses, run, start, validations
 
-from torchladder import checkpoint, train, trainer
+from torchladder import checkpoint, train
 from torchladder.checkpoint import checksums
 from torchladder.data.loader import RowLoader
 from torchladder.interrupt import Interrupt, Interrupted
+from torchladder.run import samples, trainer
 
 STEPS = 6
 RUN = [
@@ -50,8 +51,8 @@ MOMENTS = {
     "first validation": (trainer.Trainer, "validate", 1, 0),
     "validation": (trainer.Trainer, "validate", 2, 3),
     "last validation": (trainer.Trainer, "validate", 3, 6),
-    "samples": (trainer, "generate", 2, 3),
-    "last samples": (trainer, "generate", 3, 6),
+    "samples": (samples, "generate", 2, 3),
+    "last samples": (samples, "generate", 3, 6),
     "save": (checkpoint.Checkpointer, "save", 1, 2),
     "checksums of a save": (checksums, "verify", 2, None),
     "report": (trainer.Trainer, "_report", 5, 5),

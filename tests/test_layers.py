@@ -29,10 +29,7 @@ LAYERS = [
     ["mask"],
     PARTS,
     ["config"],
-    ["reading"],
-    ["plan", "lifeline"],
-    ["export", "footprint"],
-    ["trainer"],
+    ["run"],
     ["train", "commands"],
     ["__main__"],
 ]

@@ -124,7 +124,8 @@ def spread(ranks, config, parallelism):
     found = mesh.build(mesh.degrees(parallelism, ranks.size), ranks.rank, "cpu")
     share = context.Share(found, seq_len=16)
     with torch.device("meta"):
-        model = models.Llama(config, share.attend(sdpa.Sdpa.attend), seq_len=16, first=share.first)
+        model = models.Llama(config, share.attend(sdpa.Sdpa.attend), seq_len=16)
+        model.begin_at(share.first)
     parallelize.parallelize(model, model.parallel_plan(), found, Settings(parallelism))
     model.to_empty(device="cpu")
     model.init_weights(0)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from torchladder import commands, config, mask, models
-from torchladder import plan as plans
 from torchladder.commands import plan as command
 from torchladder.data.formats.indexed import Writer
 from torchladder.registry import ConfigError
+from torchladder.run import plan as plans
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
 

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from runs import lines, losses, run
 from torch import nn
 
-from torchladder import checkpoint, trainer
+from torchladder import checkpoint
 from torchladder.data.skipping import Skipping
 from torchladder.registry import ConfigError
 from torchladder.resilience import FEWEST, HISTORY, BadStepError, Guard, ResilienceConfig, RollBack, seed
+from torchladder.run import trainer
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from torchladder.registry import ConfigError
 
-BLOCK = 128
-"""Rows grow by this many tokens, so that a compiled kernel meets few lengths."""
-
 
 @dataclass(frozen=True)
 class SamplesConfig:
@@ -50,40 +47,44 @@ class SamplesConfig:
         return bool(self.prompts) and (last or (self.freq > 0 and step % self.freq == 0))
 
 
+Read = Callable[[list[list[int]]], Tensor]
+"""``rows of token ids -> logits (B, V)`` of the token after each row."""
+
+
 @torch.no_grad()
 def generate(
-    forward: Callable[[Tensor], Tensor],
-    prompt: Sequence[int],
+    read: Read,
+    prompts: Sequence[Sequence[int]],
     config: SamplesConfig,
     max_len: int,
-    generator: torch.Generator,
+    seed: int,
     stop: int | None = None,
-) -> list[int]:
-    """Continues a prompt.
+) -> list[list[int]]:
+    """Continues prompts side by side, each as it would be continued alone.
 
     Args:
-        forward: tokens (1, T) → logits (1, T, V).
-        prompt: token ids, one at least; only its last ``max_len`` are used.
+        read: the model. It is given all rows, those that have ended too, each time.
+        prompts: token ids, one at least in each; only the last ``max_len`` of a text are read.
         config: how many tokens, and how they are drawn.
-        max_len: the longest row that the model takes.
-        generator: where randomness comes from, on the CPU; every rank draws the same with the same seed.
-        stop: the token that ends the text.
+        max_len: tokens in the longest row that the model takes.
+        seed: of each prompt's own generator, on the CPU, so that every rank draws the same.
+        stop: the token that ends a text.
 
     Returns:
-        The new token ids.
+        The new token ids of each.
     """
-    tokens = list(prompt)[-max_len:]
-    new: list[int] = []
-    while len(new) < config.max_new_tokens:
-        window = tokens[-max_len:]
-        padding = min(-len(window) % BLOCK, max_len - len(window))  # later tokens change nothing before them
-        logits = forward(torch.tensor([window + [0] * padding]))[0, len(window) - 1]
-        token = draw(logits.float().cpu(), config.temperature, config.top_p, generator)
-        if token == stop:
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    texts = [list(prompt) for prompt in prompts]
+    growing = list(range(len(prompts)))
+    for _ in range(config.max_new_tokens):
+        logits = read([text[-max_len:] for text in texts]).float().cpu()
+        drawn = {i: draw(logits[i], config.temperature, config.top_p, generators[i]) for i in growing}
+        growing = [i for i in growing if drawn[i] != stop]
+        for i in growing:
+            texts[i].append(drawn[i])
+        if not growing:
             break
-        new.append(token)
-        tokens.append(token)
-    return new
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -13,12 +13,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from torchladder import checkpoint, interrupt, resilience
 from torchladder import config as settings
-from torchladder import plan as plans
 from torchladder.distributed import ranks as processes
 from torchladder.distributed import rollcall
 from torchladder.metrics import init_logger
 from torchladder.registry import ConfigError
-from torchladder.trainer import Trainer
+from torchladder.run import plan as plans
+from torchladder.run.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ import numpy as np
 
 from tests.benchmarks.timing import table
 from torchladder import config as settings
-from torchladder import data, plan
+from torchladder import data
 from torchladder.data import SourceConfig
 from torchladder.data.formats.indexed import CODES, HEADER, MAGIC, Writer
 from torchladder.distributed import ranks as processes
-from torchladder.trainer import Trainer
+from torchladder.run import plan
+from torchladder.run.trainer import Trainer
 
 SEQ_LEN, LOCAL, SOURCES = 8192, 8, 10
 FAR = 10_000_000

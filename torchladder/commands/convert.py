@@ -14,12 +14,13 @@ from typing import Any
 import tomli_w
 import torch
 
-from torchladder import checkpoint, export, models, reading
+from torchladder import checkpoint, models
 from torchladder.config import Config
 from torchladder.data import tokenizer
 from torchladder.models.interchange import conversion, settings
 from torchladder.models.interchange.folder import CONFIG, Folder
 from torchladder.registry import ConfigError
+from torchladder.run import export, reading
 
 EPILOG = """
   torchladder convert from-hf models/Llama-3.2-1B --output models/llama3.2-1b

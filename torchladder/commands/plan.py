@@ -12,12 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from torchladder import config, plots, reading
-from torchladder import plan as plans
+from torchladder import config, plots
 from torchladder.data.base import Usage
 from torchladder.distributed import fake
-from torchladder.footprint import Footprint, Memory, Traffic
 from torchladder.registry import ConfigError
+from torchladder.run import plan as plans
+from torchladder.run import reading
+from torchladder.run.footprint import Footprint, Memory, Traffic
 
 SHOWN = 12
 """Rows of the ladder's table."""

@@ -16,7 +16,8 @@ from torchladder.commands.prepare import add_input
 from torchladder.data import tokenizer
 from torchladder.data.prepare import tasks
 from torchladder.data.text import sources
-from torchladder.data.text.documents import Reader, Stretch
+from torchladder.data.text.documents import Reader
+from torchladder.data.text.kinds import Stretch
 from torchladder.data.tokenizer import Training, training
 from torchladder.registry import ConfigError
 

@@ -89,6 +89,17 @@ class Model(nn.Module, ABC):
         """
         raise ConfigError(f"rope_theta = {theta}: {type(self).__name__} has no rotary positions to turn.")
 
+    def begin_at(self, first: int | Tensor) -> None:
+        """Takes the rows that come to begin at this position from here on, or each row at its own: (B) int64.
+
+        Raises:
+            ConfigError: the model reads rows from their beginning only.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no begin_at, so it reads rows from their beginning only: ranks cannot share "
+            "rows (parallelism.context_parallel_degree), and text cannot be continued from a cache."
+        )
+
     def num_parameters(self) -> int:
         """Returns the number of parameters, each shared one counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -121,7 +132,6 @@ def draw(parameter: Tensor, name: str, seed: int, std: float) -> None:
 FACTS = {
     "attend": "what the attention kernel offers",
     "seq_len": "tokens in a row",
-    "first": "position of the first token of the rows that come, where ranks share rows",
 }
 
 
@@ -210,19 +220,10 @@ class ModelRegistry(Registry[Model]):
 
         Args:
             section: as for ``resolve``.
-            **facts: ``attend``, ``seq_len`` and ``first``; the model receives the ones it declares.
-
-        Raises:
-            ConfigError: ranks share rows, and the model does not take the place of the first token of its own.
+            **facts: ``attend`` and ``seq_len``; the model receives the ones it declares.
         """
         model = self.get(section.name)
         declared = inspect.signature(model).parameters
-        facts = {key: value for key, value in facts.items() if value is not None or key != "first"}
-        if "first" in facts and "first" not in declared:
-            raise ConfigError(
-                f"model {section.name!r} does not declare `first`, the position of a row's first token: it cannot "
-                "share rows among ranks (parallelism.context_parallel_degree)."
-            )
         return model(config=self.resolve(section), **{key: facts[key] for key in facts if key in declared})
 
 

@@ -64,15 +64,14 @@ class RoPE(nn.Module):
         head_dim: features per head, even.
         seq_len: tokens in a row; positions run from 0 to ``seq_len - 1``.
         rotation: how positions become rotations.
-        first: the position of the first token of the rows that come, where ranks share rows.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, seq_len: int, rotation: Rotation, first: int = 0) -> None:
+    def __init__(self, head_dim: int, seq_len: int, rotation: Rotation) -> None:
         super().__init__()
-        self.first = first
+        self.first: int | Tensor = 0
         self.head_dim = head_dim
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(seq_len, 1, head_dim // 2, dtype=torch.float32), persistent=False)
@@ -87,10 +86,19 @@ class RoPE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotates the heads of ``x`` (B, T, H, K); the result has the type of ``x``."""
-        here = slice(self.first, self.first + x.shape[1])
-        cos, sin = self.cos[here], self.sin[here]
+        here = self._positions(x.shape[1])
+        cos, sin = self.cos[here], self.sin[here]  # (T, 1, K / 2), or (B, T, 1, K / 2)
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    def begin_at(self, first: int | Tensor) -> None:
+        """Takes the rows that come to begin at this position, or each row at its own: (B) int64."""
+        self.first = first
+
+    def _positions(self, tokens: int) -> slice | Tensor:
+        if isinstance(self.first, int):
+            return slice(self.first, self.first + tokens)
+        return self.first[:, None] + torch.arange(tokens, device=self.first.device)  # (B, T)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
         super()._apply(fn, recurse)

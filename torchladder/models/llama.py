@@ -45,17 +45,16 @@ class Llama(Model):
         config: its shape.
         attend: the kernel's attention; full causal attention where none is given.
         seq_len: tokens in the longest row.
-        first: the position of the first token of the rows that come, where ranks share rows.
     """
 
     hugging_face: ClassVar[Family | None] = LLAMA
 
-    def __init__(self, config: LlamaConfig, attend: Attend = causal, seq_len: int = 2048, first: int = 0) -> None:
+    def __init__(self, config: LlamaConfig, attend: Attend = causal, seq_len: int = 2048) -> None:
         super().__init__()
         self.config = config
         self.seq_len = seq_len
         rope = config.positional_embedding == "rope"
-        self.rope = RoPE(config.head_size, seq_len, config.rotation, first) if rope else None
+        self.rope = RoPE(config.head_size, seq_len, config.rotation) if rope else None
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): self.block(attend) for i in range(config.n_layers)})
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -97,6 +96,10 @@ class Llama(Model):
             super().turn(theta)
         elif theta != self.rope.rotation.theta:
             self.rope.turn(replace(self.rope.rotation, theta=theta))
+
+    def begin_at(self, first: int | Tensor) -> None:
+        if self.rope is not None:
+            self.rope.begin_at(first)
 
     def flops(self, tokens: int, pairs: int) -> int:
         # Forward takes 2 operations per weight and token, and per pair 2 per feature in the scores and 2 in the values.

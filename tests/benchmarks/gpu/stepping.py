@@ -12,9 +12,9 @@ import torch
 
 from tests.benchmarks.gpu import rows  # noqa: F401 - registers the loader "random"
 from torchladder import config, mask
-from torchladder import plan as plans
 from torchladder.distributed import ranks as processes
-from torchladder.trainer import Trainer
+from torchladder.run import plan as plans
+from torchladder.run.trainer import Trainer
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -32,7 +32,8 @@ from torchladder.data.prepare.metadata import Metadata
 from torchladder.data.prepare.progress import Report
 from torchladder.data.prepare.tasks import Preparation, Task, cut, expand, share
 from torchladder.data.text import documents, sources
-from torchladder.data.text.documents import OnError, Reader, Stretch
+from torchladder.data.text.documents import OnError, Reader
+from torchladder.data.text.kinds import Stretch
 from torchladder.registry import ConfigError
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from torchladder.data.formats.indexed import prefix_of
 from torchladder.data.prepare.framing import Framing
-from torchladder.data.text import documents, sources
-from torchladder.data.text.documents import OnError, Reader, Stretch
+from torchladder.data.text import kinds, sources
+from torchladder.data.text.documents import OnError, Reader
+from torchladder.data.text.kinds import Stretch
 from torchladder.registry import ConfigError
 
 FORMAT = 1
@@ -122,7 +123,7 @@ def cut(preparation: Preparation, files: Sequence[Path]) -> list[Task]:
         stretches.clear()
 
     for path in files:
-        for stretch in documents.split(path, stats[path].st_size, target):
+        for stretch in kinds.split(path, stats[path].st_size, target):
             stretches.append(stretch)
             size += stretch.size
             if size >= target or len(stretches) == FILES:

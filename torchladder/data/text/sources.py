@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from torchladder.data.cache import sha256
-from torchladder.data.text import documents
-from torchladder.data.text.documents import OnError, Reader, Stretch
+from torchladder.data.text import kinds
+from torchladder.data.text.documents import OnError, Reader
+from torchladder.data.text.kinds import Stretch
 from torchladder.registry import ConfigError, Registry
 
 logger = logging.getLogger(__name__)
@@ -179,9 +180,9 @@ def expand(pattern: str) -> list[tuple[str, Path]]:
     """
     found = matches(pattern)
     inside = [child for path in found for child in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    files = dict.fromkeys(path for path in inside if path.is_file() and documents.known(path))
+    files = dict.fromkeys(path for path in inside if path.is_file() and kinds.known(path))
     if not files:
-        raise ConfigError(f"{pattern!r} names no text file. Known: {documents.kinds()}; tokens are named as *.bin.")
+        raise ConfigError(f"{pattern!r} names no text file. Known: {kinds.names()}; tokens are named as *.bin.")
     root = _root(os.path.expanduser(pattern))
     return [(path.relative_to(root).as_posix(), path) for path in files]
 

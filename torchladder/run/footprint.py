@@ -14,7 +14,7 @@ from torchladder.distributed import fake, mesh, parallelize, tensor
 from torchladder.distributed.mesh import Degrees
 from torchladder.models.attention import sdpa
 from torchladder.models.loss import LOGITS_ON_GPU
-from torchladder.plan import Plan
+from torchladder.run.plan import Plan
 
 
 @dataclass(frozen=True)

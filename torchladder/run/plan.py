@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from torchladder import curriculum, mask, models, reading
+from torchladder import curriculum, mask, models
 from torchladder.config import Config
 from torchladder.data.base import Loader
 from torchladder.data.mixing.phases import Timetable
 from torchladder.distributed import mesh
-from torchladder.reading import Batching
 from torchladder.registry import ConfigError
+from torchladder.run import reading
+from torchladder.run.reading import Batching
 
 
 @dataclass(frozen=True)

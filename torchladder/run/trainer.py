@@ -11,23 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchladder import checkpoint, data, export, mask, models, optim, plots, profiling, reading, resilience
+from torchladder import checkpoint, data, mask, models, optim, plots, profiling, resilience
 from torchladder.data import Batch
 from torchladder.distributed import context, float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
-from torchladder.generate import generate
 from torchladder.interrupt import Interrupt, Interrupted
-from torchladder.lifeline import Lifeline
 from torchladder.metrics import Metrics, Run
 from torchladder.models import attention
 from torchladder.models.interchange import weights
-from torchladder.plan import Plan, fingerprints, lines
 from torchladder.registry import ConfigError
 from torchladder.resilience import RollBack
+from torchladder.run import export, reading
+from torchladder.run.lifeline import Lifeline
+from torchladder.run.plan import Plan, fingerprints, lines
+from torchladder.run.samples import Samples
+from torchladder.run.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ class Trainer:
         self.kernel = attention.kernel(config.attention.kernel, config.attention.masks, ranks.device, share=shared)
         self.tokenizer = self._tokenizer()
         self.loader = self._loader("train")
-        self.validation = self._loader("validation") if config.validation.enable else None
+        self.validation = self._validation() if config.validation.enable else None
+        self.samples = Samples(config, self.tokenizer, self._logits, plan.degrees.tensor)
         self.model = self._model()
         self.optimizer = optim.build(config.optimizer, self.model)
         if after := float8.after_step(self.model, config.float8):
@@ -123,7 +125,7 @@ class Trainer:
                 self.validate()
                 self.validated = step  # not again, should samples be broken off
             if step and config.samples.due(step, last):
-                self.sample()
+                self.samples.draw(step, self.ranks.first)
             self.pending = False
             if self.lifeline.due(step):
                 self.lifeline.save(self.state())
@@ -177,52 +179,18 @@ class Trainer:
         with self._precision():
             return self.model(self.share(batch.tokens), form, self.share(batch.labels))
 
-    @torch.no_grad()
     def validate(self) -> None:
-        """Reports the loss on held-out rows, at full context and at the windows asked for."""
-        if self.validation is None:
-            return
-        config = self.config.validation
-        means = {}
-        for window in sorted({*config.windows, self.config.training.seq_len}):
-            self.validation.seek(0)
-            loss, num_labels = torch.zeros((), device=self.ranks.device), 0
-            for number, batch in enumerate(self.validation):
-                if number == config.steps:
-                    break
-                self.lifeline.stop_if_asked()
-                # Documents stay apart if the run keeps them apart; the curriculum's window has no part in this.
-                start = mask.compose(*(allow(batch.positions, window) for allow in self.masks))
-                num_labels += batch.num_labels
-                loss += self._loss(batch.to(self.ranks.device), start)
-            total = self.ranks.sum(loss.item(), self.plan.degrees.tensor)
-            means[window] = total / max(self.ranks.sum(num_labels, self.plan.degrees.copies), 1)
-        for window, mean in means.items():  # all or none: what is broken off is done again
-            self.metrics.validation(self.step, mean, window)
+        """Reports the loss on held-out rows; all of its windows or none, so what is broken off is done again."""
+        if self.validation is not None:
+            for window, mean in self.validation.means().items():
+                self.metrics.validation(self.step, mean, window)
 
-    @torch.no_grad()
-    def sample(self) -> None:
-        """Continues the prompts, on every rank alike, and adds the texts to samples.txt."""
-        config, tokenizer = self.config.samples, self.tokenizer
-        assert tokenizer is not None
-        generator = torch.Generator().manual_seed(self.config.debug.seed + self.step)
-
-        def forward(tokens: Tensor) -> Tensor:
-            self.lifeline.stop_if_asked()
-            tokens = F.pad(tokens, (0, -tokens.shape[1] % self.plan.degrees.tensor))  # ranks share tokens evenly
-            start = torch.zeros(tokens.shape, dtype=torch.int32)
-            with self._precision():
-                return self.model(tokens.to(self.ranks.device), self.kernel.derive(start, self.ranks.device))
-
-        texts = []
-        for prompt in config.prompts:
-            ids = tokenizer.encode(prompt) or [tokenizer.eos]
-            new = generate(forward, ids, config, self.config.training.seq_len, generator, tokenizer.eos)
-            texts.append(f"{prompt}{tokenizer.decode(new)}")
-        for text in texts if self.ranks.first else []:  # all or none, as in validation
-            logger.info("sample after step %d:\n%s", self.step, text)
-            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
-                file.write(f"--- step {self.step}\n{text}\n")
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """Returns the logits (1, T, V) of one row under plain causal attention."""
+        self.lifeline.stop_if_asked()
+        start = torch.zeros(tokens.shape, dtype=torch.int32)
+        with self._precision():
+            return self.model(tokens.to(self.ranks.device), self.kernel.derive(start, self.ranks.device))
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -285,8 +253,6 @@ class Trainer:
 
     def _tokenizer(self) -> data.Tokenizer | None:
         model, tokenizer = models.registry.resolve(self.config.model), reading.tokenizer(self.config)
-        if tokenizer is None and self.config.samples.prompts:
-            raise ConfigError("samples.prompts needs a tokenizer, and tokenizer.name is 'none'.")
         if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size = {model.vocab_size}: "
@@ -296,6 +262,10 @@ class Trainer:
 
     def _loader(self, split: str) -> data.Loader:
         return reading.loader(self.config, self.plan.batch, split, self.tokenizer, self.mesh.data_rank)
+
+    def _validation(self) -> Validation:
+        loader = self._loader("validation")
+        return Validation(self.plan, self.ranks, loader, self._loss, lambda: self.lifeline.stop_if_asked())
 
     def _spread(self) -> parallelize.Settings:
         config, training = self.config, self.config.training
@@ -315,12 +285,10 @@ class Trainer:
         """Makes the model on meta, spreads it, then gives it memory and its first weights."""
         config, training = self.config, self.config.training
         with torch.device("meta"):
-            model = models.registry.build(
-                config.model,
-                attend=self.share.attend(self.kernel.attend),
-                seq_len=training.seq_len,
-                first=self.share.first if self.mesh.context else None,
-            )
+            attend = self.share.attend(self.kernel.attend)
+            model = models.registry.build(config.model, attend=attend, seq_len=training.seq_len)
+        if self.mesh.context:
+            model.begin_at(self.share.first)
         parallelize.parallelize(model, model.parallel_plan(), self.mesh, self.spread)
         parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
         model.init_weights(config.debug.seed)
@@ -356,7 +324,7 @@ class Trainer:
         said = [config.job.description] if config.job.description else []
         said += [*lines(self.plan), f"kernel      {self.kernel.name}: {self.kernel.why}"]
         said += [f"data        {line}" for line in self.loader.describe()]
-        said += [f"            {line}" for line in self.validation.describe()] if self.validation else []
+        said += [f"            {line}" for line in self.validation.loader.describe()] if self.validation else []
         if self.step:
             said.append(f"resume      after step {self.step:,}")
         for line in said:

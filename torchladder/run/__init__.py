@@ -1,0 +1,1 @@
+"""A run: its parts, put together from its settings."""
