@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from runs import DEBUG, ROOT, lines, losses
+from runs import DEBUG, ROOT, lines, losses, validations
 
 RUN = [
     *("--training.steps", "{steps}", "--training.local_batch_size", "2", "--training.global_batch_size", "4"),
@@ -67,7 +67,10 @@ def torture(folder: Path, kills: int, steps: int, seed: int = 0) -> int:
         assert not over, "all steps were taken before the last kill: ask for more steps"
     assert start(hurt, steps, "async").wait() == 0
     assert losses(hurt) == expected
-    assert [line["step"] for line in lines(hurt) if "loss" in line] == list(range(1, steps + 1))
+    assert validations(hurt) == validations(folder / "whole")
+    once = [[(line["step"], "loss" in line) for line in lines(place)] for place in (hurt, folder / "whole")]
+    assert once[0] == once[1]
+    assert (hurt / "samples.txt").read_text() == (folder / "whole" / "samples.txt").read_text()
     return torn
 
 

@@ -99,6 +99,16 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(whole, tmp_path, mode):
     assert again[-1].get("tokens", 0) in (0, 20 * 1024)
 
 
+def test_samples_of_steps_that_are_taken_again_are_there_once(tmp_path):
+    saving = ["--checkpoint.enable", "--training.steps", "4", "--checkpoint.interval", "2", "--validation.no_enable"]
+    drawing = ["--samples.prompts", "import ", "def ", "--samples.freq", "1", "--samples.max_new_tokens", "2"]
+    run(tmp_path, *saving, *drawing)
+    first = (tmp_path / "samples.txt").read_bytes()
+    assert [first.count(b"--- step %d\n" % step) for step in range(6)] == [0, 2, 2, 2, 2, 0]
+    run(tmp_path, *saving, *drawing, "--checkpoint.load_step", "2")
+    assert (tmp_path / "samples.txt").read_bytes() == first
+
+
 def test_a_finished_run_does_nothing_more(whole, tmp_path):
     saving = ["--checkpoint.enable", "--training.steps", "4", "--checkpoint.interval", "2"]
     first = run(tmp_path, *saving)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Samples:
     ) -> None:
         self.config, self.tokenizer, self.forward = config, tokenizer, forward
         self.multiple = multiple
+        self.file = Path(config.job.dump_folder) / "samples.txt"
         if tokenizer is None and config.samples.prompts:
             raise ConfigError("samples.prompts needs a tokenizer, and tokenizer.name is 'none'.")
 
@@ -59,8 +61,17 @@ class Samples:
             texts.append(f"{prompt}{tokenizer.decode(new)}")
         for text in texts if write else []:  # all or none: what is broken off is done again
             logger.info("sample after step %d:\n%s", step, text)
-            with (Path(self.config.job.dump_folder) / "samples.txt").open("a", encoding="utf-8") as file:
+            with self.file.open("a", encoding="utf-8") as file:
                 file.write(f"--- step {step}\n{text}\n")
+
+    def rewind(self, step: int) -> None:
+        """Drops what was drawn after more steps than that: those will be taken again."""
+        if self.file.exists():
+            head, *parts = re.split(rb"(?m)^(?=--- step \d+\n)", self.file.read_bytes())
+            kept = [part for part in parts if int(part.split(maxsplit=3)[2]) <= step]
+            partial = self.file.with_suffix(".partial")
+            partial.write_bytes(head + b"".join(kept))
+            partial.replace(self.file)
 
     def _read(self, rows: list[list[int]]) -> Tensor:
         """Returns the logits (1, V) of the token after a row."""

@@ -77,6 +77,8 @@ class Trainer:
         self._turn()
         self._announce()
         self.metrics = Metrics(config.metrics, self._run(), self.step)
+        if ranks.first:
+            self.samples.rewind(self.step - self.pending)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -103,6 +105,8 @@ class Trainer:
                     except RollBack as bad:
                         self._go_on(self.lifeline.roll_back(bad, self._check, self.loader))
                         self.metrics.rewind(self.step)
+                        if self.ranks.first:
+                            self.samples.rewind(self.step)
                     if self.step == first + 1:  # compiled, connected, warm
                         self.ranks.set_timeout(config.comm.train_timeout_seconds)
                     profiler.step()
