@@ -42,6 +42,12 @@ def test_it_equals_plain_cross_entropy(monkeypatch, fewest):
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
 
 
+def test_it_is_the_same_compiled():
+    compiled = torch.compile(cross_entropy, backend="eager", fullgraph=True)
+    for ours, reference in zip(run(compiled, *inputs()), run(cross_entropy, *inputs()), strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
 def test_it_equals_plain_cross_entropy_in_bfloat16():
     given = inputs(torch.bfloat16)
     for ours, reference in zip(run(cross_entropy, *given), run(plain, *given), strict=True):

@@ -92,11 +92,11 @@ def test_varlen_compiles_for_any_window_at_once():
 
 
 def graphs_of_a_ladder(name, masks):
-    torch._dynamo.reset()
-    counters.clear()
     config = models.LlamaConfig(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=512, vocab_size=512)
     losses = {}
     for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
         kernel = attention.kernel(name, masks, CUDA)
         with CUDA:
             model = models.Llama(config, kernel.attend, LENGTH)

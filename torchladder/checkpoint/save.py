@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from torchladder.checkpoint import checksums, folders
@@ -61,8 +62,7 @@ class Saver:
                 "set async or disabled."
             )
         if config.async_mode != "disabled":
-            # Copies into the same memory each time: pinned memory is dear to make, and the last save is over by then.
-            self._stager = DefaultStager(
+            self._stager = _Stager(
                 StagingOptions(
                     use_pinned_memory=pinned,
                     use_shared_memory=False,
@@ -147,3 +147,16 @@ class Saver:
             sums[name] = checksums.sha256(partial / name)
         folders.write_text(partial / checksums.SUMS, checksums.to_text(sums))
         folders.commit(job.path)
+
+
+class _Stager(DefaultStager):
+    """Copies into the same memory each time: pinned memory is dear to make, and the last save is over by then."""
+
+    def __init__(self, options: StagingOptions) -> None:
+        super().__init__(options)
+        self._state_dict_stager = _Copier(options.use_pinned_memory, options.use_shared_memory)
+
+
+class _Copier(StateDictStager):
+    def close(self) -> None:
+        """Keeps its memory: PyTorch 2.11 closes it after each copy, and it could not copy again."""

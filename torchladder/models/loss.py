@@ -71,7 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
             label = label.where(own, 0)
             states = hidden[some].to(dtype).where(counts, 0)
             log_p = _log_softmax(states @ head.t(), exact, share)  # (n, V)
-            loss -= log_p.gather(1, label).where(own, 0).sum()
+            loss = loss - log_p.gather(1, label).where(own, 0).sum()  # in place, PyTorch 2.11 compiles gradients of 0
             if grad_hidden is not None and grad_weight is not None:
                 grad_logits = log_p.exp_().scatter_add_(1, label, -own.to(exact)).to(dtype)
                 grad_hidden[some] = (grad_logits @ head).where(counts, 0)

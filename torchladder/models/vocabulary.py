@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,11 @@ def loss(chunked: ChunkedLoss, hidden: DTensor, weight: DTensor, labels: Tensor)
     mesh = weight.device_mesh
     if hidden.placements == (Replicate(),):
         weight = weight.redistribute(placements=[Shard(0)])
-        _, (first, _) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
         states = hidden.to_local(grad_placements=[Partial()])  # each rank knows the gradient of its share alone
-        return chunked(states, weight.to_local(), labels, Share(first, mesh))
-    (_, length), (_, first) = compute_local_shape_and_global_offset(labels.shape, mesh, [Shard(1)])
+        return chunked(states, weight.to_local(), labels, Share(_first(weight.shape[0], mesh), mesh))
     head = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-    own = chunked(hidden.to_local(), head, labels[:, first : first + length], None)
+    states, first = hidden.to_local(), _first(labels.shape[1], mesh)
+    own = chunked(states, head, labels[:, first : first + states.shape[1]], None)
     # A copy: what FSDP2 hangs its backward pass on should not be a view.
     return DTensor.from_local(own, mesh, [Partial()], run_check=False).full_tensor().clone()
 
@@ -66,3 +64,8 @@ def logits(hidden: DTensor, weight: DTensor) -> Tensor:
     own = F.linear(states, weight.redistribute(placements=[Shard(0)]))
     assert isinstance(own, DTensor)
     return own.full_tensor().clone()
+
+
+def _first(size: int, mesh: DeviceMesh) -> int:
+    """Returns the first of that many places that this rank holds: ``Shard`` cuts them evenly, the last part shorter."""
+    return min(-(-size // mesh.size()) * mesh.get_local_rank(), size)

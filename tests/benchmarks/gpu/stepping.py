@@ -1,6 +1,7 @@
 """The library's own trainer, stepped by hand: what is measured is what a run does."""
 
 import gc
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +19,23 @@ from torchladder.run.trainer import Trainer
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+@dataclass
+class Clock:
+    """The end of measuring, by ``time.perf_counter``: what would begin after it is left out."""
+
+    end: float = math.inf
+
+    def allows(self, what: str) -> bool:
+        """Whether there is time for one more measurement; says so where there is none."""
+        if time.perf_counter() < self.end:
+            return True
+        print(f"no time left: {what}")
+        return False
+
+
+clock = Clock()
 
 
 @dataclass(frozen=True)
@@ -71,16 +89,22 @@ def at(trainer: Trainer, window: int) -> Trainer:
     return trainer
 
 
-def seconds_per_step(trainer: Trainer, steps: int = 5, warm: int = 2) -> float:
-    """Returns the mean time of a step, after some that do not count."""
-    for _ in range(warm):
-        trainer.train_step()
+def seconds_per_step(trainer: Trainer, most: int = 5, seconds: float = 4.0) -> float:
+    """Returns the mean time of some steps in a row, after two that do not count; of the second where that is long."""
+    seconds_of(trainer, 1)
+    one = seconds_of(trainer, 1)
+    steps = min(most, int(seconds / one))
+    return seconds_of(trainer, steps) / steps if steps else one
+
+
+def seconds_of(trainer: Trainer, steps: int) -> float:
+    """Returns the time of so many steps in a row."""
     wait()
     begin = time.perf_counter()
     for _ in range(steps):
         trainer.train_step()
     wait()
-    return (time.perf_counter() - begin) / steps
+    return time.perf_counter() - begin
 
 
 def flops_per_step(trainer: Trainer, window: int) -> tuple[int, int]:
