@@ -21,14 +21,19 @@ from torchladder.registry import ConfigError
 from torchladder.run import export
 
 
-def settings_of(path: Path) -> Config:
+def settings_of(path: Path, seq_len: int | None = None) -> Config:
     """Returns the settings that belong to weights: those of a checkpoint's run, or what a Hugging Face folder says.
+
+    Args:
+        path: the checkpoint or the folder.
+        seq_len: tokens of the longest row that will be read, for a Hugging Face folder, which may have a window.
 
     Raises:
         ConfigError: it is neither.
     """
     if (path / CONFIG).is_file():
-        return settings.load(["--model.hf_assets_path", str(path)])
+        rows = [] if seq_len is None else ["--training.seq_len", str(seq_len)]
+        return settings.load(["--model.hf_assets_path", str(path), *rows])
     if not checkpoint.complete(path):
         raise ConfigError(f"{str(path)!r} is neither a complete checkpoint (step-N) nor a Hugging Face folder.")
     return export.run_of(path)
