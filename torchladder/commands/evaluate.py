@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table as Lines
 from rich.text import Text
 
+from torchladder import plots
 from torchladder.data.text.documents import OnError
 from torchladder.evaluation import Row, Table, Windows
 from torchladder.registry import ConfigError
@@ -37,11 +38,11 @@ def run(argv: list[str]) -> int:
     """Evaluates; returns 1 when a checkpoint is damaged, 130 when it was interrupted."""
     arguments = _parser().parse_args(argv)
     for context in arguments.context or []:
-        Windows(context, arguments.stride or context)
+        Windows(context, _stride(arguments, context))
     if arguments.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {arguments.batch_tokens}: must be 1 or more.")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
-    files = evaluation.Files(evaluation.files(arguments.files), arguments.text_key, arguments.on_error, arguments.bos)
+    files = evaluation.Files(evaluation.named(arguments.files), arguments.text_key, arguments.on_error, arguments.bos)
     found: list[Weights] = []
     damaged: list[DamageError] = []
     for path in dict.fromkeys(arguments.models):
@@ -65,8 +66,10 @@ def run(argv: list[str]) -> int:
         raise ConfigError(str(damaged[0]))
     for error in damaged:
         print(f"warning: {error}", file=sys.stderr)
-    _print(rows)
-    print(f"wrote {', '.join(map(str, tables))}")
+    _print([row for row in rows if row["first_position"] is None])
+    if arguments.plot:
+        plots.evaluations(rows, arguments.plot)
+    print(f"wrote {', '.join(map(str, [*tables, *([arguments.plot] if arguments.plot else [])]))}")
     return 1 if damaged else 0
 
 
@@ -74,9 +77,13 @@ def _output(arguments: argparse.Namespace, weights: Weights) -> Path:
     return arguments.output or weights.home / "evaluation.csv"
 
 
+def _stride(arguments: argparse.Namespace, context: int) -> int:
+    return context if arguments.stride is None else arguments.stride
+
+
 def _windows(arguments: argparse.Namespace, weights: Weights) -> list[Windows]:
     contexts = arguments.context or [min(weights.trained, weights.config.training.seq_len)]
-    return [Windows(context, arguments.stride or context) for context in dict.fromkeys(contexts)]
+    return [Windows(context, _stride(arguments, context)) for context in dict.fromkeys(contexts)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=".csv or .jsonl to add to (default: evaluation.csv in the folder of the run or of the Hugging Face model)",
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the results (.png, .svg, .pdf)")
     return parser
 
 
@@ -145,7 +153,13 @@ def _evaluate(jobs: Sequence[Job], batch_tokens: int) -> list[DamageError]:
                     report.skip([job])
                     continue
                 report.begin(job)
-                rows = job.rows(evaluation.score(restored, job, batch_tokens, report.add))
+                try:
+                    rows = job.rows(evaluation.score(restored, job, batch_tokens, report.add))
+                except torch.OutOfMemoryError:
+                    raise ConfigError(
+                        f"--batch-tokens {batch_tokens} and a context of {job.windows.context} need more memory than "
+                        f"{restored.device} has: fewer of either, or --dtype bfloat16."
+                    ) from None
                 job.table.add(rows)
                 report.end(rows[0])
             del restored  # before the next one: memory holds one model

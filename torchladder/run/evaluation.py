@@ -16,14 +16,15 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchladder import checkpoint, data, models
-from torchladder.checkpoint import checksums, folders, load
+from torchladder.checkpoint import CheckpointConfig, checksums, folders, load
 from torchladder.checkpoint.team import Team
-from torchladder.config import Config
+from torchladder.config import Config, files
 from torchladder.data.cache import DEFAULT, build_once
 from torchladder.data.corpus import Corpus, Opener, SourceConfig
 from torchladder.data.packing.base import Spans
-from torchladder.data.text import documents, sources
-from torchladder.data.text.documents import OnError, Reader, Stretch
+from torchladder.data.text import kinds, sources
+from torchladder.data.text.documents import OnError, Reader
+from torchladder.data.text.kinds import Stretch
 from torchladder.evaluation import Row, Scores, Table, Windows
 from torchladder.evaluation.scores import Total, buckets
 from torchladder.evaluation.table import Key, key
@@ -31,7 +32,7 @@ from torchladder.models import attention
 from torchladder.models.attention.sdpa import Sdpa
 from torchladder.models.interchange.folder import CONFIG
 from torchladder.registry import ConfigError
-from torchladder.run import export, reading
+from torchladder.run import reading
 from torchladder.run.restored import Restored, settings_of
 
 FORMAT = 1
@@ -104,14 +105,17 @@ def find(path: Path, seq_len: int | None = None) -> tuple[list[Weights], list[Da
     """
     path = path.expanduser()
     if (path / CONFIG).is_file() or checkpoint.complete(path):
-        return [_weights(path, seq_len)], []
+        return [_weights(path, settings_of(path, seq_len))], []
     folder = path
     if not checkpoint.steps(path) and (path / "config.toml").is_file():
-        folder = path / export.run_of(path).checkpoint.folder
-    found, damaged = [], []
+        section = files.read(path / "config.toml")[0].get("checkpoint", {})
+        folder = path / section.get("folder", CheckpointConfig.folder)
+    found: list[Weights] = []
+    damaged: list[DamageError] = []
+    known: dict[str, Config] = {}
     for step in checkpoint.steps(folder):
         try:
-            found.append(_weights(folders.path_of(folder, step)))
+            found.append(_weights(folders.path_of(folder, step), _config(folders.path_of(folder, step), known)))
         except (OSError, ValueError, KeyError) as error:  # ConfigError is a ValueError
             damaged.append(DamageError(f"{folders.path_of(folder, step)} is damaged and passed over: {error}"))
     if not found and not damaged:
@@ -122,8 +126,16 @@ def find(path: Path, seq_len: int | None = None) -> tuple[list[Weights], list[Da
     return found, damaged
 
 
-def _weights(path: Path, seq_len: int | None = None) -> Weights:
-    config = settings_of(path, seq_len)
+def _config(path: Path, known: dict[str, Config]) -> Config:
+    """Returns the settings of a checkpoint; those of a run's checkpoints are the same mostly, and read once."""
+    file = path / folders.SETTINGS
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if text not in known:
+        known[text] = settings_of(path)
+    return known[text]
+
+
+def _weights(path: Path, config: Config) -> Weights:
     if (path / CONFIG).is_file():
         stats = {file.name: file.stat() for file in sorted(path.iterdir()) if file.suffix in (".json", ".safetensors")}
         stamp = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()])
@@ -211,7 +223,7 @@ class Files:
         return Documents(path, corpus, int(size.read_text()))
 
 
-def files(patterns: Sequence[str]) -> list[Path]:
+def named(patterns: Sequence[str]) -> list[Path]:
     """Returns the files that paths, folders (to the bottom) and globs name, each once, a pair of tokens by its .bin.
 
     Raises:
@@ -220,14 +232,14 @@ def files(patterns: Sequence[str]) -> list[Path]:
     found: dict[str, Path] = {}
     for pattern in patterns:
         for match in sources.matches(pattern):
-            inside = [file for file in sorted(match.rglob("*")) if documents.known(file) or file.suffix == ".bin"]
-            if match.is_dir() and not inside:
-                raise ConfigError(
-                    f"{pattern!r} names no text file. Known: {documents.kinds()}; tokens are named as *.bin."
-                )
-            for file in inside if match.is_dir() else [match]:
-                file = file.with_suffix(".bin") if file.suffix == ".idx" else file
-                found.setdefault(os.path.abspath(file), Path(os.path.normpath(file)))
+            inside = [match]
+            if match.is_dir():
+                inside = [file for file in sorted(match.rglob("*")) if kinds.known(file) or file.suffix == ".bin"]
+            if not inside:
+                raise ConfigError(f"{pattern!r} names no text file. Known: {kinds.names()}; tokens are named as *.bin.")
+            for file in inside:
+                one = file.with_suffix(".bin") if file.suffix == ".idx" else file
+                found.setdefault(os.path.abspath(one), Path(os.path.normpath(one)))
     return list(found.values())
 
 
@@ -267,9 +279,9 @@ class Job:
         return self.windows.tokens(self.documents.corpus.lengths)
 
     @property
-    def keys(self) -> set[Key]:
+    def keys(self) -> list[Key]:
         """What the rows of the result are of."""
-        return {(self.fingerprint, first) for first in (None, *(first for first, _ in self._buckets))}
+        return [(self.fingerprint, first) for first in (None, *(first for first, _ in self._buckets))]
 
     def rows(self, scores: Scores) -> list[Row]:
         """Returns the rows of the result: of all positions, and of each bucket."""
@@ -324,10 +336,9 @@ def left(jobs: Sequence[Job]) -> list[Job]:
 
 
 def done(jobs: Sequence[Job]) -> list[Row]:
-    """Returns the row of all positions of each job that its table holds, in order."""
-    tables = {job.table for job in jobs}
-    known = {table: {key(row): row for row in table.rows()} for table in tables}
-    rows = (known[job.table].get((job.fingerprint, None)) for job in jobs)
+    """Returns the rows of jobs that their tables hold, in the order of the jobs."""
+    known = {table: {key(row): row for row in table.rows()} for table in {job.table for job in jobs}}
+    rows = (known[job.table].get(one) for job in jobs for one in job.keys)
     return [row for row in rows if row is not None]
 
 
