@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import run, validations
 
-from torchladder import commands, config, mask, models
+from torchladder import commands, config, mask, models, plots
 from torchladder.commands import convert
 from torchladder.commands import evaluate as command
 from torchladder.data.corpus import Corpus
@@ -294,11 +294,11 @@ def root(tmp_path_factory):
         f'{{ path = "{root / name}", text_key = "{key}" }}'
         for name, key in (("long.txt", "text"), ("val.jsonl", "body"))
     ]
-    run(root / "run", "--training.steps", "2", "--training.seq_len", "64", "--checkpoint.enable",
-        "--optimizer.lr", "1e-2", "--checkpoint.interval", "1", "--attention.masks", "document", "chunk",
-        "--data.packing", "pad", "--data.no_labels_across_documents", "--validation.freq", "1", "--validation.steps", "-1",
-        "--data.sources", sources[1], "--data.validation_sources", sources[1], "--training.local_batch_size", "1",
-        "--data.cache_folder", str(root / "cache"), "--metrics.no_enable_tensorboard")  # fmt: skip
+    run(root / "run", "--training.steps", "2", "--training.seq_len", "64", "--training.local_batch_size", "1",
+        "--attention.masks", "document", "chunk", "--optimizer.lr", "1e-2", "--data.packing", "pad",
+        "--data.sources", sources[1], "--data.validation_sources", sources[1], "--data.no_labels_across_documents",
+        "--data.cache_folder", str(root / "cache"), "--validation.freq", "1", "--validation.steps", "-1",
+        "--checkpoint.enable", "--checkpoint.interval", "1", "--metrics.no_enable_tensorboard")  # fmt: skip
     return root
 
 
@@ -474,12 +474,53 @@ def test_a_damaged_checkpoint_is_passed_over(root, tmp_path, capsys):
     with pytest.raises(ConfigError, match="is damaged"):
         command.run([str(step), "--files", str(root / "val.jsonl")])
     (step / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match="step-1 cannot be read"):
+        command.run([str(step), "--files", str(root / "val.jsonl")])
     assert [row["step"] for row in evaluate(tmp_path, code=1, files=(root / "val.jsonl",))] == [2]
+
+
+def test_a_tokenizer_that_has_changed_is_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchladder.data.tokenizer.Bytes.fingerprint", "other")
+    with pytest.raises(ConfigError, match="was trained with the tokenizer bytes, and its settings give other now"):
+        evaluate(root, output=tmp_path / "a.csv")
 
 
 def test_a_context_beyond_the_runs_is_said_once(root, tmp_path, capsys):
     evaluate(root, "--context", "100", files=("long.txt", "val.jsonl"), output=tmp_path / "a.csv")
     assert capsys.readouterr().err.count("context 100: longer than the rows of the training (64)") == 1
+
+
+def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monkeypatch):
+    ask = ["--context", "16", "--by-position", "--plot", str(tmp_path / "loss.svg")]
+    rows = evaluate(root, *ask, output=tmp_path / "a.csv")
+    assert (tmp_path / "loss.svg").stat().st_size > 1000
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    evaluate(root, *ask, output=tmp_path / "a.csv")
+    steps, places = figures[0].axes
+    whole = [row["loss"] for row in rows if row["first_position"] is None]
+    parts = [row["loss"] for row in rows if row["first_position"] is not None and row["step"] == 2]
+    assert [line.get_xydata().tolist() for line in steps.lines] == [[[1, whole[0]], [2, whole[1]]]]
+    assert [line.get_xydata().tolist() for line in places.lines] == [
+        [[1, parts[0]], [2, parts[1]], [4, parts[2]], [8, parts[3]], [16, parts[4]]]
+    ]
+    # Of a Hugging Face folder there is one value, and no step.
+    plots.evaluations([*rows, rows[0] | {"step": None, "checkpoint": "hf"}], tmp_path / "a.png")
+    assert {text.get_text() for text in figures[1].legends[0].get_texts()} == {
+        f"{root / 'run' / 'checkpoint'}: val.jsonl, context 16",
+        "hf: val.jsonl, context 16",
+    }
+    with pytest.raises(ConfigError, match="no loss to draw"):
+        plots.evaluations([], tmp_path / "a.png")
+
+
+def test_too_little_memory_is_said(root, tmp_path, monkeypatch):
+    def exhaust(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(evaluation, "score", exhaust)
+    with pytest.raises(ConfigError, match="--batch-tokens 16384 and a context of 64 need more memory than cpu has"):
+        evaluate(root, output=tmp_path / "a.csv")
 
 
 def test_interrupted_the_command_says_so(root, tmp_path, monkeypatch, capsys):
@@ -508,6 +549,7 @@ VAL = ["--files", "{root}/val.jsonl"]
         (["{root}/run", *VAL, "--batch-tokens", "0"], "--batch-tokens 0"),
         (["{root}/run", *VAL, "--bos"], "no bos token"),
         (["{root}/run", *VAL, "--output", "{root}/a.xlsx"], "go to .csv or .jsonl"),
+        (["{root}/run", *VAL, "--plot", "{root}/a.gif"], "a picture ends in"),
         (["{root}", *VAL], "is no run with a complete checkpoint"),
     ],
 )

@@ -366,8 +366,13 @@ def _plain_numbers(axis: Axis) -> None:
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def _save(figure: Figure, path: Path) -> None:
+def check(path: Path) -> None:
+    """Raises ConfigError for a name that no picture can have."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{path}: a picture ends in .png, .svg or .pdf.")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    check(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

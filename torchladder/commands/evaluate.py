@@ -41,6 +41,8 @@ def run(argv: list[str]) -> int:
         Windows(context, _stride(arguments, context))
     if arguments.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {arguments.batch_tokens}: must be 1 or more.")
+    if arguments.plot:
+        plots.check(arguments.plot)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
     files = evaluation.Files(evaluation.named(arguments.files), arguments.text_key, arguments.on_error, arguments.bos)
     found: list[Weights] = []
@@ -53,7 +55,7 @@ def run(argv: list[str]) -> int:
     jobs = [
         Job(weights, file, windows, arguments.dtype, arguments.by_position, tables[_output(arguments, weights)])
         for weights in found
-        for file in files.of(weights.config)
+        for file in files.of(weights)
         for windows in _windows(arguments, weights)
     ]
     try:

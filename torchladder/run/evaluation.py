@@ -38,7 +38,6 @@ from torchladder.run.restored import Restored, settings_of
 FORMAT = 1
 """Raised when the same weights and documents would give other numbers, so that they are evaluated again."""
 
-
 NOBODY = ~0
 """Stands where a row has ended: token 0, which nobody is to predict."""
 
@@ -60,6 +59,7 @@ class Weights:
         config: the settings that belong to it.
         stamp: another one for other weights.
         home: the folder of its run, or its own.
+        tokenizer: fingerprint of the one that it was trained with; None where nobody knows.
     """
 
     path: Path
@@ -67,6 +67,7 @@ class Weights:
     config: Config
     stamp: str
     home: Path
+    tokenizer: str | None = None
 
     @property
     def trained(self) -> int:
@@ -104,26 +105,31 @@ def find(path: Path, seq_len: int | None = None) -> tuple[list[Weights], list[Da
         ConfigError: it is none of them, or has no complete checkpoint yet.
     """
     path = path.expanduser()
-    if (path / CONFIG).is_file() or checkpoint.complete(path):
+    if (path / CONFIG).is_file():
         return [_weights(path, settings_of(path, seq_len))], []
-    folder = path
-    if not checkpoint.steps(path) and (path / "config.toml").is_file():
-        section = files.read(path / "config.toml")[0].get("checkpoint", {})
-        folder = path / section.get("folder", CheckpointConfig.folder)
     found: list[Weights] = []
     damaged: list[DamageError] = []
     known: dict[str, Config] = {}
-    for step in checkpoint.steps(folder):
+    for one in [path] if checkpoint.complete(path) else _checkpoints(path):
         try:
-            found.append(_weights(folders.path_of(folder, step), _config(folders.path_of(folder, step), known)))
+            found.append(_weights(one, _config(one, known)))
         except (OSError, ValueError, KeyError) as error:  # ConfigError is a ValueError
-            damaged.append(DamageError(f"{folders.path_of(folder, step)} is damaged and passed over: {error}"))
+            damaged.append(DamageError(f"{one} cannot be read and is passed over: {error}"))
     if not found and not damaged:
         raise ConfigError(
             f"{str(path)!r} is no run with a complete checkpoint, no complete checkpoint (step-N) and no Hugging Face "
             "folder."
         )
     return found, damaged
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """Returns the complete checkpoints in a folder, or in that of the run whose folder it is."""
+    folder = path
+    if not checkpoint.steps(path) and (path / "config.toml").is_file():
+        section = files.read(path / "config.toml")[0].get("checkpoint", {})
+        folder = path / section.get("folder", CheckpointConfig.folder)
+    return [folders.path_of(folder, step) for step in checkpoint.steps(folder)]
 
 
 def _config(path: Path, known: dict[str, Config]) -> Config:
@@ -142,7 +148,10 @@ def _weights(path: Path, config: Config) -> Weights:
         return Weights(path, None, config, stamp, path)
     home = next((folder for folder in path.resolve().parents[:2] if (folder / "config.toml").is_file()), path.parent)
     stamp = (path / checksums.SUMS).read_text(encoding="utf-8")
-    return Weights(path, folders.read_run(path)["step"], config, stamp, home)
+    if not (path / folders.SETTINGS).is_file():
+        stamp += config.to_toml()  # they lie elsewhere, and may change
+    run = folders.read_run(path)
+    return Weights(path, run["step"], config, stamp, home, run["fingerprints"].get("data.tokenizer"))
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
@@ -187,19 +196,19 @@ class Files:
         for path in self.paths:
             SourceConfig(path=str(path)).check()
 
-    def of(self, config: Config) -> list[Documents]:
-        """Returns the files as a run reads them.
+    def of(self, weights: Weights) -> list[Documents]:
+        """Returns the files as a model reads them.
 
         Raises:
-            ConfigError: a document cannot be read, or a text has no tokenizer.
+            ConfigError: a document cannot be read, a text has no tokenizer, or not the one that the model knows.
         """
-        run = repr((config.tokenizer, config.data))
+        config = weights.config
+        run = repr((config.tokenizer, config.data, weights.tokenizer))
         if run not in self._opened:
-            part = reading.tokenizer(config)
             cache = data.cache_path(getattr(config.data, "cache_folder", DEFAULT))
             bos = getattr(config.data, "bos", False) if self.bos is None else self.bos
-            opener = Opener(part, cache, validation_fraction=0.0, bos=bos)
-            self._opened[run] = [self._open(path, opener, self._key(config)) for path in self.paths]
+            opener = Opener(reading.tokenizer(config), cache, validation_fraction=0.0, bos=bos)
+            self._opened[run] = [self._open(path, opener, weights) for path in self.paths]
         return self._opened[run]
 
     def _key(self, config: Config) -> str:
@@ -208,10 +217,17 @@ class Files:
         keys = {source.text_key for source in getattr(config.data, "sources", []) if not source.is_tokens}
         return keys.pop() if len(keys) == 1 else SourceConfig.text_key
 
-    def _open(self, path: Path, opener: Opener, text_key: str) -> Documents:
+    def _open(self, path: Path, opener: Opener, weights: Weights) -> Documents:
         source = SourceConfig(path=str(path))
         if source.is_tokens:
             return Documents(path, opener.open(source, "train"), None)
+        known, found = weights.tokenizer, opener.tokenizer.fingerprint if opener.tokenizer else None
+        if known is not None and found not in (None, known):
+            raise ConfigError(
+                f"{weights.path} was trained with the tokenizer {known}, and its settings give {found} now: the "
+                "tokenizer's file has changed, or the texts that it was trained on."
+            )
+        text_key = self._key(weights.config)
         source = replace(source, text_key=text_key, on_error=self.on_error)
         corpus = opener.open(source, "train")
 
