@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -277,6 +278,16 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
         Table(tmp_path / "file" / "results.csv")
+
+
+def test_the_docs_name_each_column_and_each_option(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    table = page[page.index("| column |") :]
+    assert {name for name in COLUMNS if f"`{name}`" not in table} == set()
+    with pytest.raises(SystemExit):
+        command.run(["--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--no-bos"}
+    assert {option for option in options if f"`{option}`" not in page} == set()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -69,9 +69,10 @@ def run(argv: list[str]) -> int:
     for error in damaged:
         print(f"warning: {error}", file=sys.stderr)
     _print([row for row in rows if row["first_position"] is None])
+    print(f"details: {', '.join(map(str, tables))}")
     if arguments.plot:
         plots.evaluations(rows, arguments.plot)
-    print(f"wrote {', '.join(map(str, [*tables, *([arguments.plot] if arguments.plot else [])]))}")
+        print(f"wrote {arguments.plot}")
     return 1 if damaged else 0
 
 

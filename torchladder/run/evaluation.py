@@ -146,12 +146,14 @@ def _weights(path: Path, config: Config) -> Weights:
         stats = {file.name: file.stat() for file in sorted(path.iterdir()) if file.suffix in (".json", ".safetensors")}
         stamp = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()])
         return Weights(path, None, config, stamp, path)
-    home = next((folder for folder in path.resolve().parents[:2] if (folder / "config.toml").is_file()), path.parent)
+    above = path.resolve().parents[:2]
+    home = next((folder for folder in above if (folder / "config.toml").is_file()), above[0])
     stamp = (path / checksums.SUMS).read_text(encoding="utf-8")
     if not (path / folders.SETTINGS).is_file():
         stamp += config.to_toml()  # they lie elsewhere, and may change
     run = folders.read_run(path)
-    return Weights(path, run["step"], config, stamp, home, run["fingerprints"].get("data.tokenizer"))
+    tokenizer = run["fingerprints"].get("data.tokenizer")
+    return Weights(path, run["step"], config, stamp, Path(os.path.relpath(home)), tokenizer)
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
