@@ -309,6 +309,7 @@ def root(tmp_path_factory):
         "--attention.masks", "document", "chunk", "--optimizer.lr", "1e-2", "--data.packing", "pad",
         "--data.sources", sources[1], "--data.validation_sources", sources[1], "--data.no_labels_across_documents",
         "--data.cache_folder", str(root / "cache"), "--validation.freq", "1", "--validation.steps", "-1",
+        "--data.phases", "{ from_step = 1, rope_theta = 20 }",
         "--checkpoint.enable", "--checkpoint.interval", "1", "--metrics.no_enable_tensorboard")  # fmt: skip
     return root
 
@@ -341,6 +342,14 @@ def test_a_file_costs_what_the_trainers_validation_says(root, capsys):
     out, err = capsys.readouterr()
     assert f"{rows[1]['loss']:.4f}" in out
     assert "step-2" in err
+
+
+def test_each_checkpoint_goes_out_with_the_rope_theta_of_its_step(root, tmp_path):
+    pytest.importorskip("safetensors")
+    for step, theta in (1, 1e4), (2, 20.0):
+        out = tmp_path / str(step)
+        assert convert.run(["to-hf", str(root / "run" / "checkpoint" / f"step-{step}"), "--output", str(out)]) == 0
+        assert json.loads((out / "config.json").read_text())["rope_theta"] == theta
 
 
 def test_what_is_in_the_output_is_not_evaluated_again(root, tmp_path, monkeypatch, capsys):

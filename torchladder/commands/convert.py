@@ -125,7 +125,8 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     with export.folder(output, files) as partial:
         facts = export.facts(config, _tokenizer(arguments.tokenizer, config))
-        facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len)
+        theta = export.rope_theta(config, source)
+        facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len, rope_theta=theta)
         conversion.from_checkpoint(source, partial, (config.model.name, model), facts, dtype)
     print(f"{output}: {CONFIG}, weights, {', '.join(files) or 'no tokenizer (--tokenizer names one)'}")
     for mask in {*config.attention.masks} - {"causal", "sliding"}:

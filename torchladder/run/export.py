@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from ast import literal_eval
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torchladder import checkpoint, curriculum, data
 from torchladder import config as settings
-from torchladder import curriculum, data
+from torchladder.checkpoint import folders
 from torchladder.config import Config
 from torchladder.data.tokenizer import files
 from torchladder.models.interchange.folder import ASSETS
@@ -37,6 +39,21 @@ def window(config: Config) -> int | None:
     ladder = curriculum.registry.build(config.curriculum, steps=max(training.steps, 1), seq_len=training.seq_len)
     last = _last_phase(config, "window") or ladder(max(training.steps, 1) - 1)
     return None if last >= training.seq_len else last
+
+
+def rope_theta(config: Config, path: Path) -> float | None:
+    """Returns the RoPE theta that weights were last trained at, where it is not that of the model's settings.
+
+    Args:
+        config: settings of the run.
+        path: the weights, a checkpoint of the run or a Hugging Face folder.
+    """
+    run = folders.read_run(path) if checkpoint.complete(path) else {"fingerprints": {}}
+    phases = run["fingerprints"].get("phases.rope_theta")
+    if phases is None:
+        return _last_phase(config, "rope_theta")
+    values = [theta for first, theta in literal_eval(phases).items() if first < run["step"]]
+    return values[-1] if values else None
 
 
 def _last_phase(config: Config, key: str) -> Any:
@@ -82,15 +99,15 @@ def folder(path: Path, assets: dict[str, Path], first: bool = True) -> Iterator[
         partial.rename(path)
 
 
-def run_of(checkpoint: Path) -> Config:
+def run_of(path: Path) -> Config:
     """Returns the settings of the run that a checkpoint is of: the config.toml in it, or in its run's folder.
 
     Raises:
         ConfigError: there is none.
     """
-    for place in (checkpoint, *checkpoint.resolve().parents[:2]):
+    for place in (path, *path.resolve().parents[:2]):
         if (place / "config.toml").is_file():
             # What the folder said of the model is in the settings, and it may be gone since.
             without = ["--model.hf_assets_path", "", "--checkpoint.no_initial_load_in_hf"]
             return settings.load(["--job.config_file", str(place / "config.toml"), *without])
-    raise ConfigError(f"{checkpoint} is of no run that is here: there is no config.toml in it or two folders above.")
+    raise ConfigError(f"{path} is of no run that is here: there is no config.toml in it or two folders above.")

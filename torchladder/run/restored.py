@@ -1,4 +1,4 @@
-"""A trained model, whole on one device, under the mask and at the RoPE theta with which its run ended."""
+"""A trained model, whole on one device: under the mask with which its run ends, at the RoPE theta of its step."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Restored:
             weights.load(model, path)
         else:
             dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=path, no_dist=True)
-        theta = export.facts(config, None).rope_theta
+        theta = export.rope_theta(config, path)
         if theta is not None:
             model.turn(theta)
         masks = [mask.registry.get(name) for name in config.attention.masks]
