@@ -534,6 +534,16 @@ def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monke
         plots.evaluations([], tmp_path / "a.png")
 
 
+def test_a_log_says_how_far_it_is(root, capsys):
+    job = job_of(config.load(["--model.flavor", "debug"]), [[1] * 9], 4, 4, Path("a.bin"))
+    with command._Report([job, job], every=0.0) as report:
+        report.begin(job)
+        report.add(6)
+        report.skip([job])
+    err = capsys.readouterr().err
+    assert "a.bin, context 4: 10 tokens to go" in err
+
+
 def test_too_little_memory_is_said(root, tmp_path, monkeypatch):
     def exhaust(*_):
         raise torch.OutOfMemoryError

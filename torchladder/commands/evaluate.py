@@ -44,6 +44,14 @@ def run(argv: list[str]) -> int:
     if arguments.plot:
         plots.check(arguments.plot)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it was", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace) -> int:
     files = evaluation.Files(evaluation.named(arguments.files), arguments.text_key, arguments.on_error, arguments.bos)
     found: list[Weights] = []
     damaged: list[DamageError] = []
@@ -58,11 +66,7 @@ def run(argv: list[str]) -> int:
         for file in files.of(weights)
         for windows in _windows(arguments, weights)
     ]
-    try:
-        damaged += _evaluate(jobs, arguments.batch_tokens)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues where it was", file=sys.stderr)
-        return 130
+    damaged += _evaluate(jobs, arguments.batch_tokens)
     rows = evaluation.done(jobs)
     if damaged and not rows:
         raise ConfigError(str(damaged[0]))
@@ -184,13 +188,15 @@ def _remarks(jobs: Sequence[Job]) -> list[str]:
 
 
 class _Report:
-    """A bar with tokens per second and the time left on a terminal, and a line for each evaluation.
+    """A bar with tokens per second and the time left, on a terminal; a line for each evaluation, and in a log now and
+    then one in between.
 
     Args:
         jobs: what there is to do.
+        every: seconds between two lines in a log.
     """
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, jobs: Sequence[Job], every: float = 30.0) -> None:
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -201,8 +207,9 @@ class _Report:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=sum(job.tokens for job in jobs), rate="")
-        self._read, self._start = 0, time.monotonic()
+        self._left, self._read, self._every = sum(job.tokens for job in jobs), 0, every
+        self._task = self._bar.add_task("", total=self._left, rate="")
+        self._start = self._said = time.monotonic()
 
     def __enter__(self) -> _Report:
         self._bar.start()
@@ -212,16 +219,22 @@ class _Report:
         self._bar.stop()
 
     def begin(self, job: Job) -> None:
-        where = f"{job.weights.path.name} {job.documents.path.name}"
-        self._bar.update(self._task, description=f"{where}, context {job.windows.context:,}")
+        self._doing = f"{job.weights.path.name} {job.documents.path.name}, context {job.windows.context:,}"
+        self._bar.update(self._task, description=self._doing)
 
     def add(self, tokens: int) -> None:
         """Counts tokens that have been read."""
         self._read += tokens
+        self._left -= tokens
         self._bar.update(self._task, advance=tokens, rate=self._rate())
+        if not self._console.is_terminal and time.monotonic() - self._said > self._every:
+            left = (time.monotonic() - self._start) * self._left / self._read
+            self.say(f"{self._doing}: {self._left:,} tokens to go, {self._rate()}, {left:.0f} s left")
 
     def skip(self, jobs: Sequence[Job]) -> None:
-        self._bar.update(self._task, advance=sum(job.tokens for job in jobs))
+        tokens = sum(job.tokens for job in jobs)
+        self._left -= tokens
+        self._bar.update(self._task, advance=tokens)
 
     def end(self, row: Row) -> None:
         found = "no token" if row["loss"] is None else f"loss {row['loss']:.4f}, perplexity {row['perplexity']:,.2f}"
@@ -230,6 +243,7 @@ class _Report:
 
     def say(self, line: str) -> None:
         """Prints a line; a bar stays below it."""
+        self._said = time.monotonic()
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _rate(self) -> str:
@@ -239,6 +253,8 @@ class _Report:
 def _print(rows: Sequence[Row]) -> None:
     """Prints a table of results."""
     table = Lines("checkpoint", "file", "context", "tokens", "loss", "perplexity", "bits/byte", box=None)
+    for column in table.columns[:2]:
+        column.overflow = "fold"  # a path ends with what tells it from others
     for column in table.columns[2:]:
         column.justify = "right"
     for row in rows:
