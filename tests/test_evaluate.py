@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import re
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -231,6 +232,14 @@ def test_a_line_that_was_cut_off_is_dropped_wherever_it_was_cut(tmp_path, suffix
 
 def add_rows(path, names):
     table = Table(path)
+    read = table._read
+
+    def read_slowly(file):
+        rows = read(file)
+        time.sleep(0.005)  # the others get their turn between reading and writing
+        return rows
+
+    table._read = read_slowly
     for name in names:
         table.add([row(name, file="x" * 5000), row(name, first_position=0)])
 
