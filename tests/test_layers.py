@@ -20,6 +20,7 @@ PARTS = [
     "metrics",
     "profiling",
     "generate",
+    "evaluation",
     "interrupt",
     "plots",
     "resilience",

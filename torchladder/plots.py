@@ -146,6 +146,51 @@ def plan(path: Path, steps: int, windows: Callable[[int], int], seq_len: int, ma
         _save(figure, path)
 
 
+def evaluations(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws the loss on files over the steps of runs, and beside it, where it is known, by position at their last step.
+
+    Args:
+        rows: of the table that ``torchladder evaluate`` writes.
+        path: the picture.
+
+    Raises:
+        ConfigError: no row has a loss, or the suffix is not one of a picture.
+    """
+    rows = [row for row in rows if row["loss"] is not None]
+    if not rows:
+        raise ConfigError(f"{path}: there is no loss to draw.")
+    curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        run = row["checkpoint"] if row["step"] is None else str(Path(row["checkpoint"]).parent)
+        curves.setdefault((run, f"{Path(row['file']).name}, context {row['context']:,}"), []).append(row)
+    runs = {run for run, _ in curves}
+    by_position = any(row["first_position"] is not None for row in rows)
+    with _style():
+        figure = _figure(12 if by_position else 8, 4.5)
+        steps, *places = figure.subplots(1, 1 + by_position, squeeze=False)[0]
+        for color, ((run, name), found) in zip(cycle(COLORS), curves.items()):
+            whole = sorted((row["step"] or 0, row["loss"]) for row in found if row["first_position"] is None)
+            label = name if len(runs) == 1 else f"{run}: {name}"
+            if found[0]["step"] is None and whole:
+                steps.axhline(whole[0][1], color=color, linestyle=(0, (4, 3)), label=label)
+            else:
+                steps.plot(*zip(*whole, strict=True), "o-", color=color, markersize=4, label=label)
+            last = max(row["step"] or 0 for row in found)
+            parts = [row for row in found if row["first_position"] is not None and (row["step"] or 0) == last]
+            parts.sort(key=lambda row: row["first_position"])
+            for axes in places:
+                seen = [row["last_position"] + 1 for row in parts]
+                axes.plot(seen, [row["loss"] for row in parts], "o-", color=color, markersize=4)
+        steps.set(xlabel="step", ylabel="loss (nats per token)")
+        _plain_numbers(steps.xaxis)
+        for axes in places:
+            axes.set_xscale("log", base=2)
+            axes.set(xlabel="tokens read before the predicted one (at most), at the last step")
+            _plain_numbers(axes.xaxis)
+        figure.legend(loc="outside upper left", ncols=2)
+        _save(figure, path)
+
+
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 DOCUMENTS = (7, 12, 5)
@@ -321,8 +366,13 @@ def _plain_numbers(axis: Axis) -> None:
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def _save(figure: Figure, path: Path) -> None:
+def check(path: Path) -> None:
+    """Raises ConfigError for a name that no picture can have."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{path}: a picture ends in .png, .svg or .pdf.")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    check(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from torchladder import config
-from torchladder.commands import convert, generate, inspect, merge, plan, prepare, report, slurm, tokenizer
+from torchladder.commands import convert, evaluate, generate, inspect, merge, plan, prepare, report, slurm, tokenizer
 from torchladder.registry import ConfigError, unknown
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "report": report,
     "convert": convert,
     "generate": generate,
+    "evaluate": evaluate,
     "slurm": slurm,
 }
 

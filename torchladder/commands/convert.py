@@ -124,7 +124,8 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     reads, files = _tokenizer(arguments, config)
     facts = export.facts(config, reads)
-    facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len)
+    theta = export.rope_theta(config, source)
+    facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len, rope_theta=theta)
     export.convert(source, output, (config.model.name, model), facts, files, dtype)
     print(f"{output}: {CONFIG}, weights, {', '.join(files) or 'no tokenizer (--tokenizer names one)'}")
     for mask in {*config.attention.masks} - {"causal", "sliding"}:

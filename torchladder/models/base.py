@@ -22,6 +22,7 @@ from docstring_parser import parse_from_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchladder.models import loss
 from torchladder.models.interchange.family import Family
 from torchladder.registry import ConfigError, Part, Registry, unknown
 
@@ -99,6 +100,20 @@ class Model(nn.Module, ABC):
             f"{type(self).__name__} has no begin_at, so it reads rows from their beginning only: ranks cannot share "
             "rows (parallelism.context_parallel_degree), and text cannot be continued from a cache."
         )
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor, attention_mask: Any, labels: Tensor) -> Tensor:
+        """Returns the loss at each label (B, T) fp32, 0 where it is -100; of a whole model, without gradients.
+
+        Here from all logits at once; a model that has a way to need less memory takes it.
+
+        Args:
+            tokens: (B, T) int64.
+            attention_mask: as ``forward`` takes it.
+            labels: (B, T) int64.
+        """
+        logits = self(tokens, attention_mask)
+        return torch.stack([loss.of_logits(row, label) for row, label in zip(logits, labels, strict=True)])
 
     def num_parameters(self) -> int:
         """Returns the number of parameters, each shared one counted once."""

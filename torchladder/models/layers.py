@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchladder.models import vocabulary
+from torchladder.models import loss, vocabulary
 from torchladder.models.base import Attend
-from torchladder.models.loss import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,13 @@ class Head(nn.Module):
         weight = self.weight if tied is None else tied
         assert weight is not None
         if labels is not None:
-            return cross_entropy(hidden, weight, labels)
+            return loss.cross_entropy(hidden, weight, labels)
         if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
             return vocabulary.logits(hidden, weight)
         return F.linear(hidden, weight)
+
+    def losses(self, hidden: Tensor, labels: Tensor, tied: Tensor | None = None) -> Tensor:
+        """Returns the loss at each label (B, T) fp32, without gradients."""
+        weight = self.weight if tied is None else tied
+        assert weight is not None
+        return loss.each(hidden, weight, labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from torchladder.models.attention import causal
@@ -65,11 +66,21 @@ class Llama(Model):
         return Block(self.config, self.rope, attend)
 
     def forward(self, tokens: Tensor, attention_mask: Any, labels: Tensor | None = None) -> Tensor:
-        x = self.embedding(tokens)  # (B, T, d)
+        return self.head(self._states(tokens, attention_mask), labels, self._tied())
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor, attention_mask: Any, labels: Tensor) -> Tensor:
+        return self.head.losses(self._states(tokens, attention_mask), labels, self._tied())
+
+    def _states(self, tokens: Tensor, attention_mask: Any) -> Tensor:
+        """Returns what the head takes (B, T, d)."""
+        x = self.embedding(tokens)
         for block in self.layers.values():
             x = block(x, attention_mask)
-        tied = self.embedding.weight if self.config.tie_embeddings else None
-        return self.head(self.norm(x), labels, tied)
+        return self.norm(x)
+
+    def _tied(self) -> Tensor | None:
+        return self.embedding.weight if self.config.tie_embeddings else None
 
     def init_weights(self, seed: int) -> None:
         std, residual_std = INITIALIZATIONS[self.config.initialization](self.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -35,6 +36,31 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return _chunked(hidden, weight, labels, None)
 
 
+@torch.no_grad()
+def each(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Returns the cross entropy at each label (...) in fp32, 0 where it is -100; without gradients.
+
+    Args:
+        hidden: (..., d) states, one per token.
+        weight: (V, d) of the head.
+        labels: (...) int64.
+    """
+    size = _at_a_time(hidden.device.type, len(weight))
+    chunks = zip(hidden.flatten(0, -2).split(size), labels.flatten().split(size), strict=True)
+    return torch.cat([of_logits(F.linear(some, weight), label) for some, label in chunks]).view(labels.shape)
+
+
+def of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the cross entropy (n) of logits (n, V) at each label, computed in fp32, 0 where it is -100."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(exact), labels, ignore_index=IGNORE, reduction="none")
+
+
+def _at_a_time(device: str, vocabulary: int) -> int:
+    """Returns how many tokens have logits at a time."""
+    return max((LOGITS_ON_CPU if device == "cpu" else LOGITS_ON_GPU) // vocabulary, FEWEST)
+
+
 def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, share: Share | None) -> Tensor:
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -60,8 +86,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if differentiate else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if differentiate else None
 
-        at_a_time = LOGITS_ON_CPU if device == "cpu" else LOGITS_ON_GPU
-        size = max(at_a_time // len(weight), FEWEST)  # tokens
+        size = _at_a_time(device, len(weight))
         first = share.first if share else 0
         for chunk in range(0, len(hidden), size):
             some = slice(chunk, chunk + size)

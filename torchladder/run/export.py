@@ -39,6 +39,17 @@ def window(config: Config) -> int | None:
     return None if last >= training.seq_len else last
 
 
+def rope_theta(config: Config, path: Path) -> float | None:
+    """Returns the RoPE theta that weights were last trained at, where it is not that of the model's settings.
+
+    Args:
+        config: settings of the run.
+        path: the weights, a checkpoint of the run or a Hugging Face folder.
+    """
+    run = checkpoint.read_run(path) if checkpoint.complete(path) else {}
+    return run["rope_theta"] if "rope_theta" in run else _last_phase(config, "rope_theta")
+
+
 def _last_phase(config: Config, key: str) -> Any:
     values = [getattr(phase, key) for phase in getattr(config.data, "phases", [])]
     return next((value for value in reversed(values) if value is not None), None)
@@ -97,15 +108,15 @@ def convert(
         conversion.from_checkpoint(source, partial, model, facts, dtype)
 
 
-def run_of(source: Path) -> Config:
+def run_of(path: Path) -> Config:
     """Returns the settings of the run that a checkpoint is of: the config.toml in it, or in its run's folder.
 
     Raises:
         ConfigError: there is none.
     """
-    for place in (source, *source.resolve().parents[:2]):
+    for place in (path, *path.resolve().parents[:2]):
         if (place / "config.toml").is_file():
             # What the folder said of the model is in the settings, and it may be gone since.
             without = ["--model.hf_assets_path", "", "--checkpoint.no_initial_load_in_hf"]
             return settings.load(["--job.config_file", str(place / "config.toml"), *without])
-    raise ConfigError(f"{source} is of no run that is here: there is no config.toml in it or two folders above.")
+    raise ConfigError(f"{path} is of no run that is here: there is no config.toml in it or two folders above.")

@@ -1,4 +1,4 @@
-"""A trained model, whole on one device, under the mask and at the RoPE theta with which its run ended."""
+"""A trained model, whole on one device: under the mask with which its run ends, at the RoPE theta of its step."""
 
 from __future__ import annotations
 
@@ -21,14 +21,19 @@ from torchladder.registry import ConfigError
 from torchladder.run import export
 
 
-def settings_of(path: Path) -> Config:
+def settings_of(path: Path, seq_len: int | None = None) -> Config:
     """Returns the settings that belong to weights: those of a checkpoint's run, or what a Hugging Face folder says.
+
+    Args:
+        path: the checkpoint or the folder.
+        seq_len: tokens of the longest row that will be read, for a Hugging Face folder, which may have a window.
 
     Raises:
         ConfigError: it is neither.
     """
     if (path / CONFIG).is_file():
-        return settings.load(["--model.hf_assets_path", str(path)])
+        rows = [] if seq_len is None else ["--training.seq_len", str(seq_len)]
+        return settings.load(["--model.hf_assets_path", str(path), *rows])
     if not checkpoint.complete(path):
         raise ConfigError(f"{str(path)!r} is neither a complete checkpoint (step-N) nor a Hugging Face folder.")
     return export.run_of(path)
@@ -69,7 +74,7 @@ class Restored:
             weights.load(model, path)
         else:
             dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=path, no_dist=True)
-        theta = export.facts(config, None).rope_theta
+        theta = export.rope_theta(config, path)
         if theta is not None:
             model.turn(theta)
         masks = [mask.registry.get(name) for name in config.attention.masks]

@@ -205,6 +205,7 @@ class Trainer:
             "row": self.row,
             "pending": self.pending,
             "validated": self.validated,
+            "rope_theta": self.plan.phases("rope_theta", max(self.step - 1, 0)),
             "fingerprints": self._fingerprints(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
