@@ -23,14 +23,14 @@ from torchladder.commands import convert
 from torchladder.commands import evaluate as command
 from torchladder.data.corpus import Corpus
 from torchladder.data.formats.indexed import Writer
-from torchladder.evaluation import Scores, Table, Windows
-from torchladder.evaluation.scores import buckets
-from torchladder.evaluation.table import COLUMNS
 from torchladder.models.attention.dense import Dense
 from torchladder.models.attention.sdpa import Sdpa
 from torchladder.registry import ConfigError
 from torchladder.run import evaluation
-from torchladder.run.evaluation import Documents, Job, Weights
+from torchladder.run.evaluation import Job, Table, Weights, Windows
+from torchladder.run.evaluation.documents import Documents
+from torchladder.run.evaluation.scores import Scores, buckets
+from torchladder.run.evaluation.table import COLUMNS
 from torchladder.run.restored import Restored
 
 V = 11
@@ -61,7 +61,7 @@ def test_every_token_but_the_first_is_predicted_once(lengths, cut, budget):
 
 
 def test_windows_of_like_length_are_read_together_within_a_buffer(monkeypatch):
-    monkeypatch.setattr("torchladder.evaluation.windows.BUFFER", 4)
+    monkeypatch.setattr("torchladder.run.evaluation.windows.BUFFER", 4)
     batches = Windows(8, 8).batches(np.array([2, 9, 3, 9, 5, 5, 5, 2]), 16)
     assert [(batch.ends - batch.begins).tolist() for batch in batches] == [[8, 8], [2, 1], [4, 4, 4, 1]]
 

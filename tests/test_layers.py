@@ -20,7 +20,6 @@ PARTS = [
     "metrics",
     "profiling",
     "generate",
-    "evaluation",
     "interrupt",
     "plots",
     "resilience",

@@ -19,10 +19,9 @@ from rich.text import Text
 
 from torchladder import plots
 from torchladder.data.text.documents import OnError
-from torchladder.evaluation import Row, Table, Windows
 from torchladder.registry import ConfigError
 from torchladder.run import evaluation
-from torchladder.run.evaluation import DamageError, Job, Weights, label
+from torchladder.run.evaluation import DamageError, Job, Row, Table, Weights, Windows, label
 
 EPILOG = """
 Files: .txt .md .py are one document each; .jsonl one a line; .csv and .parquet one a row; each also as .gz .zst .bz2;

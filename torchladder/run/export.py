@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from torchladder import checkpoint, curriculum, data
 from torchladder import config as settings
 from torchladder.config import Config
 from torchladder.data.tokenizer import files
-from torchladder.models.interchange import conversion
+from torchladder.models import Model
+from torchladder.models.interchange import conversion, weights
 from torchladder.models.interchange.folder import ASSETS
 from torchladder.models.interchange.settings import Facts
 from torchladder.registry import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def facts(config: Config, tokenizer: data.Tokenizer | None) -> Facts:
@@ -106,6 +111,51 @@ def convert(
         raise ConfigError(f"{source} is damaged: {wrong}.")
     with folder(path, assets) as partial:
         conversion.from_checkpoint(source, partial, model, facts, dtype)
+
+
+@dataclass(frozen=True)
+class LastSave:
+    """The Hugging Face folder beside the last checkpoint of a run, ``step-N-hf`` beside ``step-N``.
+
+    Attributes:
+        config: settings of the run.
+        checkpoint: the last one.
+        tokenizer: of the run.
+    """
+
+    config: Config
+    checkpoint: Path
+    tokenizer: data.Tokenizer | None
+
+    def write(self, model: Model, first: bool) -> None:
+        """Writes the folder from the model in memory; every rank takes part, and ``first`` has the folder."""
+        with folder(self._path, self._files, first) as partial:
+            weights.save(model, partial, facts(self.config, self.tokenizer), self._dtype, first)
+        logger.info("saved %s", self._path)
+
+    def convert(self, model: Any) -> None:
+        """Makes the folder of the checkpoint, for a run that was killed before it had one; weights are not loaded.
+
+        Args:
+            model: the model's config.
+        """
+        if self._path.exists() or not checkpoint.complete(self.checkpoint):
+            return
+        named = self.config.model.name, model
+        convert(self.checkpoint, self._path, named, facts(self.config, self.tokenizer), self._files, self._dtype)
+        logger.info("saved %s", self._path)
+
+    @property
+    def _path(self) -> Path:
+        return self.checkpoint.with_name(f"{self.checkpoint.name}-hf")
+
+    @property
+    def _files(self) -> dict[str, bytes]:
+        return tokenizer_files(self.tokenizer, getattr(self.config.tokenizer, "path", ""))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.checkpoint.export_dtype)
 
 
 def run_of(path: Path) -> Config:

@@ -90,7 +90,8 @@ class Trainer:
             return True
         if self.step >= config.training.steps and not self.pending:
             self.metrics.close()
-            self._export_saved()
+            if config.checkpoint.last_save_in_hf and self.ranks.first:
+                self._last_save.convert(self.model.config)
             logger.info("all %d steps are taken: nothing to do", config.training.steps)
             return True
         gc.disable()
@@ -134,7 +135,7 @@ class Trainer:
             if self.lifeline.due(step):
                 self.lifeline.save(self.state())
             if last and config.checkpoint.last_save_in_hf:
-                self._export()
+                self._last_save.write(self.model, self.ranks.first)
             if step % config.training.gc_freq == 0:
                 gc.collect(1)
         if step and not last and config.job.exit_interval and step % config.job.exit_interval == 0:
@@ -231,28 +232,9 @@ class Trainer:
     def _fingerprints(self) -> dict[str, str]:
         return fingerprints(self.plan, self.model.config, self.loader)
 
-    def _export(self) -> None:
-        """Leaves the model as a Hugging Face folder beside the checkpoints."""
-        config, first = self.config, self.ranks.first
-        facts, dtype = export.facts(config, self.tokenizer), getattr(torch, config.checkpoint.export_dtype)
-        path = self.lifeline.saves.folder / f"step-{self.step}-hf"
-        with export.folder(path, self._tokenizer_files(), first) as partial:
-            weights.save(self.model, partial, facts, dtype, first)
-        logger.info("saved %s", path)
-
-    def _export_saved(self) -> None:
-        """Makes the Hugging Face folder of a finished run that was killed before it had one; no weights are loaded."""
-        config = self.config
-        saved = self.lifeline.saves.folder / f"step-{self.step}"
-        path = saved.with_name(f"{saved.name}-hf")
-        if not (config.checkpoint.last_save_in_hf and self.ranks.first and checkpoint.complete(saved)) or path.exists():
-            return
-        facts, dtype = export.facts(config, self.tokenizer), getattr(torch, config.checkpoint.export_dtype)
-        export.convert(saved, path, (config.model.name, self.model.config), facts, self._tokenizer_files(), dtype)
-        logger.info("saved %s", path)
-
-    def _tokenizer_files(self) -> dict[str, bytes]:
-        return export.tokenizer_files(self.tokenizer, getattr(self.config.tokenizer, "path", ""))
+    @property
+    def _last_save(self) -> export.LastSave:
+        return export.LastSave(self.config, self.lifeline.saves.folder / f"step-{self.step}", self.tokenizer)
 
     # --- building -----------------------------------------------------------------------------------------------------
 
