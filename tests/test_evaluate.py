@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from runs import run, validations
 
 from torchladder import commands, config, mask, models, plots
@@ -524,7 +525,7 @@ def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monke
     rows = evaluate(root, *ask, output=tmp_path / "a.csv")
     assert (tmp_path / "loss.svg").stat().st_size > 1000
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     evaluate(root, *ask, output=tmp_path / "a.csv")
     steps, places = figures[0].axes
     whole = [row["loss"] for row in rows if row["first_position"] is None]

@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from torchladder import curriculum, plots
+from torchladder.plots.curves import smooth
+from torchladder.plots.style import GRID
 from torchladder.registry import ConfigError
 
 SEQ_LEN = 64
@@ -39,7 +43,7 @@ def run(tmp_path):
 def drawn(monkeypatch):
     """Catches the figures instead of writing them."""
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     return figures
 
 
@@ -70,7 +74,7 @@ def test_the_shortest_runs(tmp_path, run, steps):
 
 
 def test_ladder_shows_the_run(run, drawn):
-    plots.ladder("ladder.png", run())
+    plots.ladder(Path("ladder.png"), run())
     top, bottom = drawn[0].axes
     losses, _, validation = (line.get_ydata() for line in top.get_lines())
     assert losses == pytest.approx([2 + 6 / step for step in range(1, 201)])
@@ -81,7 +85,7 @@ def test_ladder_shows_the_run(run, drawn):
 
 
 def test_report_against_tokens_time_and_flops(run, drawn):
-    plots.report([run("a").parent, run("b", windows=lambda step: SEQ_LEN)], "report.png")
+    plots.report([run("a").parent, run("b", windows=lambda step: SEQ_LEN)], Path("report.png"))
     tops, bottoms = drawn[0].axes[:3], drawn[0].axes[3:]
     labels = [axes.get_xlabel() for axes in bottoms]
     assert labels == ["thousand tokens", "time (seconds)", "compute ($10^{9}$ FLOPs)"]
@@ -92,7 +96,7 @@ def test_report_against_tokens_time_and_flops(run, drawn):
 
 
 def test_report_tells_runs_of_one_name_apart(run, drawn):
-    plots.report([run("x/run"), run("y/run"), run("other")], "report.png")
+    plots.report([run("x/run"), run("y/run"), run("other")], Path("report.png"))
     one, two, other = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert one.endswith("x/run: 2.530")
     assert two.endswith("y/run: 2.530")
@@ -101,20 +105,20 @@ def test_report_tells_runs_of_one_name_apart(run, drawn):
 
 def test_plan_shades_what_is_saved(drawn):
     stages = curriculum.Stages(seq_len=SEQ_LEN, stages=[(0, 16), (300, SEQ_LEN)])
-    plots.plan("plan.png", 400, stages, SEQ_LEN, ["chunk"])
+    plots.plan(Path("plan.png"), 400, stages, SEQ_LEN, ["chunk"])
     _, bottom = drawn[0].axes
     assert bottom.get_lines()[0].get_ydata() == pytest.approx([100 * share(16)] * 300 + [100] * 100)
     assert bottom.texts[0].get_text() == f"{75 * (1 - share(16)):.0f}% of attention saved"
 
 
 def test_masks_show_every_pair_and_every_start(drawn):
-    plots.masks("masks.png")
+    plots.masks(Path("masks.png"))
     sizes = {"causal": (24,), "document": (7, 12, 5), "chunk": (6, 6, 6, 6), "document + chunk": (6, 1, 5, 6, 1, 5)}
     seen, starts = {}, {}
     for axes in drawn[0].axes:
         colors = axes.collections[0].get_facecolors()
         assert len(colors) == 24 * 25 // 2
-        seen[axes.get_title()] = sum(to_hex(color) != plots.GRID for color in colors)
+        seen[axes.get_title()] = sum(to_hex(color) != GRID for color in colors)
         starts[axes.get_title()] = axes.get_lines()[0].get_xdata()
     for name, parts in sizes.items():
         assert seen[name] == sum(size * (size + 1) // 2 for size in parts)
@@ -126,14 +130,14 @@ def test_masks_show_every_pair_and_every_start(drawn):
 
 def test_smooth():
     values = np.array([1.0, 2.0, 6.0, np.nan, 4.0])
-    assert plots.smooth(values, share=0.4) == pytest.approx([1.5, 3, 4, 5, 4])
-    assert plots.smooth(values, share=0) == pytest.approx(values, nan_ok=True)
+    assert smooth(values, share=0.4) == pytest.approx([1.5, 3, 4, 5, 4])
+    assert smooth(values, share=0) == pytest.approx(values, nan_ok=True)
 
 
 def test_lost_values_and_a_line_being_written(run, drawn):
     path = run(loss=None)
     path.write_text(path.read_text() + '{"step": 3, "lo')
-    plots.ladder("ladder.png", path)
+    plots.ladder(Path("ladder.png"), path)
     assert np.isnan(drawn[0].axes[0].get_lines()[0].get_ydata()).all()
 
 

@@ -1,0 +1,131 @@
+"""Pictures of runs: one with its ladder, several side by side, one before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from torchladder import mask
+from torchladder.plots.curves import Curves, read, smooth
+from torchladder.plots.style import COLORS, FAINT, INK, draw_window, figure, plain_numbers, save, style, window_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def ladder(path: Path, metrics_file: Path) -> None:
+    """Draws a run: training and validation loss above, the window below, against the step.
+
+    Raises:
+        ConfigError: the file is not there or holds no training step, or the suffix is not one of a picture.
+    """
+    run = Curves.read(metrics_file)
+    with style():
+        canvas = figure(8, 5.2)
+        top, bottom = canvas.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
+        top.plot(run.step, run.loss, color=COLORS[0], alpha=0.25, linewidth=1)
+        top.plot(run.step, smooth(run.loss), color=COLORS[0], alpha=0.7, linewidth=1.2, label="training")
+        if len(run.validation_loss):
+            last = f"validation, full context: {run.validation_loss[-1]:.3f} at the end"
+            top.plot(run.validation_step, run.validation_loss, "o-", color=COLORS[1], markersize=4, label=last)
+        top.set_ylabel("loss (nats per token)")
+        top.legend(loc="upper right")
+        _zoom(top, [run])
+        draw_window(bottom, run.step, run.window, COLORS[0])
+        bottom.set(xlabel="step", xlim=(0, run.step[-1] * 1.01))
+        plain_numbers(bottom.xaxis)
+        save(canvas, path)
+
+
+def report(runs: Sequence[Path], path: Path) -> None:
+    """Draws several runs: loss against tokens, time and FLOPs, with the window below each.
+
+    Args:
+        runs: folders of runs, or their metrics.jsonl; the legend shows a folder's name.
+        path: the picture.
+
+    Raises:
+        ConfigError: as ``ladder``, or no run is given.
+    """
+    curves = read(runs)
+    units = [_unit(kind, max(getattr(run, kind)[-1] for run in curves.values())) for kind in UNITS]
+    with style():
+        canvas = figure(12, 5.8)
+        tops, bottoms = canvas.subplots(2, 3, sharex="col", sharey="row", height_ratios=[2.6, 1])
+        for top, bottom, kind, (label, scale) in zip(tops, bottoms, UNITS, units, strict=True):
+            for color, (name, run) in zip(cycle(COLORS), curves.items()):
+                x = getattr(run, kind) / scale
+                at = np.interp(run.validation_step, np.r_[0, run.step], np.r_[0, x])
+                top.plot(x, smooth(run.loss), color=color, linewidth=1, alpha=0.4)
+                top.plot(at, run.validation_loss, "o-", color=color, markersize=4, linewidth=1.4, label=run.title(name))
+                bottom.plot(x, run.window, color=color, drawstyle="steps-post")
+            bottom.set(xlabel=label, xlim=(0, None))
+        _zoom(tops[0], list(curves.values()))
+        window_axis(bottoms[0], max(run.window.max() for run in curves.values()))
+        tops[0].set_ylabel("loss (nats per token)")
+        handles, labels = tops[0].get_legend_handles_labels()
+        legend = canvas.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 4))
+        legend.set_title("validation loss at full context, the last one of each run (faint: training)")
+        legend.set_alignment("left")
+        save(canvas, path)
+
+
+def plan(path: Path, steps: int, windows: Callable[[int], int], seq_len: int, masks: Sequence[str]) -> None:
+    """Draws the ladder of a run before it: the window above, below what attention costs and saves.
+
+    Args:
+        path: the picture.
+        steps: optimizer steps of the run.
+        windows: the curriculum, ``(step) -> window``.
+        seq_len: tokens in a row.
+        masks: names of the masks; documents count as if each row were one, so they save more than is shown.
+    """
+    row = torch.arange(seq_len, dtype=torch.int32)[None]  # (1, T): positions of one document
+    allowed = [mask.registry.get(name) for name in masks]
+    step = np.unique(np.linspace(0, steps - 1, 2000).astype(int))
+    window = np.array([windows(int(one)) for one in step])
+    pairs = {one: mask.pairs(mask.compose(*(allow(row, int(one)) for allow in allowed))) for one in np.unique(window)}
+    cost = np.array([100 * pairs[one] / mask.pairs(mask.causal(row, seq_len)) for one in window])
+    with style():
+        canvas = figure(8, 4.8)
+        top, bottom = canvas.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
+        draw_window(top, step, window, COLORS[0])
+        window_axis(top, seq_len)
+        top.axhline(seq_len, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        top.annotate(f"full row, {seq_len:,}", (steps, seq_len), (0, 3), textcoords="offset points", ha="right")
+        bottom.fill_between(step, cost, 100, color=COLORS[2], alpha=0.25, linewidth=0, step="post")
+        bottom.fill_between(step, 0, cost, color=FAINT, alpha=0.25, linewidth=0, step="post")
+        bottom.plot(step, cost, color=INK, linewidth=1.2, drawstyle="steps-post")
+        saved = f"{100 - cost.mean():.0f}% of attention saved"
+        bottom.text(0.01, 0.9, saved, transform=bottom.transAxes, va="top", color="#00664b")
+        bottom.set(ylim=(0, 104), xlim=(0, steps), xlabel="step", ylabel="attention FLOPs\n(% of full causal)")
+        plain_numbers(bottom.xaxis)
+        save(canvas, path)
+
+
+UNITS: dict[str, list[tuple[float, str]]] = {
+    "tokens": [(1, "tokens"), (1e3, "thousand tokens"), (1e6, "million tokens"), (1e9, "billion tokens")],
+    "seconds": [(1, "time (seconds)"), (60, "time (minutes)"), (3600, "time (hours)"), (86400, "time (days)")],
+    "flops": [(10.0**power, f"compute ($10^{{{power}}}$ FLOPs)") for power in range(3, 31, 3)],
+}
+"""What the columns of a report show: the key, and its units from small to large."""
+
+
+def _unit(kind: str, largest: float) -> tuple[str, float]:
+    """Returns label and size of the unit in which the largest value is a handy number."""
+    scale, label = next(((size, label) for size, label in reversed(UNITS[kind]) if largest >= 3 * size), UNITS[kind][0])
+    return label, scale
+
+
+def _zoom(axes: Axes, runs: Sequence[Curves]) -> None:
+    """Leaves the fall of the first few steps above the frame, where it would flatten all the rest."""
+    losses = np.concatenate([np.r_[run.loss, run.validation_loss] for run in runs])
+    losses = losses[np.isfinite(losses)]
+    if len(losses) >= 50:
+        low, high = losses.min(), np.quantile(losses, 0.96)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
