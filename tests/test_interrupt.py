@@ -54,7 +54,7 @@ MOMENTS = {
     "samples": (samples, "generate", 2, 3),
     "last samples": (samples, "generate", 3, 6),
     "save": (checkpoint.Checkpointer, "save", 1, 2),
-    "checksums of a save": (checksums, "verify", 2, None),
+    "checksums of a save": (checksums, "verify", 1, None),
     "report": (trainer.Trainer, "_report", 5, 5),
 }
 

@@ -145,11 +145,8 @@ def _record(config: CommConfig, folder: Path) -> None:
     traces.mkdir(parents=True, exist_ok=True)
     settings = {
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        # The newer name, and the one of PyTorch 2.11 and before.
         "TORCH_FR_BUFFER_SIZE": str(config.trace_buf_size),
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(config.trace_buf_size),
         "TORCH_FR_DUMP_TEMP_FILE": str(traces / config.save_traces_file_prefix),
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(traces / config.save_traces_file_prefix),
     }
     for key, value in settings.items():
         os.environ.setdefault(key, value)

@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu.json"), metavar="FILE", help="the JSON file")
-    parser.add_argument("--minutes", type=float, default=8, help="after which no measurement begins (default: 8)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="after which no measurement begins (default: 7.5)")
     arguments = parser.parse_args()
     for name in arguments.parts:
         if name not in PARTS:
