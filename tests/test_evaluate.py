@@ -486,34 +486,6 @@ def test_a_hugging_face_folder_gives_what_its_checkpoint_gives(root, tmp_path, c
     assert Table(tmp_path / "hf" / "evaluation.csv").rows()[-1]["context"] == 64
 
 
-@pytest.mark.parametrize("context", [12, 50])
-def test_another_library_gives_the_same_loss_under_a_sliding_window(tmp_path, context):
-    """A Mistral without a tokenizer, on tokens: documents shorter and longer than its window and than the context."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    other = transformers.MistralForCausalLM(
-        transformers.MistralConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=60, sliding_window=16, max_position_embeddings=128, initializer_range=0.3,
-        )
-    )  # fmt: skip
-    other.save_pretrained(tmp_path / "hf")
-    documents = [torch.randint(60, (length,)) for length in (45, 10, 1, 100)]
-    with Writer(tmp_path / "tokens", np.dtype(np.uint16)) as writer:
-        for document in documents:
-            writer.add(document.numpy())
-    expected = []
-    for document in documents:
-        for begin in range(0, len(document) - 1, context):
-            part = document[None, begin : begin + context + 1]
-            with torch.no_grad():
-                log_p = other(part).logits.log_softmax(-1)[:, :-1]
-            expected += (-log_p.gather(2, part[:, 1:, None])).flatten().tolist()
-    (row,) = evaluate(tmp_path, "--context", str(context), models=("hf",), files=("tokens.bin",))
-    assert row["tokens"] == len(expected) == 44 + 9 + 99
-    assert row["total_loss"] == pytest.approx(sum(expected), rel=1e-5)
-
-
 def test_tokens_are_read_as_they_are_and_nothing_is_not_nan(root, tmp_path, capsys):
     for name, documents in {"some": [[104, 105], [], [7], [1] * 200], "none": [[1], [], [2]]}.items():
         with Writer(tmp_path / name, np.dtype(np.uint16)) as writer:
