@@ -132,7 +132,7 @@ def alone(model, start, documents, context, stride):
                 scored = place + 1
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     st.lists(st.lists(st.integers(-V, V - 1), max_size=20), max_size=4),
     cuts,
