@@ -8,16 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from torchladder import commands, config, train
 from torchladder.checkpoint import CheckpointConfig
-from torchladder.commands import convert, generate
+from torchladder.commands import convert, evaluate, generate
 from torchladder.data import tokenizer
+from torchladder.data.formats.indexed import Writer
 from torchladder.models.interchange.folder import Folder
 from torchladder.registry import ConfigError
 from torchladder.run import reading
+from torchladder.run.evaluation import Table
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -182,6 +185,35 @@ def test_a_run_that_was_killed_before_it_had_its_folder_makes_it_when_it_is_star
     assert train.main([*words, *dump]) == 2
     assert f"{weights.parent} is damaged: {weights.name}" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("context", [12, 50])
+def test_an_evaluation_gives_the_loss_that_they_give_under_a_sliding_window(tmp_path, context):
+    """A Mistral without a tokenizer, on tokens: documents shorter and longer than its window and than the context."""
+    torch.manual_seed(0)
+    other = transformers.MistralForCausalLM(
+        transformers.MistralConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=60, sliding_window=16, max_position_embeddings=128, initializer_range=0.3,
+        )
+    )  # fmt: skip
+    other.save_pretrained(tmp_path / "hf")
+    documents = [torch.randint(60, (length,)) for length in (45, 10, 1, 100)]
+    with Writer(tmp_path / "tokens", np.dtype(np.uint16)) as writer:
+        for document in documents:
+            writer.add(document.numpy())
+    expected = []
+    for document in documents:
+        for begin in range(0, len(document) - 1, context):
+            part = document[None, begin : begin + context + 1]
+            with torch.no_grad():
+                log_p = other(part).logits.log_softmax(-1)[:, :-1]
+            expected += (-log_p.gather(2, part[:, 1:, None])).flatten().tolist()
+    files = ["--files", str(tmp_path / "tokens.bin"), "--context", str(context)]
+    assert evaluate.run([str(tmp_path / "hf"), *files]) == 0
+    (row,) = Table(tmp_path / "hf" / "evaluation.csv").rows()
+    assert row["tokens"] == len(expected) == 44 + 9 + 99
+    assert row["total_loss"] == pytest.approx(sum(expected), rel=1e-5)
 
 
 def test_a_vocabulary_grows_and_shrinks_again(folders, tmp_path):

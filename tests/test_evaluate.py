@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import re
+import resource
 import shutil
 import time
 from collections import Counter
@@ -132,7 +133,7 @@ def alone(model, start, documents, context, stride):
                 scored = place + 1
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     st.lists(st.lists(st.integers(-V, V - 1), max_size=20), max_size=4),
     cuts,
@@ -282,6 +283,20 @@ def test_a_file_that_holds_something_else_is_refused_and_kept(tmp_path, name, co
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         Table(path)
     assert path.read_text() == content
+
+
+def test_rows_that_do_not_fit_on_the_disk_leave_nothing(tmp_path):
+    table = Table(tmp_path / "results.csv")
+    table.add([row("a")])
+    before = table.path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match="cannot be written: File too large"):
+            table.add([row("b", loss=1.5), row("c")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert table.path.read_bytes() == before
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):

@@ -69,9 +69,18 @@ class Files:
         if run not in self._opened:
             cache = data.cache_path(getattr(config.data, "cache_folder", DEFAULT))
             bos = getattr(config.data, "bos", False) if self.bos is None else self.bos
-            opener = Opener(reading.tokenizer(config), cache, validation_fraction=0.0, bos=bos)
+            opener = Opener(self._tokenizer(config), cache, validation_fraction=0.0, bos=bos)
             self._opened[run] = [self._open(path, opener, weights) for path in self.paths]
         return self._opened[run]
+
+    def _tokenizer(self, config: Config) -> data.Tokenizer | None:
+        """Returns the tokenizer; none where there is none and all files are tokens."""
+        try:
+            return reading.tokenizer(config)
+        except ConfigError:
+            if all(SourceConfig(path=str(path)).is_tokens for path in self.paths):
+                return None
+            raise
 
     def _key(self, config: Config) -> str:
         if self.text_key is not None:

@@ -11,8 +11,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from torchladder.registry import ConfigError, unknown
 
@@ -85,27 +86,28 @@ class Table:
             known = {key(row) for row in self._read(file)}
             missing = [row for row in rows if key(row) not in known]
             whole = _whole(_content(file))
-            file.truncate(whole)  # a line without an end is of a process that was killed: whoever lives has no lock
+            file.truncate(whole)  # a line without an end is of a process that was killed: the lock is held here
             try:
-                file.write(self._form.write(missing, whole == 0))
-                file.flush()
+                text = memoryview(self._form.write(missing, whole == 0))
+                while text:
+                    text = text[file.write(text) :]
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(whole)
                 raise
 
     @contextmanager
-    def _open(self) -> Iterator[BinaryIO]:
+    def _open(self) -> Iterator[FileIO]:
         """Gives the file, which no other process has meanwhile."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
+            with self.path.open("a+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also when the process dies
                 yield file
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be written: {error.strerror}. --output names another.") from error
 
-    def _read(self, file: BinaryIO) -> list[Row]:
+    def _read(self, file: FileIO) -> list[Row]:
         content = _content(file)
         whole = _whole(content)
         try:
@@ -117,7 +119,7 @@ class Table:
             raise ConfigError(f"{self.path} is no table of evaluations: {error} --output names another.") from None
 
 
-def _content(file: BinaryIO) -> bytes:
+def _content(file: FileIO) -> bytes:
     file.seek(0)
     return file.read()
 
