@@ -40,7 +40,7 @@ class Thing:
 
     def checkpointer(self, folder: Path, **settings) -> Checkpointer:
         config = CheckpointConfig(enable=True, retry_minutes=0, **settings)
-        return Checkpointer(config, folder, self.model, self.optimizer, settings="[job]\n")
+        return Checkpointer(config, folder, self.model, self.optimizer, files={"config.toml": b"[job]\n"})
 
 
 def run_of(step: int) -> dict:

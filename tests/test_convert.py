@@ -150,18 +150,30 @@ def test_a_tokenizer_that_a_run_has_trained_goes_along(trained, tmp_path):
     assert files_in(tmp_path / "back") == files_in(out)
 
 
-def test_a_tokenizer_that_is_not_the_runs_any_more_is_refused(trained, tmp_path):
+def test_a_checkpoint_has_its_tokenizer_whatever_becomes_of_the_texts(trained, tmp_path, capsys, monkeypatch):
     root, _, text = trained
-    to_hf = ["to-hf", str(root / "run" / "checkpoint" / "step-2"), "--output"]
-    (root / "text.txt").write_text(text.upper())
-    with pytest.raises(ConfigError, match="has changed since: --tokenizer"):
-        convert.run([*to_hf, str(tmp_path / "a")])
-    (root / "text.txt").unlink()
-    with pytest.raises(ConfigError, match="--tokenizer names another, or none"):
-        convert.run([*to_hf, str(tmp_path / "a")])
-    assert convert.run([*to_hf, str(tmp_path / "a"), "--tokenizer", "none"]) == 0
-    assert set(files_in(tmp_path / "a")) == {"config.json", "model.safetensors"}
-    (root / "text.txt").write_text(text)
+    step = shutil.copytree(root / "run" / "checkpoint" / "step-2", tmp_path / "elsewhere" / "step-2")
+    (root / "text.txt").rename(root / "away")
+    greedy = ["--prompt", text[:60], "--max-new-tokens", "4", "--temperature", "0"]
+    assert generate.run(["--checkpoint", str(step), *greedy]) == 0
+    assert capsys.readouterr().out.startswith(text[:60])
+    assert convert.run(["to-hf", str(step), "--output", str(tmp_path / "a")]) == 0
+    assert files_in(tmp_path / "a") == files_in(root / "run" / "checkpoint" / "step-2-hf")
+    assert convert.run(["to-hf", str(step), "--output", str(tmp_path / "b"), "--tokenizer", "none"]) == 0
+    assert set(files_in(tmp_path / "b")) == {"config.json", "model.safetensors"}
+    (root / "away").rename(root / "text.txt")
+
+
+def test_another_tokenizer_than_the_runs_is_refused(tmp_path, monkeypatch):
+    words = [*argv(ROOT, tmp_path, "--tokenizer.name", "bytes"), "--data.sources", '{ name = "python-stdlib" }']
+    words += ["--model.flavor", "debug", "--training.steps", "1", "--attention.masks", "causal"]
+    assert train.main([*words, "--curriculum.name", "constant"]) == 0
+    monkeypatch.setattr(tokenizer.Bytes, "fingerprint", "other")
+    step = str(tmp_path / "checkpoint" / "step-1")
+    with pytest.raises(ConfigError, match="tokenizer"):
+        convert.run(["to-hf", step, "--output", str(tmp_path / "a")])
+    with pytest.raises(ConfigError, match="tokenizer"):
+        generate.run(["--checkpoint", step, "--prompt", "x"])
 
 
 def test_a_run_that_was_killed_before_it_had_its_folder_makes_it_when_it_is_started_again(trained, tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Checkpointer:
         folder: where checkpoints are.
         model: the model, whole or sharded.
         optimizer: its optimizer.
-        settings: the run's settings as TOML, kept in every checkpoint.
+        files: small files of the run, name → content, kept in every checkpoint.
         steps: optimizer steps of the whole run; a finished one loads nothing.
     """
 
@@ -40,14 +40,14 @@ class Checkpointer:
         folder: Path,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        settings: str = "",
+        files: Mapping[str, bytes] | None = None,
         steps: int | None = None,
     ) -> None:
         self.config = config
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
-        self.settings = settings
+        self.files = files or {}
         self.steps = steps
         self.team = Team()
         self.saver = Saver(config, self.team, next(model.parameters()).device)
@@ -95,8 +95,8 @@ class Checkpointer:
         """
         self.wait()
         run = run | {"excluded": self.config.exclude_from_loading}
-        texts = {folders.RUN: json.dumps(run, indent=2) + "\n", folders.SETTINGS: self.settings}
-        job = Job(folders.path_of(self.folder, step), step, texts)
+        files = {folders.RUN: (json.dumps(run, indent=2) + "\n").encode(), **self.files}
+        job = Job(folders.path_of(self.folder, step), step, files)
         self.saved, self._since = step, time.monotonic()
         if self.config.async_mode != "disabled" and not (last or must):
             self.saver.start(job, self._state(step, last))

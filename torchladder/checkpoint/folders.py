@@ -91,12 +91,14 @@ def commit(path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file, on disk when this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def write(path: Path, content: bytes) -> None:
+    """Writes a small file, and its folder where it has one of its own, on disk when this returns."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    sync(path.parent)
 
 
 def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:

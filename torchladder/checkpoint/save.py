@@ -30,12 +30,12 @@ class Job:
     Attributes:
         path: the folder that it becomes.
         step: steps behind the run.
-        texts: small files, name → content.
+        files: small files, name → content.
     """
 
     path: Path
     step: int
-    texts: Mapping[str, str]
+    files: Mapping[str, bytes]
 
 
 class Saver:
@@ -142,10 +142,10 @@ class Saver:
 
     def _complete(self, job: Job, sums: dict[str, str]) -> None:
         partial = folders.partial_of(job.path)
-        for name, text in job.texts.items():
-            folders.write_text(partial / name, text)
+        for name, content in job.files.items():
+            folders.write(partial / name, content)
             sums[name] = checksums.sha256(partial / name)
-        folders.write_text(partial / checksums.SUMS, checksums.to_text(sums))
+        folders.write(partial / checksums.SUMS, checksums.to_text(sums).encode())
         folders.commit(job.path)
 
 

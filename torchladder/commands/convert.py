@@ -20,7 +20,8 @@ from torchladder.data import tokenizer
 from torchladder.models.interchange import conversion, settings
 from torchladder.models.interchange.folder import CONFIG, Folder
 from torchladder.registry import ConfigError
-from torchladder.run import export, reading
+from torchladder.run import export
+from torchladder.run.restored import tokenizer_of
 
 EPILOG = """
   torchladder convert from-hf models/Llama-3.2-1B --output models/llama3.2-1b
@@ -145,10 +146,7 @@ def _tokenizer(arguments: argparse.Namespace, config: Config) -> tuple[tokenizer
         found = tokenizer.load(arguments.tokenizer)
         return found, export.tokenizer_files(found, arguments.tokenizer)
     try:
-        reads = reading.tokenizer(config)
+        reads = tokenizer_of(arguments.source, config)
     except ConfigError as error:
-        raise ConfigError(f"the run's tokenizer: {error} --tokenizer names another, or none.") from error
-    known = checkpoint.read_run(arguments.source)["fingerprints"].get("data.tokenizer")
-    if reads is not None and known not in (None, reads.fingerprint):
-        raise ConfigError("the run's tokenizer has changed since: --tokenizer names the one it had, or none.")
+        raise ConfigError(f"{error} --tokenizer names another, or none.") from error
     return reads, export.tokenizer_files(reads, getattr(config.tokenizer, "path", ""))

@@ -10,8 +10,7 @@ import torch
 
 from torchladder.generate import SamplesConfig, generate
 from torchladder.registry import ConfigError
-from torchladder.run import reading
-from torchladder.run.restored import Reader, settings_of
+from torchladder.run.restored import Reader, settings_of, tokenizer_of
 
 
 def run(argv: list[str]) -> int:
@@ -36,7 +35,7 @@ def run(argv: list[str]) -> int:
         max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, top_p=arguments.top_p
     )
     config = settings_of(arguments.checkpoint)
-    tokenizer = reading.tokenizer(config)
+    tokenizer = tokenizer_of(arguments.checkpoint, config)
     if tokenizer is None:
         raise ConfigError(f"{arguments.checkpoint} has no tokenizer to read the prompts with.")
     reader = Reader(config, arguments.checkpoint, getattr(torch, arguments.dtype))

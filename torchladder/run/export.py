@@ -14,6 +14,7 @@ import torch
 
 from torchladder import checkpoint, curriculum, data
 from torchladder import config as settings
+from torchladder.checkpoint.folders import SETTINGS
 from torchladder.config import Config
 from torchladder.data.tokenizer import files
 from torchladder.models import Model
@@ -23,6 +24,9 @@ from torchladder.models.interchange.settings import Facts
 from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
+
+TOKENIZER = "tokenizer"
+"""The folder of a checkpoint in which its tokenizer is."""
 
 
 def facts(config: Config, tokenizer: data.Tokenizer | None) -> Facts:
@@ -75,6 +79,12 @@ def tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dict[str, by
     if file is None or file.name not in ASSETS:
         return own
     return {name: (file.parent / name).read_bytes() for name in ASSETS if (file.parent / name).is_file()}
+
+
+def belongings(config: Config, tokenizer: data.Tokenizer | None) -> dict[str, bytes]:
+    """Returns what a checkpoint needs to be read without its run, by file name: the settings and the tokenizer."""
+    files = tokenizer_files(tokenizer, getattr(config.tokenizer, "path", ""))
+    return {SETTINGS: config.to_toml().encode()} | {f"{TOKENIZER}/{name}": file for name, file in files.items()}
 
 
 @contextmanager
@@ -161,12 +171,15 @@ class LastSave:
 def run_of(path: Path) -> Config:
     """Returns the settings of the run that a checkpoint is of: the config.toml in it, or in its run's folder.
 
+    The tokenizer is the one in the checkpoint, where there is one.
+
     Raises:
         ConfigError: there is none.
     """
     for place in (path, *path.resolve().parents[:2]):
-        if (place / "config.toml").is_file():
+        if (place / SETTINGS).is_file():
             # What the folder said of the model is in the settings, and it may be gone since.
-            without = ["--model.hf_assets_path", "", "--checkpoint.no_initial_load_in_hf"]
-            return settings.load(["--job.config_file", str(place / "config.toml"), *without])
+            own = ["--model.hf_assets_path", "", "--checkpoint.no_initial_load_in_hf"]
+            own += ["--tokenizer.path", str(path / TOKENIZER)] if (path / TOKENIZER).is_dir() else []
+            return settings.load(["--job.config_file", str(place / SETTINGS), *own])
     raise ConfigError(f"{path} is of no run that is here: there is no config.toml in it or two folders above.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,27 @@ class Lifeline:
         interrupt: what asks this process to end early.
         model: the model, whole or sharded.
         optimizer: its optimizer.
+        files: small files that go along with every checkpoint, name → content.
 
     Raises:
         ConfigError: settings that cannot be on this device or together.
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks, interrupt: Interrupt, model: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        config: Config,
+        ranks: Ranks,
+        interrupt: Interrupt,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        files: Mapping[str, bytes],
     ) -> None:
         self.ranks = ranks
         self.interrupt = interrupt
         self.steps = config.training.steps
         self.policy = config.resilience.on_bad_step
         folder = Path(config.job.dump_folder) / config.checkpoint.folder
-        self.saves = Checkpointer(config.checkpoint, folder, model, optimizer, config.to_toml(), self.steps)
+        self.saves = Checkpointer(config.checkpoint, folder, model, optimizer, files, self.steps)
         self.guard = Guard(config.resilience, optimizer, ranks.device, ranks.first)
         self.left_out: list[tuple[int, int]] = []
         """Rows that this run has gone back from."""

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from torchladder import checkpoint, mask, models
+from torchladder import checkpoint, data, mask, models
 from torchladder import config as settings
 from torchladder.config import Config
 from torchladder.models import Attend, Model
@@ -18,7 +18,7 @@ from torchladder.models.attention import cache
 from torchladder.models.interchange import weights
 from torchladder.models.interchange.folder import CONFIG
 from torchladder.registry import ConfigError
-from torchladder.run import export
+from torchladder.run import export, reading
 
 
 def settings_of(path: Path, seq_len: int | None = None) -> Config:
@@ -37,6 +37,21 @@ def settings_of(path: Path, seq_len: int | None = None) -> Config:
     if not checkpoint.complete(path):
         raise ConfigError(f"{str(path)!r} is neither a complete checkpoint (step-N) nor a Hugging Face folder.")
     return export.run_of(path)
+
+
+def tokenizer_of(path: Path, config: Config) -> data.Tokenizer | None:
+    """Returns the tokenizer that weights know, None where there is none.
+
+    Raises:
+        ConfigError: it is not here, or no longer the one that they were trained with.
+    """
+    found = reading.tokenizer(config)
+    known = checkpoint.read_run(path)["fingerprints"].get("data.tokenizer") if checkpoint.complete(path) else None
+    if found is not None and known not in (None, found.fingerprint):
+        raise ConfigError(
+            f"{path} was trained with the tokenizer {known}, and its settings give {found.fingerprint} now."
+        )
+    return found
 
 
 @dataclass(frozen=True)

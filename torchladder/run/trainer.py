@@ -72,7 +72,8 @@ class Trainer:
         if after := float8.after_step(self.model, config.float8):
             self.optimizer.register_step_post_hook(after)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
-        self.lifeline = Lifeline(config, ranks, interrupt or Interrupt(), self.model, self.optimizer)
+        files = export.belongings(config, self.tokenizer)
+        self.lifeline = Lifeline(config, ranks, interrupt or Interrupt(), self.model, self.optimizer, files)
         self._resume()
         self._turn()
         self._announce()

@@ -15,8 +15,8 @@ from torchladder.data.text import kinds, sources
 from torchladder.data.text.documents import OnError, Reader
 from torchladder.data.text.kinds import Stretch
 from torchladder.registry import ConfigError
-from torchladder.run import reading
 from torchladder.run.evaluation.weights import Weights
+from torchladder.run.restored import tokenizer_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +69,14 @@ class Files:
         if run not in self._opened:
             cache = data.cache_path(getattr(config.data, "cache_folder", DEFAULT))
             bos = getattr(config.data, "bos", False) if self.bos is None else self.bos
-            opener = Opener(self._tokenizer(config), cache, validation_fraction=0.0, bos=bos)
+            opener = Opener(self._tokenizer(weights), cache, validation_fraction=0.0, bos=bos)
             self._opened[run] = [self._open(path, opener, weights) for path in self.paths]
         return self._opened[run]
 
-    def _tokenizer(self, config: Config) -> data.Tokenizer | None:
+    def _tokenizer(self, weights: Weights) -> data.Tokenizer | None:
         """Returns the tokenizer; none where there is none and all files are tokens."""
         try:
-            return reading.tokenizer(config)
+            return tokenizer_of(weights.path, weights.config)
         except ConfigError:
             if all(SourceConfig(path=str(path)).is_tokens for path in self.paths):
                 return None
@@ -92,12 +92,6 @@ class Files:
         source = SourceConfig(path=str(path))
         if source.is_tokens:
             return Documents(path, opener.open(source, "train"), None)
-        known, found = weights.tokenizer, opener.tokenizer.fingerprint if opener.tokenizer else None
-        if known is not None and found not in (None, known):
-            raise ConfigError(
-                f"{weights.path} was trained with the tokenizer {known}, and its settings give {found} now: the "
-                "tokenizer's file has changed, or the texts that it was trained on."
-            )
         text_key = self._key(weights.config)
         source = replace(source, text_key=text_key, on_error=self.on_error)
         corpus = opener.open(source, "train")
