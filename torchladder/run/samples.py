@@ -18,8 +18,8 @@ from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 128
-"""Rows grow by this many tokens, so that a compiled kernel meets few lengths."""
+SHORTEST = 128
+"""Tokens of the shortest row; longer ones double, so that a compiled kernel meets few lengths."""
 
 
 class Samples:
@@ -76,7 +76,8 @@ class Samples:
     def _read(self, rows: list[list[int]]) -> Tensor:
         """Returns the logits (1, V) of the token after a row."""
         (row,) = rows
-        length = min(-(-len(row) // BLOCK) * BLOCK, self.config.training.seq_len)
+        doubled = SHORTEST << max((len(row) - 1) // SHORTEST, 0).bit_length()
+        length = min(doubled, self.config.training.seq_len)
         length = -(-length // self.multiple) * self.multiple
         tokens = F.pad(torch.tensor([row]), (0, length - len(row)))  # later tokens change nothing before them
         return self.forward(tokens)[:, len(row) - 1]
