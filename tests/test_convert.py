@@ -165,7 +165,7 @@ def test_a_checkpoint_has_its_tokenizer_whatever_becomes_of_the_texts(trained, t
 
 
 def test_another_tokenizer_than_the_runs_is_refused(tmp_path, monkeypatch):
-    words = [*argv(ROOT, tmp_path, "--tokenizer.name", "bytes"), "--data.sources", '{ name = "python-stdlib" }']
+    words = [*argv(tmp_path, tmp_path, "--tokenizer.name", "bytes"), "--data.sources", '{ name = "python-stdlib" }']
     words += ["--model.flavor", "debug", "--training.steps", "1", "--attention.masks", "causal"]
     assert train.main([*words, "--curriculum.name", "constant"]) == 0
     monkeypatch.setattr(tokenizer.Bytes, "fingerprint", "other")

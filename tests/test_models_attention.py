@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mask import positions, starts
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend
 
 from torchladder import mask, models
 from torchladder.models import attention
@@ -162,6 +164,18 @@ def test_pieces_cover_each_query_once(start):
     for piece in pieces.of(start):
         seen[piece.rows, piece.queries] += 1
     assert (seen == 1).all()
+
+
+def test_cudnn_serves_few_lengths(monkeypatch):
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *of, **more: SDPBackend.CUDNN_ATTENTION.value)
+
+    def serves(length):
+        q, k = (SimpleNamespace(shape=(2, heads, length, 64), device=torch.device("cuda")) for heads in (4, 2))
+        return fused._backend(q, k, k, None)
+
+    assert [serves(length) for length in (127, 128, 129, 1024, 1000)] == ["flash", "cudnn", "flash", "cudnn", "flash"]
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
+    assert serves(127) == "cudnn"
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,10 @@ from torch.nn.attention import SDPBackend
 
 aten = torch.ops.aten
 
+CUDNN_TOKENS = 128
+"""cuDNN serves rows of a multiple of this: it builds a plan for each length and keeps it, and a ladder that grows token
+by token has thousands of lengths."""
+
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns the output and ``lse``.
@@ -75,6 +79,8 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
         return "cpu" if q.device.type == "cpu" else "textbook"
     grouped = q.shape[1] != k.shape[1]
     choice = SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=grouped))
+    if choice == SDPBackend.CUDNN_ATTENTION and q.shape[2] % CUDNN_TOKENS and torch.backends.cuda.flash_sdp_enabled():
+        choice = SDPBackend.FLASH_ATTENTION
     if choice == SDPBackend.CUDNN_ATTENTION:
         return "cudnn"
     if choice == SDPBackend.FLASH_ATTENTION:
