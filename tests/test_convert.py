@@ -92,6 +92,9 @@ def test_a_run_starts_from_a_folder_and_ends_in_one(folders, tmp_path, capsys):
     by_file = ["--job.config_file", str(tmp_path / "ours" / "config.toml"), "--training.steps", "3"]
     assert train.main(argv(folders, tmp_path / "two", *by_file)) == 0
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
+    whole = [*by_file, "--checkpoint.no_initial_load_model_only"]
+    assert train.main(argv(folders, tmp_path / "three", *whole)) == 2
+    assert "holds weights alone" in capsys.readouterr().err
 
     # The checkpoint beside the folder gives the same folder, and the run goes on from it, not from where it began.
     step = tmp_path / "one" / "checkpoint" / "step-3"
@@ -150,7 +153,7 @@ def test_a_tokenizer_that_a_run_has_trained_goes_along(trained, tmp_path):
     assert files_in(tmp_path / "back") == files_in(out)
 
 
-def test_a_checkpoint_has_its_tokenizer_whatever_becomes_of_the_texts(trained, tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_has_its_tokenizer_whatever_becomes_of_the_texts(trained, tmp_path, capsys):
     root, _, text = trained
     step = shutil.copytree(root / "run" / "checkpoint" / "step-2", tmp_path / "elsewhere" / "step-2")
     (root / "text.txt").rename(root / "away")
