@@ -555,6 +555,12 @@ def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monke
         f"{root / 'run' / 'checkpoint'}: val.jsonl, context 16",
         "hf: val.jsonl, context 16",
     }
+    # More files than colours: all of their tokens together.
+    many = [row | {"file": f"{n}.txt", "tokens": 1 + n, "loss": 2.0 * n} for n in range(8) for row in rows[:1]]
+    plots.evaluations(many, tmp_path / "a.png")
+    (line,) = figures[2].axes[0].lines
+    assert line.get_label() == "8 files, context 16"
+    assert line.get_ydata().tolist() == [pytest.approx(sum(2 * n * (1 + n) for n in range(8)) / 36)]
     with pytest.raises(ConfigError, match="no loss to draw"):
         plots.evaluations([], tmp_path / "a.png")
 
