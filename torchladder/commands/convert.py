@@ -129,7 +129,8 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len, rope_theta=theta)
     export.convert(source, output, (config.model.name, model), facts, files, dtype)
     print(f"{output}: {CONFIG}, weights, {', '.join(files) or 'no tokenizer (--tokenizer names one)'}")
-    for mask in {*config.attention.masks} - {"causal", "sliding"}:
+    whole = {"chunk"} if export.window(config) is None else set()  # a chunk that fills the row
+    for mask in sorted({*config.attention.masks} - {"causal", "sliding"} - whole):
         print(f"The run's mask {mask!r} has no form there: the model attends to all tokens before it.")
     return 0
 
