@@ -1,6 +1,7 @@
 """Folders of Hugging Face's as they come, through commands and runs: converted, trained on, given back."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -191,6 +192,12 @@ def test_a_run_that_was_killed_before_it_had_its_folder_makes_it_when_it_is_star
     assert files_in(out) == expected
     assert not out.with_name("step-2-hf.partial").exists()
     assert (run / "metrics.jsonl").read_bytes() == told  # nothing was trained
+
+    (out / "model.safetensors").write_bytes(b"of a run that this one branched off from")
+    os.utime(run / "checkpoint" / "step-2" / "SHA256SUMS")  # saved again since
+    assert train.main([*words, *dump]) == 0
+    assert files_in(out) == expected
+    assert train.main([*words, *dump]) == 0  # nothing to do
 
     shutil.rmtree(out)
     weights = next((run / "checkpoint" / "step-2").glob("*.distcp"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ import torch
 
 from torchladder import checkpoint, curriculum, data
 from torchladder import config as settings
+from torchladder.checkpoint import checksums
 from torchladder.checkpoint.folders import SETTINGS
 from torchladder.config import Config
 from torchladder.data.tokenizer import files
 from torchladder.models import Model
 from torchladder.models.interchange import conversion, weights
-from torchladder.models.interchange.folder import ASSETS
+from torchladder.models.interchange.folder import ASSETS, CONFIG
 from torchladder.models.interchange.settings import Facts
 from torchladder.registry import ConfigError
 
@@ -119,7 +121,8 @@ def convert(
     wrong = checkpoint.damage(source)
     if wrong is not None:
         raise ConfigError(f"{source} is damaged: {wrong}.")
-    with folder(path, assets) as partial:
+    with folder(path, assets) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
         conversion.from_checkpoint(source, partial, model, facts, dtype)
 
 
@@ -149,11 +152,16 @@ class LastSave:
         Args:
             model: the model's config.
         """
-        if self._path.exists() or not checkpoint.complete(self.checkpoint):
+        if not checkpoint.complete(self.checkpoint) or self._newer():
             return
         named = self.config.model.name, model
         convert(self.checkpoint, self._path, named, facts(self.config, self.tokenizer), self._files, self._dtype)
         logger.info("saved %s", self._path)
+
+    def _newer(self) -> bool:
+        """Whether the folder is of this checkpoint, not of one of the same step that a run has saved before."""
+        ours, theirs = self.checkpoint / checksums.SUMS, self._path / CONFIG
+        return theirs.is_file() and theirs.stat().st_mtime_ns >= ours.stat().st_mtime_ns
 
     @property
     def _path(self) -> Path:
