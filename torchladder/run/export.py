@@ -84,8 +84,12 @@ def tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dict[str, by
 
 
 def belongings(config: Config, tokenizer: data.Tokenizer | None) -> dict[str, bytes]:
-    """Returns what a checkpoint needs to be read without its run, by file name: the settings and the tokenizer."""
-    files = tokenizer_files(tokenizer, getattr(config.tokenizer, "path", ""))
+    """Returns what a checkpoint needs to be read without its run, by file name: the settings and the tokenizer.
+
+    A plugin's tokenizer goes along if it can be told by ``tokenizer.path`` where its files are.
+    """
+    path = getattr(config.tokenizer, "path", None)
+    files = {} if path is None else tokenizer_files(tokenizer, path)
     return {SETTINGS: config.to_toml().encode()} | {f"{TOKENIZER}/{name}": file for name, file in files.items()}
 
 
