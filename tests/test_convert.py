@@ -20,7 +20,7 @@ from torchladder.data import tokenizer
 from torchladder.data.formats.indexed import Writer
 from torchladder.models.interchange.folder import Folder
 from torchladder.registry import ConfigError
-from torchladder.run import reading
+from torchladder.run import export, reading
 from torchladder.run.evaluation import Table
 
 transformers = pytest.importorskip("transformers")
@@ -166,6 +166,37 @@ def test_a_checkpoint_has_its_tokenizer_whatever_becomes_of_the_texts(trained, t
     assert convert.run(["to-hf", str(step), "--output", str(tmp_path / "b"), "--tokenizer", "none"]) == 0
     assert set(files_in(tmp_path / "b")) == {"config.json", "model.safetensors"}
     (root / "away").rename(root / "text.txt")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface", "mine"])
+def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind):
+    """One beside a file of another kind, one of another name than the usual, one of a plugin that has no path."""
+    texts = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
+    here = tmp_path / "here"
+    here.mkdir()
+    made = tokenizer.training.train(texts, tokenizer.training.Training(kind="byte-bpe", vocab_size=400))
+    bpe = made["tokenizer.json"].replace(b"<|end_of_text|>", b"<|stop|>")
+    if kind == "sentencepiece":
+        made = tokenizer.training.train(texts, tokenizer.training.Training(kind="bpe", vocab_size=400))
+        (here / "tokenizer.model").write_bytes(made["tokenizer.model"])
+        (here / "tokenizer.json").write_bytes(bpe)
+        words = ["--tokenizer.path", str(here / "tokenizer.model")]
+    elif kind == "huggingface":
+        (here / "mine.json").write_bytes(bpe)
+        (here / "tokenizer_config.json").write_text('{"eos_token": "<|stop|>"}')
+        words = ["--tokenizer.path", str(here / "mine.json")]
+    else:
+        monkeypatch.setattr(tokenizer.Bytes, "file", lambda self: {"tokenizer.json": bpe})
+        monkeypatch.setitem(tokenizer.registry._parts, "mine", tokenizer.Bytes)
+        words = []
+    run = config.load(["--tokenizer.name", kind, *words])
+    own = reading.tokenizer(run)
+    for name, content in export.belongings(run, own).items():
+        file = tmp_path / "step-1" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    shutil.rmtree(here)
+    assert reading.tokenizer(export.run_of(tmp_path / "step-1")).fingerprint == own.fingerprint
 
 
 def test_another_tokenizer_than_the_runs_is_refused(tmp_path, monkeypatch):

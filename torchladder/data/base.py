@@ -146,7 +146,7 @@ class Tokenizer(ABC):
         """Returns the text of ids; special ids and ids outside the vocabulary leave no trace."""
 
     def file(self) -> dict[str, bytes]:
-        """Returns the content of its file, by the usual name; nothing for one that has no file."""
+        """Returns what is in its files, by their usual names; nothing for one that has no file."""
         return {}
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,11 @@ def tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dict[str, by
     """
     own = {} if tokenizer is None else tokenizer.file()
     file = files.find(path) if path else None
-    if file is None or file.name not in ASSETS:
+    if file is None or file.name not in files.NAMES:
         return own
-    return {name: (file.parent / name).read_bytes() for name in ASSETS if (file.parent / name).is_file()}
+    before = files.NAMES[: files.NAMES.index(file.name)]  # would be found in its place, and is of another tokenizer
+    names = [name for name in ASSETS if name not in before and (file.parent / name).is_file()]
+    return {name: (file.parent / name).read_bytes() for name in names}
 
 
 def belongings(config: Config, tokenizer: data.Tokenizer | None) -> dict[str, bytes]:
@@ -192,6 +194,8 @@ def run_of(path: Path) -> Config:
         if (place / SETTINGS).is_file():
             # What the folder said of the model is in the settings, and it may be gone since.
             own = ["--model.hf_assets_path", "", "--checkpoint.no_initial_load_in_hf"]
-            own += ["--tokenizer.path", str(path / TOKENIZER)] if (path / TOKENIZER).is_dir() else []
-            return settings.load(["--job.config_file", str(place / SETTINGS), *own])
+            config = settings.load(["--job.config_file", str(place / SETTINGS), *own])
+            if (path / TOKENIZER).is_dir() and hasattr(config.tokenizer, "path"):
+                config = replace(config, tokenizer=replace(config.tokenizer, path=str(path / TOKENIZER)))
+            return config
     raise ConfigError(f"{path} is of no run that is here: there is no config.toml in it or two folders above.")

@@ -85,7 +85,10 @@ class HuggingFace(Tokenizer):
         return self._part.decode([token for token in ids if 0 <= token < self.vocab_size], skip_special_tokens=True)
 
     def file(self) -> dict[str, bytes]:
-        return {"tokenizer.json": self._content[0]}
+        content, bos_token, eos_token, _ = self._content
+        named = {key: token for key, token in (("bos_token", bos_token), ("eos_token", eos_token)) if token}
+        config = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}, indent=2).encode()
+        return {"tokenizer.json": content} | ({"tokenizer_config.json": config} if named else {})
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         # The library uses every core for a batch of many; a batch of one stays on one.
