@@ -561,6 +561,12 @@ def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monke
     (line,) = figures[2].axes[0].lines
     assert line.get_label() == "8 files, context 16"
     assert line.get_ydata().tolist() == [pytest.approx(sum(2 * n * (1 + n) for n in range(8)) / 36)]
+    # Files of one name are told apart.
+    plots.evaluations([rows[0] | {"file": f"{folder}/val.jsonl"} for folder in ("de", "en")], tmp_path / "a.png")
+    assert [line.get_label() for line in figures[3].axes[0].lines] == [
+        "de/val.jsonl, context 16",
+        "en/val.jsonl, context 16",
+    ]
     with pytest.raises(ConfigError, match="no loss to draw"):
         plots.evaluations([], tmp_path / "a.png")
 

@@ -60,10 +60,13 @@ def evaluations(rows: Sequence[Row], path: Path) -> None:
 def _curves(rows: Sequence[Row], each: bool) -> dict[str, list[Row]]:
     """Returns label → rows: a curve for each file of a run at a context, or one for all of its files together."""
     runs = {_run(row) for row in rows}
-    files = {row["file"] for row in rows}
+    files = sorted({row["file"] for row in rows})
+    names = [Path(file).name for file in files]
+    # The whole path where two files have one name.
+    called = {file: name if names.count(name) == 1 else file for file, name in zip(files, names, strict=True)}
     points: dict[str, dict[tuple[Any, ...], list[Row]]] = {}
     for row in rows:
-        what = Path(row["file"]).name if each else f"{len(files)} files"
+        what = called[row["file"]] if each else f"{len(files)} files"
         label = f"{what}, context {row['context']:,}"
         label = label if len(runs) == 1 else f"{_run(row)}: {label}"
         points.setdefault(label, {}).setdefault((row["step"], row["first_position"]), []).append(row)
