@@ -156,6 +156,12 @@ def test_a_damaged_parquet_is_an_error(tmp_path):
         read(path, on_error="skip")
 
 
+def test_a_csv_whose_first_row_is_broken_is_named(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b'"te"xt,n\nfine,1\n')
+    with pytest.raises(ConfigError, match=r"x\.csv:1: the first row of a \.csv names the columns"):
+        read(tmp_path / "x.csv", on_error="skip")
+
+
 GOOD = b'{"text": "fine"}\n'
 
 

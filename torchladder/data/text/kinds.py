@@ -83,7 +83,10 @@ def _csv(stretch: Stretch, text_key: str, taken: Callable[[int], None]) -> Itera
     # A length that no field reaches; the module knows only one limit, for all readers of the process.
     csv.field_size_limit(sys.maxsize)
     rows = csv.reader(_csv_lines(stretch, taken), strict=True)
-    head = next(rows, [])
+    try:
+        head = next(rows, [])
+    except csv.Error as error:
+        raise ConfigError(f"{stretch.path}:1: the first row of a .csv names the columns: {error}.") from error
     if text_key not in head:
         raise ConfigError(f"{stretch.path}:1: text_key: {unknown('column', text_key, head)}")
     column = head.index(text_key)
