@@ -621,7 +621,7 @@ VAL = ["--files", "{root}/val.jsonl"]
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(root, argv, message, monkeypatch, capsys):
-    (root / "empty").mkdir(exist_ok=True)
+    (root / "empty" / "folder.txt").mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(Restored, "load", None)
     monkeypatch.setattr("sys.argv", ["torchladder", "evaluate", *(word.format(root=root) for word in argv)])
     assert commands.main() == 2

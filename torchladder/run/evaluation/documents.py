@@ -116,6 +116,7 @@ def named(patterns: Sequence[str]) -> list[Path]:
             inside = [match]
             if match.is_dir():
                 inside = [file for file in sorted(match.rglob("*")) if kinds.known(file) or file.suffix == ".bin"]
+                inside = [file for file in inside if file.is_file()]
             if not inside:
                 raise ConfigError(f"{pattern!r} names no text file. Known: {kinds.names()}; tokens are named as *.bin.")
             for file in inside:
