@@ -355,6 +355,20 @@ def test_commands_refuse_what_cannot_be(folders, tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_folder_without_a_tokenizer_says_so(folders, tmp_path, monkeypatch, capsys):
+    folder, ours = tmp_path / "bare", tmp_path / "ours"
+    shutil.copytree(folders / "llama", folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert convert.run(["from-hf", str(folder), "--output", str(ours)]) == 0
+    for words, message in (
+        (["generate", "--checkpoint", str(folder), "--prompt", "a"], f"{folder} has no tokenizer to read the prompts"),
+        (["evaluate", str(folder), "--files", str(folders / "text.txt")], "text.txt is raw text: it needs a tokenizer"),
+        (["generate", "--checkpoint", str(ours / "checkpoint" / "step-0"), "--prompt", "a"], f"of {ours}"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["torchladder", *words])
+        assert commands.main() == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_page_is_true(folders, tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "interchange.md").read_text()
     (tmp_path / "models").mkdir()

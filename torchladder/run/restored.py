@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torchladder import checkpoint, data, mask, models
 from torchladder import config as settings
 from torchladder.config import Config
+from torchladder.data.tokenizer import files
 from torchladder.models import Attend, Model
 from torchladder.models.attention import cache
 from torchladder.models.interchange import weights
@@ -32,8 +33,10 @@ def settings_of(path: Path, seq_len: int | None = None) -> Config:
         ConfigError: it is neither.
     """
     if (path / CONFIG).is_file():
-        rows = [] if seq_len is None else ["--training.seq_len", str(seq_len)]
-        return settings.load(["--model.hf_assets_path", str(path), *rows])
+        own = [] if seq_len is None else ["--training.seq_len", str(seq_len)]
+        if not any((path / name).is_file() for name in files.NAMES):
+            own += ["--tokenizer.name", "none"]
+        return settings.load(["--model.hf_assets_path", str(path), *own])
     if not checkpoint.complete(path):
         raise ConfigError(f"{str(path)!r} is neither a complete checkpoint (step-N) nor a Hugging Face folder.")
     return export.run_of(path)
@@ -45,7 +48,10 @@ def tokenizer_of(path: Path, config: Config) -> data.Tokenizer | None:
     Raises:
         ConfigError: it is not here, or no longer the one that they were trained with.
     """
-    found = reading.tokenizer(config)
+    try:
+        found = reading.tokenizer(config)
+    except ConfigError as error:
+        raise ConfigError(f"the tokenizer of {path}: {error}") from error
     known = checkpoint.read_run(path)["fingerprints"].get("data.tokenizer") if checkpoint.complete(path) else None
     if found is not None and known not in (None, found.fingerprint):
         raise ConfigError(
