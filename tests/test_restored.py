@@ -99,6 +99,26 @@ def test_prompts_are_printed_with_what_follows_whatever_the_batch(trained, capsy
         command.run([*ask, "--batch-size", "0"])
 
 
+def test_what_no_checkpoint_holds_is_made_anew(trained, monkeypatch):
+    class River(models.Llama):
+        """One that fills a buffer with its first weights."""
+
+        def __init__(self, config, attend, seq_len):
+            super().__init__(config, attend, seq_len)
+            self.register_buffer("scale", torch.empty(config.dim), persistent=False)
+
+        def init_weights(self, seed):
+            super().init_weights(seed)
+            self.scale.fill_(0.5)
+
+    config, places = settings_of(trained), torch.zeros(1, 2, dtype=torch.int64)
+    expected = Reader(config, trained)(places.tolist())
+    monkeypatch.setitem(models.registry._parts, "llama", River)
+    reader = Reader(config, trained)
+    assert reader._restored.model.scale.tolist() == [0.5] * 64
+    assert torch.equal(reader(places.tolist()), expected)
+
+
 def test_a_model_that_reads_rows_from_their_beginning_only_says_so():
     class Forward(models.Llama):
         begin_at = models.Model.begin_at

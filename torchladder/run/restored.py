@@ -91,6 +91,7 @@ class Restored:
         with torch.device("meta"):
             model = models.build(config.model, attend=attend, seq_len=seq_len)
         model.to_empty(device=device)
+        model.init_weights(config.debug.seed)  # buffers too, which no checkpoint holds
         if (path / CONFIG).is_file():
             weights.load(model, path)
         else:
