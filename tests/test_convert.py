@@ -344,10 +344,17 @@ def test_a_run_that_has_no_folder_to_start_from_says_so():
 
 
 def test_commands_refuse_what_cannot_be(folders, tmp_path, monkeypatch, capsys):
+    assert convert.run(["from-hf", str(folders / "llama"), "--output", str(tmp_path / "ours")]) == 0
+    back = ["convert", "to-hf", str(tmp_path / "ours" / "checkpoint" / "step-0"), "--output", str(tmp_path / "a")]
     for words, message in (
         (["convert", "from-hf", str(tmp_path), "--output", str(tmp_path / "a")], "is no Hugging Face folder"),
         (["convert", "from-hf", str(folders / "llama"), "--output", str(tmp_path)], "is there already; --overwrite"),
+        (["convert", "from-hf", str(folders / "llama"), "--output", str(folders), "--overwrite"], "would replace"),
+        (["convert", "from-hf", str(folders / "llama"), "--output", __file__, "--overwrite"], "is a file"),
         (["convert", "to-hf", str(tmp_path), "--output", str(tmp_path / "a")], "is no complete checkpoint"),
+        ([*back, "--vocab-size", "0"], "--vocab-size 0: must be 1 or more"),
+        ([*back, "--seq-len", "-3"], "--seq-len -3: must be 1 or more"),
+        ([*back, "--vocab-size", "100"], "--vocab-size 100: the tokenizer has"),
         (["generate", "--checkpoint", str(tmp_path), "--prompt", "a"], "neither a complete checkpoint"),
     ):
         monkeypatch.setattr(sys, "argv", ["torchladder", *words])

@@ -40,8 +40,16 @@ def run(argv: list[str]) -> int:
     """Converts, in the direction that the first word says."""
     arguments = _parser().parse_args(argv)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+    for option in ("vocab_size", "seq_len"):
+        number = getattr(arguments, option, None)
+        if number is not None and number < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} {number}: must be 1 or more.")
     if arguments.output.exists() and not arguments.overwrite:
         raise ConfigError(f"{arguments.output} is there already; --overwrite replaces it.")
+    if arguments.output.is_file():
+        raise ConfigError(f"--output {arguments.output} is a file, and a folder is written.")
+    if arguments.source.resolve().is_relative_to(arguments.output.resolve()):
+        raise ConfigError(f"--output {arguments.output} would replace {arguments.source}, which is read.")
     return _from_hf(arguments) if arguments.command == "from-hf" else _to_hf(arguments)
 
 
@@ -124,6 +132,8 @@ def _to_hf(arguments: argparse.Namespace) -> int:
         model = replace(model, vocab_size=arguments.vocab_size)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     reads, files = _tokenizer(arguments, config)
+    if arguments.vocab_size and reads is not None and reads.vocab_size > arguments.vocab_size:
+        raise ConfigError(f"--vocab-size {arguments.vocab_size}: the tokenizer has {reads.vocab_size} tokens.")
     facts = export.facts(config, reads)
     theta = export.rope_theta(config, source)
     facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len, rope_theta=theta)
