@@ -8,6 +8,7 @@ named, so a folder with the final name is complete:
 | ``.metadata``, ``__R_0.distcp`` | model and optimizer, DCP's: any layout and number of ranks can read them |
 | ``run.json`` | step, next row, fingerprints, versions |
 | ``config.toml`` | the settings of the run |
+| ``tokenizer/`` | the files of its tokenizer, where it has any |
 | ``SHA256SUMS`` | a checksum of every file, as ``sha256sum --check`` reads it |
 """
 
