@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +194,6 @@ def run_of(path: Path) -> Config:
         if (place / SETTINGS).is_file():
             # What the folder said of the model is in the settings, and it may be gone since.
             own = ["--model.hf_assets_path", "", "--checkpoint.no_initial_load_in_hf"]
-            config = settings.load(["--job.config_file", str(place / SETTINGS), *own])
-            if (path / TOKENIZER).is_dir() and hasattr(config.tokenizer, "path"):
-                config = replace(config, tokenizer=replace(config.tokenizer, path=str(path / TOKENIZER)))
-            return config
+            own += ["--tokenizer.path", str(path / TOKENIZER)] if (path / TOKENIZER).is_dir() else []
+            return settings.load(["--job.config_file", str(place / SETTINGS), *own])
     raise ConfigError(f"{path} is of no run that is here: there is no config.toml in it or two folders above.")
