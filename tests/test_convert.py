@@ -191,7 +191,9 @@ def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind
         words = []
     run = config.load(["--tokenizer.name", kind, *words])
     own = reading.tokenizer(run)
-    for name, content in export.belongings(run, own).items():
+    for name, content in export.belongings(
+        run, export.tokenizer_files(own, getattr(run.tokenizer, "path", ""))
+    ).items():
         file = tmp_path / "step-1" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)

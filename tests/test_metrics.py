@@ -215,6 +215,8 @@ def test_tensorboard(tmp_path, clock):
             take(reporter, step, loss=step / 10)
         reporter.validation(30, 2.5, SEQ_LEN)
         reporter.validation(30, 2.75, 4)
+    (file,) = (tmp_path / "events").rglob("events.out.*")
+    file.rename(file.with_name("events.out.tfevents.0000000001"))  # readers take files in the order of their seconds
     with make(tmp_path, step=20, config=config) as reporter:
         clock.now += 1
         take(reporter, 30, loss=7.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,18 +85,17 @@ def tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dict[str, by
     return {name: (file.parent / name).read_bytes() for name in names}
 
 
-def belongings(config: Config, tokenizer: data.Tokenizer | None) -> dict[str, bytes]:
+def belongings(config: Config, tokenizer: Mapping[str, bytes]) -> dict[str, bytes]:
     """Returns what a checkpoint needs to be read without its run, by file name: the settings and the tokenizer.
 
     A plugin's tokenizer goes along if it can be told by ``tokenizer.path`` where its files are.
     """
-    path = getattr(config.tokenizer, "path", None)
-    files = {} if path is None else tokenizer_files(tokenizer, path)
+    files = tokenizer if hasattr(config.tokenizer, "path") else {}
     return {SETTINGS: config.to_toml().encode()} | {f"{TOKENIZER}/{name}": file for name, file in files.items()}
 
 
 @contextmanager
-def folder(path: Path, assets: dict[str, bytes], first: bool = True) -> Iterator[Path]:
+def folder(path: Path, assets: Mapping[str, bytes], first: bool = True) -> Iterator[Path]:
     """Gives a folder to fill that gets its name, and the assets, once it is filled; of an old one nothing stays.
 
     Args:
@@ -117,7 +116,12 @@ def folder(path: Path, assets: dict[str, bytes], first: bool = True) -> Iterator
 
 
 def convert(
-    source: Path, path: Path, model: tuple[str, Any], facts: Facts, assets: dict[str, bytes], dtype: torch.dtype | None
+    source: Path,
+    path: Path,
+    model: tuple[str, Any],
+    facts: Facts,
+    assets: Mapping[str, bytes],
+    dtype: torch.dtype | None,
 ) -> None:
     """Makes a folder of a checkpoint, from file to file; as ``conversion.from_checkpoint``.
 
@@ -138,17 +142,17 @@ class LastSave:
 
     Attributes:
         config: settings of the run.
-        checkpoint: the last one.
         tokenizer: of the run.
+        files: the tokenizer's, as they were when the run began.
     """
 
     config: Config
-    checkpoint: Path
     tokenizer: data.Tokenizer | None
+    files: Mapping[str, bytes]
 
     def write(self, model: Model, first: bool) -> None:
         """Writes the folder from the model in memory; every rank takes part, and ``first`` has the folder."""
-        with folder(self._path, self._files, first) as partial:
+        with folder(self._path, self.files, first) as partial:
             weights.save(model, partial, facts(self.config, self.tokenizer), self._dtype, first)
         logger.info("saved %s", self._path)
 
@@ -158,24 +162,25 @@ class LastSave:
         Args:
             model: the model's config.
         """
-        if not checkpoint.complete(self.checkpoint) or self._newer():
+        if not checkpoint.complete(self._checkpoint) or self._newer():
             return
         named = self.config.model.name, model
-        convert(self.checkpoint, self._path, named, facts(self.config, self.tokenizer), self._files, self._dtype)
+        convert(self._checkpoint, self._path, named, facts(self.config, self.tokenizer), self.files, self._dtype)
         logger.info("saved %s", self._path)
 
     def _newer(self) -> bool:
         """Whether the folder is of this checkpoint, not of one of the same step that a run has saved before."""
-        ours, theirs = self.checkpoint / checksums.SUMS, self._path / CONFIG
+        ours, theirs = self._checkpoint / checksums.SUMS, self._path / CONFIG
         return theirs.is_file() and theirs.stat().st_mtime_ns >= ours.stat().st_mtime_ns
 
     @property
     def _path(self) -> Path:
-        return self.checkpoint.with_name(f"{self.checkpoint.name}-hf")
+        return self._checkpoint.with_name(f"{self._checkpoint.name}-hf")
 
     @property
-    def _files(self) -> dict[str, bytes]:
-        return tokenizer_files(self.tokenizer, getattr(self.config.tokenizer, "path", ""))
+    def _checkpoint(self) -> Path:
+        saves = Path(self.config.job.dump_folder) / self.config.checkpoint.folder
+        return saves / f"step-{self.config.training.steps}"
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -72,8 +72,10 @@ class Trainer:
         if after := float8.after_step(self.model, config.float8):
             self.optimizer.register_step_post_hook(after)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
-        files = export.belongings(config, self.tokenizer)
-        self.lifeline = Lifeline(config, ranks, interrupt or Interrupt(), self.model, self.optimizer, files)
+        files = export.tokenizer_files(self.tokenizer, getattr(config.tokenizer, "path", ""))
+        self.last_save = export.LastSave(config, self.tokenizer, files)
+        belongings = export.belongings(config, files)
+        self.lifeline = Lifeline(config, ranks, interrupt or Interrupt(), self.model, self.optimizer, belongings)
         self._resume()
         self._turn()
         self._announce()
@@ -92,7 +94,7 @@ class Trainer:
         if self.step >= config.training.steps and not self.pending:
             self.metrics.close()
             if config.checkpoint.last_save_in_hf and self.ranks.first:
-                self._last_save.convert(self.model.config)
+                self.last_save.convert(self.model.config)
             logger.info("all %d steps are taken: nothing to do", config.training.steps)
             return True
         gc.disable()
@@ -136,7 +138,7 @@ class Trainer:
             if self.lifeline.due(step):
                 self.lifeline.save(self.state())
             if last and config.checkpoint.last_save_in_hf:
-                self._last_save.write(self.model, self.ranks.first)
+                self.last_save.write(self.model, self.ranks.first)
             if step % config.training.gc_freq == 0:
                 gc.collect(1)
         if step and not last and config.job.exit_interval and step % config.job.exit_interval == 0:
@@ -232,10 +234,6 @@ class Trainer:
 
     def _fingerprints(self) -> dict[str, str]:
         return fingerprints(self.plan, self.model.config, self.loader)
-
-    @property
-    def _last_save(self) -> export.LastSave:
-        return export.LastSave(self.config, self.lifeline.saves.folder / f"step-{self.step}", self.tokenizer)
 
     # --- building -----------------------------------------------------------------------------------------------------
 
