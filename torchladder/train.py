@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -84,5 +85,19 @@ def process_code(code: int) -> int:
     return 0 if code == interrupt.REQUEUE and "TORCHELASTIC_RUN_ID" in os.environ else code
 
 
+def end(code: int) -> NoReturn:
+    """Ends this process with a code.
+
+    Under torchrun at once: threads of libraries can abort a process while Python shuts down, rarely, and torchrun would
+    take a rank that has finished for one that has failed.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(process_code(record(main)() or 0))
+    end(process_code(record(main)() or 0))
