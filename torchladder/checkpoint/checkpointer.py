@@ -152,16 +152,7 @@ class Checkpointer:
         if not config.initial_load_path or config.initial_load_in_hf:  # the trainer knows Hugging Face's form
             return None
         path, model_only = Path(config.initial_load_path), config.initial_load_model_only
-
-        def check_whole(run: dict[str, Any]) -> None:
-            if not run["fingerprints"]:
-                raise ConfigError(
-                    f"checkpoint.initial_load_path = {str(path)!r} holds weights alone, of no run: they are what "
-                    "checkpoint.initial_load_model_only = true loads."
-                )
-            check(run)
-
-        wrong = load.problem(path, (lambda run: None) if model_only else check_whole, self.team)
+        wrong = load.problem(path, (lambda run: None) if model_only else check, self.team)
         if wrong is not None:
             raise ConfigError(
                 f"checkpoint.initial_load_path = {str(path)!r}: no intact checkpoint is there. What is wrong: {wrong}."

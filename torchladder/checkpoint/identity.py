@@ -11,8 +11,12 @@ def check(saved: Mapping[str, str], now: Mapping[str, str], accepted: Sequence[s
     """Compares the fingerprints of a checkpoint with the run's.
 
     Raises:
-        ConfigError: one differs that is not accepted, or an accepted name is none of them.
+        ConfigError: one differs that is not accepted, or an accepted name is none of them; or nothing was saved.
     """
+    if not saved:
+        raise ConfigError(
+            "the checkpoint is of no run, it holds weights alone: checkpoint.initial_load_model_only = true loads them."
+        )
     for name in accepted:
         if name not in now:
             raise unknown("entry of checkpoint.accept_changes", name, now)

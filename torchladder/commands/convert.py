@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import warnings
@@ -15,6 +14,7 @@ import tomli_w
 import torch
 
 from torchladder import checkpoint, models
+from torchladder.checkpoint import checksums
 from torchladder.config import Config
 from torchladder.data import tokenizer
 from torchladder.models.interchange import conversion, settings
@@ -83,21 +83,14 @@ def _from_hf(arguments: argparse.Namespace) -> int:
         conversion.to_checkpoint(source, step, arguments.vocab_size)
         begins = {"step": 0, "row": 0, "fingerprints": {}, "excluded": [], "torch": torch.__version__}
         (step / checkpoint.RUN).write_text(json.dumps(begins, indent=2) + "\n")
-        (step / "SHA256SUMS").write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(step.iterdir())))
+        sums = {file.name: checksums.sha256(file) for file in step.iterdir()}
+        (step / checksums.SUMS).write_text(checksums.to_text(sums))
         (partial / "tokenizer").mkdir()
         for file in source.assets():
             shutil.copyfile(file, partial / "tokenizer" / file.name)
         (partial / "config.toml").write_text(tomli_w.dumps(sections))
     print(f"{output}: checkpoint/step-0 to start from, config.toml to extend")
     return 0
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while piece := content.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _sections(source: Folder, output: Path, vocab_size: int | None) -> dict[str, dict[str, Any]]:
