@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 
 from torchladder import config
 from torchladder.distributed.ranks import Ranks
-from torchladder.run import plan as plans
-from torchladder.run.trainer import Trainer
+from torchladder.training import run_plan as plans
+from torchladder.training.trainer import Trainer
 
 DEBUG = Path(__file__).parents[1] / "train_configs" / "debug.toml"
 CONFIG = ["--job.config_file", str(DEBUG)]
@@ -22,7 +22,7 @@ ALWAYS = [*CONFIG, "--validation.no_enable", "--metrics.no_enable_tensorboard"]
 
 def launch(function, ranks, *arguments):
     """Calls ``function(ranks, *arguments)`` on so many ranks, forked off one process that has imported torch."""
-    multiprocessing.set_forkserver_preload(["torchladder.run.trainer"])
+    multiprocessing.set_forkserver_preload(["torchladder.training.trainer"])
     with tempfile.TemporaryDirectory() as folder:
         every = (ranks, f"file://{folder}/store", function, arguments)
         processes.start_processes(_main, every, nprocs=ranks, start_method="forkserver")
@@ -42,7 +42,7 @@ def train(ranks, folder, layouts):
         settings = config.load([*ALWAYS, "--job.dump_folder", f"{folder}/{name}", *argv])
         torch._dynamo.reset()
         counters.clear()
-        Trainer(plans.make(settings, ranks.size), ranks).train()
+        Trainer(plans.make_plan(settings, ranks.size), ranks).train()
         if ranks.first:
             (Path(folder) / name / "graphs").write_text(str(counters["stats"]["unique_graphs"]))
 

@@ -15,7 +15,7 @@ from runs import losses, run
 from torch import nn
 
 from torchladder import checkpoint
-from torchladder.checkpoint import CheckpointConfig, Checkpointer, SaveError, checksums, folders
+from torchladder.checkpoint import CheckpointConfig, Checkpointer, SaveError, checksums, step_folders
 from torchladder.registry import ConfigError
 
 
@@ -136,9 +136,9 @@ def test_what_is_kept(tmp_path_factory, steps, keep, every):
             (folder / f"step-{step}").mkdir(exist_ok=True)
             (folder / f"step-{step}" / name).touch()
     newest = sorted(steps)[-1]
-    folders.prune(folder, newest, keep, every)
+    step_folders.prune(folder, newest, keep, every)
     expected = {step for step in steps if every and step % every == 0} | set(sorted(steps)[-keep:])
-    assert set(folders.steps(folder)) == expected
+    assert set(step_folders.steps(folder)) == expected
 
 
 def test_branching_off_keeps_what_is_later_until_it_is_written_again(tmp_path):
@@ -146,9 +146,9 @@ def test_branching_off_keeps_what_is_later_until_it_is_written_again(tmp_path):
     thing = Thing(seed=3)
     checkpointer = thing.checkpointer(tmp_path, keep_latest_k=2)
     checkpointer.save(4, run_of(4))
-    assert folders.steps(tmp_path) == [2, 4, 6, 8]
+    assert step_folders.steps(tmp_path) == [2, 4, 6, 8]
     checkpointer.save(6, run_of(6))
-    assert folders.steps(tmp_path) == [4, 6, 8]
+    assert step_folders.steps(tmp_path) == [4, 6, 8]
     assert not list(tmp_path.glob("*.old"))
 
 
@@ -174,14 +174,14 @@ def test_a_full_disk_is_reported_and_tried_again(tmp_path, caplog, full_disk, mo
     checkpointer.save(10, run_of(10))
     checkpointer.wait()
     assert "No space left on device" in caplog.text
-    assert folders.named(tmp_path) == []
+    assert step_folders.named(tmp_path) == []
     assert not list(tmp_path.iterdir())  # what was written of it must not fill the disk further
     assert checkpointer.overdue
     assert checkpointer.due(11, last=False, asked=True)
     full_disk.clear()
     checkpointer.save(11, run_of(11))
     checkpointer.wait()
-    assert folders.steps(tmp_path) == [11]
+    assert step_folders.steps(tmp_path) == [11]
     assert not checkpointer.overdue
 
 
@@ -196,7 +196,7 @@ def test_only_max_failures_in_a_row_end_the_run(tmp_path, full_disk):
     checkpointer.save(5, run_of(5))
     with pytest.raises(SaveError, match=r"3 saves in a row failed .*Stale file handle"):
         checkpointer.save(6, run_of(6))
-    assert folders.steps(tmp_path) == [3]
+    assert step_folders.steps(tmp_path) == [3]
 
 
 def test_a_run_trains_on_while_nothing_can_be_saved(tmp_path, monkeypatch, caplog):
@@ -215,11 +215,11 @@ def test_a_run_trains_on_while_nothing_can_be_saved(tmp_path, monkeypatch, caplo
     run(tmp_path / "run", *short, *saving, "--checkpoint.async_mode", "async")
     assert caplog.text.count("is not saved") == 2
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert folders.steps(tmp_path / "run" / "checkpoint")[-1] == 6
+    assert step_folders.steps(tmp_path / "run" / "checkpoint")[-1] == 6
     calls.clear()
     run(tmp_path / "run", *short, *saving, "--training.steps", "9", "--checkpoint.max_failures", "1", code=1)
     assert "1 saves in a row failed" in caplog.text
-    assert folders.steps(tmp_path / "run" / "checkpoint")[-1] == 6
+    assert step_folders.steps(tmp_path / "run" / "checkpoint")[-1] == 6
 
 
 def test_what_killed_saves_have_left_is_cleared_away(tmp_path):
@@ -237,7 +237,7 @@ def test_a_file_in_the_place_of_the_folder_is_no_end(tmp_path, caplog):
     assert "is not saved" in caplog.text
     (tmp_path / "saves").unlink()
     checkpointer.save(2, run_of(2))
-    assert folders.steps(tmp_path / "saves") == [2]
+    assert step_folders.steps(tmp_path / "saves") == [2]
 
 
 def test_what_the_disk_did_not_keep_is_found_before_anything_is_deleted(tmp_path, monkeypatch, caplog):
@@ -248,7 +248,7 @@ def test_what_the_disk_did_not_keep_is_found_before_anything_is_deleted(tmp_path
     monkeypatch.setattr(checksums, "sha256", lambda path: "0" if path.suffix == ".distcp" else read(path))
     checkpointer.save(3, run_of(3))
     assert "does not hold what was written" in caplog.text
-    assert folders.steps(tmp_path) == [1, 2]
+    assert step_folders.steps(tmp_path) == [1, 2]
 
 
 def test_minutes_ask_for_a_checkpoint(tmp_path):

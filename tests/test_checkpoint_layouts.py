@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from torchladder import checkpoint, models
-from torchladder.resilience import Guard, ResilienceConfig, seed
+from torchladder.resilience.bad_steps import BadStepDetector, ResilienceConfig, backward_seed
 
 CONFIG = models.LlamaConfig(dim=10, n_layers=2, n_heads=5, n_kv_heads=1, ffn_dim=7, vocab_size=53, tie_embeddings=True)
 TOKENS = torch.randint(53, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -95,13 +95,13 @@ def fail_on_one_rank(folder) -> None:
 def skip_a_bad_step(folder) -> None:
     run = Run(seed=0)
     run.step()
-    guard = Guard(ResilienceConfig("skip"), run.optimizer, torch.device("cpu"))
+    guard = BadStepDetector(ResilienceConfig("skip"), run.optimizer, torch.device("cpu"))
     for poisoned in (False, True):
         before = run.bits()
         loss = run.model(TOKENS, None, TOKENS)
         if poisoned and dist.get_rank() == 1:
             loss = loss + torch.inf  # on one rank alone, and its gradient would be finite
-        loss.backward(seed(loss))
+        loss.backward(backward_seed(loss))
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         guard.update(2, (0, 1), whole(norm), [])
         run.optimizer.zero_grad()

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from torchladder import config
 from torchladder.distributed.mesh import ParallelismConfig
-from torchladder.run import plan as plans
-from torchladder.run.trainer import Trainer
+from torchladder.training import run_plan as plans
+from torchladder.training.trainer import Trainer
 
 RUN = [
     *layouts.CONFIG,
@@ -47,7 +47,7 @@ SAVED, STEPS = 2, 4
 def trainer(ranks, folder, settings, **degrees):
     job = replace(settings.job, dump_folder=str(folder))
     settings = replace(settings, job=job, parallelism=ParallelismConfig(**degrees))
-    return Trainer(plans.make(settings, ranks.size), ranks)
+    return Trainer(plans.make_plan(settings, ranks.size), ranks)
 
 
 def gathered(run):

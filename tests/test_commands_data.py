@@ -4,7 +4,7 @@ import json
 import pytest
 
 from torchladder.commands import inspect, merge, prepare, tokenizer
-from torchladder.data.formats.indexed import Indexed, Writer
+from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter
 from torchladder.registry import ConfigError
 
 
@@ -31,12 +31,12 @@ def test_prepare_says_what_it_made(here, capsys):
     said = capsys.readouterr().out
     assert "tokens/all.bin: 80 documents" in said
     assert "each begins with no token of its own and ends with token 256" in said
-    pair = Indexed("tokens/all")
+    pair = IndexedTokens("tokens/all")
     assert bytes(pair[0][:-1].tolist()).decode() == "the quick brown fox 0 0\n"
     assert bytes(pair[79][:25].tolist()).decode() == "der schnelle braune Fuchs"
     assert prepared() == 0  # nothing to do
     assert prepared("--no-eos", "--overwrite") == 0
-    assert Indexed("tokens/all").tokens == pair.tokens - 80
+    assert IndexedTokens("tokens/all").tokens == pair.tokens - 80
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_inspect_shows_and_tests(here, capsys):
 
 
 def test_inspect_of_a_pair_from_elsewhere(here, capsys):
-    with Writer("x", "uint16") as writer:
+    with IndexedWriter("x", "uint16") as writer:
         for document in ([], [1], [7] * 300):
             writer.add(document)
     assert inspect.run(["x", "--document", "2"]) == 0
@@ -123,7 +123,7 @@ def test_inspect_of_a_pair_from_elsewhere(here, capsys):
     assert "checksums: none" in said
     with pytest.raises(ConfigError, match="--document 3: the pair has 3 documents"):
         inspect.run(["x", "--document", "3"])
-    with Writer("y", "uint16"):
+    with IndexedWriter("y", "uint16"):
         pass
     assert inspect.run(["y"]) == 0
     assert "0 documents" in capsys.readouterr().out

@@ -173,9 +173,9 @@ def test_help_explains_every_key(capsys):
             assert f"--{section}.{key}" in shown, f"--help lacks {section}.{key}"
 
 
-@pytest.mark.parametrize("section", config.PARTS)
+@pytest.mark.parametrize("section", config.COMPONENTS)
 def test_every_setting_of_every_part_is_documented(section):
-    registry, _ = config.PARTS[section]
+    registry, _ = config.COMPONENTS[section]
     ours = [name for name in registry.names() if registry.get(name).__module__.startswith("torchladder.")]
     silent = [f"{part}.{key}" for part in ours for key in registry.parameters(part) if not registry.docs(part).get(key)]
     assert not silent

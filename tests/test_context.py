@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from torchladder import mask
-from torchladder.distributed import context, mesh
+from torchladder.distributed import context_parallel, mesh
 from torchladder.distributed.mesh import Degrees
 from torchladder.models import attention
-from torchladder.models.attention import pieces
+from torchladder.models.attention import attention_pieces
 from torchladder.registry import ConfigError
 
 CPU = torch.device("cpu")
@@ -36,16 +36,16 @@ def start_of(names, window):
 
 
 def attend(ranks):
-    share = context.Share(mesh.build(Degrees(1, 1, RANKS, 1), ranks.rank, "cpu"), LENGTH)
+    share = context_parallel.ContextShard(mesh.build(Degrees(1, 1, RANKS, 1), ranks.rank, "cpu"), LENGTH)
     sent, calls = [], []
-    send = context.dist.all_to_all_single
+    send = context_parallel.dist.all_to_all_single
 
     def count(come, out, get, give, group):
         calls.append(1)
         sent.append(sum(give))
         return send(come, out, get, give, group=group)
 
-    context.dist.all_to_all_single = count
+    context_parallel.dist.all_to_all_single = count
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, LENGTH, 8) for heads in (4, 2, 2, 4)]
     q, k, v, grad = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -53,12 +53,12 @@ def attend(ranks):
     for name, (names, window, keys) in MASKS.items():
         start = start_of(names, window)
         whole = [x.clone().requires_grad_() for x in (q, k, v)]
-        dense = attention.kernel("dense", list(names), CPU)
+        dense = attention.build_kernel("dense", list(names), CPU)
         expected = dense.attend(*whole, dense.derive(start, CPU))
         expected.backward(grad)
         for kernel in ("sdpa", "dense"):
             calls.clear(), sent.clear()
-            kernel = attention.kernel(kernel, list(names), CPU, share=share.tokens)
+            kernel = attention.build_kernel(kernel, list(names), CPU, share=share.tokens)
             own = [x[:, :, here].clone().requires_grad_() for x in (q, k, v)]
             out = share.attend(kernel.attend)(*own, share.form(kernel.derive, start, CPU))
             out.backward(grad[:, :, here])
@@ -90,7 +90,7 @@ def test_pieces_of_the_last_queries_hold_what_those_see(start, data):
     length = start.shape[1]
     begin = data.draw(st.integers(0, length - 1))
     seen = torch.zeros(2, length, length, dtype=torch.int32)
-    for piece in pieces.of(start, begin):
+    for piece in attention_pieces.of(start, begin):
         keys = piece.keys.stop - piece.keys.start
         if piece.bias is not None:
             part = piece.bias == 0
@@ -127,8 +127,8 @@ def test_the_block_mask_of_the_last_queries(names, first):
 
 def test_kernels_that_cannot_share_rows_say_so():
     with pytest.raises(ConfigError, match="kernel 'fold' cannot share rows"):
-        attention.kernel("fold", ["chunk"], CPU, share=128)
+        attention.build_kernel("fold", ["chunk"], CPU, share=128)
     with pytest.raises(ConfigError, match="blocks of 128 tokens, and 100"):
-        attention.kernel("flex", ["chunk"], CPU, training=False, share=100)
-    assert attention.kernel("auto", ["chunk"], CPU, share=100).name == "sdpa"
-    assert attention.kernel("auto", ["chunk"], CPU).name == "fold"
+        attention.build_kernel("flex", ["chunk"], CPU, training=False, share=100)
+    assert attention.build_kernel("auto", ["chunk"], CPU, share=100).name == "sdpa"
+    assert attention.build_kernel("auto", ["chunk"], CPU).name == "fold"

@@ -13,20 +13,26 @@ import numpy as np
 import pytest
 import torch
 
-from torchladder import commands, config, train
+from torchladder import commands, config, data, train
 from torchladder.checkpoint import CheckpointConfig
 from torchladder.commands import convert, evaluate, generate
 from torchladder.data import tokenizer
-from torchladder.data.formats.indexed import Writer
-from torchladder.models.interchange.folder import Folder
+from torchladder.data.formats.indexed import IndexedWriter
+from torchladder.inference import hf_export
+from torchladder.inference.evaluation import ResultTable
+from torchladder.models.hf.hf_folder import Folder
 from torchladder.registry import ConfigError
-from torchladder.run import export, reading
-from torchladder.run.evaluation import Table
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 ROOT = Path(__file__).parents[1]
+
+
+def _tokenizer(settings):
+    return data.build_tokenizer(settings.tokenizer, settings.data)
+
+
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
@@ -143,7 +149,7 @@ def files_in(folder):
 def test_a_tokenizer_that_a_run_has_trained_goes_along(trained, tmp_path):
     root, words, text = trained
     out = root / "run" / "checkpoint" / "step-2-hf"
-    own = reading.tokenizer(config.load(words))
+    own = _tokenizer(config.load(words))
     assert own.vocab_size == 400
     assert tokenizer.load(str(out)).fingerprint == own.fingerprint
     theirs = transformers.AutoTokenizer.from_pretrained(out)
@@ -174,10 +180,10 @@ def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind
     texts = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
     here = tmp_path / "here"
     here.mkdir()
-    made = tokenizer.training.train(texts, tokenizer.training.Training(kind="byte-bpe", vocab_size=400))
+    made = tokenizer.train_tokenizer.train(texts, tokenizer.train_tokenizer.Training(kind="byte-bpe", vocab_size=400))
     bpe = made["tokenizer.json"].replace(b"<|end_of_text|>", b"<|stop|>")
     if kind == "sentencepiece":
-        made = tokenizer.training.train(texts, tokenizer.training.Training(kind="bpe", vocab_size=400))
+        made = tokenizer.train_tokenizer.train(texts, tokenizer.train_tokenizer.Training(kind="bpe", vocab_size=400))
         (here / "tokenizer.model").write_bytes(made["tokenizer.model"])
         (here / "tokenizer.json").write_bytes(bpe)
         words = ["--tokenizer.path", str(here / "tokenizer.model")]
@@ -186,26 +192,26 @@ def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind
         (here / "tokenizer_config.json").write_text('{"eos_token": "<|stop|>"}')
         words = ["--tokenizer.path", str(here / "mine.json")]
     else:
-        monkeypatch.setattr(tokenizer.Bytes, "file", lambda self: {"tokenizer.json": bpe})
-        monkeypatch.setitem(tokenizer.registry._parts, "mine", tokenizer.Bytes)
+        monkeypatch.setattr(tokenizer.ByteTokenizer, "file", lambda self: {"tokenizer.json": bpe})
+        monkeypatch.setitem(tokenizer.registry._parts, "mine", tokenizer.ByteTokenizer)
         words = []
     run = config.load(["--tokenizer.name", kind, *words])
-    own = reading.tokenizer(run)
-    for name, content in export.belongings(
-        run, export.tokenizer_files(own, getattr(run.tokenizer, "path", ""))
+    own = _tokenizer(run)
+    for name, content in hf_export.checkpoint_assets(
+        run, hf_export.tokenizer_files(own, getattr(run.tokenizer, "path", ""))
     ).items():
         file = tmp_path / "step-1" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     shutil.rmtree(here)
-    assert reading.tokenizer(export.run_of(tmp_path / "step-1")).fingerprint == own.fingerprint
+    assert _tokenizer(hf_export.run_config(tmp_path / "step-1")).fingerprint == own.fingerprint
 
 
 def test_another_tokenizer_than_the_runs_is_refused(tmp_path, monkeypatch):
     words = [*argv(tmp_path, tmp_path, "--tokenizer.name", "bytes"), "--data.sources", '{ name = "python-stdlib" }']
     words += ["--model.flavor", "debug", "--training.steps", "1", "--attention.masks", "causal"]
     assert train.main([*words, "--curriculum.name", "constant"]) == 0
-    monkeypatch.setattr(tokenizer.Bytes, "fingerprint", "other")
+    monkeypatch.setattr(tokenizer.ByteTokenizer, "fingerprint", "other")
     step = str(tmp_path / "checkpoint" / "step-1")
     with pytest.raises(ConfigError, match="tokenizer"):
         convert.run(["to-hf", step, "--output", str(tmp_path / "a")])
@@ -254,7 +260,7 @@ def test_an_evaluation_gives_the_loss_that_they_give_under_a_sliding_window(tmp_
     )  # fmt: skip
     other.save_pretrained(tmp_path / "hf")
     documents = [torch.randint(60, (length,)) for length in (45, 10, 1, 100)]
-    with Writer(tmp_path / "tokens", np.dtype(np.uint16)) as writer:
+    with IndexedWriter(tmp_path / "tokens", np.dtype(np.uint16)) as writer:
         for document in documents:
             writer.add(document.numpy())
     expected = []
@@ -266,7 +272,7 @@ def test_an_evaluation_gives_the_loss_that_they_give_under_a_sliding_window(tmp_
             expected += (-log_p.gather(2, part[:, 1:, None])).flatten().tolist()
     files = ["--files", str(tmp_path / "tokens.bin"), "--context", str(context)]
     assert evaluate.run([str(tmp_path / "hf"), *files]) == 0
-    (row,) = Table(tmp_path / "hf" / "evaluation.csv").rows()
+    (row,) = ResultTable(tmp_path / "hf" / "evaluation.csv").rows()
     assert row["tokens"] == len(expected) == 44 + 9 + 99
     assert row["total_loss"] == pytest.approx(sum(expected), rel=1e-5)
 
@@ -395,8 +401,8 @@ def test_the_page_is_true(folders, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "checkpoint" / "step-1-hf").is_dir()
     names = {}
     exec(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], names)
-    assert names["River"].hugging_face.theirs("norm.weight") == "model.last_norm.weight"
-    assert names["River"].hugging_face.theirs("layers.3.attention.q_proj.weight").startswith("model.layers.3.")
+    assert names["River"].hugging_face.hf_name("norm.weight") == "model.last_norm.weight"
+    assert names["River"].hugging_face.hf_name("layers.3.attention.q_proj.weight").startswith("model.layers.3.")
 
 
 MEASURED = """
@@ -404,16 +410,16 @@ import resource, sys
 from pathlib import Path
 import torch
 from torchladder import models
-from torchladder.models.interchange import conversion, folder, settings
-from torchladder.models.interchange.settings import Facts
+from torchladder.models.hf import conversion, hf_config, hf_folder
+from torchladder.models.hf.hf_config import HFMetadata
 
-source, out, folder.SHARD_BYTES = Path(sys.argv[1]), Path(sys.argv[2]), 2 << 20
-kept = folder.Folder(source)
+source, out, hf_folder.SHARD_BYTES = Path(sys.argv[1]), Path(sys.argv[2]), 2 << 20
+kept = hf_folder.Folder(source)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 conversion.to_checkpoint(kept, out / "step-0")
 model = models.LlamaConfig(dim=256, n_layers=40, n_heads=8, ffn_dim=512, vocab_size=1024)
 (out / "back").mkdir()
-conversion.from_checkpoint(out / "step-0", out / "back", ("llama", model), Facts(64))
+conversion.from_checkpoint(out / "step-0", out / "back", ("llama", model), HFMetadata(64))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
@@ -422,9 +428,9 @@ def test_converting_holds_a_shard_and_not_the_model(tmp_path):
     """A model of 100 MiB in shards of 2 MiB: both ways never take a quarter of it."""
     (tmp_path / "source").mkdir()
     make = MEASURED.split("kept =")[0] + (
-        "from torchladder.models.interchange import weights\n"
+        "from torchladder.models.hf import hf_weights\n"
         "config = models.LlamaConfig(dim=256, n_layers=40, n_heads=8, ffn_dim=512, vocab_size=1024)\n"
-        "weights.save(models.Llama(config, seq_len=8), source, Facts(64), torch.float32, first=True)\n"
+        "hf_weights.save(models.Llama(config, seq_len=8), source, HFMetadata(64), torch.float32, first=True)\n"
     )
     for code in (make, MEASURED):
         done = subprocess.run(

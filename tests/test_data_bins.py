@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchladder.data.packing import bins
-from torchladder.data.packing.bins import BestFit, Pad, best_fit_decreasing
-from torchladder.data.packing.shuffle import Order
+from torchladder.data.packing import bin_packing
+from torchladder.data.packing.bin_packing import BestFitPacking, PadPacking, best_fit_decreasing
+from torchladder.data.packing.shuffle import DocumentOrder
 
 documents = st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any)
-both = pytest.mark.parametrize("kind", [Pad, BestFit])
+both = pytest.mark.parametrize("kind", [PadPacking, BestFitPacking])
 
 
 def pack(kind, lengths, seq_len, seed=0, shuffle=True, epochs=None, cache=None):
-    order = Order(len(lengths), seed, source=0, shuffle=shuffle)
+    order = DocumentOrder(len(lengths), seed, source=0, shuffle=shuffle)
     return kind(lengths=np.array(lengths), seq_len=seq_len, order=order, epochs=epochs, cache=cache)
 
 
@@ -68,7 +68,7 @@ def next_fit(lengths, room):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(9, 15))
 @settings(max_examples=100, deadline=None)
 def test_pad_is_next_fit(lengths, room):
-    assert pack(Pad, lengths, room).group(np.array(lengths)).tolist() == next_fit(lengths, room)
+    assert pack(PadPacking, lengths, room).group(np.array(lengths)).tolist() == next_fit(lengths, room)
 
 
 def best_fit(lengths, room):
@@ -93,15 +93,25 @@ def test_best_fit_is_best_fit_decreasing(lengths, room):
 
 
 def test_windows_are_packed_on_their_own(monkeypatch):
-    monkeypatch.setattr(bins, "WINDOW", 4)
+    monkeypatch.setattr(bin_packing, "WINDOW", 4)
     lengths = [5, 4, 3, 2, 5, 4, 3, 2, 5]
-    assert pack(BestFit, lengths, 7, shuffle=False).group(np.array(lengths)).tolist() == [0, 1, 1, 0, 2, 3, 3, 2, 4]
+    assert pack(BestFitPacking, lengths, 7, shuffle=False).group(np.array(lengths)).tolist() == [
+        0,
+        1,
+        1,
+        0,
+        2,
+        3,
+        3,
+        2,
+        4,
+    ]
 
 
 def test_best_fit_fills_rows_that_pad_leaves_empty():
     lengths = np.random.default_rng(0).lognormal(6, 1, 20_000).astype(int) + 1
-    assert pack(BestFit, lengths, 4096).efficiency > 0.999
-    assert pack(Pad, lengths, 4096).efficiency < 0.95
+    assert pack(BestFitPacking, lengths, 4096).efficiency > 0.999
+    assert pack(PadPacking, lengths, 4096).efficiency < 0.95
 
 
 @both
@@ -120,7 +130,7 @@ def test_a_last_epoch_ends(kind):
 
 
 def test_a_long_document_is_cut_and_its_tail_kept():
-    packed = pack(Pad, [2, 12, 3], 5, shuffle=False)
+    packed = pack(PadPacking, [2, 12, 3], 5, shuffle=False)
     assert [pieces_of(packed(row)) for row in range(4)] == [
         [(0, 0, 2)],
         [(1, 0, 6)],  # five tokens, and the sixth as the last label
@@ -143,7 +153,7 @@ def test_the_cache_holds_what_is_computed(kind, tmp_path):
 
 def test_a_packing_never_changes():
     # By value: a change here would change the data of every run that resumes.
-    packed = pack(BestFit, [7, 3, 12, 1, 5, 4, 2], 8, seed=3)
+    packed = pack(BestFitPacking, [7, 3, 12, 1, 5, 4, 2], 8, seed=3)
     assert packed.epoch_rows == Fraction(5)
     assert [pieces_of(packed(row)) for row in range(5)] == GOLDEN
 

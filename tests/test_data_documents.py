@@ -10,9 +10,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchladder.data.text import compression, documents
-from torchladder.data.text.documents import Reader
-from torchladder.data.text.kinds import Stretch, split
+from torchladder.data.text import compression, document_reader
+from torchladder.data.text.document_reader import DocumentReader
+from torchladder.data.text.file_formats import FileSlice, split
 from torchladder.registry import ConfigError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -42,17 +42,17 @@ MAKE = {".jsonl": jsonl, ".csv": table, ".parquet": columns}
 
 
 def whole(path):
-    return Stretch(path, 0, None, path.stat().st_size)
+    return FileSlice(path, 0, None, path.stat().st_size)
 
 
 def read(path, **settings):
-    return [text for _, text in Reader(**settings).read(whole(path))]
+    return [text for _, text in DocumentReader(**settings).read(whole(path))]
 
 
 def pieces(path, target, **settings):
-    reader = Reader(**settings)
+    reader = DocumentReader(**settings)
     return [
-        (documents.where(stretch, number), text)
+        (document_reader.where(stretch, number), text)
         for stretch in split(path, path.stat().st_size, target)
         for number, text in reader.read(stretch)
     ]
@@ -83,7 +83,7 @@ def test_the_size_adds_up_to_the_file(tmp_path, outer, monkeypatch):
     monkeypatch.setattr(compression, "CHUNK", 50)
     path = tmp_path / f"x.jsonl{outer}"
     path.write_bytes(COMPRESS[outer](jsonl(TEXTS * 20)))
-    reader = Reader()
+    reader = DocumentReader()
     assert len(list(reader.read(whole(path)))) == 120
     size = path.stat().st_size
     assert size - 50 < reader.size <= size  # the last chunk may hold only the end mark
@@ -193,7 +193,7 @@ def test_bad_documents(tmp_path, suffix, outer, content, line, reason, repaired)
     with pytest.raises(ConfigError, match=rf"x\{suffix}{outer}:{line}: .*on_error 'skip'"):
         read(path)
     for on_error in ("skip", "repair"):
-        reader = Reader(on_error=on_error)
+        reader = DocumentReader(on_error=on_error)
         found = [text for _, text in reader.read(whole(path)) if text != "a\nb"]
         assert found == ["fine", *(repaired if on_error == "repair" else []), "fine"]
         assert reader.skipped == {reason: 1}
@@ -231,7 +231,7 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, package, suffi
 
 def test_settings_that_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown on_error 'skp'\. Did you mean 'skip'"):
-        Reader(on_error="skp")
+        DocumentReader(on_error="skp")
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"of no known kind\. Known: \.jsonl"):
         read(tmp_path / "x.png")

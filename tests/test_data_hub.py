@@ -11,7 +11,7 @@ import torch
 from torchladder import data, train
 from torchladder.data import IGNORED
 from torchladder.data.text.sources import held_out
-from torchladder.data.tokenizer import Bytes
+from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
 
 DEFAULTS = {key: parameter.default for key, parameter in data.registry.parameters("hub").items()}
@@ -44,7 +44,7 @@ def load(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
     def load(**changes):
-        facts = dict(seq_len=T, split="train", tokenizer=Bytes(), dp_rank=0, dp_degree=1)
+        facts = dict(seq_len=T, split="train", tokenizer=ByteTokenizer(), dp_rank=0, dp_degree=1)
         facts |= dict(local_batch_size=2, global_batch_size=8)
         facts |= {key: changes.pop(key) for key in list(changes) if key in facts}
         files = f"{folder}/train-*.jsonl"
@@ -62,7 +62,7 @@ def take(loader, batches):
 
 def decoded(loader, batches):
     """The documents of the next batches, without those cut at either end."""
-    found = Bytes().decode(take(loader, batches)[0].flatten().tolist())
+    found = ByteTokenizer().decode(take(loader, batches)[0].flatten().tolist())
     return [f"<{piece}" for piece in found.split("<")[1:-1]]
 
 
@@ -153,7 +153,7 @@ def test_validation_reads_every_label_once_and_ranks_agree(load, named, degree, 
 def test_a_folder_with_splits_is_a_dataset(load, folder):
     loader = load(path=str(folder), data_files=None, validation_split="validation", split="validation")
     tokens = torch.cat([batch.tokens.flatten() for batch in loader]).tolist()
-    assert Bytes().decode(tokens).startswith("held 0held 1held 2")
+    assert ByteTokenizer().decode(tokens).startswith("held 0held 1held 2")
 
 
 def test_the_fingerprint_names_what_differs(load, folder):

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchladder.data.formats import indexed
-from torchladder.data.formats.indexed import DTYPES, Indexed, Writer, dtype_for
+from torchladder.data.formats.indexed import DTYPES, IndexedTokens, IndexedWriter, dtype_for
 from torchladder.registry import ConfigError
 
 
 def write(prefix: Path, documents, dtype=np.uint16) -> Path:
-    with Writer(prefix, np.dtype(dtype)) as writer:
+    with IndexedWriter(prefix, np.dtype(dtype)) as writer:
         for document in documents:
             writer.add(document)
     return prefix
@@ -45,7 +45,7 @@ def pairs(draw):
 @settings(max_examples=60, deadline=None)
 def test_documents_come_back(tmp_path_factory, case):
     dtype, documents = case
-    read = Indexed(write(tmp_path_factory.mktemp("pair") / "x", documents, dtype))
+    read = IndexedTokens(write(tmp_path_factory.mktemp("pair") / "x", documents, dtype))
     assert [read[i].tolist() for i in range(len(read))] == documents
     assert read.lengths.tolist() == [len(document) for document in documents]
     assert read.tokens == sum(map(len, documents))
@@ -69,27 +69,27 @@ def test_dtype_follows_the_vocabulary(vocab_size, dtype):
 def test_a_pair_is_found_by_either_name(tmp_path):
     write(tmp_path / "a.b.bin", [[7, 8]])
     for name in ("a.b", "a.b.bin", "a.b.idx"):
-        assert Indexed(tmp_path / name)[0].tolist() == [7, 8]
+        assert IndexedTokens(tmp_path / name)[0].tolist() == [7, 8]
 
 
 def test_sequences_join_into_documents(tmp_path):
     (tmp_path / "x.bin").write_bytes(np.arange(10, dtype=np.uint16).tobytes())
     (tmp_path / "x.idx").write_bytes(index([2, 3, 1, 4], [0, 2, 2, 3, 4, 4]))
-    read = Indexed(tmp_path / "x")
+    read = IndexedTokens(tmp_path / "x")
     assert [read[i].tolist() for i in range(len(read))] == [[0, 1, 2, 3, 4], [], [5], [6, 7, 8, 9], []]
 
 
 def test_merged_index_without_documents_reads_by_sequence(tmp_path):
     (tmp_path / "x.bin").write_bytes(np.arange(5, dtype=np.uint16).tobytes())
     (tmp_path / "x.idx").write_bytes(index([2, 3], [0]))
-    read = Indexed(tmp_path / "x")
+    read = IndexedTokens(tmp_path / "x")
     assert [read[i].tolist() for i in range(len(read))] == [[0, 1], [2, 3, 4]]
 
 
 def test_sequence_modes_are_allowed(tmp_path):
     (tmp_path / "x.bin").write_bytes(np.arange(5, dtype=np.uint16).tobytes())
     (tmp_path / "x.idx").write_bytes(index([2, 3], [0, 1, 2]) + bytes(2))
-    assert Indexed(tmp_path / "x").lengths.tolist() == [2, 3]
+    assert IndexedTokens(tmp_path / "x").lengths.tolist() == [2, 3]
 
 
 GOOD = ([2, 3], [0, 1, 2])
@@ -121,7 +121,7 @@ def test_damaged_index_is_an_error(tmp_path, content, message):
     (tmp_path / "x.bin").write_bytes(np.arange(5, dtype=np.uint16).tobytes())
     (tmp_path / "x.idx").write_bytes(content)
     with pytest.raises(ConfigError, match=message) as error:
-        Indexed(tmp_path / "x")
+        IndexedTokens(tmp_path / "x")
     assert str(tmp_path / "x") in str(error.value)
 
 
@@ -130,7 +130,7 @@ def test_truncated_tokens_are_an_error(tmp_path, size):
     write(tmp_path / "x", [[1, 2], [3, 4, 5]])
     os.truncate(tmp_path / "x.bin", size)
     with pytest.raises(ConfigError, match=f"needs 10 bytes, the file has {size}"):
-        Indexed(tmp_path / "x")
+        IndexedTokens(tmp_path / "x")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
@@ -138,7 +138,7 @@ def test_half_a_pair_is_an_error(tmp_path, suffix):
     write(tmp_path / "x", [[1]])
     (tmp_path / f"x{suffix}").unlink()
     with pytest.raises(ConfigError, match=f"x\\{suffix} is missing"):
-        Indexed(tmp_path / "x")
+        IndexedTokens(tmp_path / "x")
 
 
 @pytest.mark.parametrize(("dtype", "token"), [(np.uint16, 65536), (np.uint16, -1), (np.int32, 2**31), (np.uint8, 256)])
@@ -150,31 +150,31 @@ def test_token_outside_the_dtype_is_an_error_and_leaves_nothing(tmp_path, dtype,
 
 def test_float_tokens_cannot_be_written(tmp_path):
     with pytest.raises(ConfigError, match="Known: int16"):
-        Writer(tmp_path / "x", np.dtype(np.float32))
+        IndexedWriter(tmp_path / "x", np.dtype(np.float32))
 
 
 def test_an_interrupted_writer_leaves_the_old_pair(tmp_path):
     write(tmp_path / "x", [[1, 2]])
     with pytest.raises(ZeroDivisionError):
         write(tmp_path / "x", ([1 // (2 - i)] * 1000 for i in range(3)))
-    assert Indexed(tmp_path / "x")[0].tolist() == [1, 2]
+    assert IndexedTokens(tmp_path / "x")[0].tolist() == [1, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
 
 
 def test_nothing_appears_before_it_is_complete(tmp_path):
-    with Writer(tmp_path / "x", np.dtype(np.uint16)) as writer:
+    with IndexedWriter(tmp_path / "x", np.dtype(np.uint16)) as writer:
         writer.add([1, 2])
         assert not (tmp_path / "x.bin").exists()
         assert not (tmp_path / "x.idx").exists()
-    assert Indexed(tmp_path / "x").tokens == 2
+    assert IndexedTokens(tmp_path / "x").tokens == 2
 
 
 def test_fingerprint_is_of_the_content(tmp_path):
-    first = Indexed(write(tmp_path / "a", [[1, 2], [3]])).fingerprint
-    assert Indexed(write(tmp_path / "elsewhere" / "b", [[1, 2], [3]])).fingerprint == first
+    first = IndexedTokens(write(tmp_path / "a", [[1, 2], [3]])).fingerprint
+    assert IndexedTokens(write(tmp_path / "elsewhere" / "b", [[1, 2], [3]])).fingerprint == first
     others = [[[1, 2], [4]], [[1], [2, 3]], [[1, 2], [3], []]]
-    different = [Indexed(write(tmp_path / f"c{i}", other)).fingerprint for i, other in enumerate(others)]
-    different.append(Indexed(write(tmp_path / "d", [[1, 2], [3]], np.int32)).fingerprint)
+    different = [IndexedTokens(write(tmp_path / f"c{i}", other)).fingerprint for i, other in enumerate(others)]
+    different.append(IndexedTokens(write(tmp_path / "d", [[1, 2], [3]], np.int32)).fingerprint)
     assert len({first, *different}) == 5
 
 
@@ -186,18 +186,18 @@ def test_fingerprint_of_a_large_file_sees_size_and_ends(tmp_path, monkeypatch):
     for change in ([], [0], [4999]):
         tokens[:] = 0
         tokens[change] = 1
-        seen.add(Indexed(write(tmp_path / "x", [tokens])).fingerprint)
+        seen.add(IndexedTokens(write(tmp_path / "x", [tokens])).fingerprint)
     assert len(seen) == 3
 
 
 def test_workers_open_the_files_themselves(tmp_path):
-    read = Indexed(write(tmp_path / "x", [np.arange(60000, dtype=np.uint16)]))
+    read = IndexedTokens(write(tmp_path / "x", [np.arange(60000, dtype=np.uint16)]))
     sent = pickle.dumps(read)
     assert len(sent) < 500
     assert pickle.loads(sent)[0].tolist() == read[0].tolist()
 
 
 def test_documents_are_read_only(tmp_path):
-    read = Indexed(write(tmp_path / "x", [[1, 2]]))
+    read = IndexedTokens(write(tmp_path / "x", [[1, 2]]))
     with pytest.raises(ValueError, match="read-only"):
         read[0][0] = 5

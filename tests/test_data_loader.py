@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from torchladder import data
 from torchladder.data import SourceConfig
-from torchladder.data.corpus import Opener
-from torchladder.data.formats.indexed import Writer
-from torchladder.data.loader import RowLoader
-from torchladder.data.tokenizer import Bytes
+from torchladder.data.corpus import SourceLoader
+from torchladder.data.formats.indexed import IndexedWriter
+from torchladder.data.row_loader import RowLoader
+from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
 
 DEFAULTS = {key: parameter.default for key, parameter in data.registry.parameters("rows").items()}
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     rng = np.random.default_rng(0)
     for name, documents in (("a", 30), ("b", 7), ("many/1", 5), ("many/2", 5), ("many/3", 5)):
-        with Writer(folder / name, np.dtype(np.uint16)) as writer:
+        with IndexedWriter(folder / name, np.dtype(np.uint16)) as writer:
             for _ in range(documents):
                 writer.add(rng.integers(0, 250, rng.integers(1, 40)))
     with open(folder / "text.jsonl", "w") as file:
@@ -38,7 +38,13 @@ def folder(tmp_path_factory):
 
 def load(folder, **changes):
     facts = dict(
-        seq_len=16, split="train", tokenizer=Bytes(), dp_rank=0, dp_degree=1, local_batch_size=2, global_batch_size=8
+        seq_len=16,
+        split="train",
+        tokenizer=ByteTokenizer(),
+        dp_rank=0,
+        dp_degree=1,
+        local_batch_size=2,
+        global_batch_size=8,
     )
     facts |= {key: changes.pop(key) for key in list(changes) if key in {*facts, "steps"}}
     base = {
@@ -86,7 +92,8 @@ def test_rows_are_the_documents_in_order(folder):
     """Against a slow reading of one unshuffled source, epoch after epoch."""
     loader = load(folder, sources=[SourceConfig(path=f"{folder}/many/*.bin")], shuffle=False, local_batch_size=8)
     pairs = [
-        Opener(None, folder, 0, False).open(SourceConfig(path=f"{folder}/many/{i}.bin"), "train") for i in (1, 2, 3)
+        SourceLoader(None, folder, 0, False).open(SourceConfig(path=f"{folder}/many/{i}.bin"), "train")
+        for i in (1, 2, 3)
     ]
     documents = [pair.shards[0][i].tolist() for pair in pairs for i in range(len(pair.lengths))]
     stream = itertools.cycle([(token, place) for document in documents for place, token in enumerate(document)])
@@ -233,7 +240,7 @@ def test_padding_is_a_document_of_its_own(folder):
 
 def test_held_out_documents_are_never_trained_on(folder, monkeypatch):
     monkeypatch.setattr(RowLoader, "_order", lambda *_: int)  # text is easier to read in order
-    decode = Bytes().decode
+    decode = ByteTokenizer().decode
     validation = "".join(decode(row.tolist()) for batch in text(folder, split="validation") for row in batch.tokens)
     loader = text(folder, shuffle=False)
     steps = -(-loader._supply.corpora[0].tokens // 16)
@@ -347,7 +354,7 @@ def test_raw_text_needs_a_tokenizer_and_tokens_need_theirs(folder):
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         text(folder, tokenizer=None)
 
-    class Small(Bytes):
+    class Small(ByteTokenizer):
         vocab_size = 100
 
     with pytest.raises(ConfigError, match=r"a\.bin holds token \d+, the tokenizer's vocabulary has 100"):
@@ -355,14 +362,14 @@ def test_raw_text_needs_a_tokenizer_and_tokens_need_theirs(folder):
 
 
 def test_a_source_without_tokens_is_an_error(folder):
-    with Writer(folder / "empty", np.dtype(np.uint16)) as writer:
+    with IndexedWriter(folder / "empty", np.dtype(np.uint16)) as writer:
         writer.add([])
     with pytest.raises(ConfigError, match=r"empty\.bin has 0 tokens"):
         load(folder, sources=[SourceConfig(path=f"{folder}/empty.bin")])
 
 
 def test_tokens_beyond_32_bits_are_an_error(folder):
-    with Writer(folder / "wide", np.dtype(np.int64)) as writer:
+    with IndexedWriter(folder / "wide", np.dtype(np.int64)) as writer:
         writer.add([1, 1 << 31, 3])
     with pytest.raises(ConfigError, match=r"wide\.bin holds token 2147483648"):
         next(load(folder, sources=[SourceConfig(path=f"{folder}/wide.bin")], tokenizer=None))

@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchladder.data.formats.indexed import Indexed, Writer
-from torchladder.data.prepare import merge, metadata
+from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter
+from torchladder.data.prepare import merging, metadata
 from torchladder.data.prepare.metadata import Metadata
 from torchladder.registry import ConfigError
 
 
 def write(prefix, documents, dtype=np.uint16, **about):
-    with Writer(prefix, np.dtype(dtype)) as writer:
+    with IndexedWriter(prefix, np.dtype(dtype)) as writer:
         for document in documents:
             writer.add(document)
     if about:
@@ -23,7 +23,7 @@ def write(prefix, documents, dtype=np.uint16, **about):
 
 
 def read(prefix):
-    pair = Indexed(prefix)
+    pair = IndexedTokens(prefix)
     return [pair[i].tolist() for i in range(len(pair))]
 
 
@@ -34,11 +34,11 @@ def read(prefix):
 def test_documents_follow_each_other(tmp_path_factory, pairs, at_once):
     folder = tmp_path_factory.mktemp("pairs")
     names = [write(folder / str(number), documents) for number, documents in enumerate(pairs)]
-    original, merge.TOKENS = merge.TOKENS, at_once
+    original, merging.TOKENS = merging.TOKENS, at_once
     try:
-        merge.merge(str(folder / "whole"), names)
+        merging.merge(str(folder / "whole"), names)
     finally:
-        merge.TOKENS = original
+        merging.TOKENS = original
     expected = [document for documents in pairs for document in documents]
     assert read(folder / "whole") == expected
     write(folder / "direct", expected)
@@ -48,10 +48,10 @@ def test_documents_follow_each_other(tmp_path_factory, pairs, at_once):
 
 
 def test_documents_of_several_sequences_that_lie_anywhere(tmp_path):
-    pair = Indexed(write(tmp_path / "x", [[1, 2], [3], [4, 5]]))
+    pair = IndexedTokens(write(tmp_path / "x", [[1, 2], [3], [4, 5]]))
     pair.lengths, pair.starts = np.array([2, 1]), np.array([3, 0])
-    with Writer(tmp_path / "y", np.dtype(np.uint16)) as writer:
-        merge.append(writer, pair)
+    with IndexedWriter(tmp_path / "y", np.dtype(np.uint16)) as writer:
+        merging.append(writer, pair)
     assert read(tmp_path / "y") == [[4, 5], [1]]
 
 
@@ -59,32 +59,32 @@ def test_metadata_is_joined(tmp_path):
     tokenizer = {"name": "a", "fingerprint": "f", "vocab_size": 9, "bos": None, "eos": 1}
     a = write(tmp_path / "a", [[1]], tokenizer=tokenizer, sources=[{"path": "x", "bytes": 1}], skipped={"empty": 2})
     b = write(tmp_path / "b", [[2], [3]], tokenizer={**tokenizer, "name": "b"}, sources=[{"path": "y", "bytes": 2}])
-    whole = merge.merge(str(tmp_path / "whole"), [a, b])
+    whole = merging.merge(str(tmp_path / "whole"), [a, b])
     assert whole == metadata.read(tmp_path / "whole")
     assert (whole.documents, whole.tokens, whole.skipped) == (3, 3, {"empty": 2})
     assert [source["path"] for source in whole.sources] == ["x", "y"]
     assert metadata.damage(tmp_path / "whole", whole.checksums) is None
     c = write(tmp_path / "c", [[2]], tokenizer={**tokenizer, "eos": None})
     with pytest.raises(ConfigError, match="different tokenizers or ends"):
-        merge.merge(str(tmp_path / "other"), [a, c])
+        merging.merge(str(tmp_path / "other"), [a, c])
     assert not (tmp_path / "other.bin").exists()
 
 
 def test_what_cannot_be_merged(tmp_path):
     a, b = write(tmp_path / "a", [[1]]), write(tmp_path / "b", [[1]], np.int32)
     with pytest.raises(ConfigError, match="b holds tokens as int32, those before it as uint16"):
-        merge.merge(str(tmp_path / "whole"), [a, b])
+        merging.merge(str(tmp_path / "whole"), [a, b])
     with pytest.raises(ConfigError, match="each part is named once"):
-        merge.merge(str(tmp_path / "whole"), [a, f"{a}.bin"])
+        merging.merge(str(tmp_path / "whole"), [a, f"{a}.bin"])
     with pytest.raises(ConfigError, match="each part is named once"):
-        merge.merge(a, [a])
+        merging.merge(a, [a])
     with pytest.raises(ConfigError, match=r"none\.bin is missing"):
-        merge.merge(str(tmp_path / "whole"), [a, str(tmp_path / "none")])
+        merging.merge(str(tmp_path / "whole"), [a, str(tmp_path / "none")])
     assert not (tmp_path / "whole.bin").exists()
     write(tmp_path / "there", [[9]])
     with pytest.raises(ConfigError, match=r"there\.bin is there already"):
-        merge.merge(str(tmp_path / "there"), [a])
-    merge.merge(str(tmp_path / "there"), [a], overwrite=True)
+        merging.merge(str(tmp_path / "there"), [a])
+    merging.merge(str(tmp_path / "there"), [a], overwrite=True)
     assert read(tmp_path / "there") == [[1]]
 
 
@@ -94,7 +94,7 @@ def test_damage_is_found(tmp_path):
     content[0] ^= 1
     (tmp_path / "a.bin").write_bytes(content)
     with pytest.raises(ConfigError, match=r"a\.bin is damaged"):
-        merge.merge(str(tmp_path / "whole"), [a])
+        merging.merge(str(tmp_path / "whole"), [a])
     (tmp_path / "a.json").write_text(json.dumps({"documents": 1}))
     with pytest.raises(ConfigError, match=r"a\.json is not the metadata"):
-        merge.merge(str(tmp_path / "whole"), [a])
+        merging.merge(str(tmp_path / "whole"), [a])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from torchladder import data
 from torchladder.data import IGNORED, SourceConfig
-from torchladder.data.formats.indexed import Writer
+from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.data.mixing.domains import Shares
 from torchladder.data.mixing.mixture import Interleave
 from torchladder.data.mixing.phases import Phase, Timetable
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     rng = np.random.default_rng(0)
     for source, (name, documents) in enumerate((("a", 40), ("b", 15), ("c", 25))):
-        with Writer(folder / name, np.dtype(np.int32)) as writer:
+        with IndexedWriter(folder / name, np.dtype(np.int32)) as writer:
             at = 10_000 * source
             for length in rng.integers(0, 40, documents):
                 writer.add(np.arange(at, at + length))
@@ -152,7 +152,7 @@ def test_the_report_tells_how_full_rows_are(folder):
 
 
 def test_silenced_tokens_are_read_and_not_predicted(folder, tmp_path):
-    with Writer(tmp_path / "silent", np.dtype(np.int32)) as writer:
+    with IndexedWriter(tmp_path / "silent", np.dtype(np.int32)) as writer:
         writer.add(np.array([~1, ~2, 3, 4]))
         writer.add(np.array([~5, 6, ~7, 8]))
     loader = load(folder, "a", seq_len=4, shuffle=False, sources=[SourceConfig(path=f"{tmp_path}/silent.bin")])

@@ -3,17 +3,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchladder.data.packing.base import registry
-from torchladder.data.packing.shuffle import Order
-from torchladder.data.packing.stream import Stream
+from torchladder.data.packing.shuffle import DocumentOrder
+from torchladder.data.packing.spans import registry
+from torchladder.data.packing.stream_packing import StreamPacking
 from torchladder.registry import ConfigError
 
 documents = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)
 
 
 def stream(lengths, seq_len, seed=0, shuffle=True, epochs=None):
-    order = Order(len(lengths), seed, source=0, shuffle=shuffle)
-    return Stream(lengths=np.array(lengths), seq_len=seq_len, order=order, epochs=epochs)
+    order = DocumentOrder(len(lengths), seed, source=0, shuffle=shuffle)
+    return StreamPacking(lengths=np.array(lengths), seq_len=seq_len, order=order, epochs=epochs)
 
 
 def tokens_of(spans):
@@ -76,20 +76,22 @@ def test_spans_hold_no_more_than_the_row():
 
 
 def test_orders_differ_by_seed_source_and_epoch():
-    orders = [Order(50, seed, source)(epoch).tolist() for seed in (0, 1) for source in (0, 1) for epoch in (0, 1)]
+    orders = [
+        DocumentOrder(50, seed, source)(epoch).tolist() for seed in (0, 1) for source in (0, 1) for epoch in (0, 1)
+    ]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len(set(map(tuple, orders))) == 8
-    assert Order(50, 0, 0)(0).tolist() == orders[0]
+    assert DocumentOrder(50, 0, 0)(0).tolist() == orders[0]
 
 
 def test_an_order_never_changes():
     # By value: a change here would change the data of every run that resumes.
-    assert Order(10, seed=0, source=0)(0).tolist() == [3, 2, 1, 8, 6, 0, 7, 4, 5, 9]
-    assert Order(10, seed=7, source=2)(3).tolist() == [5, 1, 8, 4, 6, 3, 7, 9, 2, 0]
+    assert DocumentOrder(10, seed=0, source=0)(0).tolist() == [3, 2, 1, 8, 6, 0, 7, 4, 5, 9]
+    assert DocumentOrder(10, seed=7, source=2)(3).tolist() == [5, 1, 8, 4, 6, 3, 7, 9, 2, 0]
 
 
 def test_unshuffled_is_as_stored():
-    assert Order(5, 0, 0, shuffle=False)(3).tolist() == [0, 1, 2, 3, 4]
+    assert DocumentOrder(5, 0, 0, shuffle=False)(3).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_far_row_is_found_without_the_rows_before():

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchladder.data.formats.indexed import Indexed
-from torchladder.data.prepare import executor, merge, metadata, parts, tasks
+from torchladder.data.formats.indexed import IndexedTokens
+from torchladder.data.prepare import executor, merging, metadata, prepared_parts, tasks
+from torchladder.data.prepare.document_encoder import DocumentEncoder
 from torchladder.data.prepare.executor import local
-from torchladder.data.prepare.framing import Framing
 from torchladder.data.prepare.tasks import Preparation
-from torchladder.data.tokenizer import Bytes
+from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
 
 SUFFIXES = ("bin", "idx", "json")
@@ -40,8 +40,15 @@ def folder(tmp_path):
 @pytest.fixture
 def prepare(folder, tmp_path):
     def prepare(output="out", workers=1, **settings):
-        settings = {"inputs": [str(folder)], "framing": Framing(Bytes()), "part_bytes": 2000, **settings}
-        return parts.run(Preparation(output=str(tmp_path / output), tokenizer="bytes", **settings), local(workers))
+        settings = {
+            "inputs": [str(folder)],
+            "framing": DocumentEncoder(ByteTokenizer()),
+            "part_bytes": 2000,
+            **settings,
+        }
+        return prepared_parts.run(
+            Preparation(output=str(tmp_path / output), tokenizer="bytes", **settings), local(workers)
+        )
 
     return prepare
 
@@ -59,7 +66,7 @@ def expected(folder):
 
 
 def documents(prefix):
-    pair = Indexed(prefix)
+    pair = IndexedTokens(prefix)
     return [pair[i].tolist() for i in range(len(pair))]
 
 
@@ -70,7 +77,7 @@ def content(prefix):
 def test_documents_are_in_order_and_counted(prepare, folder, tmp_path):
     about = prepare()
     assert documents(tmp_path / "out") == expected(folder)
-    assert (about.documents, about.tokens) == (420, Indexed(tmp_path / "out").tokens)
+    assert (about.documents, about.tokens) == (420, IndexedTokens(tmp_path / "out").tokens)
     assert about == metadata.read(tmp_path / "out")
     assert metadata.damage(tmp_path / "out", about.checksums) is None
     assert about.tokenizer == {"name": "bytes", "fingerprint": "bytes", "vocab_size": 257, "bos": None, "eos": 256}
@@ -86,15 +93,15 @@ def test_the_output_is_the_same_for_any_workers_and_parts(prepare, tmp_path):
 
 
 def test_ends_are_a_setting(prepare, tmp_path):
-    class Begun(Bytes):
+    class Begun(ByteTokenizer):
         bos, vocab_size, fingerprint = 257, 258, "begun"
 
-    prepare("bare", framing=Framing(Bytes(), eos=False))
-    prepare("both", framing=Framing(Begun(), bos=True))
+    prepare("bare", framing=DocumentEncoder(ByteTokenizer(), eos=False))
+    prepare("both", framing=DocumentEncoder(Begun(), bos=True))
     assert [[257, *ids, 256] for ids in documents(tmp_path / "bare")] == documents(tmp_path / "both")
     assert metadata.read(tmp_path / "bare").tokenizer["eos"] is None
     with pytest.raises(ConfigError, match="no bos token"):
-        Framing(Bytes(), bos=True)
+        DocumentEncoder(ByteTokenizer(), bos=True)
 
 
 @pytest.mark.parametrize("count", [1, 3, 20])
@@ -104,14 +111,14 @@ def test_shards_merge_to_the_whole(prepare, tmp_path, count):
     for number in range(count):
         prepare("part", shard=(number, count))
         names.append(str(tmp_path / f"part-{number:05}-of-{count:05}"))
-    merge.merge(str(tmp_path / "merged"), names[::-1])
+    merging.merge(str(tmp_path / "merged"), names[::-1])
     assert content(tmp_path / "merged") == content(tmp_path / "whole")
     if count > 1:
         with pytest.raises(ConfigError, match=rf"{count - 1} of {count} shards; missing: 1/{count}"):
-            merge.merge(str(tmp_path / "some"), [names[0], *names[2:]])
+            merging.merge(str(tmp_path / "some"), [names[0], *names[2:]])
         prepare("other", shard=(0, count), text_key="title", inputs=[str(tmp_path / "texts" / "*.txt")])
         with pytest.raises(ConfigError, match="no shard of the same preparation"):
-            merge.merge(str(tmp_path / "some"), [str(tmp_path / f"other-00000-of-{count:05}"), *names[1:]])
+            merging.merge(str(tmp_path / "some"), [str(tmp_path / f"other-00000-of-{count:05}"), *names[1:]])
 
 
 class Fails:
@@ -131,34 +138,44 @@ class Fails:
 
 def test_what_is_done_is_not_done_again(prepare, folder, tmp_path, capfd):
     prepare("whole")
-    settings = {"inputs": [str(folder)], "framing": Framing(Bytes()), "tokenizer": "bytes", "part_bytes": 2000}
+    settings = {
+        "inputs": [str(folder)],
+        "framing": DocumentEncoder(ByteTokenizer()),
+        "tokenizer": "bytes",
+        "part_bytes": 2000,
+    }
     preparation = Preparation(output=str(tmp_path / "out"), **settings)
     total = len(tasks.cut(preparation, tasks.expand(preparation.inputs)))
     assert total > 14
     for count in (0, 5, 7):
         with pytest.raises(InterruptedError):
-            parts.run(preparation, Fails(count))
+            prepared_parts.run(preparation, Fails(count))
         assert not (tmp_path / "out.bin").exists()
         assert not (tmp_path / "out.json").exists()
     rest = Fails(10**6)
-    parts.run(preparation, rest)
+    prepared_parts.run(preparation, rest)
     assert rest.done == total - 12
     assert f"continuing: 12 of {total} parts are there" in capfd.readouterr().err
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     again = Fails(0)
-    parts.run(preparation, again)
+    prepared_parts.run(preparation, again)
     assert again.done == 0
     assert not (tmp_path / "out.parts").exists()
 
 
 def test_a_changed_file_is_done_again_and_others_are_not(prepare, folder, tmp_path):
-    settings = {"inputs": [str(folder)], "framing": Framing(Bytes()), "tokenizer": "bytes", "part_bytes": 2000}
+    settings = {
+        "inputs": [str(folder)],
+        "framing": DocumentEncoder(ByteTokenizer()),
+        "tokenizer": "bytes",
+        "part_bytes": 2000,
+    }
     preparation = Preparation(output=str(tmp_path / "out"), **settings)
     with pytest.raises(InterruptedError):
-        parts.run(preparation, Fails(10))
+        prepared_parts.run(preparation, Fails(10))
     (folder / "0.jsonl").write_text(json.dumps({"text": "new"}) + "\n")
     rest = Fails(10**6)
-    parts.run(preparation, rest)
+    prepared_parts.run(preparation, rest)
     assert documents(tmp_path / "out") == expected(folder)
 
 
@@ -187,7 +204,7 @@ def test_an_output_prepared_otherwise_is_not_replaced_unasked(prepare, folder, t
     prepare()
     before = content(tmp_path / "out")
     prepare(on_error="skip")  # nothing was to be skipped
-    for settings in ({"framing": Framing(Bytes(), eos=False)}, {"inputs": [str(folder / "*.txt")]}):
+    for settings in ({"framing": DocumentEncoder(ByteTokenizer(), eos=False)}, {"inputs": [str(folder / "*.txt")]}):
         with pytest.raises(ConfigError, match=r"was prepared otherwise \((tokenizer|sources)\); --overwrite"):
             prepare(**settings)
     later = time.time() + 5
@@ -195,7 +212,7 @@ def test_an_output_prepared_otherwise_is_not_replaced_unasked(prepare, folder, t
     with pytest.raises(ConfigError, match=r"n3\.txt is newer\); --overwrite"):
         prepare()
     assert content(tmp_path / "out") == before
-    prepare(overwrite=True, framing=Framing(Bytes(), eos=False))
+    prepare(overwrite=True, framing=DocumentEncoder(ByteTokenizer(), eos=False))
     assert content(tmp_path / "out") != before
     (tmp_path / "out.json").unlink()
     with pytest.raises(ConfigError, match=r"out\.bin is there already, from elsewhere"):
@@ -203,15 +220,20 @@ def test_an_output_prepared_otherwise_is_not_replaced_unasked(prepare, folder, t
 
 
 def test_one_process_at_a_time(prepare, tmp_path):
-    with parts._alone(str(tmp_path / "out")), pytest.raises(ConfigError, match="another process is preparing"):
+    with prepared_parts._alone(str(tmp_path / "out")), pytest.raises(ConfigError, match="another process is preparing"):
         prepare()
 
 
 def test_a_damaged_part_is_made_again(prepare, folder, tmp_path):
-    settings = {"inputs": [str(folder)], "framing": Framing(Bytes()), "tokenizer": "bytes", "part_bytes": 2000}
+    settings = {
+        "inputs": [str(folder)],
+        "framing": DocumentEncoder(ByteTokenizer()),
+        "tokenizer": "bytes",
+        "part_bytes": 2000,
+    }
     preparation = Preparation(output=str(tmp_path / "out"), **settings)
     with pytest.raises(InterruptedError):
-        parts.run(preparation, Fails(10))
+        prepared_parts.run(preparation, Fails(10))
     victim = next((tmp_path / "out.parts").glob("*.bin"))
     victim.write_bytes(victim.read_bytes()[:-1] + b"\x07")
     with pytest.raises(ConfigError, match="missing or damaged; the same command makes it again"):
@@ -225,9 +247,11 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(prepare, folder, tmp_p
         (folder / "0.jsonl").write_text('{"text": "other"}\n')
         return map(work, tasks)
 
-    preparation = Preparation(inputs=[str(folder)], output=str(tmp_path / "out"), framing=Framing(Bytes()))
+    preparation = Preparation(
+        inputs=[str(folder)], output=str(tmp_path / "out"), framing=DocumentEncoder(ByteTokenizer())
+    )
     with pytest.raises(ConfigError, match=r"0\.jsonl was changed while it was read"):
-        parts.run(preparation, change_first)
+        prepared_parts.run(preparation, change_first)
 
 
 def test_inputs_that_cannot_be(prepare, folder):
@@ -246,14 +270,14 @@ def test_inputs_that_cannot_be(prepare, folder):
 
 
 def test_a_token_outside_the_vocabulary_names_the_line(prepare):
-    class Small(Bytes):
+    class Small(ByteTokenizer):
         vocab_size, fingerprint = 115, "small"
 
     with pytest.raises(ConfigError, match=r"0\.jsonl:1: the tokenizer gives token 120, its vocabulary has 115"):
-        prepare(framing=Framing(Small(), eos=False))
+        prepare(framing=DocumentEncoder(Small(), eos=False))
 
 
-class Slow(Bytes):
+class Slow(ByteTokenizer):
     def encode_batch(self, texts, threads=1):
         time.sleep(0.02)
         return super().encode_batch(texts, threads)
@@ -264,7 +288,7 @@ def test_killed_at_any_moment_it_continues(prepare, tmp_path):
     fork = multiprocessing.get_context("fork")
     rng, kept, done = random.Random(time.time_ns()), [0], False
     while not done:
-        process = fork.Process(target=prepare, kwargs={"framing": Framing(Slow()), "part_bytes": 1500})
+        process = fork.Process(target=prepare, kwargs={"framing": DocumentEncoder(Slow()), "part_bytes": 1500})
         process.start()
         process.join(rng.random() * 0.5)
         done = process.exitcode is not None
@@ -361,7 +385,7 @@ def test_workers_are_processes():
 
 
 def test_batches_of_long_and_short_documents():
-    tokens, lengths = Framing(Bytes())(["", "ab", "c"], str)
+    tokens, lengths = DocumentEncoder(ByteTokenizer())(["", "ab", "c"], str)
     assert tokens.tolist() == [256, 97, 98, 256, 99, 256]
     assert lengths.tolist() == [1, 3, 2]
-    assert np.asarray(Framing(Bytes(), eos=False)([], str)[0]).tolist() == []
+    assert np.asarray(DocumentEncoder(ByteTokenizer(), eos=False)([], str)[0]).tolist() == []

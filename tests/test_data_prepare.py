@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchladder.data.base import Tokenizer
-from torchladder.data.cache import build_once, cache_path
-from torchladder.data.formats.indexed import Indexed
-from torchladder.data.prepare.cached import prepare, tokenize
+from torchladder.data.dataloader import Tokenizer
+from torchladder.data.disk_cache import build_once, cache_path
+from torchladder.data.formats.indexed import IndexedTokens
+from torchladder.data.prepare.cached_tokens import prepare, tokenize
 from torchladder.data.text import sources
-from torchladder.data.tokenizer import Bytes
+from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
 
 
@@ -41,7 +41,7 @@ def folder(tmp_path):
 
 
 def documents(prefix):
-    read = Indexed(prefix)
+    read = IndexedTokens(prefix)
     return [read[i].tolist() for i in range(len(read))]
 
 
@@ -62,7 +62,7 @@ def test_documents_are_framed_and_split(folder, tmp_path):
 
 def test_the_cache_is_reused_until_something_matters(folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    first = prepare(sources.text(str(folder)), Bytes(), cache)
+    first = prepare(sources.text(str(folder)), ByteTokenizer(), cache)
 
     def reads(source, tokenizer, **settings):
         seen = []
@@ -70,11 +70,11 @@ def test_the_cache_is_reused_until_something_matters(folder, tmp_path, monkeypat
         monkeypatch.setattr(tokenizer, "encode_batch", lambda *a: seen.append(1) or original(*a), raising=False)
         return prepare(source, tokenizer, cache, **settings), bool(seen)
 
-    assert reads(sources.text(str(folder)), Bytes()) == (first, False)
+    assert reads(sources.text(str(folder)), ByteTokenizer()) == (first, False)
     os.utime(folder / "000.txt", ns=(1, 1))
-    assert reads(sources.text(str(folder)), Bytes()) == (first, False)
+    assert reads(sources.text(str(folder)), ByteTokenizer()) == (first, False)
     os.rename(folder, folder.with_name("moved"))
-    assert reads(sources.text(f"{folder.with_name('moved')}"), Bytes()) == (first, False)
+    assert reads(sources.text(f"{folder.with_name('moved')}"), ByteTokenizer()) == (first, False)
     os.rename(folder.with_name("moved"), folder)
 
     made = {first}
@@ -82,14 +82,14 @@ def test_the_cache_is_reused_until_something_matters(folder, tmp_path, monkeypat
         (sources.text(str(folder)), Shifted(), {}),
         (sources.text(str(folder)), Shifted(shift=11), {}),
         (sources.text(str(folder)), Shifted(), {"bos": True}),
-        (sources.text(str(folder)), Bytes(), {"validation_fraction": 0.1}),
-        (sources.text(f"{folder}/*[1-9].txt"), Bytes(), {}),
+        (sources.text(str(folder)), ByteTokenizer(), {"validation_fraction": 0.1}),
+        (sources.text(f"{folder}/*[1-9].txt"), ByteTokenizer(), {}),
     ]:
         out, read = reads(source, tokenizer, **settings)
         assert read
         made.add(out)
     (folder / "000.txt").write_text("changed")
-    made.add(reads(sources.text(str(folder)), Bytes())[0])
+    made.add(reads(sources.text(str(folder)), ByteTokenizer())[0])
     assert len(made) == 7
 
 
@@ -103,19 +103,19 @@ def test_a_token_outside_the_vocabulary_is_an_error_and_leaves_nothing(folder, t
 def test_settings_that_cannot_be(folder, tmp_path):
     source = sources.text(str(folder))
     with pytest.raises(ConfigError, match="no bos token"):
-        prepare(source, Bytes(), tmp_path, bos=True)
+        prepare(source, ByteTokenizer(), tmp_path, bos=True)
     for fraction in (-0.1, 1.0):
         with pytest.raises(ConfigError, match="at least 0 and below 1"):
-            prepare(source, Bytes(), tmp_path, validation_fraction=fraction)
+            prepare(source, ByteTokenizer(), tmp_path, validation_fraction=fraction)
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(folder, tmp_path):
-    assert Indexed(tokenize(sources.text(str(folder)), Shifted(70_000), tmp_path).train).dtype == np.int32
-    assert Indexed(tokenize(sources.text(str(folder)), Shifted(), tmp_path).train).dtype == np.uint16
+    assert IndexedTokens(tokenize(sources.text(str(folder)), Shifted(70_000), tmp_path).train).dtype == np.int32
+    assert IndexedTokens(tokenize(sources.text(str(folder)), Shifted(), tmp_path).train).dtype == np.uint16
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(folder, tmp_path, capfd):
-    tokenize(sources.text(str(folder)), Bytes(), tmp_path)
+    tokenize(sources.text(str(folder)), ByteTokenizer(), tmp_path)
     line = capfd.readouterr().err
     assert "100 documents" in line
     assert "tokens/s" in line
@@ -123,7 +123,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(folder, tmp_path, ca
 
 
 def test_the_folder_says_what_it_is(folder, tmp_path):
-    out = prepare(sources.text(str(folder)), Bytes(), tmp_path, validation_fraction=0.5)
+    out = prepare(sources.text(str(folder)), ByteTokenizer(), tmp_path, validation_fraction=0.5)
     written = json.loads((out.train.parent / "settings.json").read_text())
     assert written["tokenizer"] == "bytes"
     assert written["validation_fraction"] == 0.5

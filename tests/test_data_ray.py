@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from torchladder.data.prepare import executor, parts
+from torchladder.data.prepare import executor, prepared_parts
+from torchladder.data.prepare.document_encoder import DocumentEncoder
 from torchladder.data.prepare.executor import local
-from torchladder.data.prepare.framing import Framing
 from torchladder.data.prepare.tasks import Preparation
-from torchladder.data.tokenizer import Bytes
+from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
 
 
@@ -36,8 +36,10 @@ def folder(tmp_path):
 
 
 def prepare(folder, output, run):
-    preparation = Preparation(inputs=[str(folder)], output=str(output), framing=Framing(Bytes()), part_bytes=2000)
-    parts.run(preparation, run)
+    preparation = Preparation(
+        inputs=[str(folder)], output=str(output), framing=DocumentEncoder(ByteTokenizer()), part_bytes=2000
+    )
+    prepared_parts.run(preparation, run)
     return [Path(f"{output}.{suffix}").read_bytes() for suffix in ("bin", "idx", "json")]
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from torchladder.data import SourceConfig
-from torchladder.data.corpus import Opener
-from torchladder.data.formats.indexed import Writer
-from torchladder.data.formats.litpkds import HEADER, Chunks
-from torchladder.data.packing.base import Spans
-from torchladder.data.tokenizer import Bytes
+from torchladder.data.corpus import SourceLoader
+from torchladder.data.formats.indexed import IndexedWriter
+from torchladder.data.formats.litpkds import HEADER, LitPkdsChunks
+from torchladder.data.packing.spans import Spans
+from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
 
-EOS = Bytes.eos
+EOS = ByteTokenizer.eos
 
 
 def chunk(path: Path, tokens, code=8, dtype="<u2", version=1, magic=b"LITPKDS") -> Path:
@@ -31,7 +31,7 @@ def table(path: Path, **columns) -> Path:
 
 
 def corpus(path, cache, tokenizer=None, exclude=(), **settings):
-    opener = Opener(tokenizer or Bytes(), cache, 0.0, False, exclude)
+    opener = SourceLoader(tokenizer or ByteTokenizer(), cache, 0.0, False, exclude)
     return opener.open(SourceConfig(path=path if isinstance(path, list) else str(path), **settings), "train")
 
 
@@ -67,9 +67,9 @@ def test_many_chunks_are_opened_as_they_are_read(tmp_path, monkeypatch):
 
 def test_ends_are_searched_once(tmp_path, monkeypatch):
     file = chunk(tmp_path / "a.bin", [1, EOS, 2, 3])
-    first = Chunks([file], EOS, tmp_path)
-    monkeypatch.setattr(Chunks, "_write_ends", None)
-    assert Chunks([file], EOS, tmp_path).lengths.tolist() == first.lengths.tolist() == [2, 2]
+    first = LitPkdsChunks([file], EOS, tmp_path)
+    monkeypatch.setattr(LitPkdsChunks, "_write_ends", None)
+    assert LitPkdsChunks([file], EOS, tmp_path).lengths.tolist() == first.lengths.tolist() == [2, 2]
 
 
 def test_the_fingerprint_of_chunks_is_of_their_content(tmp_path):
@@ -106,7 +106,7 @@ def test_a_chunk_of_a_few_bytes_and_one_without_a_tokenizer(tmp_path):
         corpus(tmp_path / "a.bin", tmp_path)
     chunk(tmp_path / "a.bin", [1, 2])
     with pytest.raises(ConfigError, match="chunks know no documents"):
-        Opener(None, tmp_path, 0.0, False).open(SourceConfig(path=str(tmp_path / "a.bin")), "train")
+        SourceLoader(None, tmp_path, 0.0, False).open(SourceConfig(path=str(tmp_path / "a.bin")), "train")
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_parquet_names_its_extra(tmp_path, monkeypatch):
 
 
 def test_the_kind_is_told_from_the_files(tmp_path):
-    with Writer(tmp_path / "pair", np.dtype(np.uint16)) as writer:
+    with IndexedWriter(tmp_path / "pair", np.dtype(np.uint16)) as writer:
         writer.add([1, 2])
     kinds = {
         chunk(tmp_path / "chunk.bin", [1, 2]): "litpkds",
@@ -190,7 +190,7 @@ def test_the_kind_is_told_from_the_files(tmp_path):
 
 def test_files_are_excluded_by_path_name_or_stem(tmp_path):
     for name in "abcd":
-        with Writer(tmp_path / name, np.dtype(np.uint16)) as writer:
+        with IndexedWriter(tmp_path / name, np.dtype(np.uint16)) as writer:
             writer.add([ord(name), 1])
     everything = str(tmp_path / "*.bin")
     for pattern in ("b", "b.bin", f"{tmp_path}/b.bin", "[b]"):

@@ -51,7 +51,7 @@ def exact(part, text):
 @pytest.mark.parametrize("text", HARD)
 def test_hard_texts_come_back(trained, text):
     exact(trained, text)
-    exact(tokenizer.Bytes(), text)
+    exact(tokenizer.ByteTokenizer(), text)
 
 
 @given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\t▁a<"))))
@@ -59,7 +59,7 @@ def test_hard_texts_come_back(trained, text):
 @settings(max_examples=300, deadline=None)
 def test_any_text_comes_back(trained, text):
     exact(trained, text)
-    exact(tokenizer.Bytes(), text)
+    exact(tokenizer.ByteTokenizer(), text)
 
 
 def test_indentation_is_few_tokens(trained):
@@ -69,12 +69,12 @@ def test_indentation_is_few_tokens(trained):
 @given(st.lists(st.integers(-5, 500)))
 def test_any_ids_decode(trained, ids):
     assert isinstance(trained.decode(ids), str)
-    assert isinstance(tokenizer.Bytes().decode(ids), str)
+    assert isinstance(tokenizer.ByteTokenizer().decode(ids), str)
 
 
 def test_special_ids_leave_no_trace(trained):
     assert trained.decode([trained.bos, *trained.encode("ab"), trained.eos, 0]) == "ab"
-    assert tokenizer.Bytes().decode([97, 256, 98]) == "ab"
+    assert tokenizer.ByteTokenizer().decode([97, 256, 98]) == "ab"
 
 
 def test_bytes_are_built_without_settings(tmp_path):
@@ -89,7 +89,7 @@ def test_training_is_deterministic_and_cached(tmp_path, monkeypatch):
     assert first.fingerprint == second.fingerprint
     other = tokenizer.sentencepiece(lambda: iter(TEXTS), tmp_path / "a", vocab_size=380)
     assert other.fingerprint != first.fingerprint
-    monkeypatch.setattr(tokenizer.training, "train", None)  # would raise if it were called
+    monkeypatch.setattr(tokenizer.train_tokenizer, "train", None)  # would raise if it were called
     again = tokenizer.sentencepiece(lambda: iter(TEXTS), tmp_path / "a", vocab_size=400)
     assert again.fingerprint == first.fingerprint
 
@@ -140,7 +140,7 @@ def test_too_little_text_is_an_error_and_leaves_no_model(tmp_path):
 @given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 100))
 def test_the_sample_is_spread_and_bounded(sizes, budget):
     texts = [f"{i:03}" + "x" * size for i, size in enumerate(sizes)]
-    sample = tokenizer.training.sample(texts, budget)
+    sample = tokenizer.train_tokenizer.sample(texts, budget)
     assert sum(map(len, sample)) <= budget
     assert bool(sample) == bool(texts)
     numbers = [int(text[:3]) for text in sample if len(text) >= 3]
@@ -149,7 +149,7 @@ def test_the_sample_is_spread_and_bounded(sizes, budget):
 
 @given(st.text(alphabet="ab \n\r\u2028", max_size=300), st.integers(1, 20))
 def test_paragraphs_are_the_text(text, limit):
-    assert "".join(tokenizer.training._paragraphs(text, limit)) == text
+    assert "".join(tokenizer.train_tokenizer._paragraphs(text, limit)) == text
 
 
 # --- files of other formats -------------------------------------------------------------------------------------------
@@ -335,8 +335,8 @@ def test_special_tokens_digits_and_normalization(tmp_path, kind):
 
 def test_the_sample_has_a_reach():
     texts = [str(number) * 10 for number in range(10)]
-    assert tokenizer.training.sample(texts, 1000) == texts
-    assert tokenizer.training.sample(texts, 1000, reach=25) == texts[:3]
+    assert tokenizer.train_tokenizer.sample(texts, 1000) == texts
+    assert tokenizer.train_tokenizer.sample(texts, 1000, reach=25) == texts[:3]
 
 
 def test_a_run_on_tokens_needs_no_tokenizer():

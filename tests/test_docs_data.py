@@ -12,7 +12,7 @@ import pytest
 from tests.test_docs import ROOT
 from tests.test_docs import commands as shown
 from torchladder import commands, config, train
-from torchladder.data.formats.indexed import Indexed
+from torchladder.data.formats.indexed import IndexedTokens
 
 # What stands in for a corpus is small, and so is all that is made of it.
 SMALL = {"32000": "400", '"small"': '"debug"'}
@@ -63,7 +63,7 @@ def test_the_commands_lead_from_folders_to_a_run(folder, monkeypatch, capsys):
         assert commands.main() == 0, command
     said = capsys.readouterr().out
     assert "0.00 to " in said  # epochs, as planned
-    assert Indexed("tokens/all").tokens == Indexed("tokens/en").tokens
+    assert IndexedTokens("tokens/all").tokens == IndexedTokens("tokens/en").tokens
     steps = [json.loads(line) for line in (folder / "outputs" / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["step"] > 5
 

@@ -24,16 +24,16 @@ from torchladder import commands, config, mask, models, plots
 from torchladder.commands import convert
 from torchladder.commands import evaluate as command
 from torchladder.data.corpus import Corpus
-from torchladder.data.formats.indexed import Writer
-from torchladder.models.attention.dense import Dense
-from torchladder.models.attention.sdpa import Sdpa
+from torchladder.data.formats.indexed import IndexedWriter
+from torchladder.inference import evaluation
+from torchladder.inference.evaluation import EvalJob, EvalSlices, EvalWeights, ResultTable
+from torchladder.inference.evaluation.eval_files import EvalDocuments
+from torchladder.inference.evaluation.result_table import COLUMNS
+from torchladder.inference.evaluation.scores import Scores, buckets
+from torchladder.inference.trained_model import LoadedModel
+from torchladder.models.attention.dense import DenseKernel
+from torchladder.models.attention.sdpa import SdpaKernel
 from torchladder.registry import ConfigError
-from torchladder.run import evaluation
-from torchladder.run.evaluation import Job, Table, Weights, Windows
-from torchladder.run.evaluation.documents import Documents
-from torchladder.run.evaluation.scores import Scores, buckets
-from torchladder.run.evaluation.table import COLUMNS
-from torchladder.run.restored import Restored
 
 V = 11
 SHAPE = models.LlamaConfig(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=12, vocab_size=V, init_std=0.6)
@@ -48,7 +48,7 @@ cuts = st.integers(1, 12).flatmap(lambda context: st.tuples(st.just(context), st
 @given(lengths, cuts, st.integers(1, 60))
 def test_every_token_but_the_first_is_predicted_once(lengths, cut, budget):
     context, stride = cut
-    windows = Windows(context, stride)
+    windows = EvalSlices(context, stride)
     predicted, read = Counter(), 0
     for batch in windows.batches(np.array(lengths, dtype=np.int64), budget):
         sizes = batch.ends - batch.begins
@@ -63,8 +63,8 @@ def test_every_token_but_the_first_is_predicted_once(lengths, cut, budget):
 
 
 def test_windows_of_like_length_are_read_together_within_a_buffer(monkeypatch):
-    monkeypatch.setattr("torchladder.run.evaluation.windows.BUFFER", 4)
-    batches = Windows(8, 8).batches(np.array([2, 9, 3, 9, 5, 5, 5, 2]), 16)
+    monkeypatch.setattr("torchladder.inference.evaluation.eval_slices.BUFFER", 4)
+    batches = EvalSlices(8, 8).batches(np.array([2, 9, 3, 9, 5, 5, 5, 2]), 16)
     assert [(batch.ends - batch.begins).tolist() for batch in batches] == [[8, 8], [2, 1], [4, 4, 4, 1]]
 
 
@@ -110,10 +110,10 @@ def tiny(tmp_path_factory):
 
 def job_of(settings, documents, context, stride, path=Path("memory.bin")):
     corpus = Corpus("memory", [Shard(documents)])
-    return Job(
-        Weights(Path(), 1, settings, "", Path()),
-        Documents(path, corpus, None),
-        Windows(context, stride),
+    return EvalJob(
+        EvalWeights(Path(), 1, settings, "", Path()),
+        EvalDocuments(path, corpus, None),
+        EvalSlices(context, stride),
         "",
         True,
         None,
@@ -147,14 +147,14 @@ def test_scores_are_those_of_each_token_alone(tiny, documents, cut, budget, name
     """Documents of no, one and many tokens, some of which nobody is to predict, under several masks."""
     context, stride = cut
     shape = dataclasses.replace(SHAPE, tie_embeddings=tied)
-    slow = models.Llama(shape, Dense.attend, seq_len=context)
-    fast = models.Llama(shape, Sdpa.attend, seq_len=context)
+    slow = models.Llama(shape, DenseKernel.attend, seq_len=context)
+    fast = models.Llama(shape, SdpaKernel.attend, seq_len=context)
     slow.init_weights(seed)
     fast.load_state_dict(slow.state_dict())
     start = mask.registry.get(name)(torch.arange(context, dtype=torch.int32)[None], window)[0]
     job = job_of(tiny, documents, context, stride)
     read = []
-    scores = evaluation.score(Restored(fast, start, torch.device("cpu")), job, budget, read.append)
+    scores = evaluation.score(LoadedModel(fast, start, torch.device("cpu")), job, budget, read.append)
     with torch.no_grad():
         expected = list(alone(slow, start, documents, context, stride))
     for first, last in (None, None), *buckets(context):
@@ -167,7 +167,7 @@ def test_scores_are_those_of_each_token_alone(tiny, documents, cut, budget, name
 
 
 def test_a_model_without_a_way_of_its_own_gives_the_same_losses(monkeypatch):
-    model = models.Llama(SHAPE, Dense.attend, seq_len=9)
+    model = models.Llama(SHAPE, DenseKernel.attend, seq_len=9)
     model.init_weights(0)
     tokens, labels = torch.randint(V, (3, 9)), torch.randint(V, (3, 9))
     labels[1, 2:] = -100
@@ -183,8 +183,8 @@ def test_a_model_without_a_way_of_its_own_gives_the_same_losses(monkeypatch):
 
 
 def test_a_token_that_the_model_does_not_have_is_named(tiny):
-    model = models.Llama(SHAPE, Sdpa.attend, seq_len=4)
-    restored = Restored(model, torch.zeros(4, dtype=torch.int32), torch.device("cpu"))
+    model = models.Llama(SHAPE, SdpaKernel.attend, seq_len=4)
+    restored = LoadedModel(model, torch.zeros(4, dtype=torch.int32), torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"memory\.bin holds token 11, the model has 11"):
         evaluation.score(restored, job_of(tiny, [[1, V, 2]], 4, 4), 100, len)
 
@@ -198,7 +198,7 @@ def row(fingerprint="a", **values):
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_rows_come_back_as_they_were(tmp_path, suffix):
-    table = Table(tmp_path / "new" / f"results{suffix}")
+    table = ResultTable(tmp_path / "new" / f"results{suffix}")
     assert table.rows() == []
     rows = [
         row("a", loss=0.1 + 0.2, tokens=3, file='a "b", c\u2028é.txt'),
@@ -207,12 +207,12 @@ def test_rows_come_back_as_they_were(tmp_path, suffix):
     ]
     table.add(rows[:2])
     table.add(rows)
-    assert Table(table.path).rows() == rows
+    assert ResultTable(table.path).rows() == rows
 
 
 def test_csv_says_what_is_not_finite_and_json_has_no_word_for_it(tmp_path):
     for suffix, expected in (".csv", "nan"), (".jsonl", "None"):
-        table = Table(tmp_path / f"results{suffix}")
+        table = ResultTable(tmp_path / f"results{suffix}")
         table.add([row(loss=math.nan, perplexity=math.inf)])
         assert str(table.rows()[0]["loss"]) == expected
         assert "NaN" not in table.path.read_text()
@@ -220,7 +220,7 @@ def test_csv_says_what_is_not_finite_and_json_has_no_word_for_it(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_a_line_that_was_cut_off_is_dropped_wherever_it_was_cut(tmp_path, suffix):
-    table = Table(tmp_path / f"results{suffix}")
+    table = ResultTable(tmp_path / f"results{suffix}")
     table.add([row("a")])
     before = table.path.read_bytes()
     table.add([row("b", loss=1.5)])
@@ -233,7 +233,7 @@ def test_a_line_that_was_cut_off_is_dropped_wherever_it_was_cut(tmp_path, suffix
 
 
 def add_rows(path, names):
-    table = Table(path)
+    table = ResultTable(path)
     read = table._read
 
     def read_slowly(file):
@@ -258,7 +258,7 @@ def test_processes_add_to_one_file_at_once(tmp_path, suffix):
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
-    found = [(one["fingerprint"], one["first_position"]) for one in Table(path).rows()]
+    found = [(one["fingerprint"], one["first_position"]) for one in ResultTable(path).rows()]
     assert Counter(found) == Counter(
         (f"{worker} {i}", first) for worker in range(4) for i in range(8) for first in (None, 0)
     )
@@ -281,12 +281,12 @@ def test_a_file_that_holds_something_else_is_refused_and_kept(tmp_path, name, co
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
-        Table(path)
+        ResultTable(path)
     assert path.read_text() == content
 
 
 def test_rows_that_do_not_fit_on_the_disk_leave_nothing(tmp_path):
-    table = Table(tmp_path / "results.csv")
+    table = ResultTable(tmp_path / "results.csv")
     table.add([row("a")])
     before = table.path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -302,7 +302,7 @@ def test_rows_that_do_not_fit_on_the_disk_leave_nothing(tmp_path):
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
-        Table(tmp_path / "file" / "results.csv")
+        ResultTable(tmp_path / "file" / "results.csv")
 
 
 def test_the_docs_name_each_column_and_each_option(capsys):
@@ -345,7 +345,7 @@ def evaluate(root, *argv, code=0, models=("run",), files=("val.jsonl",), output=
     paths = [str(root / name) for name in (*models, "--", *files) if name != "--"]
     given, read = paths[: len(models)], paths[len(models) :]
     assert command.run([*given, "--files", *read, "--output", str(output), *argv]) == code
-    return Table(Path(output)).rows()
+    return ResultTable(Path(output)).rows()
 
 
 def plain(rows):
@@ -381,8 +381,8 @@ def test_what_is_in_the_output_is_not_evaluated_again(root, tmp_path, monkeypatc
     output = tmp_path / "results.jsonl"
     first = evaluate(root, output=output, models=("run/checkpoint/step-1",))
     loaded = []
-    load = Weights.load
-    monkeypatch.setattr(Weights, "load", lambda weights, *of: loaded.append(weights.step) or load(weights, *of))
+    load = EvalWeights.load
+    monkeypatch.setattr(EvalWeights, "load", lambda weights, *of: loaded.append(weights.step) or load(weights, *of))
     both = evaluate(root, output=output)
     assert loaded == [2]
     assert both[0] == first[0]
@@ -474,22 +474,22 @@ def test_a_hugging_face_folder_gives_what_its_checkpoint_gives(root, tmp_path, c
     found = []
     for bos in ("--no-bos", "--bos"):
         assert command.run([str(out), str(tmp_path / "hf"), *ask, bos]) == 0
-        found.append([Table(folder / "evaluation.csv").rows()[-1] for folder in (out, tmp_path / "hf")])
+        found.append([ResultTable(folder / "evaluation.csv").rows()[-1] for folder in (out, tmp_path / "hf")])
         ours, theirs = found[-1]
         assert (ours["step"], theirs["step"]) == (1, None)
         assert ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
     assert found[1][0]["tokens"] == found[0][0]["tokens"] + 1
-    assert len(Table(tmp_path / "hf" / "evaluation.csv").rows()) == 2
+    assert len(ResultTable(tmp_path / "hf" / "evaluation.csv").rows()) == 2
     # Without --context a row of the model's own length.
     capsys.readouterr()
     assert command.run([str(tmp_path / "hf"), "--files", str(root / "long.txt")]) == 0
-    assert Table(tmp_path / "hf" / "evaluation.csv").rows()[-1]["context"] == 64
+    assert ResultTable(tmp_path / "hf" / "evaluation.csv").rows()[-1]["context"] == 64
 
 
 def test_tokens_are_read_as_they_are_and_nothing_is_not_nan(root, tmp_path, capsys):
     for name, documents in {"some": [[104, 105], [], [7], [1] * 200], "none": [[1], [], [2]]}.items():
-        with Writer(tmp_path / name, np.dtype(np.uint16)) as writer:
+        with IndexedWriter(tmp_path / name, np.dtype(np.uint16)) as writer:
             for document in documents:
                 writer.add(document)
     files = [str(tmp_path / name) for name in ("some.idx", "none.bin", "some.bin")]
@@ -622,7 +622,7 @@ VAL = ["--files", "{root}/val.jsonl"]
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(root, argv, message, monkeypatch, capsys):
     (root / "empty" / "folder.txt").mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr(Restored, "load", None)
+    monkeypatch.setattr(LoadedModel, "load", None)
     monkeypatch.setattr("sys.argv", ["torchladder", "evaluate", *(word.format(root=root) for word in argv)])
     assert commands.main() == 2
     assert message in " ".join(capsys.readouterr().err.split())

@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from torchladder import config, models
 from torchladder.commands import plan as command
-from torchladder.distributed import fake
+from torchladder.distributed import fake_ranks
 from torchladder.models.attention import sdpa
 from torchladder.registry import ConfigError
-from torchladder.run import plan as plans
-from torchladder.run.footprint import Footprint
+from torchladder.training import run_plan as plans
+from torchladder.training.memory_estimate import MemoryEstimator
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
 LLAMA = ["--job.config_file", str(CONFIGS / "llama1b_dm8.toml"), "--model.n_layers", "4"]
@@ -24,9 +24,9 @@ TENSOR, CONTEXT = "--parallelism.tensor_parallel_degree", "--parallelism.context
 
 
 def footprint(ranks, *argv):
-    plan = plans.make(config.load([*LLAMA, "--training.local_batch_size", "1", *argv]), ranks)
-    with fake.ranks(ranks):
-        made = Footprint(plan)
+    plan = plans.make_plan(config.load([*LLAMA, "--training.local_batch_size", "1", *argv]), ranks)
+    with fake_ranks.ranks(ranks):
+        made = MemoryEstimator(plan)
         return made, made.memory(), made.traffic()
 
 
@@ -36,7 +36,7 @@ def test_activations_on_meta_are_those_of_a_real_block():
     found = {}
     for device in ("meta", "cpu"):
         with torch.device(device):
-            model = models.Llama(shape, sdpa.Sdpa.attend, 64)
+            model = models.Llama(shape, sdpa.SdpaKernel.attend, 64)
             x = torch.empty(2, 64, 32, requires_grad=True)
         kept = {}
 
@@ -49,7 +49,7 @@ def test_activations_on_meta_are_those_of_a_real_block():
         weights = sum(parameter.numel() * 4 for parameter in model.layers["0"].parameters())
         found[device] = sum(storage.nbytes() for storage in kept.values()) - weights - form.nbytes
         if device == "meta":
-            counted = fake.activations(model.layers["0"], x, form)
+            counted = fake_ranks.activations(model.layers["0"], x, form)
     assert counted["none"] == found["meta"] == found["cpu"]
     assert counted["full"] == x.nbytes
     assert counted["full"] < counted["op"] < counted["none"]

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from torchladder.generate import SamplesConfig, draw, generate
+from torchladder.config import SamplesConfig
+from torchladder.inference.decoding import generate, sample_token
 from torchladder.registry import ConfigError
 
 V = 7
@@ -57,14 +58,14 @@ def test_drawing_follows_the_distribution_within_the_nucleus():
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(4)
     for _ in range(4000):
-        counts[draw(logits, 1.0, 0.8, generator)] += 1
+        counts[sample_token(logits, 1.0, 0.8, generator)] += 1
     assert counts[2] == counts[3] == 0
     assert counts[0] / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)
 
 
 def test_the_likeliest_token_always_stays():
     logits = torch.tensor([3.0, 0.0])
-    assert draw(logits, 1.0, 1e-9, torch.Generator().manual_seed(0)) == 0
+    assert sample_token(logits, 1.0, 1e-9, torch.Generator().manual_seed(0)) == 0
 
 
 @pytest.mark.parametrize("settings", [{"freq": -1}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}])

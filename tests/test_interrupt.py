@@ -10,9 +10,9 @@ from runs import lines, losses, run, start, validations
 
 from torchladder import checkpoint, train
 from torchladder.checkpoint import checksums
-from torchladder.data.loader import RowLoader
-from torchladder.interrupt import Interrupt, Interrupted
-from torchladder.run import samples, trainer
+from torchladder.data.row_loader import RowLoader
+from torchladder.resilience.interrupt import Interrupt, Interrupted
+from torchladder.training import samples, trainer
 
 STEPS = 6
 RUN = [

@@ -19,8 +19,6 @@ PARTS = [
     "checkpoint",
     "metrics",
     "profiling",
-    "generate",
-    "interrupt",
     "plots",
     "resilience",
 ]
@@ -29,7 +27,8 @@ LAYERS = [
     ["mask"],
     PARTS,
     ["config"],
-    ["run"],
+    ["inference"],
+    ["training"],
     ["train", "commands"],
     ["__main__"],
 ]

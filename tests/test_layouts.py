@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from torchladder import models
-from torchladder.distributed import context, mesh, parallelize
+from torchladder.distributed import context_parallel, mesh, parallelize
 from torchladder.distributed.mesh import ParallelismConfig
-from torchladder.distributed.parallelize import Settings
+from torchladder.distributed.parallelize import ParallelizeConfig
 from torchladder.models import attention
 from torchladder.models.attention import sdpa
 
@@ -122,11 +122,11 @@ def whole(config):
 def spread(ranks, config, parallelism):
     """Returns the model on a layout, its mesh and its share of rows."""
     found = mesh.build(mesh.degrees(parallelism, ranks.size), ranks.rank, "cpu")
-    share = context.Share(found, seq_len=16)
+    share = context_parallel.ContextShard(found, seq_len=16)
     with torch.device("meta"):
-        model = models.Llama(config, share.attend(sdpa.Sdpa.attend), seq_len=16)
-        model.begin_at(share.first)
-    parallelize.parallelize(model, model.parallel_plan(), found, Settings(parallelism))
+        model = models.Llama(config, share.attend(sdpa.SdpaKernel.attend), seq_len=16)
+        model.set_position_offset(share.first)
+    parallelize.parallelize(model, model.parallel_plan(), found, ParallelizeConfig(parallelism))
     model.to_empty(device="cpu")
     model.init_weights(0)
     return model, found, share
@@ -134,7 +134,7 @@ def spread(ranks, config, parallelism):
 
 def compare(ranks, cases):
     tokens, labels = rows()
-    kernel = attention.kernel("sdpa", ["causal"], "cpu")
+    kernel = attention.build_kernel("sdpa", ["causal"], "cpu")
     for config, settings in cases:
         one, expected = whole(config)
         model, found, here = spread(ranks, config, ParallelismConfig(**settings))

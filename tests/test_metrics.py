@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchladder import metrics
-from torchladder.metrics import Metrics, MetricsConfig, Run, device, report
+from torchladder.metrics import MetricsConfig, MetricsProcessor, RunInfo, device, processor
 from torchladder.registry import ConfigError
 
 KEYS = ["step", "loss", "grad_norm", "lr", "window", "tokens", "tps", "flops", "mfu", "mfu_palm"]
@@ -22,7 +22,7 @@ SEQ_LEN = 16
 def clock(monkeypatch):
     """A clock that goes forward only when told to."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(report.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(processor.time, "perf_counter", lambda: clock.now)
     return clock
 
 
@@ -32,7 +32,7 @@ def flops(tokens, pairs):
 
 def make(folder, step=0, config=None, **facts):
     defaults = {"folder": folder, "steps": 100, "seq_len": SEQ_LEN, "flops": flops, "device": torch.device("cpu")}
-    return Metrics(config or MetricsConfig(enable_tensorboard=False), Run(**defaults | facts), step)
+    return MetricsProcessor(config or MetricsConfig(enable_tensorboard=False), RunInfo(**defaults | facts), step)
 
 
 def take(reporter, step, tokens=64, pairs=128, **values):
@@ -100,7 +100,7 @@ def test_paused_time_is_not_training_time(tmp_path, clock):
 
 def test_due():
     reporter = SimpleNamespace(config=MetricsConfig(log_freq=10), run=SimpleNamespace(steps=25))
-    assert [step for step in range(1, 26) if Metrics.due(reporter, step)] == [1, 10, 20, 25]
+    assert [step for step in range(1, 26) if MetricsProcessor.due(reporter, step)] == [1, 10, 20, 25]
 
 
 def test_unknown_device_and_numbers_that_json_lacks(tmp_path):

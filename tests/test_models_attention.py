@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 
 from torchladder import mask, models
 from torchladder.models import attention
-from torchladder.models.attention import fused, pieces, varlen
+from torchladder.models.attention import attention_pieces, fused_sdpa, varlen
 from torchladder.registry import ConfigError
 
 CPU = torch.device("cpu")
@@ -101,12 +101,12 @@ def test_the_textbook_stands_in_where_no_fused_kernel_does(start, heads):
     bias = torch.zeros(mask.dense(start)[0].shape).masked_fill_(~mask.dense(start)[0], -torch.inf)
     for some in (bias, None):
         with torch.no_grad():
-            out, lse = fused._textbook(q, k, v, some)
-            expected, expected_lse = fused.forward(q, k, v, some)
+            out, lse = fused_sdpa._textbook(q, k, v, some)
+            expected, expected_lse = fused_sdpa.forward(q, k, v, some)
             torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(lse, expected_lse, atol=2e-5, rtol=1e-4)
-            ours = fused._textbook_backward(grad, (q, k, v), out, lse, some)
-            theirs = fused.backward(grad, (q, k, v), out, expected_lse, some)
+            ours = fused_sdpa._textbook_backward(grad, (q, k, v), out, lse, some)
+            theirs = fused_sdpa.backward(grad, (q, k, v), out, expected_lse, some)
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
@@ -139,20 +139,20 @@ def test_the_cost_of_sdpa_follows_the_pairs(mix, window):
     positions[1, 900:] -= 900
     start = mask.compose(*(mask.registry.get(name)(positions, window) for name in mix))
     # A masked block computes the triangle of its own queries and keys twice over, so a narrow window costs most.
-    assert work(pieces.of(start)) < 2 * mask.pairs(start) + 64 * length * 2
+    assert work(attention_pieces.of(start)) < 2 * mask.pairs(start) + 64 * length * 2
 
 
 def test_a_causal_row_is_one_call():
     row = torch.arange(1000, dtype=torch.int32).repeat(3, 1)
-    assert len(pieces.of(mask.causal(row, 1))) == 1
-    assert len(pieces.uniform(3, 1000, 1000)) == 1
-    assert len(pieces.uniform(3, 1000, 100)) == 1
-    assert len(pieces.uniform(3, 1000, 600)) == 2  # the chunks, then the shorter ones at the end
+    assert len(attention_pieces.of(mask.causal(row, 1))) == 1
+    assert len(attention_pieces.uniform(3, 1000, 1000)) == 1
+    assert len(attention_pieces.uniform(3, 1000, 100)) == 1
+    assert len(attention_pieces.uniform(3, 1000, 600)) == 2  # the chunks, then the shorter ones at the end
 
 
 def test_a_call_takes_no_more_segments_than_a_grid_has_room_for(monkeypatch):
-    monkeypatch.setattr(pieces, "MOST", 10)
-    layout = pieces.uniform(5, 30, 2)
+    monkeypatch.setattr(attention_pieces, "MOST", 10)
+    layout = attention_pieces.uniform(5, 30, 2)
     assert all((p.rows.stop - p.rows.start) * (p.queries.stop - p.queries.start) // p.width <= 10 for p in layout)
     assert_like_dense("fold", mask.chunk(torch.arange(30, dtype=torch.int32).repeat(5, 1), 2), (4, 2))
     assert_like_dense("fold", mask.chunk(torch.arange(30, dtype=torch.int32).repeat(5, 1), 8), (4, 2))
@@ -161,7 +161,7 @@ def test_a_call_takes_no_more_segments_than_a_grid_has_room_for(monkeypatch):
 @given(start=starts(longest=300))
 def test_pieces_cover_each_query_once(start):
     seen = torch.zeros_like(start)
-    for piece in pieces.of(start):
+    for piece in attention_pieces.of(start):
         seen[piece.rows, piece.queries] += 1
     assert (seen == 1).all()
 
@@ -171,7 +171,7 @@ def test_cudnn_serves_few_lengths(monkeypatch):
 
     def serves(length):
         q, k = (SimpleNamespace(shape=(2, heads, length, 64), device=torch.device("cuda")) for heads in (4, 2))
-        return fused._backend(q, k, k, None)
+        return fused_sdpa._backend(q, k, k, None)
 
     assert [serves(length) for length in (127, 128, 129, 1024, 1000)] == ["flash", "cudnn", "flash", "cudnn", "flash"]
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
@@ -193,7 +193,7 @@ def test_cudnn_serves_few_lengths(monkeypatch):
     ],
 )
 def test_auto_chooses_by_device_and_masks(masks, device, expected):
-    chosen = attention.kernel("auto", masks, device)
+    chosen = attention.build_kernel("auto", masks, device)
     assert chosen.name == expected
     assert masks[0] in chosen.why
 
@@ -210,15 +210,15 @@ def test_a_kernel_refuses_what_it_cannot_do(monkeypatch):
     ]
     for name, masks, device, message in refused:
         with pytest.raises(ConfigError, match=message):
-            attention.kernel(name, masks, device)
-    assert attention.kernel("flex", ["causal"], "cpu", training=False).name == "flex"
+            attention.build_kernel(name, masks, device)
+    assert attention.build_kernel("flex", ["causal"], "cpu", training=False).name == "flex"
 
 
 def test_a_plugin_mask_needs_a_kernel_for_any_mask(monkeypatch):
     monkeypatch.setitem(mask.registry._parts, "stairs", mask.causal)
-    assert attention.kernel("auto", ["stairs"], "cpu").name == "sdpa"
+    assert attention.build_kernel("auto", ["stairs"], "cpu").name == "sdpa"
     with pytest.raises(ConfigError, match="stairs"):
-        attention.kernel("varlen", ["stairs"], "cuda")
+        attention.build_kernel("varlen", ["stairs"], "cuda")
 
 
 def test_the_mask_of_the_docs_works(monkeypatch):
@@ -318,7 +318,7 @@ def test_varlen_hands_over_the_right_segments(grouped, positions, window, mix, h
     start = mask.compose(*(mask.registry.get(name)(positions, window) for name in mix))
     given = inputs(*start.shape, heads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(varlen.Varlen, "check", lambda *_: None)
+        patch.setattr(varlen.VarlenKernel, "check", lambda *_: None)
         patch.setattr(varlen, "varlen_attn", stand_in)
         patch.setattr(varlen, "GROUPED", grouped)
         ours = run(make("varlen"), start, *given)
@@ -343,7 +343,7 @@ def test_varlen_compiles_for_any_window_at_once(monkeypatch):
     def stand_in(q, k, v, bounds, _, longest, __, *, window_size, enable_gqa=False):
         return opaque_segments(q, k, v, bounds, longest, window_size[0])
 
-    monkeypatch.setattr(varlen.Varlen, "check", lambda *_: None)
+    monkeypatch.setattr(varlen.VarlenKernel, "check", lambda *_: None)
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     compiled, _ = climb(make("varlen"), ["document", "chunk"], compiled=True)
     assert counters["stats"]["unique_graphs"] <= 3

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchladder import mask, models
-from torchladder.generate import SamplesConfig, generate
+from torchladder.config import SamplesConfig
+from torchladder.inference.decoding import generate
 from torchladder.models import attention
-from torchladder.models.interchange import conversion, folder, settings, weights
-from torchladder.models.interchange.folder import Folder
-from torchladder.models.interchange.settings import Facts
+from torchladder.models.hf import conversion, hf_config, hf_folder, hf_weights
+from torchladder.models.hf.hf_config import HFMetadata
+from torchladder.models.hf.hf_folder import Folder
 from torchladder.registry import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -42,13 +43,13 @@ STYLES = {
 
 
 @pytest.fixture(scope="module", params=list(STYLES))
-def theirs(request, tmp_path_factory):
+def hf_name(request, tmp_path_factory):
     """A small random model of theirs, in several shards, and the folder that it is in."""
     model = transformers.AutoModelForCausalLM.from_config(STYLES[request.param](), attn_implementation="eager").eval()
     stir(model, seed=1)
     path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(path, max_shard_size="20KB")
-    assert (path / folder.INDEX).is_file()
+    assert (path / hf_folder.INDEX).is_file()
     return SimpleNamespace(model=model, path=path)
 
 
@@ -63,15 +64,15 @@ def stir(model, seed):
 def make(path, masks=(), **changed):
     """Returns our model of a folder's config.json, without its weights, and what turns ``start`` into a form."""
     config = Folder(path).config
-    section = SimpleNamespace(**{**settings.read(config), **changed})
-    masks = [*masks, "sliding" if settings.window_of(config) else "causal"]
-    kernel = attention.kernel("dense", masks, "cpu", training=False)
+    section = SimpleNamespace(**{**hf_config.read(config), **changed})
+    masks = [*masks, "sliding" if hf_config.window_of(config) else "causal"]
+    kernel = attention.build_kernel("dense", masks, "cpu", training=False)
     return models.build(section, attend=kernel.attend, seq_len=T).eval(), kernel
 
 
 def begins(path, positions, masks=()):
     """Returns ``start`` under a folder's own window, and the given masks."""
-    window = settings.window_of(Folder(path).config) or T
+    window = hf_config.window_of(Folder(path).config) or T
     return mask.compose(mask.sliding(positions, window), *(allow(positions, window) for allow in masks))
 
 
@@ -102,15 +103,15 @@ def compare(path, one, kernel, other):
 
 def test_their_weights_give_their_logits_here(theirs):
     model, kernel = make(theirs.path, ["document"])
-    weights.load(model, theirs.path)
+    hf_weights.load(model, theirs.path)
     compare(theirs.path, model, kernel, theirs.model)
 
 
 def test_our_weights_give_our_logits_there_and_the_same_text(theirs, tmp_path):
     model, kernel = make(theirs.path, ["document"])
     stir(model, seed=3)
-    window = settings.window_of(Folder(theirs.path).config)
-    weights.save(model, tmp_path, Facts(T, window), torch.float32, first=True)
+    window = hf_config.window_of(Folder(theirs.path).config)
+    hf_weights.save(model, tmp_path, HFMetadata(T, window), torch.float32, first=True)
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert type(other) is type(theirs.model)
     compare(theirs.path, model, kernel, other)
@@ -132,15 +133,15 @@ def test_our_weights_give_our_logits_there_and_the_same_text(theirs, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_is_bit_for_bit(theirs, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(folder, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(hf_folder, "SHARD_BYTES", 20_000)
     source = tmp_path / "source"
     theirs.model.to(dtype).save_pretrained(source, max_shard_size="20KB")
     theirs.model.float()
     conversion.to_checkpoint(Folder(source), tmp_path / "step-0")
-    fields = settings.read(Folder(source).config)
+    fields = hf_config.read(Folder(source).config)
     config = models.resolve(SimpleNamespace(**fields))
     (tmp_path / "back").mkdir()
-    facts = Facts(64, settings.window_of(Folder(source).config))
+    facts = HFMetadata(64, hf_config.window_of(Folder(source).config))
     conversion.from_checkpoint(tmp_path / "step-0", tmp_path / "back", (fields["name"], config), facts)
     first, back = Folder(source), Folder(tmp_path / "back")
     assert first.tensors.keys() == back.tensors.keys()
@@ -148,8 +149,8 @@ def test_there_and_back_is_bit_for_bit(theirs, tmp_path, monkeypatch, dtype):
     for name, kept in first.tensors.items():
         assert back.tensors[name].dtype == kept.dtype == dtype
         assert torch.equal(back.read(name), first.read(name)), name
-    assert settings.read(back.config) == fields
-    known = settings.KEYS.values()
+    assert hf_config.read(back.config) == fields
+    known = hf_config.KEYS.values()
     assert {key: back.config[key] for key in known} == {key: first.config.get(key, back.config[key]) for key in known}
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=dtype)
     for (name, one), other in zip(reloaded.named_parameters(), theirs.model.to(dtype).parameters(), strict=True):
@@ -162,14 +163,14 @@ def test_there_and_back_is_bit_for_bit(theirs, tmp_path, monkeypatch, dtype):
 
 def test_new_rows_of_the_vocabulary_are_the_mean_of_the_old(theirs, tmp_path):
     model, _ = make(theirs.path, vocab_size=V + 7)
-    weights.load(model, theirs.path)
+    hf_weights.load(model, theirs.path)
     conversion.to_checkpoint(Folder(theirs.path), tmp_path, V + 7)
     for name, parameter in model.state_dict().items():
         kept = torch.zeros_like(parameter)
         dcp.load({f"model.{name}": kept}, checkpoint_id=tmp_path, no_dist=True)
         assert torch.equal(kept, parameter)
         if name in ("embedding.weight", "head.weight"):
-            assert torch.equal(parameter[:V], Folder(theirs.path).read(model.hugging_face.theirs(name)))
+            assert torch.equal(parameter[:V], Folder(theirs.path).read(model.hugging_face.hf_name(name)))
             assert (parameter[V:] == parameter[:V].mean(dim=0)).all()
     with pytest.raises(ConfigError, match="vocabulary of 90 cannot hold the 96"):
         conversion.to_checkpoint(Folder(theirs.path), tmp_path / "fewer", 90)
@@ -188,16 +189,16 @@ def test_older_files_say_the_same():
     older["rope_scaling"].pop("rope_type")
     older["rope_scaling"].pop("rope_theta")
     newer = {**JSON, "rope_parameters": SCALED}
-    assert settings.read(older) == settings.read(newer)
-    read = settings.read(JSON)
+    assert hf_config.read(older) == hf_config.read(newer)
+    read = hf_config.read(JSON)
     assert (read["n_kv_heads"], read["head_dim"], read["rope_theta"], read["tie_embeddings"]) == (4, 8, 1e4, False)
 
 
 def test_linear_scaling_is_a_condensed_position():
-    read = settings.read({**JSON, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    read = hf_config.read({**JSON, "rope_scaling": {"type": "linear", "factor": 4.0}})
     assert read["rope_condense_ratio"] == 4.0
     config = models.resolve(SimpleNamespace(**read))
-    again = settings.write("llama", config, Facts(T), torch.float32)
+    again = hf_config.write("llama", config, HFMetadata(T), torch.float32)
     assert again["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**again))
     with torch.device("meta"):
@@ -226,8 +227,8 @@ LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.
 def test_flavors_are_what_the_published_files_say(name, flavor, published):
     keys = ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
     keys += ["intermediate_size", "vocab_size", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "rope_scaling"]
-    read = settings.read(dict(zip(keys, published, strict=True)))
-    settings.agree(read, models.registry.flavors(name)[flavor], flavor)
+    read = hf_config.read(dict(zip(keys, published, strict=True)))
+    hf_config.check_compatible(read, models.registry.flavors(name)[flavor], flavor)
 
 
 @given(
@@ -246,15 +247,15 @@ def test_a_written_config_is_read_as_it_was(kind, heads, tied, theta, rope, wind
         dim=24, n_layers=3, n_heads=groups * each, n_kv_heads=groups, head_dim=2 * half, ffn_dim=7, vocab_size=11,
         tie_embeddings=tied, rope_theta=theta, initialization="normal", **rope,
     )  # fmt: skip
-    written = json.loads(json.dumps(settings.write(name, config, Facts(64, window), torch.bfloat16)))
-    assert models.resolve(SimpleNamespace(**settings.read(written))) == config
-    assert settings.window_of(written) == window
+    written = json.loads(json.dumps(hf_config.write(name, config, HFMetadata(64, window), torch.bfloat16)))
+    assert models.resolve(SimpleNamespace(**hf_config.read(written))) == config
+    assert hf_config.window_of(written) == window
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), limit=st.integers(1, 100))
 def test_shards_hold_each_tensor_once_in_order(sizes, limit):
     stored = {str(number): size for number, size in enumerate(sizes)}
-    shards = list(folder.shards(stored, limit))
+    shards = list(hf_folder.shards(stored, limit))
     assert [name for shard in shards for name in shard] == list(stored)
     assert all(len(shard) == 1 or sum(stored[name] for name in shard) <= limit for shard in shards)
     for shard, following in pairwise(shards):
@@ -277,7 +278,7 @@ def test_shards_hold_each_tensor_once_in_order(sizes, limit):
 )
 def test_what_is_not_computed_here_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        settings.read({**JSON, **change})
+        hf_config.read({**JSON, **change})
 
 
 @pytest.mark.parametrize(
@@ -292,7 +293,7 @@ def test_what_is_not_computed_here_is_refused(change, message):
 def test_what_cannot_be_said_there_is_refused(name, change, window):
     config = models.resolve(SimpleNamespace(name=name, flavor="debug", **change))
     with pytest.raises(ConfigError, match="Hugging Face"):
-        settings.write(name, config, Facts(T, window), torch.float32)
+        hf_config.write(name, config, HFMetadata(T, window), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -307,15 +308,15 @@ def test_what_cannot_be_said_there_is_refused(name, change, window):
 def test_a_folder_of_another_model_is_refused(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(JSON))
     with pytest.raises(ConfigError, match=message):
-        weights.load(make(tmp_path, **change)[0], tmp_path)
+        hf_weights.load(make(tmp_path, **change)[0], tmp_path)
 
 
 def test_tensors_that_lack_or_are_left_over_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(JSON))
     model, _ = make(tmp_path)
     with pytest.raises(ConfigError, match=r"model.safetensors is not there"):
-        weights.load(model, tmp_path)
-    weights.save(model, tmp_path, Facts(T), torch.float32, first=True)
+        hf_weights.load(model, tmp_path)
+    hf_weights.save(model, tmp_path, HFMetadata(T), torch.float32, first=True)
     file = tmp_path / "model.safetensors"
     tensors = safetensors.load_file(file)
     for name, changed, message in (
@@ -327,9 +328,9 @@ def test_tensors_that_lack_or_are_left_over_are_named(tmp_path):
         other = {key: tensor for key, tensor in {**tensors, name: changed}.items() if tensor is not None}
         safetensors.save_file(other, file)
         with pytest.raises(ConfigError, match=message):
-            weights.load(model, tmp_path)
+            hf_weights.load(model, tmp_path)
     safetensors.save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, file)
-    weights.load(model, tmp_path)
+    hf_weights.load(model, tmp_path)
 
 
 def test_damaged_files_are_named(theirs, tmp_path):
@@ -338,10 +339,10 @@ def test_damaged_files_are_named(theirs, tmp_path):
     second = sorted(tmp_path.glob("*.safetensors"))[1]
     second.write_bytes(second.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=rf"{second.name} is damaged"):
-        weights.load(make(tmp_path)[0], tmp_path)
-    (tmp_path / folder.INDEX).write_text("{}")
+        hf_weights.load(make(tmp_path)[0], tmp_path)
+    (tmp_path / hf_folder.INDEX).write_text("{}")
     with pytest.raises(ConfigError, match="has no weight_map"):
-        weights.load(make(tmp_path)[0], tmp_path)
+        hf_weights.load(make(tmp_path)[0], tmp_path)
 
 
 def test_a_folder_without_a_config_is_none(tmp_path):

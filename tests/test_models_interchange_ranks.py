@@ -8,9 +8,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from torchladder import models
-from torchladder.models.interchange import weights
-from torchladder.models.interchange.folder import Folder
-from torchladder.models.interchange.settings import Facts
+from torchladder.models.hf import hf_weights
+from torchladder.models.hf.hf_config import HFMetadata
+from torchladder.models.hf.hf_folder import Folder
 
 pytest.importorskip("safetensors")
 
@@ -34,12 +34,12 @@ def rank_main(rank, root):
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
             model.to_empty(device="cpu")
-            weights.load(model, root / name)
+            hf_weights.load(model, root / name)
             whole = make(rows)
-            weights.load(whole, root / name)
+            hf_weights.load(whole, root / name)
             for one, other in zip(model.parameters(), whole.parameters(), strict=True):
                 assert torch.equal(one.full_tensor(), other)
-            weights.save(model, root / f"{name}-{rows}", Facts(16), torch.float32, first=rank == 0)
+            hf_weights.save(model, root / f"{name}-{rows}", HFMetadata(16), torch.float32, first=rank == 0)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -50,7 +50,7 @@ def test_ranks_load_and_save_their_shares(tmp_path):
         model.init_weights(0)
         for folder in (name, f"{name}-{V}", f"{name}-{V + 8}"):
             (tmp_path / folder).mkdir()
-        weights.save(model, tmp_path / name, Facts(16), torch.float32, first=True)
+        hf_weights.save(model, tmp_path / name, HFMetadata(16), torch.float32, first=True)
     processes.spawn(rank_main, args=(tmp_path,), nprocs=2)
     for name in MODELS:
         first, same, more = (Folder(tmp_path / folder) for folder in (name, f"{name}-{V}", f"{name}-{V + 8}"))

@@ -264,7 +264,7 @@ def rotated(x, theta):
 @pytest.mark.parametrize("kernel", ["fold", "sdpa", "dense"])
 def test_what_a_query_may_not_see_does_not_matter(kernel):
     masks = ["chunk"]
-    kernel = attention.kernel(kernel, masks, "cpu")
+    kernel = attention.build_kernel(kernel, masks, "cpu")
     model = make(kernel=kernel)
     form = kernel.derive(mask.chunk(torch.arange(32, dtype=torch.int32).repeat(2, 1), 10), torch.device("cpu"))
     one, other = tokens(), tokens()
@@ -322,7 +322,7 @@ def test_the_table_stays_fp32_and_moves_with_the_model():
 def test_theta_can_change_while_a_model_lives():
     model, other = make(), make(models.LlamaConfig(**{**vars(SMALL), "rope_theta": 5000.0}))
     before = model.rope.cos
-    model.rope.turn(other.config.rotation)
+    model.rope.set_rope_theta(other.config.rotation)
     assert model.rope.cos is before
     assert torch.equal(model(tokens(), None), other(tokens(), None))
 
@@ -379,7 +379,7 @@ def test_flops_of_skyladder_1b_are_those_of_the_paper():
 
 
 def test_flops_agree_with_what_pytorch_counts():
-    model = make(kernel=(kernel := attention.kernel("dense", ["causal"], "cpu")))
+    model = make(kernel=(kernel := attention.build_kernel("dense", ["causal"], "cpu")))
     form = kernel.derive(mask.causal(torch.arange(32, dtype=torch.int32).repeat(2, 1), 32), torch.device("cpu"))
     # Attention as plain products over all T * T pairs, which is what PyTorch can count on a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

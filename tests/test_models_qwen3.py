@@ -96,7 +96,7 @@ def test_the_contract_is_kept():
     loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
     before = model(tokens(), None)
-    model.turn(5000.0)
+    model.set_rope_theta(5000.0)
     assert not torch.allclose(model(tokens(), None), before)
 
 

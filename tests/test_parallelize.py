@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from torchladder import models
-from torchladder.distributed import float8, parallelize, recompute, tensor
+from torchladder.distributed import activation_checkpoint, float8, parallelize, tensor_parallel
+from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import Degrees, Mesh, ParallelismConfig
-from torchladder.distributed.parallelize import CompileConfig, Settings
-from torchladder.distributed.recompute import ActivationCheckpointConfig
+from torchladder.distributed.parallelize import CompileConfig, ParallelizeConfig
 from torchladder.models.attention import sdpa
 from torchladder.registry import ConfigError
 
@@ -21,7 +21,7 @@ ALONE = Mesh(Degrees(1, 1, 1, 1))
 
 
 def llama():
-    return models.Llama(CONFIG, sdpa.Sdpa.attend, 64)
+    return models.Llama(CONFIG, sdpa.SdpaKernel.attend, 64)
 
 
 def spread(settings):
@@ -48,7 +48,7 @@ def kept(option):
 
     model = llama()
     model.init_weights(0)
-    block = recompute.wrap(model.layers["0"], 0, config)
+    block = activation_checkpoint.wrap(model.layers["0"], 0, config)
     x = torch.randn(2, 64, 32, requires_grad=True)
     loss = block(x, torch.zeros(2, 64, dtype=torch.int32)).sum()
     with Count():
@@ -119,23 +119,23 @@ def test_async_tensor_parallelism_says_what_it_needs():
     asked = ParallelismConfig(tensor_parallel_degree=2, enable_async_tensor_parallel=True)
     for device, compiled, word in ((CPU, True, "CUDA"), (torch.device("cuda"), False, "compile.enable")):
         with pytest.raises(ConfigError, match=word):
-            parallelize.check(ALONE, Settings(asked, compile=CompileConfig(compiled)), device)
-    parallelize.check(ALONE, Settings(asked, compile=CompileConfig(True)), torch.device("cuda"))
+            parallelize.check(ALONE, ParallelizeConfig(asked, compile=CompileConfig(compiled)), device)
+    parallelize.check(ALONE, ParallelizeConfig(asked, compile=CompileConfig(True)), torch.device("cuda"))
 
 
 def test_offload_needs_something_to_offload_from():
     with pytest.raises(ConfigError, match="single rank"):
-        parallelize.check(ALONE, Settings(ParallelismConfig(), offload=True), torch.device("cuda"))
+        parallelize.check(ALONE, ParallelizeConfig(ParallelismConfig(), offload=True), torch.device("cuda"))
 
 
 def test_a_plan_has_to_name_known_styles():
     with pytest.raises(ConfigError, match="sequential"):
-        tensor.parallelize(llama(), {"norm": "sequential"}, mesh=None, loss_parallel=True)
+        tensor_parallel.parallelize(llama(), {"norm": "sequential"}, mesh=None, loss_parallel=True)
 
 
 @pytest.mark.parametrize("components", [["model"], ["loss"], ["model", "loss"]])
 def test_components_are_compiled(components):
-    model = spread(Settings(ParallelismConfig(), compile=CompileConfig(True, components, "eager")))
+    model = spread(ParallelizeConfig(ParallelismConfig(), compile=CompileConfig(True, components, "eager")))
     blocks = [block._compiled_call_impl is not None for block in model.layers.values()]
     assert blocks == ["model" in components] * 4
     assert (model.head._compiled_call_impl is not None) == ("loss" in components)

@@ -7,9 +7,9 @@ import torch
 
 from torchladder import commands, config, mask, models
 from torchladder.commands import plan as command
-from torchladder.data.formats.indexed import Writer
+from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.registry import ConfigError
-from torchladder.run import plan as plans
+from torchladder.training import run_plan as plans
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
 
@@ -20,14 +20,14 @@ def load(name: str, *argv: str) -> config.Config:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.toml")))
 def test_every_shipped_config_makes_a_plan(name):
-    plan = plans.make(load(name), ranks=8 if name.startswith("llama") else 1)
+    plan = plans.make_plan(load(name), ranks=8 if name.startswith("llama") else 1)
     assert plan.parameters > 0
     assert 0 <= plan.saved < 1
     assert all(1 <= plan.window(step) <= plan.config.training.seq_len for step in (0, plan.steps // 2, plan.steps - 1))
 
 
 def test_flops_are_the_sum_over_all_steps():
-    plan = plans.make(load("debug", "--attention.masks", "chunk", "--training.steps", "7"))
+    plan = plans.make_plan(load("debug", "--attention.masks", "chunk", "--training.steps", "7"))
     row = torch.arange(plan.config.training.seq_len, dtype=torch.int32)[None]
     with torch.device("meta"):
         model = models.registry.build(plan.config.model, attend=None, seq_len=row.shape[1])
@@ -41,7 +41,7 @@ def test_flops_are_the_sum_over_all_steps():
 
 
 def test_llama1b_dm8_is_skyladders():
-    plan = plans.make(load("llama1b_dm8"), ranks=8)
+    plan = plans.make_plan(load("llama1b_dm8"), ranks=8)
     assert plan.tokens_per_step == 1_048_576
     assert plan.parameters == 1_100_048_384
     assert plan.full_at == 65_280
@@ -77,7 +77,7 @@ def test_the_picture_is_written(tmp_path, capsys):
 )
 def test_what_cannot_be_is_refused_before_any_work(argv, words):
     with pytest.raises(ConfigError) as error:
-        plans.make(load("debug", *argv))
+        plans.make_plan(load("debug", *argv))
     for word in words:
         assert word in str(error.value)
 
@@ -95,7 +95,7 @@ def test_commands_fail_with_one_message(monkeypatch, capsys):
 def pairs(tmp_path):
     """A config over two sources of 1,000 and 500 tokens, on rows of 16 tokens and 4 rows a step."""
     for name, tokens in (("web", 1000), ("math", 500)):
-        with Writer(tmp_path / name, np.dtype(np.uint16)) as writer:
+        with IndexedWriter(tmp_path / name, np.dtype(np.uint16)) as writer:
             for begin in range(0, tokens, 25):
                 writer.add(np.arange(begin, begin + 25) % 250)
     sources = [f'{{ path = "{tmp_path}/{name}.bin", label = "{name}" }}' for name in ("web", "math")]
@@ -105,11 +105,11 @@ def pairs(tmp_path):
 
 
 def test_steps_follow_from_epochs(pairs):
-    plan = plans.make(config.load([*pairs, "--training.steps", "-1", "--training.epochs", "3"]))
+    plan = plans.make_plan(config.load([*pairs, "--training.steps", "-1", "--training.epochs", "3"]))
     assert plan.steps == plan.config.training.steps == -(-3 * 1500 // 64)
     assert plan.config.training.epochs is None  # the resolved settings give the same run, and do not say it twice
     assert plan.full_at < plan.steps  # the ladder is drawn over the steps that the data gave
-    assert plans.make(config.load([*pairs, "--training.steps", "-1"])).steps == 10_000
+    assert plans.make_plan(config.load([*pairs, "--training.steps", "-1"])).steps == 10_000
 
 
 def test_steps_and_epochs_exclude_each_other(pairs):
@@ -119,8 +119,8 @@ def test_steps_and_epochs_exclude_each_other(pairs):
 
 def test_running_out_is_an_error_before_the_run(pairs):
     with pytest.raises(ConfigError, match="source math runs out at step 16 of 20, 140 tokens are missing"):
-        plans.make(config.load([*pairs, "--data.no_repeat"]))
-    assert plans.make(config.load([*pairs, "--data.no_repeat", "--training.steps", "16"])).steps == 16
+        plans.make_plan(config.load([*pairs, "--data.no_repeat"]))
+    assert plans.make_plan(config.load([*pairs, "--data.no_repeat", "--training.steps", "16"])).steps == 16
 
 
 def test_the_plan_tells_each_phase(pairs, capsys):
@@ -166,6 +166,6 @@ def test_the_plan_needs_no_data(capsys):
 )
 def test_phases_that_cannot_be(pairs, phase, argv, words):
     with pytest.raises(ConfigError) as error:
-        plans.make(config.load([*pairs, *argv, "--data.phases", phase]))
+        plans.make_plan(config.load([*pairs, *argv, "--data.phases", phase]))
     for word in words:
         assert word in str(error.value)

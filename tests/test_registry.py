@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchladder.registry import ConfigError, Registry, unknown
+from torchladder.registry import ConfigError, Registry, unknown_name
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_docs_speak_of_the_settings(shapes):
 def test_unknown_names_come_with_the_nearest(shapes):
     with pytest.raises(ConfigError, match=r"unknown shape 'sqare'. Did you mean 'square'\? Known: disc, square."):
         shapes.get("sqare")
-    assert "Did you mean" not in str(unknown("shape", "xyz", ["square"]))
+    assert "Did you mean" not in str(unknown_name("shape", "xyz", ["square"]))
 
 
 def test_a_name_is_taken_once(shapes):

@@ -10,10 +10,18 @@ from runs import lines, losses, run
 from torch import nn
 
 from torchladder import checkpoint
-from torchladder.data.skipping import Skipping
+from torchladder.data.row_skipping import RowSkipper
 from torchladder.registry import ConfigError
-from torchladder.resilience import FEWEST, HISTORY, BadStepError, Guard, ResilienceConfig, RollBack, seed
-from torchladder.run import trainer
+from torchladder.resilience.bad_steps import (
+    HISTORY,
+    MIN_HISTORY,
+    BadStepDetector,
+    BadStepError,
+    ResilienceConfig,
+    RollBack,
+    backward_seed,
+)
+from torchladder.training import trainer
 
 CPU = torch.device("cpu")
 
@@ -37,7 +45,7 @@ class Thing:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_step_leaves_weights_and_optimizer_as_they_were(kind, bad):
     thing, plain = Thing(**kind), Thing(**kind)
-    guard = Guard(ResilienceConfig("skip"), thing.optimizer, CPU)
+    guard = BadStepDetector(ResilienceConfig("skip"), thing.optimizer, CPU)
     for step, value in enumerate([0.1, bad, 0.3, bad, 0.2], start=1):
         before = thing.bits()
         thing.gradients(value)
@@ -59,7 +67,7 @@ def reference(norms: list[float], deviations: float) -> list[bool]:
     for norm in norms:
         last = good[-HISTORY:]
         far = False
-        if len(last) >= FEWEST:
+        if len(last) >= MIN_HISTORY:
             mean = sum(last) / len(last)
             far = norm > mean + deviations * math.sqrt(sum((value - mean) ** 2 for value in last) / len(last))
         bad.append(far or not math.isfinite(norm))
@@ -73,29 +81,29 @@ def test_norms_are_judged_like_the_slow_reference_and_across_a_resume(number, de
     norms = torch.randn(3 * HISTORY, generator=random, dtype=torch.float64).exp().tolist()
     norms[number % len(norms)] = math.nan
     config, optimizer = ResilienceConfig("skip", deviations), Thing().optimizer
-    guard, found = Guard(config, optimizer, CPU), []
+    guard, found = BadStepDetector(config, optimizer, CPU), []
     for step, norm in enumerate(norms):
         if step == stop:
             state = guard.state()
-            guard = Guard(config, optimizer, CPU)
+            guard = BadStepDetector(config, optimizer, CPU)
             guard.load(state)
-        found.append(bool(guard.judge(torch.tensor(norm, dtype=torch.float64))))
+        found.append(bool(guard.check(torch.tensor(norm, dtype=torch.float64))))
     assert found == reference(norms, deviations)
 
 
 def test_a_loss_that_is_not_finite_reaches_every_gradient():
     weight = torch.ones(3, requires_grad=True)
     finite = weight.sum()
-    finite.backward(seed(finite))
+    finite.backward(backward_seed(finite))
     assert torch.equal(weight.grad, torch.ones(3))
     loss = weight.sum() + torch.inf  # its gradient would be 1
     weight.grad = None
-    loss.backward(seed(loss))
+    loss.backward(backward_seed(loss))
     assert weight.grad.isnan().all()
 
 
-def guard_after(policy: str, **settings) -> Guard:
-    guard = Guard(ResilienceConfig(policy, **settings), Thing().optimizer, CPU)
+def guard_after(policy: str, **settings) -> BadStepDetector:
+    guard = BadStepDetector(ResilienceConfig(policy, **settings), Thing().optimizer, CPU)
     for step in (1, 2, 3):
         norm = torch.tensor(math.nan if step == 2 else 1.0)
         guard.update(step, (4 * step, 4 * step + 3), norm, [((8, 9), norm)])
@@ -129,7 +137,7 @@ def test_settings_that_cannot_be(settings, words):
 
 def test_skip_on_a_gpu_needs_a_fused_optimizer():
     with pytest.raises(ConfigError, match="fused"):
-        Guard(ResilienceConfig("skip"), Thing(foreach=True).optimizer, torch.device("meta"))
+        BadStepDetector(ResilienceConfig("skip"), Thing(foreach=True).optimizer, torch.device("meta"))
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -141,7 +149,7 @@ RANGES = st.lists(
 
 @given(RANGES, st.integers(0, 70), st.integers(0, 40), st.integers(0, 40))
 def test_rows_are_left_out_as_by_a_list(ranges, row, count, more):
-    skipping = Skipping(ranges)
+    skipping = RowSkipper(ranges)
     kept = [one for one in range(300) if not any(first <= one <= last for first, last in ranges)]
     following = [one for one in kept if one >= row]
     assert skipping.take(row, count) == following[:count]
@@ -153,7 +161,7 @@ def test_rows_are_left_out_as_by_a_list(ranges, row, count, more):
 @pytest.mark.parametrize("wrong", [(3, 2), (-1, 4)])
 def test_ranges_that_are_none(wrong):
     with pytest.raises(ConfigError, match="is no range of rows"):
-        Skipping([wrong])
+        RowSkipper([wrong])
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -213,13 +221,13 @@ def test_skip_goes_on_as_if_the_step_had_not_been(tmp_path, monkeypatch):
         poison(patch)
         run(tmp_path / "skip", *RUN, "--resilience.on_bad_step", "skip")
     with monkeypatch.context() as patch:
-        update = Guard.update
+        update = BadStepDetector.update
 
         def left_out(self, step, *rest):
             if step != 5:
                 update(self, step, *rest)
 
-        patch.setattr(Guard, "update", left_out)
+        patch.setattr(BadStepDetector, "update", left_out)
         run(tmp_path / "none", *RUN)
     assert losses(tmp_path / "skip") == losses(tmp_path / "none")
 

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from runs import lines, start
 
-from torchladder.distributed import attempt
+from torchladder.distributed import rendezvous
 
 SOON = timedelta(seconds=20)
 
@@ -18,7 +18,7 @@ def test_every_attempt_has_a_store_of_its_own_whatever_the_last_one_left():
     store = dist.HashStore()
     with ThreadPoolExecutor(3) as ranks:
         for _ in range(3):
-            stores = list(ranks.map(lambda rank: attempt.fresh(store, rank, 3, SOON), range(3)))
+            stores = list(ranks.map(lambda rank: rendezvous.new_store(store, rank, 3, SOON), range(3)))
             assert not stores[1].check(["address"])
             stores[0].set("address", "of this attempt")
             assert stores[2].get("address") == b"of this attempt"
@@ -27,14 +27,14 @@ def test_every_attempt_has_a_store_of_its_own_whatever_the_last_one_left():
 
 
 def _with_address(store, rank):
-    mine = attempt.fresh(store, rank, 3, SOON)
+    mine = rendezvous.new_store(store, rank, 3, SOON)
     mine.set("address", "here")
     return mine
 
 
 def test_who_does_not_come_is_named():
     with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] did not come"):
-        attempt.fresh(dist.HashStore(), 0, 3, timedelta(seconds=0.2))
+        rendezvous.new_store(dist.HashStore(), 0, 3, timedelta(seconds=0.2))
 
 
 TROUBLE = """

@@ -10,11 +10,12 @@ from runs import run
 
 from torchladder import mask, models
 from torchladder.commands import generate as command
-from torchladder.generate import SamplesConfig, generate
+from torchladder.config import SamplesConfig
+from torchladder.inference.decoding import generate
+from torchladder.inference.trained_model import IncrementalDecoder, settings_of
 from torchladder.models import attention
-from torchladder.models.attention import cache
+from torchladder.models.attention import kv_cache
 from torchladder.registry import ConfigError
-from torchladder.run.restored import Reader, settings_of
 
 T = 96
 SHAPE = models.LlamaConfig(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=24, vocab_size=40, init_std=0.3)
@@ -33,8 +34,8 @@ def test_stretches_of_rows_give_the_logits_of_whole_rows(name, window, cuts, sha
     """Rows of several lengths side by side, each cut where it likes, against each alone by the reference kernel."""
     torch.manual_seed(seed)
     config = replace(SHAPE, **shape)
-    memory = cache.Cache()
-    slow = models.Llama(config, attention.dense.Dense.attend, seq_len=T)
+    memory = kv_cache.KVCache()
+    slow = models.Llama(config, attention.dense.DenseKernel.attend, seq_len=T)
     fast = models.Llama(config, memory.attend, seq_len=T)
     slow.init_weights(seed)
     fast.load_state_dict(slow.state_dict())
@@ -48,9 +49,9 @@ def test_stretches_of_rows_give_the_logits_of_whole_rows(name, window, cuts, sha
         ]
         tokens = torch.nn.utils.rnn.pad_sequence(taken, batch_first=True)
         begin = torch.tensor(first)
-        fast.begin_at(begin)
+        fast.set_position_offset(begin)
         with torch.no_grad():
-            logits = fast(tokens, cache.stretch(start[0], begin, tokens.shape[1]))
+            logits = fast(tokens, kv_cache.decode_mask(start[0], begin, tokens.shape[1]))
         found = [torch.cat([old, new[: len(one)]]) for old, new, one in zip(found, logits, taken, strict=True)]
     for row, logits in zip(rows, found, strict=True):
         form = mask.dense(start[:, : len(row)])[:, None]
@@ -69,12 +70,15 @@ def trained(tmp_path_factory):
 
 def test_text_from_a_cache_is_text_without_one(trained, monkeypatch):
     """Three texts of several lengths beyond the longest row, against each token read anew."""
-    reader, config = Reader(settings_of(trained), trained), SamplesConfig(max_new_tokens=60, temperature=1.5)
+    reader, config = (
+        IncrementalDecoder(settings_of(trained), trained),
+        SamplesConfig(max_new_tokens=60, temperature=1.5),
+    )
     prompts = [list(range(3, 3 + length)) for length in (100, 1, 40)]
     steps = []
-    monkeypatch.setattr(cache, "STRETCH", 16)
-    step = Reader._step
-    monkeypatch.setattr(Reader, "_step", lambda *of: steps.append(len(of[2][0])) or step(*of))
+    monkeypatch.setattr(kv_cache, "STRETCH", 16)
+    step = IncrementalDecoder._step
+    monkeypatch.setattr(IncrementalDecoder, "_step", lambda *of: steps.append(len(of[2][0])) or step(*of))
     together = generate(reader, prompts, config, reader.seq_len, seed=1)
     assert steps[:10] == [16, 16, 16, 16, 16, 16, 4, 1, 1, 1]
 
@@ -112,16 +116,16 @@ def test_what_no_checkpoint_holds_is_made_anew(trained, monkeypatch):
             self.scale.fill_(0.5)
 
     config, places = settings_of(trained), torch.zeros(1, 2, dtype=torch.int64)
-    expected = Reader(config, trained)(places.tolist())
+    expected = IncrementalDecoder(config, trained)(places.tolist())
     monkeypatch.setitem(models.registry._parts, "llama", River)
-    reader = Reader(config, trained)
+    reader = IncrementalDecoder(config, trained)
     assert reader._restored.model.scale.tolist() == [0.5] * 64
     assert torch.equal(reader(places.tolist()), expected)
 
 
 def test_a_model_that_reads_rows_from_their_beginning_only_says_so():
     class Forward(models.Llama):
-        begin_at = models.Model.begin_at
+        set_position_offset = models.Model.set_position_offset
 
-    with pytest.raises(ConfigError, match="Forward has no begin_at"):
-        Forward(SHAPE).begin_at(3)
+    with pytest.raises(ConfigError, match="Forward has no set_position_offset"):
+        Forward(SHAPE).set_position_offset(3)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 
-from torchladder.registry import ConfigError, Registry, unknown
+from torchladder.registry import ConfigError, Registry, unknown_name
 
 Curriculum = Callable[[int], int]
 """``(step) -> window``; the step counts optimizer steps from 0."""
@@ -266,7 +266,7 @@ def _not_a_schedule(schedule: str) -> ConfigError:
         rest = schedule.removeprefix("intra")
         setting = f'["document", "chunk"] and schedule = {rest!r}' if _NAME.fullmatch(rest) else '["document"]'
         return ConfigError(f"schedule = {schedule!r} also says who sees whom: set [attention] masks = {setting}.")
-    problem, _, _ = str(unknown("schedule", schedule, _EXAMPLES)).partition(" Known:")
+    problem, _, _ = str(unknown_name("schedule", schedule, _EXAMPLES)).partition(" Known:")
     return ConfigError(f"{problem} A schedule is {GRAMMAR}.")
 
 

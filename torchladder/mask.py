@@ -84,7 +84,7 @@ def pairs(start: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Varlen:
+class VarlenSegments:
     """The mask as contiguous segments of the flattened batch under one sliding window.
 
     Attributes:
@@ -98,7 +98,7 @@ class Varlen:
     window: int
 
 
-def varlen(start: Tensor) -> Varlen:
+def varlen(start: Tensor) -> VarlenSegments:
     """Returns the mask as segments under one window.
 
     Raises:
@@ -116,7 +116,7 @@ def varlen(start: Tensor) -> Varlen:
     segment = torch.where(first, index, 0).cummax(dim=1).values
     if not torch.equal(start, torch.maximum(segment, index - (window - 1)).to(start.dtype)):
         raise ConfigError("this mask is not a set of segments under one window: use the kernel flex, sdpa or dense.")
-    return Varlen(torch.cat([bounds, end]).to(torch.int32), int(lengths.max()), window)
+    return VarlenSegments(torch.cat([bounds, end]).to(torch.int32), int(lengths.max()), window)
 
 
 def fold(start: Tensor) -> int:

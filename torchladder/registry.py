@@ -15,14 +15,14 @@ from typing import Any, Generic, TypeVar, get_type_hints
 from docstring_parser import parse_from_object
 
 T = TypeVar("T")
-Part = TypeVar("Part", bound=Callable[..., Any])
+Component = TypeVar("Component", bound=Callable[..., Any])
 
 
 class ConfigError(ValueError):
     """A setting or an input that cannot be. The message names the thing, what is allowed and the nearest match."""
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """Returns the error for a name that nobody knows, with the nearest known one first."""
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -43,14 +43,14 @@ class Registry(Generic[T]):
         self.facts = dict(facts or {})
         self._parts: dict[str, Callable[..., T]] = {}
 
-    def register(self, name: str) -> Callable[[Part], Part]:
+    def register(self, name: str) -> Callable[[Component], Component]:
         """Returns a decorator that makes ``name`` stand for the decorated part.
 
         Raises:
             ConfigError: another part already has that name.
         """
 
-        def add(part: Part) -> Part:
+        def add(part: Component) -> Component:
             taken = self._parts.get(name)
             if taken is not None and _origin(taken) != _origin(part):
                 raise ConfigError(f"{self.kind} {name!r} is registered twice: {_origin(taken)} and {_origin(part)}.")
@@ -69,7 +69,7 @@ class Registry(Generic[T]):
             ConfigError: no part has that name.
         """
         if name not in self._parts:
-            raise unknown(self.kind, name, self._parts)
+            raise unknown_name(self.kind, name, self._parts)
         return self._parts[name]
 
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:

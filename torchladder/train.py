@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from torchladder import checkpoint, interrupt, resilience
+from torchladder import checkpoint
 from torchladder import config as settings
 from torchladder.distributed import ranks as processes
-from torchladder.distributed import rollcall
 from torchladder.metrics import init_logger
 from torchladder.registry import ConfigError
-from torchladder.run import plan as plans
-from torchladder.run.trainer import Trainer
+from torchladder.resilience import bad_steps, interrupt, missing_ranks
+from torchladder.training import run_plan as plans
+from torchladder.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def run(config: settings.Config, asked: interrupt.Interrupt) -> int:
     """Trains, unless the run is over already; returns the exit code."""
     try:
         with asked.breaks():
-            plan = plans.make(config, int(os.environ.get("WORLD_SIZE", "1")))
+            plan = plans.make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
             if config.debug.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
@@ -50,11 +50,11 @@ def run(config: settings.Config, asked: interrupt.Interrupt) -> int:
     except interrupt.Interrupted as why:
         logger.warning("ending before the first step: %s", why)
         return interrupt.REQUEUE
-    except (checkpoint.SaveError, resilience.BadStepError) as error:
+    except (checkpoint.SaveError, bad_steps.BadStepError) as error:
         logger.error("%s", error)
         return interrupt.FAILED
     except RuntimeError as error:
-        if dist.is_initialized() and rollcall.failed_together(error):
+        if dist.is_initialized() and missing_ranks.is_rank_failure(error):
             _call_the_roll()
         raise
     finally:
@@ -64,7 +64,7 @@ def run(config: settings.Config, asked: interrupt.Interrupt) -> int:
 def _call_the_roll() -> None:
     """Names the ranks that a failed collective waited for."""
     try:
-        missing = rollcall.absent(dist.get_rank(), dist.get_world_size())
+        missing = missing_ranks.find_missing_ranks(dist.get_rank(), dist.get_world_size())
     except RuntimeError:
         logger.error("a collective failed, and the store is gone too: the machine of rank 0 may be down")
         return

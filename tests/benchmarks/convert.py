@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from torchladder import models
-from torchladder.models.interchange import conversion, folder, weights
-from torchladder.models.interchange.settings import Facts
+from torchladder.models.hf import conversion, hf_folder, hf_weights
+from torchladder.models.hf.hf_config import HFMetadata
 
 DIM, FFN = 1024, 3072
 
@@ -32,16 +32,16 @@ def peak() -> float:
 
 def convert(direction: str, root: Path, shape: models.LlamaConfig) -> None:
     """Converts in this process and prints the peak in MiB."""
-    folder.SHARD_BYTES = 16 << 20
+    hf_folder.SHARD_BYTES = 16 << 20
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = peak()
     if direction == "from-hf":
-        conversion.to_checkpoint(folder.Folder(root / "source"), root / "step-0")
+        conversion.to_checkpoint(hf_folder.Folder(root / "source"), root / "step-0")
     elif direction == "from-hf, 1,000 rows more":
-        conversion.to_checkpoint(folder.Folder(root / "source"), root / "step-1", shape.vocab_size + 1000)
+        conversion.to_checkpoint(hf_folder.Folder(root / "source"), root / "step-1", shape.vocab_size + 1000)
     else:
         (root / "back").mkdir()
-        conversion.from_checkpoint(root / "step-0", root / "back", ("llama", shape), Facts(64))
+        conversion.from_checkpoint(root / "step-0", root / "back", ("llama", shape), HFMetadata(64))
     print(round(peak() - before))
 
 
@@ -50,8 +50,8 @@ def main(mib: int = 64, blocks: int = 20) -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         (root / "source").mkdir()
-        folder.SHARD_BYTES = 16 << 20
-        weights.save(models.Llama(shape, seq_len=8), root / "source", Facts(64), torch.bfloat16, first=True)
+        hf_folder.SHARD_BYTES = 16 << 20
+        hf_weights.save(models.Llama(shape, seq_len=8), root / "source", HFMetadata(64), torch.bfloat16, first=True)
         size = sum(file.stat().st_size for file in (root / "source").glob("*.safetensors")) >> 20
         print(f"model of {size:,} MiB in shards of 16 MiB, largest tensor {mib} MiB; peak beyond the start:")
         for direction in ("from-hf", "from-hf, 1,000 rows more", "to-hf"):

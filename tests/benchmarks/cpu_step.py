@@ -75,7 +75,7 @@ def attention_alone(batch=2, heads=8, size=64):
     windows = (32, 33, 256, 1024, LENGTH)
     work = {("causal SDPA", LENGTH): lambda: run(attention.causal, None)}
     for name in ("fold", "sdpa"):
-        kernel = attention.kernel(name, ["chunk"], CPU)
+        kernel = attention.build_kernel(name, ["chunk"], CPU)
         for window in windows:
             form = kernel.derive(mask.chunk(positions, window), CPU)
             work[name, window] = lambda kernel=kernel, form=form: run(kernel.attend, form)
@@ -94,7 +94,7 @@ def whole_step(batch=1):
     plain = Plain(config)
     work = {("plain PyTorch", LENGTH): lambda: train(plain, tokens, tokens)}
     for window in (LENGTH, 256, 32):
-        kernel = attention.kernel("auto", ["chunk"], CPU)
+        kernel = attention.build_kernel("auto", ["chunk"], CPU)
         model = models.Llama(config, kernel.attend, LENGTH)
         model.init_weights(0)
         form = kernel.derive(mask.chunk(positions, window), CPU)

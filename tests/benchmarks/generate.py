@@ -11,20 +11,21 @@ from pathlib import Path
 
 from tests.benchmarks.timing import seconds, table
 from torchladder import train
-from torchladder.generate import SamplesConfig, generate
-from torchladder.run.restored import Reader, settings_of
+from torchladder.config import SamplesConfig
+from torchladder.inference.decoding import generate
+from torchladder.inference.trained_model import IncrementalDecoder, settings_of
 
 DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
 PROMPT = 64
 
 
-def reader(folder: Path) -> Reader:
+def reader(folder: Path) -> IncrementalDecoder:
     """Returns a model with its first weights."""
     argv = ["--job.config_file", str(DEBUG), "--job.dump_folder", str(folder), "--model.flavor", "small"]
     argv += ["--training.seq_len", "1024", "--checkpoint.enable", "--checkpoint.create_seed_checkpoint"]
     assert train.main(argv) == 0
     path = folder / "checkpoint" / "step-0"
-    return Reader(settings_of(path), path)
+    return IncrementalDecoder(settings_of(path), path)
 
 
 def main(new: int = 256, prompts: int = 8) -> None:

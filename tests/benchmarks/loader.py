@@ -18,10 +18,10 @@ from tests.benchmarks.timing import table
 from torchladder import config as settings
 from torchladder import data
 from torchladder.data import SourceConfig
-from torchladder.data.formats.indexed import CODES, HEADER, MAGIC, Writer
+from torchladder.data.formats.indexed import CODES, HEADER, MAGIC, IndexedWriter
 from torchladder.distributed import ranks as processes
-from torchladder.run import plan
-from torchladder.run.trainer import Trainer
+from torchladder.training import run_plan
+from torchladder.training.trainer import Trainer
 
 SEQ_LEN, LOCAL, SOURCES = 8192, 8, 10
 FAR = 10_000_000
@@ -33,7 +33,7 @@ def write(folder: Path, name: str, documents: int, mean: int, seed: int) -> Sour
     rng = np.random.default_rng(seed)
     lengths = np.maximum(rng.lognormal(np.log(mean) - 0.5, 1.0, documents).astype(int), 1)
     tokens = rng.integers(0, 50_000, 1 << 20).astype(np.uint16)
-    with Writer(folder / name, np.dtype(np.uint16)) as writer:
+    with IndexedWriter(folder / name, np.dtype(np.uint16)) as writer:
         for length in np.minimum(lengths, len(tokens)).tolist():
             writer.add(tokens[:length])
     return SourceConfig(path=f"{folder}/{name}.bin", weight=float(rng.integers(1, 10)))
@@ -126,7 +126,7 @@ def waiting(config, steps=10):
     with tempfile.TemporaryDirectory() as folder:
         quiet = ["--validation.no_enable", "--metrics.log_freq", "1000", "--training.steps", "1000"]
         loaded = settings.load(["--job.config_file", config, "--job.dump_folder", folder, *quiet])
-        trainer = Trainer(plan.make(loaded), processes.join(loaded.comm, Path(loaded.job.dump_folder)))
+        trainer = Trainer(run_plan.make_plan(loaded), processes.join(loaded.comm, Path(loaded.job.dump_folder)))
         read, waited, taken = trainer.lifeline.read, [], []
         trainer.lifeline.read = lambda *arguments: lap(waited, read, *arguments)
         for _ in range(steps + 1):

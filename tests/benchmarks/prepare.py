@@ -21,11 +21,11 @@ from pathlib import Path
 
 from tests.benchmarks.timing import table
 from torchladder.data import tokenizer
-from torchladder.data.prepare import parts, tasks
+from torchladder.data.prepare import prepared_parts, tasks
+from torchladder.data.prepare.document_encoder import DocumentEncoder
 from torchladder.data.prepare.executor import local
-from torchladder.data.prepare.framing import Framing
 from torchladder.data.text import sources
-from torchladder.data.tokenizer.training import Training, train
+from torchladder.data.tokenizer.train_tokenizer import Training, train
 
 PIECE = 4000
 FILES = 8
@@ -62,8 +62,8 @@ def _bare_share(job):
 def prepared(part, folder, workers, turn):
     """Returns the tokens of a whole preparation."""
     output = str(folder / f"{workers}-{turn}")
-    preparation = tasks.Preparation(inputs=[str(folder / "texts")], output=output, framing=Framing(part))
-    return parts.run(preparation, local(workers)).tokens
+    preparation = tasks.Preparation(inputs=[str(folder / "texts")], output=output, framing=DocumentEncoder(part))
+    return prepared_parts.run(preparation, local(workers)).tokens
 
 
 def datatrove(eos, folder, workers, turn):

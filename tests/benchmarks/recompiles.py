@@ -20,7 +20,7 @@ def climb(name, masks, training):
     """Attends under each window of a linear ladder; returns graphs, recompiles, first and mean later seconds."""
     torch._dynamo.reset()
     counters.clear()
-    kernel = attention.kernel(name, masks, DEVICE, training=training)
+    kernel = attention.build_kernel(name, masks, DEVICE, training=training)
     attend = torch.compile(kernel.attend)
     q, k, v = (torch.randn(1, 4, LENGTH, 32, device=DEVICE, requires_grad=training) for _ in range(3))
     positions = torch.arange(LENGTH, dtype=torch.int32)[None].clone()

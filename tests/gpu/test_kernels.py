@@ -48,8 +48,8 @@ def error(ours, reference):
 
 
 def assert_like_dense(name, mix, window, dtype, heads=(4, 2), size=64):
-    kernel, start = attention.kernel(name, list(mix), CUDA), start_of(mix, window)
-    reference = run(attention.kernel("dense", list(mix), CUDA), start, torch.float64, heads, size)
+    kernel, start = attention.build_kernel(name, list(mix), CUDA), start_of(mix, window)
+    reference = run(attention.build_kernel("dense", list(mix), CUDA), start, torch.float64, heads, size)
     for ours, exact in zip(run(kernel, start, dtype, heads, size), reference, strict=True):
         assert ours.dtype == dtype
         if window == 1 and not exact.any():  # a query that sees itself alone: its score does not matter
@@ -97,7 +97,7 @@ def graphs_of_a_ladder(name, masks):
     for compiled in (False, True):
         torch._dynamo.reset()
         counters.clear()
-        kernel = attention.kernel(name, masks, CUDA)
+        kernel = attention.build_kernel(name, masks, CUDA)
         with CUDA:
             model = models.Llama(config, kernel.attend, LENGTH)
         model.init_weights(0)

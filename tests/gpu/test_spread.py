@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from torchladder import mask, models
 from torchladder.distributed import float8, parallelize
+from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import Degrees, Mesh, ParallelismConfig
-from torchladder.distributed.parallelize import CompileConfig, Precision, Settings
-from torchladder.distributed.recompute import ActivationCheckpointConfig
+from torchladder.distributed.parallelize import CompileConfig, ParallelizeConfig, Precision
 from torchladder.models import attention
 from torchladder.registry import ConfigError
 
@@ -53,10 +53,10 @@ def train(mesh, offload=False, **settings):
     """Returns the losses of a short ladder, and how many graphs were compiled for it."""
     torch._dynamo.reset()
     counters.clear()
-    kernel = attention.kernel("flex", MASKS, CUDA)
+    kernel = attention.build_kernel("flex", MASKS, CUDA)
     with torch.device("meta"):
         model = models.Llama(CONFIG, kernel.attend, LENGTH)
-    how = Settings(ParallelismConfig(), offload=offload, **settings)
+    how = ParallelizeConfig(ParallelismConfig(), offload=offload, **settings)
     parallelize.parallelize(model, model.parallel_plan(), mesh, how)
     parallelize.materialize(model, CUDA, offload)
     model.init_weights(0)
@@ -132,7 +132,7 @@ def test_flex_attends_with_the_last_queries_of_a_row(first):
     shapes = [(2, heads, tokens, 64) for heads, tokens in ((4, LENGTH - first), (2, LENGTH), (2, LENGTH))]
     found = []
     for name in ("flex", "dense"):
-        kernel = attention.kernel(name, MASKS, CUDA, share=256)
+        kernel = attention.build_kernel(name, MASKS, CUDA, share=256)
         q, k, v = (
             torch.randn(shape, device=CUDA, generator=generator.manual_seed(i)) for i, shape in enumerate(shapes)
         )

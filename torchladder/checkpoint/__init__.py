@@ -12,12 +12,12 @@ named, so a folder with the final name is complete:
 | ``SHA256SUMS`` | a checksum of every file, as ``sha256sum --check`` reads it |
 """
 
+from torchladder.checkpoint.checkpoint_config import CheckpointConfig
 from torchladder.checkpoint.checkpointer import Checkpointer
-from torchladder.checkpoint.checksums import damage
-from torchladder.checkpoint.config import CheckpointConfig
-from torchladder.checkpoint.folders import RUN, complete, finished, read_run, steps
+from torchladder.checkpoint.checksums import find_corruption
+from torchladder.checkpoint.group import SaveError
 from torchladder.checkpoint.identity import check
-from torchladder.checkpoint.team import SaveError
+from torchladder.checkpoint.step_folders import RUN, complete, finished, read_run, steps
 
 __all__ = [
     "RUN",
@@ -26,7 +26,7 @@ __all__ = [
     "SaveError",
     "check",
     "complete",
-    "damage",
+    "find_corruption",
     "finished",
     "read_run",
     "steps",

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchladder.checkpoint import folders, load, state
-from torchladder.checkpoint.config import CheckpointConfig
-from torchladder.checkpoint.load import Check
-from torchladder.checkpoint.save import Job, Saver
-from torchladder.checkpoint.team import SaveError, Team
+from torchladder.checkpoint import selection, state, step_folders
+from torchladder.checkpoint.checkpoint_config import CheckpointConfig
+from torchladder.checkpoint.group import CheckpointGroup, SaveError
+from torchladder.checkpoint.saver import PendingSave, Saver
+from torchladder.checkpoint.selection import Check
 from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Checkpointer:
         self.optimizer = optimizer
         self.files = files or {}
         self.steps = steps
-        self.team = Team()
+        self.team = CheckpointGroup()
         self.saver = Saver(config, self.team, next(model.parameters()).device)
         self.saved = -1
         """The step of the last checkpoint that was begun or loaded."""
@@ -95,8 +95,8 @@ class Checkpointer:
         """
         self.wait()
         run = run | {"excluded": self.config.exclude_from_loading}
-        files = {folders.RUN: (json.dumps(run, indent=2) + "\n").encode(), **self.files}
-        job = Job(folders.path_of(self.folder, step), step, files)
+        files = {step_folders.RUN: (json.dumps(run, indent=2) + "\n").encode(), **self.files}
+        job = PendingSave(step_folders.path_of(self.folder, step), step, files)
         self.saved, self._since = step, time.monotonic()
         if self.config.async_mode != "disabled" and not (last or must):
             self.saver.start(job, self._state(step, last))
@@ -134,15 +134,15 @@ class Checkpointer:
         config = self.config
         if not config.enable:
             return None
-        load_step = -1 if newest or load.restarted() else config.load_step
+        load_step = -1 if newest or selection.restarted() else config.load_step
         if load_step == -1 and not newest and self._finished():
-            run = folders.read_run(folders.path_of(self.folder, folders.steps(self.folder)[-1]))
+            run = step_folders.read_run(step_folders.path_of(self.folder, step_folders.steps(self.folder)[-1]))
             check(run)  # another run is told so, even when there is nothing to do
             return run
-        path = load.newest(self.folder, load_step, check, self.team)
+        path = selection.newest_intact(self.folder, load_step, check, self.team)
         if path is not None:
             run = self._restore(path, model_only=False)
-            if run["step"] != folders.read_run(path)["step"]:
+            if run["step"] != step_folders.read_run(path)["step"]:
                 raise ConfigError(
                     "checkpoint.exclude_from_loading = ['train_state'] begins at step 0, and this run's own folder "
                     f"{self.folder} has later ones: start in another folder, with checkpoint.initial_load_path."
@@ -152,7 +152,7 @@ class Checkpointer:
         if not config.initial_load_path or config.initial_load_in_hf:  # the trainer knows Hugging Face's form
             return None
         path, model_only = Path(config.initial_load_path), config.initial_load_model_only
-        wrong = load.problem(path, (lambda run: None) if model_only else check, self.team)
+        wrong = selection.find_error(path, (lambda run: None) if model_only else check, self.team)
         if wrong is not None:
             raise ConfigError(
                 f"checkpoint.initial_load_path = {str(path)!r}: no intact checkpoint is there. What is wrong: {wrong}."
@@ -161,11 +161,11 @@ class Checkpointer:
         return None if model_only else run
 
     def _finished(self) -> bool:
-        return self.steps is not None and self.team.broadcast(folders.finished(self.folder, self.steps))
+        return self.steps is not None and self.team.broadcast(step_folders.finished(self.folder, self.steps))
 
     def _restore(self, path: Path, model_only: bool) -> dict[str, Any]:
         """Loads what is not excluded; a checkpoint that was saved under the same exclusions is this run's own."""
-        run = folders.read_run(path)
+        run = step_folders.read_run(path)
         excluded = set(self.config.exclude_from_loading) - set(run["excluded"])
         weights_only = model_only or run["step"] == 0 or "optimizer" in excluded
         state.restore(path, self.model, None if weights_only else self.optimizer, self.team)

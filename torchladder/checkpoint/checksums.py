@@ -20,7 +20,7 @@ BLOCK = 1 << 22
 """Bytes read at once: 4 MiB."""
 
 
-class Writer(FileSystemWriter):
+class ChecksumWriter(FileSystemWriter):
     """DCP's writer, which also takes the SHA-256 of every file while its bytes go out.
 
     Attributes:
@@ -111,16 +111,16 @@ def read(folder: Path) -> dict[str, str]:
     return sums
 
 
-def damage(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """Returns what is wrong with the files of a checkpoint, None where all are intact."""
     try:
-        problems = (problem(folder, name, digest) for name, digest in read(folder).items())
+        problems = (file_error(folder, name, digest) for name, digest in read(folder).items())
         return next(filter(None, problems), None)
     except (OSError, ValueError) as error:
         return f"{SUMS}: {getattr(error, 'strerror', None) or error}"
 
 
-def problem(folder: Path, name: str, digest: str) -> str | None:
+def file_error(folder: Path, name: str, digest: str) -> str | None:
     """Returns what is wrong with a file of a checkpoint, None where it is intact."""
     try:
         return None if sha256(folder / name) == digest else f"{name} is not what was saved (its checksum differs)"

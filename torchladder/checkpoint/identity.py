@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torchladder.registry import ConfigError, unknown
+from torchladder.registry import ConfigError, unknown_name
 
 
 def check(saved: Mapping[str, str], now: Mapping[str, str], accepted: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ def check(saved: Mapping[str, str], now: Mapping[str, str], accepted: Sequence[s
         )
     for name in accepted:
         if name not in now:
-            raise unknown("entry of checkpoint.accept_changes", name, now)
+            raise unknown_name("entry of checkpoint.accept_changes", name, now)
     for name, value in now.items():
         if saved.get(name) != value and name not in accepted:
             raise ConfigError(

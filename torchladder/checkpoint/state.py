@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_state_dict
 
-from torchladder.checkpoint.team import Team
+from torchladder.checkpoint.group import CheckpointGroup
 from torchladder.registry import ConfigError
 
 State = dict[str, Any]
@@ -31,7 +31,7 @@ def has_optimizer(path: Path) -> bool:
     return any(key.startswith("optimizer") for key in metadata)
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, team: Team) -> None:
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, team: CheckpointGroup) -> None:
     """Loads a model, and its optimizer where one is given; settings of the optimizer stay the run's own.
 
     Raises:

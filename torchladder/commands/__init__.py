@@ -6,7 +6,7 @@ import sys
 
 from torchladder import config
 from torchladder.commands import convert, evaluate, generate, inspect, merge, plan, prepare, report, slurm, tokenizer
-from torchladder.registry import ConfigError, unknown
+from torchladder.registry import ConfigError, unknown_name
 
 COMMANDS = {
     "plan": plan,
@@ -33,7 +33,7 @@ def main() -> int:
         return 0
     try:
         if words[0] not in COMMANDS:
-            raise unknown("command", words[0], COMMANDS)
+            raise unknown_name("command", words[0], COMMANDS)
         return COMMANDS[words[0]].run(words[1:])
     except ConfigError as error:
         return config.fail(error)

@@ -17,11 +17,11 @@ from torchladder import checkpoint, models
 from torchladder.checkpoint import checksums
 from torchladder.config import Config
 from torchladder.data import tokenizer
-from torchladder.models.interchange import conversion, settings
-from torchladder.models.interchange.folder import CONFIG, Folder
+from torchladder.inference import hf_export
+from torchladder.inference.trained_model import tokenizer_of
+from torchladder.models.hf import conversion, hf_config
+from torchladder.models.hf.hf_folder import CONFIG, Folder
 from torchladder.registry import ConfigError
-from torchladder.run import export
-from torchladder.run.restored import tokenizer_of
 
 EPILOG = """
   torchladder convert from-hf models/Llama-3.2-1B --output models/llama3.2-1b
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 def _from_hf(arguments: argparse.Namespace) -> int:
     source, output = Folder(arguments.source), arguments.output
     sections = _sections(source, output, arguments.vocab_size)
-    with export.folder(output, {}) as partial:
+    with hf_export.replace_directory(output, {}) as partial:
         step = partial / "checkpoint" / "step-0"
         conversion.to_checkpoint(source, step, arguments.vocab_size)
         begins = {"step": 0, "row": 0, "fingerprints": {}, "excluded": [], "torch": torch.__version__}
@@ -95,17 +95,17 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
 def _sections(source: Folder, output: Path, vocab_size: int | None) -> dict[str, dict[str, Any]]:
     """Returns the settings of a run that starts from the converted model."""
-    model = settings.read(source.config)
+    model = hf_config.read(source.config)
     length = min(source.config.get("max_position_embeddings", LONGEST), LONGEST)
-    window, files = settings.window_of(source.config), {file.name for file in source.assets()}
+    window, files = hf_config.window_of(source.config), {file.name for file in source.assets()}
     sections: dict[str, dict[str, Any]] = {
         "model": {**model, "vocab_size": vocab_size or model["vocab_size"]},
         "training": {"seq_len": length},
         "checkpoint": {"enable": True, "initial_load_path": str(output.resolve() / "checkpoint" / "step-0")},
     }
-    if files & {*tokenizer.files.NAMES}:
-        name = next(name for name in tokenizer.files.NAMES if name in files)
-        kind = tokenizer.files.kind((source.path / name).read_bytes())
+    if files & {*tokenizer.tokenizer_files.NAMES}:
+        name = next(name for name in tokenizer.tokenizer_files.NAMES if name in files)
+        kind = tokenizer.tokenizer_files.kind((source.path / name).read_bytes())
         sections["tokenizer"] = {"name": kind, "path": str(output.resolve() / "tokenizer" / name)}
     if window is not None and window < length:
         sections["attention"] = {"masks": ["sliding"]}
@@ -117,7 +117,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     source, output = arguments.source, arguments.output
     if not checkpoint.complete(source):
         raise ConfigError(f"{str(source)!r} is no complete checkpoint: a folder step-N is meant.")
-    config = export.run_of(source)
+    config = hf_export.run_config(source)
     model = models.resolve(config.model)
     if arguments.vocab_size:
         if arguments.vocab_size > model.vocab_size:
@@ -127,12 +127,12 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     reads, files = _tokenizer(arguments, config)
     if arguments.vocab_size and reads is not None and reads.vocab_size > arguments.vocab_size:
         raise ConfigError(f"--vocab-size {arguments.vocab_size}: the tokenizer has {reads.vocab_size} tokens.")
-    facts = export.facts(config, reads)
-    theta = export.rope_theta(config, source)
+    facts = hf_export.hf_metadata(config, reads)
+    theta = hf_export.trained_rope_theta(config, source)
     facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len, rope_theta=theta)
-    export.convert(source, output, (config.model.name, model), facts, files, dtype)
+    hf_export.export_checkpoint(source, output, (config.model.name, model), facts, files, dtype)
     print(f"{output}: {CONFIG}, weights, {', '.join(files) or 'no tokenizer (--tokenizer names one)'}")
-    whole = {"chunk"} if export.window(config) is None else set()  # a chunk that fills the row
+    whole = {"chunk"} if hf_export.final_window(config) is None else set()  # a chunk that fills the row
     for mask in sorted({*config.attention.masks} - {"causal", "sliding"} - whole):
         print(f"The run's mask {mask!r} has no form there: the model attends to all tokens before it.")
     return 0
@@ -148,9 +148,9 @@ def _tokenizer(arguments: argparse.Namespace, config: Config) -> tuple[tokenizer
         return None, {}
     if arguments.tokenizer:
         found = tokenizer.load(arguments.tokenizer)
-        return found, export.tokenizer_files(found, arguments.tokenizer)
+        return found, hf_export.exported_tokenizer_files(found, arguments.tokenizer)
     try:
         reads = tokenizer_of(arguments.source, config)
     except ConfigError as error:
         raise ConfigError(f"{error} --tokenizer names another, or none.") from error
-    return reads, export.tokenizer_files(reads, getattr(config.tokenizer, "path", ""))
+    return reads, hf_export.exported_tokenizer_files(reads, getattr(config.tokenizer, "path", ""))

@@ -18,10 +18,18 @@ from rich.table import Table as Lines
 from rich.text import Text
 
 from torchladder import plots
-from torchladder.data.text.documents import OnError
+from torchladder.data.text.document_reader import OnError
+from torchladder.inference import evaluation
+from torchladder.inference.evaluation import (
+    EvalJob,
+    EvalSlices,
+    EvalWeights,
+    ResultTable,
+    Row,
+    UnreadableWeightsError,
+    label,
+)
 from torchladder.registry import ConfigError
-from torchladder.run import evaluation
-from torchladder.run.evaluation import DamageError, Job, Row, Table, Weights, Windows, label
 
 EPILOG = """
 Files: .txt .md .py are one document each; .jsonl one a line; .csv and .parquet one a row; each also as .gz .zst .bz2;
@@ -37,7 +45,7 @@ def run(argv: list[str]) -> int:
     """Evaluates; returns 1 when a checkpoint is damaged, 130 when it was interrupted."""
     arguments = _parser().parse_args(argv)
     for context in arguments.context or []:
-        Windows(context, _stride(arguments, context))
+        EvalSlices(context, _stride(arguments, context))
     if arguments.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {arguments.batch_tokens}: must be 1 or more.")
     if arguments.plot:
@@ -51,22 +59,24 @@ def run(argv: list[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    files = evaluation.Files(evaluation.named(arguments.files), arguments.text_key, arguments.on_error, arguments.bos)
-    found: list[Weights] = []
-    damaged: list[DamageError] = []
+    files = evaluation.EvalFiles(
+        evaluation.expand_paths(arguments.files), arguments.text_key, arguments.on_error, arguments.bos
+    )
+    found: list[EvalWeights] = []
+    damaged: list[UnreadableWeightsError] = []
     for path in dict.fromkeys(arguments.models):
         intact, broken = evaluation.find(path, max(arguments.context or [0]) or None)
         found += intact
         damaged += broken
-    tables = {path: Table(path) for path in dict.fromkeys(_output(arguments, weights) for weights in found)}
+    tables = {path: ResultTable(path) for path in dict.fromkeys(_output(arguments, weights) for weights in found)}
     jobs = [
-        Job(weights, file, windows, arguments.dtype, arguments.by_position, tables[_output(arguments, weights)])
+        EvalJob(weights, file, windows, arguments.dtype, arguments.by_position, tables[_output(arguments, weights)])
         for weights in found
         for file in files.of(weights)
         for windows in _windows(arguments, weights)
     ]
     damaged += _evaluate(jobs, arguments.batch_tokens)
-    rows = evaluation.done(jobs)
+    rows = evaluation.finished_rows(jobs)
     if damaged and not rows:
         raise ConfigError(str(damaged[0]))
     for error in damaged:
@@ -79,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 1 if damaged else 0
 
 
-def _output(arguments: argparse.Namespace, weights: Weights) -> Path:
+def _output(arguments: argparse.Namespace, weights: EvalWeights) -> Path:
     return arguments.output or weights.home / "evaluation.csv"
 
 
@@ -87,9 +97,9 @@ def _stride(arguments: argparse.Namespace, context: int) -> int:
     return context if arguments.stride is None else arguments.stride
 
 
-def _windows(arguments: argparse.Namespace, weights: Weights) -> list[Windows]:
+def _windows(arguments: argparse.Namespace, weights: EvalWeights) -> list[EvalSlices]:
     contexts = arguments.context or [min(weights.trained, weights.config.training.seq_len)]
-    return [Windows(context, _stride(arguments, context)) for context in dict.fromkeys(contexts)]
+    return [EvalSlices(context, _stride(arguments, context)) for context in dict.fromkeys(contexts)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluate(jobs: Sequence[Job], batch_tokens: int) -> list[DamageError]:
+def _evaluate(jobs: Sequence[EvalJob], batch_tokens: int) -> list[UnreadableWeightsError]:
     """Evaluates what has not been yet; returns which weights could not be."""
-    left, damaged = evaluation.left(jobs), []
+    left, damaged = evaluation.unfinished(jobs), []
     with _Report(left) as report:
         if len(left) < len(jobs):
             report.say(f"{len(jobs) - len(left)} of {len(jobs)} evaluations are done already")
@@ -150,12 +160,12 @@ def _evaluate(jobs: Sequence[Job], batch_tokens: int) -> list[DamageError]:
             some = list(group)
             try:
                 restored = weights.load(max(job.windows.context for job in some), getattr(torch, some[0].dtype))
-            except DamageError as error:
+            except UnreadableWeightsError as error:
                 damaged.append(error)
                 report.skip(some)
                 continue
             for job in some:
-                if not evaluation.left([job]):  # another process has done it meanwhile
+                if not evaluation.unfinished([job]):  # another process has done it meanwhile
                     report.skip([job])
                     continue
                 report.begin(job)
@@ -172,7 +182,7 @@ def _evaluate(jobs: Sequence[Job], batch_tokens: int) -> list[DamageError]:
     return damaged
 
 
-def _remarks(jobs: Sequence[Job]) -> list[str]:
+def _remarks(jobs: Sequence[EvalJob]) -> list[str]:
     """Returns what is unusual about jobs, once for all that it holds for."""
     lines = []
     for job in jobs:
@@ -195,7 +205,7 @@ class _Report:
         every: seconds between two lines in a log.
     """
 
-    def __init__(self, jobs: Sequence[Job], every: float = 30.0) -> None:
+    def __init__(self, jobs: Sequence[EvalJob], every: float = 30.0) -> None:
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -217,7 +227,7 @@ class _Report:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: EvalJob) -> None:
         self._doing = f"{job.weights.path.name} {job.documents.path.name}, context {job.windows.context:,}"
         self._bar.update(self._task, description=self._doing)
 
@@ -230,7 +240,7 @@ class _Report:
             left = (time.monotonic() - self._start) * self._left / self._read
             self.say(f"{self._doing}: {self._left:,} tokens to go, {self._rate()}, {left:.0f} s left")
 
-    def skip(self, jobs: Sequence[Job]) -> None:
+    def skip(self, jobs: Sequence[EvalJob]) -> None:
         tokens = sum(job.tokens for job in jobs)
         self._left -= tokens
         self._bar.update(self._task, advance=tokens)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from torchladder.generate import SamplesConfig, generate
+from torchladder.config import SamplesConfig
+from torchladder.inference.decoding import generate
+from torchladder.inference.trained_model import IncrementalDecoder, settings_of, tokenizer_of
 from torchladder.registry import ConfigError
-from torchladder.run.restored import Reader, settings_of, tokenizer_of
 
 
 def run(argv: list[str]) -> int:
@@ -38,7 +39,7 @@ def run(argv: list[str]) -> int:
     tokenizer = tokenizer_of(arguments.checkpoint, config)
     if tokenizer is None:
         raise ConfigError(f"{arguments.checkpoint} has no tokenizer to read the prompts with.")
-    reader = Reader(config, arguments.checkpoint, getattr(torch, arguments.dtype))
+    reader = IncrementalDecoder(config, arguments.checkpoint, getattr(torch, arguments.dtype))
     for first in range(0, len(arguments.prompt), arguments.batch_size):
         prompts = arguments.prompt[first : first + arguments.batch_size]
         ids = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]

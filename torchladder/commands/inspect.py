@@ -14,8 +14,8 @@ from rich.table import Table
 
 from torchladder.commands.prepare import add_tokenizer, load_tokenizer
 from torchladder.data import tokenizer
-from torchladder.data.base import Tokenizer
-from torchladder.data.formats.indexed import Indexed
+from torchladder.data.dataloader import Tokenizer
+from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.prepare import metadata
 from torchladder.data.prepare.metadata import Metadata
 from torchladder.registry import ConfigError
@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--no-checksums", action="store_true", help="do not read the whole pair to test its checksums")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args(argv)
-    pair, about = Indexed(arguments.prefix), metadata.read(arguments.prefix)
+    pair, about = IndexedTokens(arguments.prefix), metadata.read(arguments.prefix)
     number = arguments.document or 0
     if arguments.document is not None and not 0 <= number < len(pair):
         raise ConfigError(f"--document {number}: the pair has {len(pair)} documents, from 0.")
@@ -61,7 +61,7 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int, int]]:
     return [(2 ** (i - 1) if i else 0, 2**i - 1, int(counts[i]), int(tokens[i])) for i in shown]
 
 
-def _object(pair: Indexed, about: Metadata | None, broken: str | None, tested: bool) -> dict[str, Any]:
+def _object(pair: IndexedTokens, about: Metadata | None, broken: str | None, tested: bool) -> dict[str, Any]:
     return {
         "documents": len(pair),
         "tokens": pair.tokens,
@@ -74,7 +74,7 @@ def _object(pair: Indexed, about: Metadata | None, broken: str | None, tested: b
     }
 
 
-def _print(pair: Indexed, about: Metadata | None) -> None:
+def _print(pair: IndexedTokens, about: Metadata | None) -> None:
     size = Path(f"{pair.prefix}.bin").stat().st_size
     print(f"{pair.prefix}: {len(pair):,} documents, {pair.tokens:,} tokens as {pair.dtype.name}, {size:,} bytes")
     if len(pair):
@@ -100,7 +100,7 @@ def _print(pair: Indexed, about: Metadata | None) -> None:
     Console().print(table)
 
 
-def _print_sample(pair: Indexed, number: int, part: Tokenizer | None) -> None:
+def _print_sample(pair: IndexedTokens, number: int, part: Tokenizer | None) -> None:
     if not len(pair):
         return
     ids = pair[number][:SAMPLE].tolist()

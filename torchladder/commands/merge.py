@@ -6,7 +6,7 @@ import argparse
 
 from torchladder.commands.prepare import lines
 from torchladder.data.formats.indexed import prefix_of
-from torchladder.data.prepare import merge
+from torchladder.data.prepare import merging
 
 
 def run(argv: list[str]) -> int:
@@ -17,5 +17,5 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is there already")
     arguments = parser.parse_args(argv)
     parts = list(dict.fromkeys(map(prefix_of, arguments.parts)))
-    print("\n".join(lines(prefix_of(arguments.output), merge.merge(arguments.output, parts, arguments.overwrite))))
+    print("\n".join(lines(prefix_of(arguments.output), merging.merge(arguments.output, parts, arguments.overwrite))))
     return 0

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from torchladder import config, plots
-from torchladder.data.base import Usage
-from torchladder.distributed import fake
+from torchladder.data.dataloader import SourceUsage
+from torchladder.distributed import fake_ranks
 from torchladder.registry import ConfigError
-from torchladder.run import plan as plans
-from torchladder.run import reading
-from torchladder.run.footprint import Footprint, Memory, Traffic
+from torchladder.training import data_setup
+from torchladder.training import run_plan as plans
+from torchladder.training.memory_estimate import MemoryEstimator, RankMemory, Traffic
 
 SHOWN = 12
 """Rows of the ladder's table."""
@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
     own, settings = parser.parse_known_args(argv)
     if own.world_size < 1:
         raise ConfigError(f"--world-size {own.world_size}: must be 1 or more.")
-    plan = plans.make(config.load(settings), own.world_size)
+    plan = plans.make_plan(config.load(settings), own.world_size)
     memory, traffic = _dry_run(plan, own.world_size, own.gpu_memory)
     steps = _steps(own.at, plan.steps)
     if own.plot:
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
         taken = {"memory_per_rank": dataclasses.asdict(memory), "sent_per_rank_and_step": dataclasses.asdict(traffic)}
         print(json.dumps(_object(plan, steps) | taken))
         return 0
-    print("\n".join(plans.lines(plan)))
+    print("\n".join(plans.summary_lines(plan)))
     print(f"attention   {plan.attention_share:.1%} of the FLOPs at full context")
     print(f"ranks       {own.world_size:,}: {plan.degrees}")
     print(f"memory      {_gib(memory.total)} per rank: {_parts(memory)}")
@@ -56,15 +56,15 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _dry_run(plan: plans.Plan, ranks: int, limit: str | None) -> tuple[Memory, Traffic]:
+def _dry_run(plan: plans.Plan, ranks: int, limit: str | None) -> tuple[RankMemory, Traffic]:
     """Builds the sharded model on ranks that do not exist; returns what a rank holds and sends.
 
     Raises:
         ConfigError: it takes more than the limit; the message names the nearest layouts that take less.
     """
     at_most = _bytes(limit) if limit else None
-    with fake.ranks(ranks):
-        model = Footprint(plan)
+    with fake_ranks.ranks(ranks):
+        model = MemoryEstimator(plan)
         memory, traffic = model.memory(), model.traffic()
         if at_most is None or memory.total <= at_most:
             return memory, traffic
@@ -88,7 +88,7 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _parts(sizes: Memory | Traffic) -> str:
+def _parts(sizes: RankMemory | Traffic) -> str:
     return ", ".join(f"{name} {_gib(size)}" for name, size in dataclasses.asdict(sizes).items() if size) or "nothing"
 
 
@@ -133,7 +133,7 @@ def _print_ladder(plan: plans.Plan, steps: list[int]) -> None:
     Console().print(table)
 
 
-def _phases(plan: plans.Plan, read: list[Usage]) -> list[dict[str, Any]]:
+def _phases(plan: plans.Plan, read: list[SourceUsage]) -> list[dict[str, Any]]:
     """Returns what each phase is: when it begins, how long it takes, what is set by then, what it reads."""
     starts = sorted({0, *plan.phases.starts})
     phases = []
@@ -151,10 +151,10 @@ def _phases(plan: plans.Plan, read: list[Usage]) -> list[dict[str, Any]]:
     return phases
 
 
-def _read(plan: plans.Plan) -> tuple[list[Usage], str]:
+def _read(plan: plans.Plan) -> tuple[list[SourceUsage], str]:
     """Returns what the run reads of its sources, or why that cannot be told here."""
     try:
-        return reading.usage(plan.config, plan.batch), ""
+        return data_setup.usage(plan.config, plan.batch), ""
     except ConfigError as error:
         return [], str(error)
 

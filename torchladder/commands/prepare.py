@@ -7,11 +7,11 @@ import sys
 from typing import get_args
 
 from torchladder.data import tokenizer
-from torchladder.data.prepare import executor, parts, tasks
-from torchladder.data.prepare.framing import Framing
+from torchladder.data.prepare import executor, prepared_parts, tasks
+from torchladder.data.prepare.document_encoder import DocumentEncoder
 from torchladder.data.prepare.metadata import Metadata
-from torchladder.data.text.documents import OnError
-from torchladder.registry import ConfigError, unknown
+from torchladder.data.text.document_reader import OnError
+from torchladder.registry import ConfigError, unknown_name
 
 EPILOG = """
 Files: .txt .md .py are one document each; .jsonl one a line; .csv and .parquet one a row; each also as .gz .zst .bz2.
@@ -27,11 +27,11 @@ def run(argv: list[str]) -> int:
     """Prepares; returns 130 when it was interrupted."""
     arguments = _parser().parse_args(argv)
     if arguments.executor not in executor.registry.names():
-        raise unknown("executor", arguments.executor, executor.registry.names())
+        raise unknown_name("executor", arguments.executor, executor.registry.names())
     preparation = tasks.Preparation(
         inputs=arguments.input,
         output=arguments.output,
-        framing=Framing(load_tokenizer(arguments), bos=arguments.bos, eos=arguments.eos),
+        framing=DocumentEncoder(load_tokenizer(arguments), bos=arguments.bos, eos=arguments.eos),
         tokenizer=arguments.tokenizer,
         text_key=arguments.text_key,
         on_error=arguments.on_error,
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
         part_bytes=arguments.part_bytes,
     )
     try:
-        done = parts.run(preparation, executor.registry.get(arguments.executor)(workers=arguments.workers))
+        done = prepared_parts.run(preparation, executor.registry.get(arguments.executor)(workers=arguments.workers))
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it was", file=sys.stderr)
         return 130

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchladder import config
-from torchladder.interrupt import REQUEUE
 from torchladder.registry import ConfigError
+from torchladder.resilience.interrupt import REQUEUE
 
 SCRIPT = """\
 #!/usr/bin/env bash
@@ -42,7 +42,7 @@ exit "$code"
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What sbatch is told of a run."""
 
     name: str
@@ -87,7 +87,7 @@ def run(argv: list[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     rest = rest[1:] if rest[:1] == ["--"] else rest
     _check(arguments, rest)
-    job = Job(
+    job = SlurmJob(
         name=arguments.name,
         nodes=arguments.nodes,
         gpus=arguments.gpus,

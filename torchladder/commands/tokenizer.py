@@ -16,9 +16,9 @@ from torchladder.commands.prepare import add_input
 from torchladder.data import tokenizer
 from torchladder.data.prepare import tasks
 from torchladder.data.text import sources
-from torchladder.data.text.documents import Reader
-from torchladder.data.text.kinds import Stretch
-from torchladder.data.tokenizer import Training, training
+from torchladder.data.text.document_reader import DocumentReader
+from torchladder.data.text.file_formats import FileSlice
+from torchladder.data.tokenizer import Training, train_tokenizer
 from torchladder.registry import ConfigError
 
 EPILOG = """
@@ -57,8 +57,8 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"{folder} is there already; --overwrite replaces it.")
     if arguments.sample_chars < 1:
         raise ConfigError(f"--sample-chars {arguments.sample_chars}: it is 1 at least.")
-    reader = Reader(arguments.text_key, arguments.on_error)
-    sample = training.sample(_texts(reader, tasks.expand(arguments.input)), arguments.sample_chars)
+    reader = DocumentReader(arguments.text_key, arguments.on_error)
+    sample = train_tokenizer.sample(_texts(reader, tasks.expand(arguments.input)), arguments.sample_chars)
     for line in sources.summary(reader.skipped, reader.examples):
         print(f"{arguments.on_error}: {line}")
     files = tokenizer.train(sample, settings)
@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_input(parser)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder of the tokenizer")
-    parser.add_argument("--kind", choices=get_args(training.Kind), default="bpe", help="default: bpe")
+    parser.add_argument("--kind", choices=get_args(train_tokenizer.Kind), default="bpe", help="default: bpe")
     parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="tokens (default: 32000)")
     parser.add_argument(
         "--special-tokens", nargs="+", default=[], metavar="TOKEN", help="tokens that no text is encoded to"
@@ -91,7 +91,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--normalization",
-        choices=get_args(training.Normalization),
+        choices=get_args(train_tokenizer.Normalization),
         default="none",
         help="none (default) gives every text back exactly",
     )
@@ -99,9 +99,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER where it is there already")
 
 
-def _texts(reader: Reader, files: list[Path]) -> Iterator[str]:
+def _texts(reader: DocumentReader, files: list[Path]) -> Iterator[str]:
     for path in files:
-        for _, text in reader.read(Stretch(path, 0, None, path.stat().st_size)):
+        for _, text in reader.read(FileSlice(path, 0, None, path.stat().st_size)):
             yield text
 
 
@@ -114,7 +114,7 @@ def _record(settings: Training, sample: list[str]) -> dict[str, Any]:
         "documents": len(sample),
         "characters": sum(map(len, sample)),
         "sample_sha256": digest.hexdigest(),
-        "library": training.library(settings.kind),
+        "library": train_tokenizer.library(settings.kind),
     }
 
 

@@ -1,25 +1,27 @@
 """The settings of a run: defaults in the dataclasses, then a TOML file, then the command line."""
 
+from torchladder.config.component_sections import COMPONENTS, config_type
 from torchladder.config.load import fail, load
-from torchladder.config.parts import PARTS, config_type
 from torchladder.config.sections import (
     AttentionConfig,
     Config,
     DebugConfig,
     ExperimentalConfig,
     JobConfig,
+    SamplesConfig,
     TrainingConfig,
     ValidationConfig,
 )
 from torchladder.config.values import fields
 
 __all__ = [
-    "PARTS",
+    "COMPONENTS",
     "AttentionConfig",
     "Config",
     "DebugConfig",
     "ExperimentalConfig",
     "JobConfig",
+    "SamplesConfig",
     "TrainingConfig",
     "ValidationConfig",
     "config_type",

@@ -15,11 +15,11 @@ from typing import Any
 import pydantic
 import tyro
 
-from torchladder.config import assets, files
-from torchladder.config.parts import config_type
+from torchladder.config import hf_defaults, toml_files
+from torchladder.config.component_sections import config_type
 from torchladder.config.sections import Config
 from torchladder.config.values import adapter, fields, flag, flags, problem
-from torchladder.registry import ConfigError, unknown
+from torchladder.registry import ConfigError, unknown_name
 
 
 def load(argv: list[str]) -> Config:
@@ -31,15 +31,15 @@ def load(argv: list[str]) -> Config:
         ConfigError: a file, section, key, value or plugin is not what it should be; the message says which.
     """
     file = flag(argv, "job.config_file")
-    settings, origins = files.read(Path(file)) if file else ({}, {})
+    settings, origins = toml_files.read(Path(file)) if file else ({}, {})
     _import_plugins(settings, argv, Path(file).parent if file else Path())
-    assets.apply(settings, origins, argv)
+    hf_defaults.apply(settings, origins, argv)
 
     sections: dict[str, Any] = {}
     kind = config_type(settings, argv)
     for name in settings:
         if name not in fields(kind):
-            raise unknown(f"section in {files.origin(origins, name)}", name, fields(kind))
+            raise unknown_name(f"section in {toml_files.origin(origins, name)}", name, fields(kind))
     for name, section in fields(kind).items():
         sections[name] = _section(section.kind, name, settings.get(name, {}), origins)
     config = tyro.cli(
@@ -51,7 +51,7 @@ def load(argv: list[str]) -> Config:
         "comes first, the command line wins over it.",
         use_underscores=True,
     )
-    assets.check(config)
+    hf_defaults.check(config)
     return config
 
 
@@ -61,14 +61,14 @@ def fail(error: ConfigError) -> int:
     return 2
 
 
-def _section(kind: type, name: str, settings: dict[str, Any], origins: files.Origins) -> Any:
+def _section(kind: type, name: str, settings: dict[str, Any], origins: toml_files.Origins) -> Any:
     """Makes one section from the file's settings, checking every key and type."""
     hints = fields(kind)
     values: dict[str, Any] = {}
     for key, value in settings.items():
-        where = f"{files.origin(origins, name, key)}: {name}.{key}"
+        where = f"{toml_files.origin(origins, name, key)}: {name}.{key}"
         if key not in hints:
-            raise unknown(f"key in [{name}] of {files.origin(origins, name, key)}", key, hints)
+            raise unknown_name(f"key in [{name}] of {toml_files.origin(origins, name, key)}", key, hints)
         try:
             # JSON has TOML's types, and in it a list may stand for a tuple while "3" does not stand for 3.
             values[key] = adapter(hints[key].kind).validate_json(json.dumps(value), strict=True)
@@ -82,11 +82,11 @@ def _section(kind: type, name: str, settings: dict[str, Any], origins: files.Ori
     try:
         return kind(**values)
     except ConfigError as error:
-        named = {str(files.origin(origins, name, key)) for key in settings}
+        named = {str(toml_files.origin(origins, name, key)) for key in settings}
         raise ConfigError(f"{', '.join(sorted(named)) or 'defaults'}: {error}") from None
 
 
-def _import_plugins(settings: files.Settings, argv: list[str], beside: Path) -> None:
+def _import_plugins(settings: toml_files.RawSettings, argv: list[str], beside: Path) -> None:
     """Imports the modules that register further parts, from the path, the working folder or beside the file."""
     names = flags(argv, "job.plugins") or settings.get("job", {}).get("plugins", [])
     custom = flag(argv, "experimental.custom_import") or settings.get("experimental", {}).get("custom_import")

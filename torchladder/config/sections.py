@@ -11,17 +11,16 @@ import tomli_w
 
 from torchladder import mask, optim
 from torchladder.checkpoint import CheckpointConfig
+from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import ParallelismConfig
 from torchladder.distributed.parallelize import CompileConfig
 from torchladder.distributed.ranks import CommConfig
-from torchladder.distributed.recompute import ActivationCheckpointConfig
-from torchladder.generate import SamplesConfig
 from torchladder.metrics import MetricsConfig
 from torchladder.models import attention
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import ConfigError
-from torchladder.resilience import ResilienceConfig
+from torchladder.resilience.bad_steps import ResilienceConfig
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,42 @@ class ValidationConfig:
         _require(self.freq >= 1, f"validation.freq = {self.freq}: must be 1 or more.")
         _require(self.steps >= 1 or self.steps == -1, f"validation.steps = {self.steps}: must be 1 or more, or -1.")
         _require(all(w >= 1 for w in self.windows), f"validation.windows = {self.windows}: must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Text samples while training."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Texts to continue; none: no samples."""
+
+    freq: int = 0
+    """Steps between samples; 0: at the end of the run only."""
+
+    max_new_tokens: int = 128
+    """Tokens to continue each prompt by."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token each time."""
+
+    top_p: float = 0.95
+    """Draw from the likeliest tokens that hold this much probability together."""
+
+    def __post_init__(self) -> None:
+        if self.freq < 0 or self.max_new_tokens < 1:
+            raise ConfigError(
+                f"samples.freq = {self.freq} and samples.max_new_tokens = {self.max_new_tokens}: "
+                "must be 0 or more, and 1 or more."
+            )
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"samples.temperature = {self.temperature} and samples.top_p = {self.top_p}: "
+                "must be 0 or more, and above 0 up to 1."
+            )
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether samples are to be drawn after that many steps."""
+        return bool(self.prompts) and (last or (self.freq > 0 and step % self.freq == 0))
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,25 @@
 """Documents to rows. The names other rooms use, and the parts that register themselves."""
 
-from torchladder.data import formats, hub, loader, packing, tokenizer
-from torchladder.data.base import IGNORED, Batch, Loader, Tokenizer, register, registry
-from torchladder.data.cache import cache_path
-from torchladder.data.corpus import SourceConfig, training_texts
+from torchladder.data import formats, hub_loader, packing, row_loader, tokenizer
+from torchladder.data.corpus import SourceConfig, build_tokenizer, training_texts
+from torchladder.data.dataloader import IGNORED, BaseDataLoader, Batch, Tokenizer, register, registry
+from torchladder.data.disk_cache import cache_path
 from torchladder.data.text import sources
 
 __all__ = [
     "IGNORED",
+    "BaseDataLoader",
     "Batch",
-    "Loader",
     "SourceConfig",
     "Tokenizer",
+    "build_tokenizer",
     "cache_path",
     "formats",
-    "hub",
-    "loader",
+    "hub_loader",
     "packing",
     "register",
     "registry",
+    "row_loader",
     "sources",
     "tokenizer",
     "training_texts",

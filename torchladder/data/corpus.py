@@ -11,19 +11,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchladder.data.base import Tokenizer
-from torchladder.data.formats import litpkds, parquet, readers
-from torchladder.data.formats.indexed import Indexed
-from torchladder.data.formats.readers import Shard
-from torchladder.data.packing.base import Spans
-from torchladder.data.prepare.cached import prepare
+from torchladder.data.dataloader import Tokenizer
+from torchladder.data.disk_cache import DEFAULT, cache_path
+from torchladder.data.formats import litpkds, parquet, token_readers
+from torchladder.data.formats.indexed import IndexedTokens
+from torchladder.data.formats.token_readers import Shard
+from torchladder.data.packing.spans import Spans
+from torchladder.data.prepare.cached_tokens import prepare
 from torchladder.data.text import sources
-from torchladder.data.text.documents import OnError
-from torchladder.registry import ConfigError, unknown
+from torchladder.data.text.document_reader import OnError
+from torchladder.data.tokenizer import registry as tokenizers
+from torchladder.registry import ConfigError, unknown_name
 
-LARGEST = 1 << 31
+MAX_TOKEN = 1 << 31
 """Tokens are below it: rows hold 32 bits of each."""
-OF_ALL = {"name", "label", "weight", "language", "domain", "repeat"}
+COMMON_KEYS = {"name", "label", "weight", "language", "domain", "repeat"}
 """Settings that every source takes."""
 
 
@@ -58,7 +60,7 @@ class SourceConfig:
     @property
     def is_tokens(self) -> bool:
         """Whether the source is tokens already, and not raw text."""
-        return self.kind() in readers.registry.names()
+        return self.kind() in token_readers.registry.names()
 
     def kind(self) -> str:
         """Returns the name, told from the path and the files where it is empty.
@@ -69,15 +71,15 @@ class SourceConfig:
         if not self.name and not self.path:
             raise ConfigError('a source needs a path, or a name such as "python-stdlib".')
         kind = self.name or _told_from(sources.as_list(self.path))
-        if kind in readers.registry.names():
-            takes = {"path", *readers.registry.parameters(kind)}
+        if kind in token_readers.registry.names():
+            takes = {"path", *token_readers.registry.parameters(kind)}
         elif kind in sources.registry.names():
             takes = set(sources.registry.parameters(kind))
         else:
-            raise unknown("data source", kind, [*sources.registry.names(), *readers.registry.names()])
+            raise unknown_name("data source", kind, [*sources.registry.names(), *token_readers.registry.names()])
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if setting.name not in OF_ALL | takes and value != setting.default:
+            if setting.name not in COMMON_KEYS | takes and value != setting.default:
                 raise ConfigError(f"the source {kind} takes no {setting.name}, but it is set to {value!r}.")
         return kind
 
@@ -87,13 +89,13 @@ class SourceConfig:
         Raises:
             ConfigError: no file is found, or all are excluded.
         """
-        found = readers.find(self.kind(), self.path)
+        found = token_readers.find(self.kind(), self.path)
         kept = [file for file in found if not any(names(pattern, file) for pattern in exclude)]
         if not kept:
             raise ConfigError(f"data.exclude leaves no file of the source {self.title}.")
         return kept
 
-    def raw(self) -> sources.Source:
+    def raw(self) -> sources.TextSource:
         """Returns the documents of a source that is not tokens yet."""
         parameters = sources.registry.parameters(self.kind())
         return sources.registry.get(self.kind())(**{key: getattr(self, key) for key in parameters})
@@ -108,7 +110,7 @@ class SourceConfig:
             self.raw()
             return set()
         self.files(exclude)
-        found = readers.find(self.kind(), self.path)
+        found = token_readers.find(self.kind(), self.path)
         return {pattern for pattern in exclude if any(names(pattern, file) for file in found)}
 
 
@@ -172,7 +174,7 @@ class Corpus:
             shards = np.searchsorted(self._ends, spans.documents, side="right").tolist()
             pieces = [self.shards[i].flat[begin:end] for i, begin, end in zip(shards, begins, ends, strict=True)]
         tokens = np.concatenate(pieces)
-        bound = LARGEST if self.vocab_size is None else self.vocab_size
+        bound = MAX_TOKEN if self.vocab_size is None else self.vocab_size
         if len(tokens) and (self.vocab_size is not None or tokens.itemsize > 4):
             least, most = int(tokens.min()), int(tokens.max())
             if not -bound <= least <= most < bound:
@@ -188,7 +190,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Opener:
+class SourceLoader:
     """Opens sources as tokens, tokenizing raw text into the cache on first use.
 
     Attributes:
@@ -216,12 +218,12 @@ class Opener:
             eos = self.tokenizer.eos if self.tokenizer else None
             section = replace(source, name=source.kind())
             files = source.files(self.exclude)
-            shards = readers.registry.build(section, files=files, eos=eos, cache=self.cache)
+            shards = token_readers.registry.build(section, files=files, eos=eos, cache=self.cache)
             return Corpus(source.title, shards, vocab_size)
         if self.tokenizer is None:
             raise ConfigError(f"the source {source.title} is raw text: it needs a tokenizer.")
         prepared = prepare(source.raw(), self.tokenizer, self.cache, self.validation_fraction, self.bos)
-        return Corpus(source.title, [Indexed(getattr(prepared, split))], vocab_size)
+        return Corpus(source.title, [IndexedTokens(getattr(prepared, split))], vocab_size)
 
 
 def training_texts(section: Any) -> Iterator[str]:
@@ -243,6 +245,20 @@ def training_texts(section: Any) -> Iterator[str]:
         for document in source.raw().documents():
             if not sources.held_out(document.identity, held):
                 yield document.text
+
+
+def build_tokenizer(section: Any, data: Any) -> Tokenizer | None:
+    """Returns the tokenizer of a run, trained on the run's own texts if it has no file; None for ``name = "none"``.
+
+    Args:
+        section: the settings ``[tokenizer]``.
+        data: the settings ``[data]``.
+    """
+    return tokenizers.build(
+        section,
+        texts=lambda: training_texts(data),
+        cache=cache_path(getattr(data, "cache_folder", DEFAULT)),
+    )
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:

@@ -11,10 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from torchladder.distributed import float8, recompute, tensor
+from torchladder.distributed import activation_checkpoint, float8, tensor_parallel
+from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import Mesh, ParallelismConfig
-from torchladder.distributed.recompute import ActivationCheckpointConfig
 from torchladder.registry import ConfigError
 
 
@@ -45,7 +45,7 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ParallelizeConfig:
     """All that decides how a model is spread.
 
     Attributes:
@@ -65,7 +65,7 @@ class Settings:
     offload: bool = False
 
 
-def check(mesh: Mesh, settings: Settings, device: torch.device) -> None:
+def check(mesh: Mesh, settings: ParallelizeConfig, device: torch.device) -> None:
     """Checks that the settings can work here, before anything is built.
 
     Raises:
@@ -73,13 +73,13 @@ def check(mesh: Mesh, settings: Settings, device: torch.device) -> None:
     """
     settings.float8.check(device, settings.precision.compute)
     if settings.parallelism.enable_async_tensor_parallel:
-        tensor.check_overlap(device, settings.compile.compiles("model"))
+        tensor_parallel.check_overlap(device, settings.compile.compiles("model"))
     if settings.offload and (mesh.data is None or device.type == "cpu"):
         why = "this run has a single rank" if mesh.data is None else "a CPU's weights are in the host's memory already"
         raise ConfigError(f"training.enable_cpu_offload is for FSDP2 on accelerators: {why}.")
 
 
-def parallelize(model: nn.Module, plan: dict[str, str], mesh: Mesh, settings: Settings) -> None:
+def parallelize(model: nn.Module, plan: dict[str, str], mesh: Mesh, settings: ParallelizeConfig) -> None:
     """Prepares a model in place; its blocks are ``model.layers``, name → block.
 
     Args:
@@ -97,11 +97,11 @@ def parallelize(model: nn.Module, plan: dict[str, str], mesh: Mesh, settings: Se
     # torchao puts layers of its own in the place of linear ones, so it comes before what is tied to a layer.
     float8.convert(model, settings.float8, sharded=mesh.data is not None)
     if settings.parallelism.enable_async_tensor_parallel:
-        tensor.overlap()
+        tensor_parallel.overlap()
     if mesh.tensor is not None:
-        tensor.parallelize(model, plan, mesh.tensor, not settings.parallelism.disable_loss_parallel)
+        tensor_parallel.parallelize(model, plan, mesh.tensor, not settings.parallelism.disable_loss_parallel)
     for number, (name, block) in enumerate(list(layers.items())):
-        layers[name] = recompute.wrap(block, number, settings.recompute)
+        layers[name] = activation_checkpoint.wrap(block, number, settings.recompute)
         if compile.compiles("model"):
             layers[name].compile(backend=compile.backend, fullgraph=True)
     if compile.compiles("loss"):
@@ -120,7 +120,7 @@ def materialize(model: nn.Module, device: torch.device, offload: bool) -> None:
             module.to(device)  # buffers serve where the activations are
 
 
-def _shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, settings: Settings) -> None:
+def _shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, settings: ParallelizeConfig) -> None:
     """Shards block by block with FSDP2; a block's parameters are gathered while the one before it computes."""
     precision = settings.precision
     options: dict[str, Any] = {

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from torchladder.distributed import attempt
+from torchladder.distributed import rendezvous
 from torchladder.registry import ConfigError
 
 Number = TypeVar("Number", int, float)
@@ -162,7 +162,7 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     if "RANK" not in os.environ:  # without torchrun there is nobody to meet
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-    return attempt.fresh(store, rank, size, timeout)
+    return rendezvous.new_store(store, rank, size, timeout)
 
 
 def leave() -> None:

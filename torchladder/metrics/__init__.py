@@ -6,6 +6,6 @@ follow from the pairs, so they are right under every mask. Nothing here waits fo
 
 from torchladder.metrics.console import console, init_logger
 from torchladder.metrics.device import peak_flops
-from torchladder.metrics.report import Metrics, MetricsConfig, Run
+from torchladder.metrics.processor import MetricsConfig, MetricsProcessor, RunInfo
 
-__all__ = ["Metrics", "MetricsConfig", "Run", "console", "init_logger", "peak_flops"]
+__all__ = ["MetricsConfig", "MetricsProcessor", "RunInfo", "console", "init_logger", "peak_flops"]

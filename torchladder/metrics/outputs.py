@@ -61,7 +61,7 @@ class Output(Protocol):
     def close(self) -> None: ...
 
 
-class File:
+class JsonlOutput:
     """metrics.jsonl: one JSON object per line, on disk as soon as it is written."""
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +78,7 @@ class File:
         self.file.close()
 
 
-class TensorBoard:
+class TensorBoardOutput:
     """TensorBoard events under torchtitan's tags; what the folder has of steps to be taken (again) is purged."""
 
     def __init__(self, folder: Path, seq_len: int, step: int) -> None:
@@ -94,7 +94,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandB:
+class WandBOutput:
     """Weights & Biases, under the tags of TensorBoard."""
 
     def __init__(self, folder: Path, seq_len: int, settings: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ def _tagged(line: Line, seq_len: int) -> dict[str, float]:
     return {tag: line[key] * scale for key, (tag, scale) in TAGS.items() if line[key] is not None}
 
 
-class Terminal:
+class TerminalOutput:
     """A line per report, and on a terminal a progress bar below the lines."""
 
     def __init__(self, steps: int, step: int, colors: bool, bar: bool) -> None:

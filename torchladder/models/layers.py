@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchladder.models import loss, vocabulary
-from torchladder.models.base import Attend
+from torchladder.models import loss, loss_parallel
+from torchladder.models.model import Attend
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class RoPE(nn.Module):
         self.head_dim = head_dim
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(seq_len, 1, head_dim // 2, dtype=torch.float32), persistent=False)
-        self.turn(rotation)
+        self.set_rope_theta(rotation)
 
-    def turn(self, rotation: Rotation) -> None:
+    def set_rope_theta(self, rotation: Rotation) -> None:
         """Fills the table for another rotation, in place: a schedule of theta recompiles nothing."""
         self.rotation = rotation
         angles = rotation.angles(len(self.cos), self.head_dim, self.cos.device)[:, None]  # (T, 1, K / 2)
@@ -90,7 +90,7 @@ class RoPE(nn.Module):
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
-    def begin_at(self, first: int | Tensor) -> None:
+    def set_position_offset(self, first: int | Tensor) -> None:
         """Takes the rows that come to begin at this position, or each row at its own: (B) int64."""
         self.first = first
 
@@ -102,7 +102,7 @@ class RoPE(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
         super()._apply(fn, recurse)
         self.cos, self.sin = self.cos.float(), self.sin.float()
-        self.turn(self.rotation)
+        self.set_rope_theta(self.rotation)
         return self
 
 
@@ -185,11 +185,11 @@ class Head(nn.Module):
         if labels is not None:
             return loss.cross_entropy(hidden, weight, labels)
         if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
-            return vocabulary.logits(hidden, weight)
+            return loss_parallel.logits(hidden, weight)
         return F.linear(hidden, weight)
 
     def losses(self, hidden: Tensor, labels: Tensor, tied: Tensor | None = None) -> Tensor:
         """Returns the loss at each label (B, T) fp32, without gradients."""
         weight = self.weight if tied is None else tied
         assert weight is not None
-        return loss.each(hidden, weight, labels)
+        return loss.per_token_cross_entropy(hidden, weight, labels)

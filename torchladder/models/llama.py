@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torchladder.models.attention import causal
-from torchladder.models.base import Attend, Model, draw, register
-from torchladder.models.interchange.family import LLAMA, Family
+from torchladder.models.hf.adapter import LLAMA, HFAdapter
 from torchladder.models.layers import Attention, FeedForward, Head, RoPE
 from torchladder.models.llama_config import FLAVORS, INITIALIZATIONS, RESIDUAL, LlamaConfig
+from torchladder.models.model import Attend, Model, init_normal_, register
 
 
 class Block(nn.Module):
@@ -48,7 +48,7 @@ class Llama(Model):
         seq_len: tokens in the longest row.
     """
 
-    hugging_face: ClassVar[Family | None] = LLAMA
+    hugging_face: ClassVar[HFAdapter | None] = LLAMA
 
     def __init__(self, config: LlamaConfig, attend: Attend = causal, seq_len: int = 2048) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Llama(Model):
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
             else:
-                draw(parameter, name, seed, residual_std if name.endswith(RESIDUAL) else std)
+                init_normal_(parameter, name, seed, residual_std if name.endswith(RESIDUAL) else std)
 
     def parallel_plan(self) -> dict[str, str]:
         attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
@@ -102,15 +102,15 @@ class Llama(Model):
     def heads(self) -> tuple[int, ...]:
         return self.config.n_heads, self.config.kv_heads
 
-    def turn(self, theta: float) -> None:
+    def set_rope_theta(self, theta: float) -> None:
         if self.rope is None:
-            super().turn(theta)
+            super().set_rope_theta(theta)
         elif theta != self.rope.rotation.theta:
-            self.rope.turn(replace(self.rope.rotation, theta=theta))
+            self.rope.set_rope_theta(replace(self.rope.rotation, theta=theta))
 
-    def begin_at(self, first: int | Tensor) -> None:
+    def set_position_offset(self, first: int | Tensor) -> None:
         if self.rope is not None:
-            self.rope.begin_at(first)
+            self.rope.set_position_offset(first)
 
     def flops(self, tokens: int, pairs: int) -> int:
         # Forward takes 2 operations per weight and token, and per pair 2 per feature in the scores and 2 in the values.

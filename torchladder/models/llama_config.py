@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torchladder.models.layers import Rotation
-from torchladder.registry import ConfigError, unknown
+from torchladder.registry import ConfigError, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +111,9 @@ class LlamaConfig:
             f"model.rope_high_freq_factor = {self.rope_high_freq_factor}.",
         )
         if self.initialization not in INITIALIZATIONS:
-            raise unknown("model.initialization", self.initialization, INITIALIZATIONS)
+            raise unknown_name("model.initialization", self.initialization, INITIALIZATIONS)
         if self.positional_embedding not in ("rope", "none"):
-            raise unknown("model.positional_embedding", self.positional_embedding, ("rope", "none"))
+            raise unknown_name("model.positional_embedding", self.positional_embedding, ("rope", "none"))
 
     @property
     def kv_heads(self) -> int:

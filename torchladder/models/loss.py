@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchladder.models import vocabulary
-from torchladder.models.vocabulary import Share
+from torchladder.models import loss_parallel
+from torchladder.models.loss_parallel import VocabShard
 
-IGNORE = -100
+IGNORED = -100
 """The label of a place where nothing is to be predicted."""
 
 LOGITS_ON_CPU, LOGITS_ON_GPU = 2**21, 2**27
 """Logits that exist at a time: 8 MiB of fp32 near a CPU's cache, 0.5 GiB on a GPU."""
 
-FEWEST = 256
+MIN_CHUNK = 256
 """Tokens of a chunk at least: below, adding up the gradient of the head costs more than the products."""
 
 
@@ -32,12 +32,12 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         labels: (...) int64.
     """
     if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
-        return vocabulary.loss(_chunked, hidden, weight, labels)
+        return loss_parallel.loss(_chunked, hidden, weight, labels)
     return _chunked(hidden, weight, labels, None)
 
 
 @torch.no_grad()
-def each(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def per_token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Returns the cross entropy at each label (...) in fp32, 0 where it is -100; without gradients.
 
     Args:
@@ -45,7 +45,7 @@ def each(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         weight: (V, d) of the head.
         labels: (...) int64.
     """
-    size = _at_a_time(hidden.device.type, len(weight))
+    size = chunk_size(hidden.device.type, len(weight))
     chunks = zip(hidden.flatten(0, -2).split(size), labels.flatten().split(size), strict=True)
     return torch.cat([of_logits(F.linear(some, weight), label) for some, label in chunks]).view(labels.shape)
 
@@ -53,15 +53,15 @@ def each(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def of_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns the cross entropy (n) of logits (n, V) at each label, computed in fp32, 0 where it is -100."""
     exact = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(exact), labels, ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(logits.to(exact), labels, ignore_index=IGNORED, reduction="none")
 
 
-def _at_a_time(device: str, vocabulary: int) -> int:
+def chunk_size(device: str, vocabulary: int) -> int:
     """Returns how many tokens have logits at a time."""
-    return max((LOGITS_ON_CPU if device == "cpu" else LOGITS_ON_GPU) // vocabulary, FEWEST)
+    return max((LOGITS_ON_CPU if device == "cpu" else LOGITS_ON_GPU) // vocabulary, MIN_CHUNK)
 
 
-def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, share: Share | None) -> Tensor:
+def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, share: VocabShard | None) -> Tensor:
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _CrossEntropy.apply(hidden, weight, labels, differentiate, share)
@@ -75,7 +75,7 @@ class _CrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         differentiate: bool,
-        share: Share | None,
+        share: VocabShard | None,
     ) -> Tensor:
         device, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(device):
@@ -86,11 +86,11 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if differentiate else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if differentiate else None
 
-        size = _at_a_time(device, len(weight))
+        size = chunk_size(device, len(weight))
         first = share.first if share else 0
         for chunk in range(0, len(hidden), size):
             some = slice(chunk, chunk + size)
-            counts = labels[some, None] != IGNORE  # (n, 1)
+            counts = labels[some, None] != IGNORED  # (n, 1)
             label = labels[some, None] - first
             own = counts & (label >= 0) & (label < len(weight))
             label = label.where(own, 0)
@@ -114,7 +114,7 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None
 
 
-def _log_softmax(logits: Tensor, dtype: torch.dtype, share: Share | None) -> Tensor:
+def _log_softmax(logits: Tensor, dtype: torch.dtype, share: VocabShard | None) -> Tensor:
     """Returns log probabilities (n, V), of this rank's share of the vocabulary where it has one."""
     if share is None:
         return torch.log_softmax(logits, dim=-1, dtype=dtype)

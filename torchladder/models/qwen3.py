@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torchladder.models.base import Attend, register
-from torchladder.models.interchange.family import LLAMA, Family, extend
+from torchladder.models.hf.adapter import LLAMA, HFAdapter, extend_adapter
 from torchladder.models.llama import Block, Llama
 from torchladder.models.llama_config import LlamaConfig
+from torchladder.models.model import Attend, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ FLAVORS = {
 class Qwen3(Llama):
     """A Qwen3: a Llama that norms the queries and keys of each head."""
 
-    hugging_face: ClassVar[Family | None] = extend(
+    hugging_face: ClassVar[HFAdapter | None] = extend_adapter(
         LLAMA,
         architectures={"qwen3": "Qwen3ForCausalLM"},
         names={

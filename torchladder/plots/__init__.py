@@ -5,9 +5,9 @@ run which draws none starts without it.
 """
 
 from torchladder.plots.curves import read
-from torchladder.plots.evaluation import evaluations
-from torchladder.plots.mask import masks
-from torchladder.plots.runs import ladder, plan, report
+from torchladder.plots.evaluation_curves import evaluations
+from torchladder.plots.mask_diagram import masks
+from torchladder.plots.run_curves import ladder, plan, report
 from torchladder.plots.style import check
 
 __all__ = ["check", "evaluations", "ladder", "masks", "plan", "read", "report"]

@@ -110,9 +110,9 @@ def _error(name: str, masks: tuple[str, ...], window: int, length: int, dtype: t
     positions[1, length // 3 :] -= length // 3
     start = mask.compose(*(mask.registry.get(one)(positions, window) for one in masks))
     forward_only = name == "flex" and not CUDA
-    kernel = attention.kernel(name, list(masks), DEVICE, training=not forward_only)
+    kernel = attention.build_kernel(name, list(masks), DEVICE, training=not forward_only)
     ours = _attend(kernel, start, dtype, forward_only)
-    exact = _attend(attention.kernel("dense", list(masks), DEVICE), start, torch.float64, forward_only)
+    exact = _attend(attention.build_kernel("dense", list(masks), DEVICE), start, torch.float64, forward_only)
     # Where every query sees itself alone, gradients of queries and keys are 0: an absolute error then.
     return max(
         ((one.double() - other).norm() / other.norm().clamp_min(1.0)).item()
@@ -120,7 +120,9 @@ def _error(name: str, masks: tuple[str, ...], window: int, length: int, dtype: t
     )
 
 
-def _attend(kernel: attention.Kernel, start: torch.Tensor, dtype: torch.dtype, forward_only: bool) -> tuple[Any, ...]:
+def _attend(
+    kernel: attention.AttentionKernel, start: torch.Tensor, dtype: torch.dtype, forward_only: bool
+) -> tuple[Any, ...]:
     generator = torch.Generator(DEVICE).manual_seed(0)
     sizes = [(2, start.shape[1], heads, 64) for heads in (4, 2, 2, 4)]
     made = (torch.randn(size, device=DEVICE, generator=generator).to(torch.bfloat16).to(dtype) for size in sizes)

@@ -14,8 +14,8 @@ import torch
 from tests.benchmarks.gpu import rows  # noqa: F401 - registers the loader "random"
 from torchladder import config, mask
 from torchladder.distributed import ranks as processes
-from torchladder.run import plan as plans
-from torchladder.run.trainer import Trainer
+from torchladder.training import run_plan as plans
+from torchladder.training.trainer import Trainer
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -69,7 +69,9 @@ def trainer(
             *settings,
         )
         torch._dynamo.reset()
-        made = Trainer(plans.make(config.load(list(settings))), processes.join(processes.CommConfig(), Path(folder)))
+        made = Trainer(
+            plans.make_plan(config.load(list(settings))), processes.join(processes.CommConfig(), Path(folder))
+        )
         made.step = 1  # the first step is always reported, which waits for the device
         try:
             yield made

@@ -46,7 +46,7 @@ def prefix_of(path: str | Path) -> str:
     return text[:-4] if text.endswith((".bin", ".idx")) else text
 
 
-class Writer:
+class IndexedWriter:
     """Writes documents one by one; the pair appears under its name only when it is complete.
 
         with Writer("data/train", dtype_for(tokenizer.vocab_size)) as writer:
@@ -105,7 +105,7 @@ class Writer:
         self._digest.update(data)
         self.lengths.frombytes(np.asarray(lengths, dtype=np.int32).tobytes())
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> IndexedWriter:
         return self
 
     def __exit__(
@@ -141,7 +141,7 @@ class Writer:
         os.replace(f"{self.prefix}.idx.partial", f"{self.prefix}.idx")
 
 
-class Indexed:
+class IndexedTokens:
     """Reads a pair by memory map: opening it reads the index, a document is read when it is asked for.
 
     Args:
@@ -177,8 +177,8 @@ class Indexed:
         start = int(self.starts[document])
         return self.flat[start : start + int(self.lengths[document])]
 
-    def __reduce__(self) -> tuple[type[Indexed], tuple[str]]:
-        return Indexed, (self.prefix,)  # a worker maps the files itself instead of receiving the tokens
+    def __reduce__(self) -> tuple[type[IndexedTokens], tuple[str]]:
+        return IndexedTokens, (self.prefix,)  # a worker maps the files itself instead of receiving the tokens
 
     @cached_property
     def tokens(self) -> int:

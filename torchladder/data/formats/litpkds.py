@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from torchladder.data.cache import build_once
+from torchladder.data.disk_cache import build_once
 from torchladder.data.formats.indexed import map_tokens
-from torchladder.data.formats.readers import register
+from torchladder.data.formats.token_readers import register
 from torchladder.registry import ConfigError
 
 MAGIC = b"LITPKDS"
@@ -30,7 +30,7 @@ SAMPLE = 1 << 16
 """Bytes that a fingerprint reads of each file, half of them at its end."""
 
 
-class Chunks:
+class LitPkdsChunks:
     """Reads chunk files as one long stream, each file mapped when a document of it is asked for.
 
     Args:
@@ -63,7 +63,7 @@ class Chunks:
         self.lengths = ends - self.starts
 
     @property
-    def flat(self) -> Chunks:
+    def flat(self) -> LitPkdsChunks:
         return self
 
     def __getitem__(self, places: slice) -> np.ndarray:
@@ -71,8 +71,8 @@ class Chunks:
         file, begin = divmod(places.start, self.chunk)
         return self._map(file)[begin : begin + places.stop - places.start]
 
-    def __reduce__(self) -> tuple[type[Chunks], tuple[list[Path], int, Path]]:
-        return Chunks, (self.files, self.eos, self.cache)  # a worker maps the files itself
+    def __reduce__(self) -> tuple[type[LitPkdsChunks], tuple[list[Path], int, Path]]:
+        return LitPkdsChunks, (self.files, self.eos, self.cache)  # a worker maps the files itself
 
     @cached_property
     def fingerprint(self) -> str:
@@ -111,7 +111,7 @@ def is_chunk(file: Path) -> bool:
 
 
 @register("litpkds")
-def litpkds(files: list[Path], eos: int | None, cache: Path) -> list[Chunks]:
+def litpkds(files: list[Path], eos: int | None, cache: Path) -> list[LitPkdsChunks]:
     """Chunks of TinyLlama and SkyLadder (``LITPKDS``); the tokenizer's eos tells where documents end.
 
     Raises:
@@ -119,7 +119,7 @@ def litpkds(files: list[Path], eos: int | None, cache: Path) -> list[Chunks]:
     """
     if eos is None:
         raise ConfigError(f"{files[0]}: chunks know no documents, a tokenizer has to say what token ends one.")
-    return [Chunks(files, eos, cache)]
+    return [LitPkdsChunks(files, eos, cache)]
 
 
 def _header(file: Path) -> tuple[np.dtype, int]:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from torchladder.data.base import IGNORED
-from torchladder.data.cache import build_once
+from torchladder.data.dataloader import IGNORED
+from torchladder.data.disk_cache import build_once
 from torchladder.data.extras import missing
-from torchladder.data.formats.indexed import Indexed, Writer
-from torchladder.data.formats.readers import register
-from torchladder.registry import ConfigError, unknown
+from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter
+from torchladder.data.formats.token_readers import register
+from torchladder.registry import ConfigError, unknown_name
 
 FORMAT = 1
 """Raised when the same rows would give other files."""
@@ -33,7 +33,7 @@ def holds_tokens(file: Path) -> bool:
 
 
 @register("parquet")
-def parquet(files: list[Path], cache: Path) -> list[Indexed]:
+def parquet(files: list[Path], cache: Path) -> list[IndexedTokens]:
     """Parquet with ``input_ids``, and optionally ``labels`` and ``attention_mask`` as Hugging Face has them.
 
     Labels stand at their own token, not at the one before, and are that token or -100.
@@ -45,12 +45,12 @@ def parquet(files: list[Path], cache: Path) -> list[Indexed]:
     name = hashlib.sha256(repr((FORMAT, stats)).encode()).hexdigest()[:32]
 
     def build(folder: Path) -> None:
-        with Writer(folder / "tokens", np.dtype(np.int32)) as writer:
+        with IndexedWriter(folder / "tokens", np.dtype(np.int32)) as writer:
             for file in files:
                 for document in _documents(file):
                     writer.add(document)
 
-    return [Indexed(build_once(cache / "parquet" / name, build) / "tokens")]
+    return [IndexedTokens(build_once(cache / "parquet" / name, build) / "tokens")]
 
 
 def _documents(file: Path) -> Iterator[np.ndarray]:
@@ -59,7 +59,7 @@ def _documents(file: Path) -> Iterator[np.ndarray]:
     schema = opened.schema_arrow
     names = [name for name in COLUMNS if name in schema.names]
     if COLUMNS[0] not in names:
-        raise unknown(f"column in {file}", COLUMNS[0], schema.names)
+        raise unknown_name(f"column in {file}", COLUMNS[0], schema.names)
     for name in names:
         item = getattr(schema.field(name).type, "value_type", None)
         if item is None or not str(item).startswith(("int", "uint")):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from torchladder.data.corpus import SourceConfig
-from torchladder.registry import ConfigError, unknown
+from torchladder.registry import ConfigError, unknown_name
 
 Domains = dict[str, float | dict[str, float]]
 """Language -> domain -> multiplier; a domain with a number of its own has it in every language that does not say."""
@@ -109,11 +109,11 @@ class Shares:
         present = {source.language for source in sources}
         for language in self.languages:
             if language not in present:
-                raise unknown("language in data.languages, of no source:", language, present - {""})
+                raise unknown_name("language in data.languages, of no source:", language, present - {""})
         for source in sources:
             _require(bool(source.language), f"the source {source.title} needs a language, since languages are set.")
             if source.language not in self.languages:
-                raise unknown(f"language of the source {source.title}", source.language, self.languages)
+                raise unknown_name(f"language of the source {source.title}", source.language, self.languages)
 
     def _check_domains(self, sources: Sequence[SourceConfig]) -> None:
         pairs = {(source.language, source.domain) for source in sources}
@@ -121,22 +121,22 @@ class Shares:
         for key, value in self.domains.items():
             if not isinstance(value, dict):
                 if key not in domains:
-                    raise unknown("domain in data.domains, of no source:", key, domains - {""})
+                    raise unknown_name("domain in data.domains, of no source:", key, domains - {""})
                 continue
             if key not in languages:
-                raise unknown("language in data.domains, of no source:", key, languages - {""})
+                raise unknown_name("language in data.domains, of no source:", key, languages - {""})
             _require(bool(value), f"domains.{key} is empty.")
             _check_numbers(f"domains.{key}", value)
             for domain in value:
                 if (key, domain) not in pairs:
                     known = {of for language, of in pairs if language == key}
-                    raise unknown(f"domain in data.domains.{key}, of no source:", domain, known - {""})
+                    raise unknown_name(f"domain in data.domains.{key}, of no source:", domain, known - {""})
         for source in sources:
             _require(bool(source.domain), f"the source {source.title} needs a domain, since domains are set.")
             of_language = self.domains.get(source.language, {})
             known = {*(of_language if isinstance(of_language, dict) else ()), *self._anywhere()}
             if source.domain not in known:
-                raise unknown(f"domain of the source {source.title}, without a multiplier:", source.domain, known)
+                raise unknown_name(f"domain of the source {source.title}, without a multiplier:", source.domain, known)
 
     def _anywhere(self) -> set[str]:
         return {key for key, value in self.domains.items() if not isinstance(value, dict)}

@@ -31,7 +31,7 @@ import numpy as np
 
 from torchladder.registry import ConfigError
 
-SMALLEST = Fraction(1, 10**6)
+MIN_SHARE = Fraction(1, 10**6)
 """The smallest share of a source: below, a block would take seconds."""
 
 
@@ -52,7 +52,7 @@ class Mixture:
             )
         exact = [Fraction(str(weight)) for weight in weights]
         self.shares = [weight / sum(exact) for weight in exact]
-        if min(self.shares) < SMALLEST:
+        if min(self.shares) < MIN_SHARE:
             raise ConfigError(f"weights are {list(weights)}; the smallest is less than a millionth of their sum.")
         # Whole numbers from here on: the share of source i is _parts[i] / _whole.
         self._whole = math.lcm(*(share.denominator for share in self.shares))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from torchladder.registry import ConfigError, unknown
+from torchladder.registry import ConfigError, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Phase:
         if isinstance(weights, dict):
             for label in weights:
                 if label not in labels:
-                    raise unknown("source in the weights of a phase", label, labels)
+                    raise unknown_name("source in the weights of a phase", label, labels)
             missing = [label for label in labels if label not in weights]
             _require(not missing, f"weights do not name {', '.join(missing)}; 0 leaves a source out.")
             _require(len(set(labels)) == len(labels), "weights by label: two sources have the same label.")

@@ -22,7 +22,7 @@ _WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class Order:
+class DocumentOrder:
     """The documents of each epoch: as stored, or shuffled by (seed, source, epoch).
 
     Shuffling sorts random keys, each with its document's number in the low bits: no two are equal, so every sort gives

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchladder.data.cache import sha256
+from torchladder.data.disk_cache import sha256
 from torchladder.data.formats.indexed import prefix_of
 from torchladder.registry import ConfigError
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 
-class Report:
+class PrepareProgress:
     """A bar with tokens per second and time left on a terminal, a plain line now and then elsewhere.
 
     Args:
@@ -34,7 +34,7 @@ class Report:
         self._start = self._said = time.monotonic()
         self._task = self._bar.add_task(f"tokenizing {name}", total=size, completed=already, rate="")
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> PrepareProgress:
         self._bar.start()
         return self
 

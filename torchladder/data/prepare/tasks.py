@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchladder.data.formats.indexed import prefix_of
-from torchladder.data.prepare.framing import Framing
-from torchladder.data.text import kinds, sources
-from torchladder.data.text.documents import OnError, Reader
-from torchladder.data.text.kinds import Stretch
+from torchladder.data.prepare.document_encoder import DocumentEncoder
+from torchladder.data.text import file_formats, sources
+from torchladder.data.text.document_reader import DocumentReader, OnError
+from torchladder.data.text.file_formats import FileSlice
 from torchladder.registry import ConfigError
 
 FORMAT = 1
@@ -43,7 +43,7 @@ class Preparation:
 
     inputs: list[str]
     output: str
-    framing: Framing
+    framing: DocumentEncoder
     tokenizer: str = ""
     text_key: str = "text"
     on_error: OnError = "error"
@@ -58,7 +58,7 @@ class Preparation:
             raise ConfigError(f"shard is {self.shard[0]}/{self.shard[1]}; shards of n are 0/n to n-1/n.")
         if self.part_bytes is not None and self.part_bytes < 1:
             raise ConfigError(f"part_bytes is {self.part_bytes}; it is 1 at least.")
-        Reader(self.text_key, self.on_error)
+        DocumentReader(self.text_key, self.on_error)
 
     @property
     def prefix(self) -> str:
@@ -68,7 +68,7 @@ class Preparation:
 
 
 @dataclass(frozen=True)
-class Task:
+class PrepareTask:
     """Documents that become one part.
 
     Attributes:
@@ -78,7 +78,7 @@ class Task:
     """
 
     key: str
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[FileSlice, ...]
     stamps: tuple[tuple[int, int], ...]
 
     @property
@@ -101,15 +101,15 @@ def expand(inputs: Sequence[str]) -> list[Path]:
     return list(files.values())
 
 
-def cut(preparation: Preparation, files: Sequence[Path]) -> list[Task]:
+def cut(preparation: Preparation, files: Sequence[Path]) -> list[PrepareTask]:
     """Cuts the input into tasks, the same whoever does them."""
     stats = {path: path.stat() for path in files}
     total = sum(stat.st_size for stat in stats.values())
     target = preparation.part_bytes or min(max(total // TASKS, SMALLEST), LARGEST)
     framing = preparation.framing
     settings = [FORMAT, framing.tokenizer.fingerprint, framing.ends, preparation.text_key]
-    tasks: list[Task] = []
-    stretches: list[Stretch] = []
+    tasks: list[PrepareTask] = []
+    stretches: list[FileSlice] = []
     size = 0
 
     def close() -> None:
@@ -119,11 +119,11 @@ def cut(preparation: Preparation, files: Sequence[Path]) -> list[Task]:
             for (path, begin, end, _), stamp in zip(stretches, stamps, strict=True)
         ]
         key = hashlib.sha256(json.dumps([*settings, places]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        tasks.append(Task(key, tuple(stretches), stamps))
+        tasks.append(PrepareTask(key, tuple(stretches), stamps))
         stretches.clear()
 
     for path in files:
-        for stretch in kinds.split(path, stats[path].st_size, target):
+        for stretch in file_formats.split(path, stats[path].st_size, target):
             stretches.append(stretch)
             size += stretch.size
             if size >= target or len(stretches) == FILES:
@@ -134,7 +134,7 @@ def cut(preparation: Preparation, files: Sequence[Path]) -> list[Task]:
     return tasks
 
 
-def share(tasks: list[Task], shard: tuple[int, int] | None) -> list[Task]:
+def share(tasks: list[PrepareTask], shard: tuple[int, int] | None) -> list[PrepareTask]:
     """Returns the tasks of a shard: neighbours, so that shards one after the other are the whole."""
     if shard is None:
         return tasks

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from torchladder.data.cache import sha256
-from torchladder.data.text import kinds
-from torchladder.data.text.documents import OnError, Reader
-from torchladder.data.text.kinds import Stretch
+from torchladder.data.disk_cache import sha256
+from torchladder.data.text import file_formats
+from torchladder.data.text.document_reader import DocumentReader, OnError
+from torchladder.data.text.file_formats import FileSlice
 from torchladder.registry import ConfigError, Registry
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Document(NamedTuple):
     size: int
 
 
-class Source(Protocol):
+class TextSource(Protocol):
     """Documents in an order that never changes.
 
     Attributes:
@@ -64,7 +64,7 @@ class Source(Protocol):
         ...
 
 
-registry: Registry[Source] = Registry("data source")
+registry: Registry[TextSource] = Registry("data source")
 register = registry.register
 
 
@@ -75,7 +75,7 @@ def held_out(identity: str, fraction: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Files:
+class TextFiles:
     """Documents read from files, each file known by a name that does not depend on where the files lie.
 
     Attributes:
@@ -93,9 +93,9 @@ class Files:
     report: bool = True
 
     def documents(self) -> Iterator[Document]:
-        reader, done = Reader(self.text_key, self.on_error), 0
+        reader, done = DocumentReader(self.text_key, self.on_error), 0
         for name, path in self.files:
-            for number, text in reader.read(Stretch(path, 0, None, path.stat().st_size)):
+            for number, text in reader.read(FileSlice(path, 0, None, path.stat().st_size)):
                 yield Document(name if number is None else f"{name}:{number}", text, reader.size - done)
                 done = reader.size
         for line in summary(reader.skipped, reader.examples) if self.report else []:
@@ -119,7 +119,7 @@ class Files:
 
 
 @register("python-stdlib")
-def python_stdlib() -> Source:
+def python_stdlib() -> TextSource:
     """The running interpreter's standard library, a document per ``.py`` file: about 1,800 documents, 31 MB."""
     root = sysconfig.get_paths()["stdlib"]
     found = []
@@ -130,11 +130,11 @@ def python_stdlib() -> Source:
     if not files:
         raise ConfigError(f"python-stdlib: this interpreter keeps no .py files in {root}.")
     # Some files of its tests are of other encodings, and many mark an empty package.
-    return Files("python-stdlib", files, on_error="repair", report=False)
+    return TextFiles("python-stdlib", files, on_error="repair", report=False)
 
 
 @register("text")
-def text(path: str | list[str], text_key: str = "text", on_error: OnError = "error") -> Source:
+def text(path: str | list[str], text_key: str = "text", on_error: OnError = "error") -> TextSource:
     """Text files: each .txt, .py and .md is a document, each line of a .jsonl, each row of a .csv and .parquet.
 
     All of them may be compressed, as .gz, .zst or .bz2.
@@ -151,7 +151,7 @@ def text(path: str | list[str], text_key: str = "text", on_error: OnError = "err
     if not patterns or not all(patterns):
         raise ConfigError("the source text needs a path: a file, a folder, a glob, or a list of those.")
     files = tuple(file for pattern in patterns for file in expand(pattern))
-    return Files(", ".join(patterns), files, text_key, on_error)
+    return TextFiles(", ".join(patterns), files, text_key, on_error)
 
 
 def as_list(path: str | list[str]) -> list[str]:
@@ -180,9 +180,9 @@ def expand(pattern: str) -> list[tuple[str, Path]]:
     """
     found = matches(pattern)
     inside = [child for path in found for child in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    files = dict.fromkeys(path for path in inside if path.is_file() and kinds.known(path))
+    files = dict.fromkeys(path for path in inside if path.is_file() and file_formats.known(path))
     if not files:
-        raise ConfigError(f"{pattern!r} names no text file. Known: {kinds.names()}; tokens are named as *.bin.")
+        raise ConfigError(f"{pattern!r} names no text file. Known: {file_formats.names()}; tokens are named as *.bin.")
     root = _root(os.path.expanduser(pattern))
     return [(path.relative_to(root).as_posix(), path) for path in files]
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from torchladder.data.base import Tokenizer
-from torchladder.data.tokenizer import files, training
-from torchladder.data.tokenizer.base import Bytes, register, registry
+from torchladder.data.dataloader import Tokenizer
+from torchladder.data.tokenizer import tokenizer_files, train_tokenizer
+from torchladder.data.tokenizer.byte_tokenizer import ByteTokenizer, register, registry
 from torchladder.data.tokenizer.huggingface import HuggingFace, huggingface
 from torchladder.data.tokenizer.sentencepiece import VOCAB_SIZE, SentencePiece, sentencepiece
 from torchladder.data.tokenizer.tiktoken import Tiktoken, tiktoken
-from torchladder.data.tokenizer.training import Training, train
+from torchladder.data.tokenizer.train_tokenizer import Training, train
 
 __all__ = [
     "VOCAB_SIZE",
-    "Bytes",
+    "ByteTokenizer",
     "HuggingFace",
     "SentencePiece",
     "Tiktoken",
@@ -24,7 +24,7 @@ __all__ = [
     "sentencepiece",
     "tiktoken",
     "train",
-    "training",
+    "train_tokenizer",
 ]
 
 
@@ -39,11 +39,11 @@ def load(name: str, bos_token: str = "", eos_token: str = "") -> Tokenizer:
     Raises:
         ConfigError: there is no such file, it is damaged, or a token is named for a format that names its own.
     """
-    kind = name if name == "bytes" else files.kind(files.content(name))
+    kind = name if name == "bytes" else tokenizer_files.kind(tokenizer_files.content(name))
     if kind == "huggingface":
-        return huggingface(str(files.find(name)), bos_token, eos_token)
+        return huggingface(str(tokenizer_files.find(name)), bos_token, eos_token)
     if bos_token or eos_token:
-        raise files.names_its_own(name, kind)
+        raise tokenizer_files.names_its_own(name, kind)
     if kind == "bytes":
-        return Bytes()
-    return tiktoken(name) if kind == "tiktoken" else SentencePiece(files.content(name), name)
+        return ByteTokenizer()
+    return tiktoken(name) if kind == "tiktoken" else SentencePiece(tokenizer_files.content(name), name)

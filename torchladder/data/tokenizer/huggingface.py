@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from torchladder.data.base import Tokenizer
+from torchladder.data.dataloader import Tokenizer
 from torchladder.data.extras import missing
-from torchladder.data.tokenizer import files
-from torchladder.data.tokenizer.base import register
-from torchladder.registry import ConfigError, unknown
+from torchladder.data.tokenizer import tokenizer_files
+from torchladder.data.tokenizer.byte_tokenizer import register
+from torchladder.registry import ConfigError, unknown_name
 
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]")
 EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
@@ -32,7 +32,7 @@ def huggingface(path: str = "", bos_token: str = "", eos_token: str = "") -> Tok
     Raises:
         ConfigError: the file is missing or damaged, or no token ends a document.
     """
-    file = files.find(path)
+    file = tokenizer_files.find(path)
     beside = file.with_name("tokenizer_config.json")
     config = _load(beside.read_bytes(), beside) if beside.is_file() else {}
     named = {key: _name(config.get(key)) for key in ("bos_token", "eos_token")}
@@ -58,7 +58,7 @@ class HuggingFace(Tokenizer):
         try:
             self._part = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library knows no narrower type
-            raise ConfigError(f"{name} is no tokenizer.json: {error}.{files.hint(content)}") from error
+            raise ConfigError(f"{name} is no tokenizer.json: {error}.{tokenizer_files.hint(content)}") from error
         self._part.no_truncation()
         self._part.no_padding()
         self._part.encode_special_tokens = True  # "</s>" in a text is four letters, not the end of a document
@@ -99,7 +99,7 @@ class HuggingFace(Tokenizer):
 
     def _id(self, key: str, token: str, usual: tuple[str, ...], name: str) -> int | None:
         if token and token not in self._vocabulary:
-            raise ConfigError(f"{key}: {unknown('token of ' + name, token, self._special())}")
+            raise ConfigError(f"{key}: {unknown_name('token of ' + name, token, self._special())}")
         known = [token] if token else [usual_name for usual_name in usual if usual_name in self._vocabulary]
         return self._vocabulary[known[0]] if known else None
 
@@ -111,7 +111,7 @@ def _load(content: bytes, name: str | Path) -> dict[str, Any]:
     try:
         loaded = json.loads(content)
     except ValueError as error:
-        raise ConfigError(f"{name} is not JSON ({error}).{files.hint(content)}") from error
+        raise ConfigError(f"{name} is not JSON ({error}).{tokenizer_files.hint(content)}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{name} holds no JSON object.")
     return loaded

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
-from torchladder.data.base import Tokenizer
-from torchladder.data.tokenizer import files, training
-from torchladder.data.tokenizer.base import register
+from torchladder.data.dataloader import Tokenizer
+from torchladder.data.tokenizer import tokenizer_files, train_tokenizer
+from torchladder.data.tokenizer.byte_tokenizer import register
 from torchladder.registry import ConfigError
 
 VOCAB_SIZE = 4096
@@ -36,8 +36,8 @@ def sentencepiece(
         ConfigError: the file is missing, is no SentencePiece model or has another size; or the texts are too few.
     """
     if not path:
-        return SentencePiece(training.trained(texts(), cache, vocab_size or VOCAB_SIZE).read_bytes())
-    tokenizer = SentencePiece(files.content(path), path)
+        return SentencePiece(train_tokenizer.trained(texts(), cache, vocab_size or VOCAB_SIZE).read_bytes())
+    tokenizer = SentencePiece(tokenizer_files.content(path), path)
     if vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(f"tokenizer vocab_size is {vocab_size}, but {path} has {tokenizer.vocab_size} tokens.")
     return tokenizer
@@ -55,7 +55,7 @@ class SentencePiece(Tokenizer):
         try:
             self._model = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ConfigError(f"{name} is no SentencePiece model.{files.hint(model)}") from error
+            raise ConfigError(f"{name} is no SentencePiece model.{tokenizer_files.hint(model)}") from error
         if self._model.eos_id() < 0:
             raise ConfigError(f"{name} has no end-of-sentence token, which ends a document.")
         self.eos = self._model.eos_id()

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from torchladder.data.base import Tokenizer
+from torchladder.data.dataloader import Tokenizer
 from torchladder.data.extras import missing
-from torchladder.data.tokenizer import files
-from torchladder.data.tokenizer.base import register
+from torchladder.data.tokenizer import tokenizer_files
+from torchladder.data.tokenizer.byte_tokenizer import register
 from torchladder.registry import ConfigError
 
 PATTERN = (
@@ -39,7 +39,7 @@ def tiktoken(path: str = "", pattern: str = PATTERN) -> Tokenizer:
     Raises:
         ConfigError: the file is missing or holds no ranks.
     """
-    return Tiktoken(files.content(path), pattern, path)
+    return Tiktoken(tokenizer_files.content(path), pattern, path)
 
 
 class Tiktoken(Tokenizer):
@@ -107,7 +107,7 @@ def _ranks(data: bytes, name: str) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise ConfigError(f"{name}:{number} is no token and its rank.{files.hint(data)}") from error
+            raise ConfigError(f"{name}:{number} is no token and its rank.{tokenizer_files.hint(data)}") from error
     if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
         raise ConfigError(f"{name} is no whole rank file: its {len(ranks)} ranks do not count from 0 without gaps.")
     if not all(bytes([byte]) in ranks for byte in range(256)):

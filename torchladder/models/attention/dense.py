@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchladder import mask
-from torchladder.models.attention.kernel import Kernel, register
+from torchladder.models.attention.kernel import AttentionKernel, register
 
 
 @register("dense")
-class Dense(Kernel):
+class DenseKernel(AttentionKernel):
     """Any mask, on any device, slowly: what every other kernel is tested against."""
 
     name = "dense"
 
-    def check_share(self, tokens: int) -> None:
+    def check_context_parallel(self, tokens: int) -> None:
         """Any stretch of a row will do."""
 
     def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Tensor:

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchladder import mask
-from torchladder.models.attention.kernel import Kernel, register
+from torchladder.models.attention.kernel import AttentionKernel, register
 from torchladder.registry import ConfigError
 
 
 @register("flex")
-class Flex(Kernel):
+class FlexKernel(AttentionKernel):
     """Any mask on CUDA; forward only on a CPU, since FlexAttention has no CPU backward."""
 
     name = "flex"
@@ -30,7 +30,7 @@ class Flex(Kernel):
                 "kernel 'flex' cannot train on a CPU: FlexAttention has no backward there. Use sdpa, fold or auto."
             )
 
-    def check_share(self, tokens: int) -> None:
+    def check_context_parallel(self, tokens: int) -> None:
         if tokens % mask.BLOCK:
             raise ConfigError(
                 f"kernel 'flex' works in blocks of {mask.BLOCK} tokens, and {tokens} of a row fall to each rank: "

@@ -23,7 +23,7 @@ SEGMENTS = frozenset({"causal", "document", "chunk", "sliding"})
 """Masks that make segments under one window, in any mix."""
 
 
-class Kernel(ABC):
+class AttentionKernel(ABC):
     """Attention under the masks of a run.
 
     Args:
@@ -55,7 +55,7 @@ class Kernel(ABC):
     def check(self, device: torch.device, training: bool) -> None:  # noqa: B027 - most kernels run everywhere
         """Raises ConfigError where the kernel cannot run."""
 
-    def check_share(self, tokens: int) -> None:
+    def check_context_parallel(self, tokens: int) -> None:
         """Raises ConfigError where queries cannot be the last ``tokens`` of the keys, as with ranks that share rows."""
         raise ConfigError(
             f"kernel {self.name!r} cannot share rows among ranks (parallelism.context_parallel_degree): "
@@ -69,7 +69,7 @@ class Kernel(ABC):
         Args:
             start: (B, T) int32 on the CPU.
             device: where attention runs.
-            first: the token that queries begin at; the keys are all T. Above 0 only after ``check_share``.
+            first: the token that queries begin at; the keys are all T. Above 0 only after ``check_context_parallel``.
         """
 
     @staticmethod
@@ -81,15 +81,15 @@ class Kernel(ABC):
         """
 
 
-registry: Registry[Kernel] = Registry(
+registry: Registry[AttentionKernel] = Registry(
     "kernel", facts={"masks": "names", "device": "where attention runs", "training": "whether gradients are needed"}
 )
 register = registry.register
 
 
-def kernel(
+def build_kernel(
     name: str, masks: list[str], device: torch.device | str, training: bool = True, share: int | None = None
-) -> Kernel:
+) -> AttentionKernel:
     """Returns the kernel of that name, or for ``auto`` the one that suits the device and the masks.
 
     Args:
@@ -109,7 +109,7 @@ def kernel(
     made = registry.get(chosen)(masks=masks, device=device, training=training)
     made.why = why
     if share is not None:
-        made.check_share(share)
+        made.check_context_parallel(share)
     return made
 
 

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from torchladder import mask
-from torchladder.models.attention import pieces
-from torchladder.models.attention.kernel import UNIFORM, Kernel, register
-from torchladder.models.attention.operator import operator
+from torchladder.models.attention import attention_pieces
+from torchladder.models.attention.kernel import UNIFORM, AttentionKernel, register
+from torchladder.models.attention.piecewise import operator
 
-_fold = operator("fold", lambda width, batch, tokens: pieces.uniform(batch, tokens[1], int(width)))
-_sdpa = operator("sdpa", lambda start, batch, tokens: pieces.of(start, tokens[1] - tokens[0]))
+_fold = operator("fold", lambda width, batch, tokens: attention_pieces.uniform(batch, tokens[1], int(width)))
+_sdpa = operator("sdpa", lambda start, batch, tokens: attention_pieces.of(start, tokens[1] - tokens[0]))
 
 
 @register("fold")
-class Fold(Kernel):
+class FoldKernel(AttentionKernel):
     """Chunks of one width: ``(B, T)`` folds to ``(B * T / w, w)`` and is plain causal attention there."""
 
     name = "fold"
@@ -30,12 +30,12 @@ class Fold(Kernel):
 
 
 @register("sdpa")
-class Sdpa(Kernel):
+class SdpaKernel(AttentionKernel):
     """Any mask: plain causal attention per segment where there are segments, masked blocks of queries elsewhere."""
 
     name = "sdpa"
 
-    def check_share(self, tokens: int) -> None:
+    def check_context_parallel(self, tokens: int) -> None:
         """Any stretch of a row will do."""
 
     def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Tensor:

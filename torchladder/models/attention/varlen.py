@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from torchladder import mask
-from torchladder.models.attention.kernel import SEGMENTS, Kernel, register
+from torchladder.models.attention.kernel import SEGMENTS, AttentionKernel, register
 from torchladder.registry import ConfigError
 
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -19,7 +19,7 @@ GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True)
-class Segments:
+class VarlenMask:
     """The form that varlen kernels eat.
 
     Attributes:
@@ -33,7 +33,7 @@ class Segments:
     left: int
 
 
-class Segmented(Kernel):
+class SegmentKernel(AttentionKernel):
     """What varlen kernels have in common."""
 
     expresses = SEGMENTS
@@ -42,20 +42,20 @@ class Segmented(Kernel):
         if device.type != "cuda":
             raise ConfigError(f"kernel {self.name!r} needs CUDA, not {device.type}. Use sdpa, fold or auto.")
 
-    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Segments:
+    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> VarlenMask:
         form = mask.varlen(start)
         left = -1 if form.window >= form.max_seqlen else form.window - 1
-        return Segments(form.cu_seqlens.to(device, non_blocking=True), form.max_seqlen, left)
+        return VarlenMask(form.cu_seqlens.to(device, non_blocking=True), form.max_seqlen, left)
 
 
 @register("varlen")
-class Varlen(Segmented):
+class VarlenKernel(SegmentKernel):
     """Documents, chunks and a sliding window, by ``torch.nn.attention.varlen``."""
 
     name = "varlen"
 
     @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, form: Segments) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, form: VarlenMask) -> Tensor:
         grouped: dict[str, Any] = {}
         if q.shape[1] != k.shape[1]:
             if GROUPED:
@@ -69,7 +69,7 @@ class Varlen(Segmented):
 
 
 @register("flash")
-class Flash(Segmented):
+class FlashKernel(SegmentKernel):
     """As varlen, by the flash-attn package (arXiv 2307.08691)."""
 
     name = "flash"
@@ -85,7 +85,7 @@ class Flash(Segmented):
             ) from error
         self._flash: Any = flash_attn_varlen_func
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: Segments) -> Tensor:  # type: ignore[override]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: VarlenMask) -> Tensor:  # type: ignore[override]
         bounds, longest = form.cu_seqlens, form.max_seqlen
         flat = (_flat(q), _flat(k), _flat(v))
         out = self._flash(*flat, bounds, bounds, longest, longest, causal=True, window_size=(form.left, 0))

@@ -1,0 +1,38 @@
+"""Tokenizers by name, and the one that needs nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from torchladder.data.dataloader import Tokenizer
+from torchladder.registry import Registry
+
+registry: Registry[Tokenizer] = Registry(
+    "tokenizer",
+    facts={"texts": "gives an iterator over the training texts", "cache": "folder for what is made once"},
+)
+register = registry.register
+
+
+@register("none")
+def none() -> None:
+    """No tokenizer: for runs on tokens, without samples."""
+
+
+@register("bytes")
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes as tokens 0 to 255, and 256 to end a document."""
+
+    bos = None
+    eos = 256
+    vocab_size = 257
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", errors="replace"))
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(token for token in ids if 0 <= token < 256).decode("utf-8", errors="replace")
+
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8) for text in texts]

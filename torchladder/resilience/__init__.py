@@ -1,0 +1,1 @@
+"""What a run survives: signals and time limits, bad steps, ranks that die."""

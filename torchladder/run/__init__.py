@@ -1,1 +1,0 @@
-"""A run: its parts, put together from its settings."""

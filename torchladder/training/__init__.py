@@ -1,0 +1,1 @@
+"""A training run: its plan, the trainer, validation and samples, fault tolerance."""
