@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import warnings
 from dataclasses import replace
@@ -81,8 +80,8 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     with hf_export.replace_directory(output, {}) as partial:
         step = partial / "checkpoint" / "step-0"
         conversion.to_checkpoint(source, step, arguments.vocab_size)
-        begins = {"step": 0, "row": 0, "fingerprints": {}, "excluded": [], "torch": torch.__version__}
-        (step / checkpoint.RUN).write_text(json.dumps(begins, indent=2) + "\n")
+        state = checkpoint.RunState(step=0, row=0, versions={"torch": torch.__version__})
+        (step / checkpoint.RUN_STATE_FILE).write_text(state.to_json())
         sums = {file.name: checksums.sha256(file) for file in step.iterdir()}
         (step / checksums.SUMS).write_text(checksums.to_text(sums))
         (partial / "tokenizer").mkdir()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 
-from torchladder import mask, optim
+from torchladder import curriculum, mask, optim
 from torchladder.checkpoint import CheckpointConfig
+from torchladder.config.values import tables
 from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import ParallelismConfig
@@ -21,6 +22,7 @@ from torchladder.models import attention
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import ConfigError
 from torchladder.resilience.bad_steps import ResilienceConfig
+from torchladder.schedule import Phase, Schedule
 
 
 @dataclass(frozen=True)
@@ -200,14 +202,6 @@ class DebugConfig:
 
 
 @dataclass(frozen=True)
-class ExperimentalConfig:
-    """Names kept for those who come from torchtitan."""
-
-    custom_import: str = ""
-    """One more plugin module, as in torchtitan; the same as an entry of job.plugins."""
-
-
-@dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
@@ -232,13 +226,34 @@ class Config:
     profiling: ProfilingConfig
     comm: CommConfig
     debug: DebugConfig
-    experimental: ExperimentalConfig
+    phases: Annotated[list[Phase], tables(list[Phase])] = field(default_factory=list)
+    """Overrides of window, learning rate, RoPE theta and source weights from a step on; a table each, [[phases]]."""
+
+    def schedule(self, tokens_per_step: int) -> Schedule:
+        """Returns what changes during the run, as a function of the step; ``training.steps`` must be known.
+
+        Args:
+            tokens_per_step: tokens of one optimizer step over all ranks.
+
+        Raises:
+            ConfigError: the curriculum refuses its settings, or the phases do not fit the run.
+        """
+        steps, seq_len = self.training.steps, self.training.seq_len
+        ladder = curriculum.registry.build(self.curriculum, steps=steps, seq_len=seq_len)
+        schedule = Schedule(
+            ladder, lambda step: self.lr_scheduler.factor(step, steps), self.phases, steps, tokens_per_step
+        )
+        for window in schedule.overrides("window").values():
+            _require(window <= seq_len, f"phases: window = {window}: a row has {seq_len} tokens (training.seq_len).")
+        return schedule
 
     def to_toml(self) -> str:
         """Returns the settings as a TOML file that gives the same run."""
-        sections = {name: _without_none(dataclasses.asdict(section)) for name, section in vars(self).items()}
-        sections["job"].update(config_file="", extends="")
-        return tomli_w.dumps(sections)
+        settings = _without_none(dataclasses.asdict(self))
+        settings["job"].update(config_file="", extends="")
+        if not self.phases:
+            del settings["phases"]
+        return tomli_w.dumps(settings)
 
 
 def _without_none(value: Any) -> Any:

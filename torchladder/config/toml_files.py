@@ -9,7 +9,12 @@ import tomli
 
 from torchladder.registry import ConfigError, unknown_name
 
-RawSettings = dict[str, dict[str, Any]]
+RawSettings = dict[str, Any]
+"""section -> key -> value, and the list of ``[[phases]]``"""
+
+TABLES = ("phases",)
+"""What a file holds as an array of tables, ``[[phases]]``, and not as a section."""
+
 Origins = dict[tuple[str, str], Path]
 """(section, key) -> the file that sets it, for error messages"""
 
@@ -27,7 +32,10 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[RawSettings, Origins]
     except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     for name, section in own.items():
-        if not isinstance(section, dict):
+        if name in TABLES:
+            if not isinstance(section, list):
+                raise ConfigError(f"{path}: {name} is a list of tables; write [[{name}]] above each entry.")
+        elif not isinstance(section, dict):
             raise ConfigError(f"{path}: {name!r} stands outside of a section; write [section] above it.")
 
     base = own.get("job", {}).pop("extends", "")
@@ -35,6 +43,10 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[RawSettings, Origins]
         raise ConfigError(f"{path}: job.extends = {base!r}: must be a file's name.")
     settings, origins = read(path.parent / base, (*seen, path.resolve())) if base else ({}, {})
     for name, section in own.items():
+        if isinstance(section, list):
+            settings[name] = section
+            origins[name, ""] = path
+            continue
         if "name" in section and section["name"] != settings.get(name, {}).get("name"):
             settings[name] = {}  # another part: the settings of the one it replaces mean nothing to it
         settings.setdefault(name, {}).update(section)

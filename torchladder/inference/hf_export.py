@@ -57,12 +57,13 @@ def trained_rope_theta(config: Config, path: Path) -> float | None:
         config: settings of the run.
         path: the weights, a checkpoint of the run or a Hugging Face folder.
     """
-    run = checkpoint.read_run(path) if checkpoint.complete(path) else {}
-    return run["rope_theta"] if "rope_theta" in run else _last_phase(config, "rope_theta")
+    if checkpoint.complete(path):
+        return checkpoint.RunState.read(path).rope_theta
+    return _last_phase(config, "rope_theta")
 
 
 def _last_phase(config: Config, key: str) -> Any:
-    values = [getattr(phase, key) for phase in getattr(config.data, "phases", [])]
+    values = [getattr(phase, key) for phase in config.phases]
     return next((value for value in reversed(values) if value is not None), None)
 
 

@@ -52,7 +52,7 @@ def tokenizer_of(path: Path, config: Config) -> data.Tokenizer | None:
         found = data.build_tokenizer(config.tokenizer, config.data)
     except ConfigError as error:
         raise ConfigError(f"the tokenizer of {path}: {error}") from error
-    known = checkpoint.read_run(path)["fingerprints"].get("data.tokenizer") if checkpoint.complete(path) else None
+    known = checkpoint.RunState.read(path).fingerprints.get("data.tokenizer") if checkpoint.complete(path) else None
     if found is not None and known not in (None, found.fingerprint):
         raise ConfigError(
             f"{path} was trained with the tokenizer {known}, and its settings give {found.fingerprint} now."

@@ -125,6 +125,6 @@ def _weights(path: Path, config: Config) -> EvalWeights:
     stamp = (path / checksums.SUMS).read_text(encoding="utf-8")
     if not (path / step_folders.SETTINGS).is_file():
         stamp += config.to_toml()  # they lie elsewhere, and may change
-    run = step_folders.read_run(path)
-    tokenizer = run["fingerprints"].get("data.tokenizer")
-    return EvalWeights(path, run["step"], config, stamp, Path(os.path.relpath(home)), tokenizer)
+    run = checkpoint.RunState.read(path)
+    tokenizer = run.fingerprints.get("data.tokenizer")
+    return EvalWeights(path, run.step, config, stamp, Path(os.path.relpath(home)), tokenizer)
