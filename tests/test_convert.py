@@ -317,7 +317,7 @@ def test_mistral_keeps_its_window(folders, tmp_path, capsys):
 
 def test_the_rows_and_the_theta_of_phases_are_said(folders, tmp_path):
     straight = ["--model.hf_assets_path", str(folders / "llama"), "--checkpoint.initial_load_in_hf"]
-    phases = ["--data.phases", "{ from_step = 0, rope_theta = 5e5 }", "--training.steps", "1"]
+    phases = ["--phases", "{ from_step = 0, rope_theta = 5e5 }", "--training.steps", "1"]
     assert train.main(argv(folders, tmp_path, *straight, *phases, "--checkpoint.last_save_in_hf")) == 0
     written = Folder(tmp_path / "checkpoint" / "step-1-hf").config
     assert (written["rope_theta"], written["max_position_embeddings"]) == (5e5, 64)

@@ -334,7 +334,7 @@ def root(tmp_path_factory):
         "--attention.masks", "document", "chunk", "--optimizer.lr", "1e-2", "--data.packing", "pad",
         "--data.sources", sources[1], "--data.validation_sources", sources[1], "--data.no_labels_across_documents",
         "--data.cache_folder", str(root / "cache"), "--validation.freq", "1", "--validation.steps", "-1",
-        "--data.phases", "{ from_step = 1, rope_theta = 20 }",
+        "--phases", "{ from_step = 1, rope_theta = 20 }",
         "--checkpoint.enable", "--checkpoint.interval", "1", "--metrics.no_enable_tensorboard")  # fmt: skip
     return root
 
