@@ -1,4 +1,4 @@
-"""The settings of a run: defaults in the dataclasses, then a TOML file, then the command line."""
+"""The settings of a run. Precedence: command line, TOML file, defaults of the dataclasses."""
 
 from torchladder.config.component_sections import COMPONENTS, config_type
 from torchladder.config.load import fail, load, load_file

@@ -191,7 +191,7 @@ class Trainer:
                 self._validate()
                 self.validated_step = step  # not to be repeated if sampling is interrupted
             if step and config.samples.due(step, last):
-                self.samples.draw(step, self.ranks.first)
+                self.samples.sample(step, self.ranks.first)
             self.post_step_pending = False
             if self.fault_tolerance.save_due(step):
                 self.fault_tolerance.save(self.state())
