@@ -36,8 +36,8 @@ class JobConfig:
     """In a file: another TOML file, relative to this one, that this one overrides."""
 
     plugins: list[str] = field(default_factory=list)
-    """Python modules to import first; they register components. Found on the Python path, in the working folder or beside
-    the config file."""
+    """Python modules to import first; they register components. Found on the Python path, in the working folder or
+    beside the config file."""
 
     dump_folder: str = "./outputs"
     """Output folder of the run."""
@@ -123,7 +123,7 @@ class TrainingConfig:
         )
         _require(
             self.epochs is None or self.steps == -1,
-            f"training.epochs = {self.epochs} and training.steps = {self.steps} both set the length of the run: set one "
+            f"training.epochs = {self.epochs} and training.steps = {self.steps} both set the run's length: set one "
             "(steps = -1 unsets that of another file).",
         )
         _require(self.max_norm > 0, f"training.max_norm = {self.max_norm}: must be positive.")
