@@ -33,7 +33,7 @@ def load(argv: list[str]) -> Config:
     file = flag(argv, "job.config_file")
     settings, origins = toml_files.read(Path(file)) if file else ({}, {})
     _import_plugins(settings, argv, Path(file).parent if file else Path())
-    hf_defaults.apply(settings, origins, argv)
+    hf_defaults.apply_hf_defaults(settings, origins, argv)
 
     sections: dict[str, Any] = {}
     kind = config_type(settings, argv)
@@ -51,7 +51,7 @@ def load(argv: list[str]) -> Config:
         "comes first, the command line wins over it.",
         use_underscores=True,
     )
-    hf_defaults.check(config)
+    hf_defaults.check_hf_settings(config)
     return config
 
 

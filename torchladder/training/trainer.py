@@ -98,7 +98,7 @@ class Trainer:
         if self.step >= config.training.steps and not self.pending:
             self.metrics.close()
             if config.checkpoint.last_save_in_hf and self.ranks.first:
-                self.last_save.convert(self.model.config)
+                self.last_save.convert()
             logger.info("all %d steps are taken: nothing to do", config.training.steps)
             return True
         gc.disable()
@@ -225,7 +225,7 @@ class Trainer:
             self._go_on(saved)
         elif self.config.checkpoint.initial_load_in_hf:
             path = self.config.checkpoint.initial_load_path or self.config.model.hf_assets_path
-            hf_weights.load(self.model, path)
+            hf_weights.load_hf_weights(self.model, path)
             logger.info("loaded the weights of %s", path)
 
     def _go_on(self, saved: dict[str, Any]) -> None:
