@@ -153,9 +153,9 @@ def test_a_tokenizer_that_a_run_has_trained_is_exported(trained, tmp_path):
     own = _tokenizer(config.load(words))
     assert own.vocab_size == 400
     assert tokenizer.load(str(out)).fingerprint == own.fingerprint
-    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    exported = transformers.AutoTokenizer.from_pretrained(out)
     for piece in (text[:200], "  two spaces, a\n\ttab and é", "the ladder"):
-        assert theirs(piece, add_special_tokens=False)["input_ids"] == own.encode(piece)
+        assert exported(piece, add_special_tokens=False)["input_ids"] == own.encode(piece)
     step = str(root / "run" / "checkpoint" / "step-2")
     assert convert.run(["to-hf", step, "--output", str(tmp_path / "back")]) == 0
     assert files_in(tmp_path / "back") == files_in(out)
@@ -228,13 +228,13 @@ def test_a_run_that_was_killed_before_its_export_makes_it_when_restarted(trained
     run, dump = tmp_path / "run", ["--job.dump_folder", str(tmp_path / "run")]
     shutil.copytree(root / "run", run)
     out = run / "checkpoint" / "step-2-hf"
-    expected, told = files_in(out), (run / "metrics.jsonl").read_bytes()
+    expected, metrics = files_in(out), (run / "metrics.jsonl").read_bytes()
     (out / "model.safetensors").unlink()
     out.rename(out.with_name("step-2-hf.partial"))  # as far as it came
     assert train.main([*words, *dump]) == 0
     assert files_in(out) == expected
     assert not out.with_name("step-2-hf.partial").exists()
-    assert (run / "metrics.jsonl").read_bytes() == told  # nothing was trained
+    assert (run / "metrics.jsonl").read_bytes() == metrics  # nothing was trained
 
     (out / "model.safetensors").write_bytes(b"of a run that this one branched off from")
     os.utime(run / "checkpoint" / "step-2" / "SHA256SUMS")  # saved again since
@@ -382,13 +382,13 @@ def test_commands_refuse_invalid_arguments(folders, tmp_path, monkeypatch, capsy
 
 
 def test_a_folder_without_a_tokenizer_is_an_error_for_text(folders, tmp_path, monkeypatch, capsys):
-    folder, ours = tmp_path / "bare", tmp_path / "converted"
+    folder, converted = tmp_path / "bare", tmp_path / "converted"
     shutil.copytree(folders / "llama", folder, ignore=shutil.ignore_patterns("tokenizer*"))
-    assert convert.run(["from-hf", str(folder), "--output", str(ours)]) == 0
+    assert convert.run(["from-hf", str(folder), "--output", str(converted)]) == 0
     for words, message in (
         (["generate", "--checkpoint", str(folder), "--prompt", "a"], f"{folder} has no tokenizer for the prompts"),
         (["evaluate", str(folder), "--files", str(folders / "text.txt")], "text.txt is raw text: it needs a tokenizer"),
-        (["generate", "--checkpoint", str(ours / "checkpoint" / "step-0"), "--prompt", "a"], f"of {ours}"),
+        (["generate", "--checkpoint", str(converted / "checkpoint" / "step-0"), "--prompt", "a"], f"of {converted}"),
     ):
         monkeypatch.setattr(sys, "argv", ["torchladder", *words])
         assert commands.main() == 2

@@ -391,7 +391,7 @@ def test_finished_evaluations_are_skipped(root, tmp_path, monkeypatch, capsys):
     assert (loaded, output.read_bytes()) == ([2], content)
     assert "2 of 2 evaluations are already finished" in capsys.readouterr().err
 
-    # By position later: the rows of all positions stay the ones that they are. A cut line is made anew.
+    # By position later: the rows of all positions do not change. An incomplete line is evaluated again.
     more = evaluate(root, "--by-position", output=output)
     assert more[:2] == both
     assert [row["first_position"] for row in more[2:]] == [0, 1, 2, 4, 8, 16, 32] * 2
@@ -578,7 +578,7 @@ def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monke
     (line,) = figures[2].axes[0].lines
     assert line.get_label() == "8 files, context 16"
     assert line.get_ydata().tolist() == [pytest.approx(sum(2 * n * (1 + n) for n in range(8)) / 36)]
-    # Files of one name are told apart.
+    # Files of the same name have different labels.
     plots.evaluations([rows[0] | {"file": f"{folder}/val.jsonl"} for folder in ("de", "en")], tmp_path / "a.png")
     assert [line.get_label() for line in figures[3].axes[0].lines] == [
         "de/val.jsonl, context 16",

@@ -44,8 +44,7 @@ FIGURES = {"context": ",", "tokens": ",", "loss": ".4f", "perplexity": ",.2f", "
 def run(argv: list[str]) -> int:
     """Evaluates; returns 1 if a checkpoint is damaged and 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
-    for context in arguments.context or []:
-        EvalSlices(context, context if arguments.stride is None else arguments.stride)
+    _slices(arguments.context or [], arguments.stride)  # invalid ones are refused before anything is read
     if arguments.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {arguments.batch_tokens}: must be 1 or more.")
     if arguments.plot:
@@ -69,12 +68,12 @@ def _run(arguments: argparse.Namespace) -> int:
         errors += unreadable
     outputs = [arguments.output or trained.run_folder / "evaluation.csv" for trained in models]
     tables = {path: ResultTable(path) for path in dict.fromkeys(outputs)}
-    jobs = [
-        EvalJob(trained, documents, slices, arguments.dtype, arguments.by_position, tables[output])
-        for trained, output in zip(models, outputs, strict=True)
-        for documents in files.open_for(trained)
-        for slices in _slices(arguments, trained)
-    ]
+    jobs: list[EvalJob] = []
+    for trained, output in zip(models, outputs, strict=True):
+        contexts = arguments.context or [min(trained.max_seq_len, trained.config.training.seq_len)]
+        options = arguments.dtype, arguments.by_position, tables[output]
+        for documents in files.open_for(trained):
+            jobs += [EvalJob(trained, documents, slices, *options) for slices in _slices(contexts, arguments.stride)]
     errors += _evaluate(jobs, arguments.batch_tokens)
     rows = evaluation.finished_rows(jobs)
     if errors and not rows:
@@ -89,12 +88,8 @@ def _run(arguments: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
-def _slices(arguments: argparse.Namespace, trained: TrainedModel) -> list[EvalSlices]:
-    contexts = arguments.context or [min(trained.max_seq_len, trained.config.training.seq_len)]
-    return [
-        EvalSlices(context, context if arguments.stride is None else arguments.stride)
-        for context in dict.fromkeys(contexts)
-    ]
+def _slices(contexts: Sequence[int], stride: int | None) -> list[EvalSlices]:
+    return [EvalSlices(context, context if stride is None else stride) for context in dict.fromkeys(contexts)]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,7 +21,24 @@ example:
 
 def run(argv: list[str]) -> int:
     """Prints each prompt with its continuation."""
-    arguments = _parser().parse_args(argv)
+    defaults = SamplesConfig()
+    parser = argparse.ArgumentParser(
+        prog="torchladder generate",
+        description=__doc__,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="checkpoint step-N or Hugging Face folder")
+    add("--prompt", nargs="+", required=True, metavar="TEXT", help="texts to continue")
+    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="default: %(default)s")
+    add("--temperature", type=float, default=defaults.temperature, help="0 is greedy (default: %(default)s)")
+    add("--top-p", type=float, default=defaults.top_p, help="nucleus sampling (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of each prompt's random numbers (default: %(default)s)")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts per batch (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)")
+    arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch-size {arguments.batch_size}: must be 1 or more.")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
@@ -40,30 +57,3 @@ def run(argv: list[str]) -> int:
         for prompt, new in zip(prompts, texts, strict=True):
             print(prompt + tokenizer.decode(new), flush=True)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    defaults = SamplesConfig()
-    parser = argparse.ArgumentParser(
-        prog="torchladder generate",
-        description=__doc__,
-        epilog=EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="checkpoint step-N or Hugging Face folder")
-    add("--prompt", nargs="+", required=True, metavar="TEXT", help="texts to continue")
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=defaults.max_new_tokens,
-        metavar="N",
-        help="default: %(default)s",
-    )
-    add("--temperature", type=float, default=defaults.temperature, help="0 is greedy (default: %(default)s)")
-    add("--top-p", type=float, default=defaults.top_p, help="nucleus sampling (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of each prompt's random numbers (default: %(default)s)")
-    add("--batch-size", type=int, default=8, metavar="N", help="prompts per batch (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)")
-    return parser

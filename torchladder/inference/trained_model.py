@@ -80,11 +80,18 @@ class TrainedModel:
             ConfigError: the folder is neither, or its settings are missing or not valid.
         """
         path = path.expanduser()
-        if is_hf_folder(path):
-            return cls._open_hf(path, seq_len)
-        if not checkpoint.complete(path):
+        if checkpoint.complete(path):
+            return cls._open_checkpoint(path, _run_config(path))
+        if not is_hf_folder(path):
             raise ConfigError(f"{str(path)!r} is neither a complete checkpoint (step-N) nor a Hugging Face folder.")
-        return cls._open_checkpoint(path, _run_config(path))
+        overrides: dict[str, Any] = {"model.hf_assets_path": str(path)}
+        if seq_len is not None:
+            overrides["training.seq_len"] = seq_len
+        if not hf_defaults.tokenizer_section(path):
+            overrides["tokenizer.name"] = "none"
+        stats = {file.name: file.stat() for file in sorted(path.iterdir()) if file.suffix in (".json", ".safetensors")}
+        weights_id = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()])
+        return cls(path, _load_file(None, overrides), weights_id=weights_id)
 
     @classmethod
     def find_all(
@@ -101,7 +108,7 @@ class TrainedModel:
         """
         path = path.expanduser()
         if is_hf_folder(path):
-            return [cls._open_hf(path, seq_len)], []
+            return [cls.open(path, seq_len)], []
         found: list[TrainedModel] = []
         errors: list[UnreadableCheckpointError] = []
         configs: dict[str, Config] = {}  # most checkpoints of a run have the same settings
@@ -115,22 +122,9 @@ class TrainedModel:
             except (OSError, ValueError, KeyError) as error:  # a running training may delete it now
                 errors.append(UnreadableCheckpointError(f"{folder} cannot be read: {error}"))
         if not found and not errors:
-            raise ConfigError(
-                f"{str(path)!r} is not a run with a complete checkpoint, a complete checkpoint (step-N) or a Hugging "
-                "Face folder."
-            )
+            known = "a run with a complete checkpoint, a complete checkpoint (step-N) or a Hugging Face folder"
+            raise ConfigError(f"{str(path)!r} is not {known}.")
         return found, errors
-
-    @classmethod
-    def _open_hf(cls, path: Path, seq_len: int | None) -> TrainedModel:
-        overrides: dict[str, Any] = {"model.hf_assets_path": str(path)}
-        if seq_len is not None:
-            overrides["training.seq_len"] = seq_len
-        if not hf_defaults.tokenizer_section(path):
-            overrides["tokenizer.name"] = "none"
-        stats = {file.name: file.stat() for file in sorted(path.iterdir()) if file.suffix in (".json", ".safetensors")}
-        weights_id = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()])
-        return cls(path, _load_file(None, overrides), weights_id=weights_id)
 
     @classmethod
     def _open_checkpoint(cls, path: Path, config: Config) -> TrainedModel:
@@ -155,10 +149,8 @@ class TrainedModel:
     @property
     def max_seq_len(self) -> int:
         """Tokens in the longest row that the model was trained for."""
-        stated: int | None = None
-        if self.run_state is None:
-            stated = HFFolder(self.path).config.get("max_position_embeddings")
-        return stated or self.config.training.seq_len
+        stated = HFFolder(self.path).config if self.run_state is None else {}
+        return stated.get("max_position_embeddings") or self.config.training.seq_len
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
@@ -167,8 +159,10 @@ class TrainedModel:
 
     @property
     def rope_theta(self) -> float | None:
-        """RoPE theta that the weights were last trained at, None for that of the model's config."""
-        return trained_rope_theta(self.config, self.run_state)
+        """RoPE theta of the checkpoint's step, or else of the last phase; None for that of the model's config."""
+        if self.run_state is not None and "rope_theta" in self.run_state:
+            return self.run_state["rope_theta"]
+        return last_phase(self.config, "rope_theta")
 
     def build_tokenizer(self) -> data.Tokenizer | None:
         """Returns the tokenizer, None if the model has none.
@@ -195,8 +189,7 @@ class TrainedModel:
         Raises:
             UnreadableCheckpointError: a file differs.
         """
-        error = None if self.run_state is None else checkpoint.find_corruption(self.path)
-        if error is not None:
+        if self.run_state is not None and (error := checkpoint.find_corruption(self.path)):
             raise UnreadableCheckpointError(f"{self.path} is damaged: {error}.")
 
     def load(self, attend: Attend, seq_len: int, dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -238,13 +231,6 @@ def final_window(config: Config) -> int | None:
     ladder = curriculum.registry.build(config.curriculum, steps=max(training.steps, 1), seq_len=training.seq_len)
     last = last_phase(config, "window") or ladder(max(training.steps, 1) - 1)
     return None if last >= training.seq_len else last
-
-
-def trained_rope_theta(config: Config, run_state: Mapping[str, Any] | None) -> float | None:
-    """Returns the RoPE theta of a checkpoint's step (of the last phase if unknown), None for the model config's."""
-    if run_state is not None and "rope_theta" in run_state:
-        return run_state["rope_theta"]
-    return last_phase(config, "rope_theta")
 
 
 def last_phase(config: Config, key: str) -> Any:

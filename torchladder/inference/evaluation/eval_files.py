@@ -69,18 +69,15 @@ class EvalFiles:
         if key not in self._opened:
             cache = data.cache_path(getattr(config.data, "cache_folder", DEFAULT))
             bos = getattr(config.data, "bos", False) if self.bos is None else self.bos
-            loader = SourceLoader(self._tokenizer(trained), cache, validation_fraction=0.0, bos=bos)
+            try:
+                tokenizer = trained.build_tokenizer()
+            except NoTokenizerError:
+                if not all(SourceConfig(path=str(path)).is_tokens for path in self.paths):
+                    raise
+                tokenizer = None  # tokens can be read without one
+            loader = SourceLoader(tokenizer, cache, validation_fraction=0.0, bos=bos)
             self._opened[key] = [self._open(path, loader, config) for path in self.paths]
         return self._opened[key]
-
-    def _tokenizer(self, trained: TrainedModel) -> data.Tokenizer | None:
-        """Returns the model's tokenizer, None if it cannot be built and is not needed: all files are tokens."""
-        try:
-            return trained.build_tokenizer()
-        except NoTokenizerError:
-            if all(SourceConfig(path=str(path)).is_tokens for path in self.paths):
-                return None
-            raise
 
     def _open(self, path: Path, loader: SourceLoader, config: Config) -> EvalDocuments:
         source = SourceConfig(path=str(path))

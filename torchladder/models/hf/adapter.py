@@ -95,12 +95,7 @@ class HFAdapter:
         return {**fields, **self._rope_from_hf(hf_config), "initialization": "normal"}
 
     def to_hf(self, config: Any, metadata: HFMetadata, dtype: torch.dtype) -> dict[str, Any]:
-        """Returns the config.json of a model.
-
-        Args:
-            config: the model's config.
-            metadata: the other entries.
-            dtype: of the weights.
+        """Returns the config.json of a model, from the model's config, the other entries and the dtype of the weights.
 
         Raises:
             ConfigError: the model has something that Hugging Face's does not support.

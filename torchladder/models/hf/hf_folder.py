@@ -57,7 +57,7 @@ class HFFolder:
         config: the content of config.json.
 
     Raises:
-        ConfigError: the folder has no config.json, or it is not a JSON object.
+        ConfigError: the folder has no config.json, or a file is missing or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -69,11 +69,7 @@ class HFFolder:
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """All tensors by name, file by file.
-
-        Raises:
-            ConfigError: a file is missing or damaged, or a tensor has an unsupported type.
-        """
+        """All tensors by name, file by file."""
         tensors = {}
         for file in self._weight_files():
             with _open_safetensors(file) as content:

@@ -35,12 +35,7 @@ LLAMA_ADAPTER = HFAdapter(
         "tie_embeddings": "tie_word_embeddings",
         "init_std": "initializer_range",
     },
-    defaults={
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.02,
-        "sliding_window": 4096,
-    },
+    defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02, "sliding_window": 4096},
     fixed_values={
         "hidden_act": "silu",
         "attention_bias": False,
