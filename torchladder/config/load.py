@@ -43,7 +43,7 @@ def load(argv: list[str]) -> Config:
         "--job.config_file names.",
         use_underscores=True,
     )
-    hf_defaults.check(config)
+    hf_defaults.check_hf_settings(config)
     return config
 
 
@@ -62,7 +62,7 @@ def load_file(path: Path | None, overrides: Mapping[str, Any] | None = None) -> 
         for key, value in vars(getattr(config, name)).items() if name not in toml_files.TABLES else ():
             if value is tyro.MISSING:
                 raise ConfigError(f"{path or 'the settings'}: {name}.{key} is required.")
-    hf_defaults.check(config)
+    hf_defaults.check_hf_settings(config)
     return config
 
 
@@ -82,7 +82,7 @@ def _defaults(file: Path | None, overrides: Mapping[str, Any], argv: list[str]) 
         keys = {key for table in section for key in table} if isinstance(section, list) else section
         renamed_keys.check((f"{name}.{key}" for key in keys), str(toml_files.origin(origins, name)))
     _import_plugins(settings, argv, file.parent if file else Path())
-    hf_defaults.apply(settings, origins, argv)
+    hf_defaults.apply_hf_defaults(settings, origins, argv)
     kind = config_type(settings, argv)
     for name in settings:
         if name not in fields(kind):

@@ -79,7 +79,7 @@ class Trainer:
         self.lr_scheduler = optim.LRScheduler(self.optimizer)
 
         tokenizer_files = hf_export.exported_tokenizer_files(self.tokenizer, getattr(config.tokenizer, "path", ""))
-        self.last_save = hf_export.LastSave(config, self.tokenizer, tokenizer_files)
+        self.last_save = hf_export.LastSave(config, self.tokenizer, tokenizer_files, plan.schedule(plan.steps - 1))
         assets = hf_export.checkpoint_assets(config, tokenizer_files)
         checkpoints = self.folder / config.checkpoint.folder
         self.checkpointer = Checkpointer(
@@ -109,7 +109,7 @@ class Trainer:
         if self.step >= config.training.steps and not self.post_step_pending:
             self.metrics.close()
             if config.checkpoint.last_save_in_hf and self.ranks.first:
-                self.last_save.convert(self.model.config)
+                self.last_save.convert()
             logger.info("all %d steps are taken: nothing to do", config.training.steps)
             return True
         gc.disable()
@@ -265,7 +265,7 @@ class Trainer:
             self.restore_progress(state)
         elif self.config.checkpoint.initial_load_in_hf:
             path = self.config.checkpoint.initial_load_path or self.config.model.hf_assets_path
-            hf_weights.load(self.model, path)
+            hf_weights.load_hf_weights(self.model, path)
             logger.info("loaded the weights of %s", path)
 
     def _check(self, state: RunState) -> None:
