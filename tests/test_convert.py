@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchladder import commands, config, data, train
+from torchladder import checkpoint, commands, config, data, train
 from torchladder.checkpoint import CheckpointConfig, checksums, step_folders
 from torchladder.commands import convert, evaluate, generate
 from torchladder.data import tokenizer
@@ -102,7 +102,7 @@ def test_a_run_starts_from_a_folder_and_ends_in_one(folders, tmp_path, capsys):
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
     whole = [*by_file, "--checkpoint.no_initial_load_model_only"]
     assert train.main(argv(folders, tmp_path / "three", *whole)) == 2
-    assert "holds weights alone" in capsys.readouterr().err
+    assert "holds only weights" in capsys.readouterr().err
 
     # The checkpoint converts to the same folder, and the run continues from it instead of from its initial weights.
     step = tmp_path / "one" / "checkpoint" / "step-3"
@@ -205,8 +205,9 @@ def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     shutil.rmtree(here)
-    for name in (step_folders.METADATA, step_folders.RUN, checksums.SUMS):
+    for name in (step_folders.METADATA, checksums.SUMS):
         (tmp_path / "step-1" / name).write_text("{}")
+    (tmp_path / "step-1" / checkpoint.RUN_STATE_FILE).write_text(checkpoint.RunState(step=1, row=8).to_json())
     monkeypatch.setattr(TrainedModel, "tokenizer_fingerprint", own.fingerprint)
     assert TrainedModel.open(tmp_path / "step-1").build_tokenizer().fingerprint == own.fingerprint
 

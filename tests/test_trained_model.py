@@ -94,8 +94,8 @@ def test_all_checkpoints_of_a_run_are_found_and_share_their_settings(trained, tm
     shutil.copytree(folder / "step-3", folder / "step-12")
     shutil.copytree(folder / "step-3", folder / "step-5")
     (folder / "step-5" / "run.json").write_text("{")
-    loads, load = [], config.load
-    monkeypatch.setattr(config, "load", lambda argv: loads.append(argv) or load(argv))
+    loads, load_file = [], config.load_file
+    monkeypatch.setattr(config, "load_file", lambda *arguments: loads.append(arguments) or load_file(*arguments))
     for place in (folder.parent, folder):
         found, errors = TrainedModel.find_all(place)
         assert [model.path.name for model in found] == ["step-3", "step-12"]
