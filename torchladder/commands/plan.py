@@ -39,7 +39,9 @@ def run(argv: list[str]) -> int:
     memory, traffic = _dry_run(plan, own.world_size, own.gpu_memory)
     steps = _steps(own.at, plan.steps)
     if own.plot:
-        plots.plan(own.plot, plan.steps, plan.window, plan.config.training.seq_len, plan.config.attention.masks)
+        plots.plot_curriculum(
+            own.plot, plan.steps, plan.window, plan.config.training.seq_len, plan.config.attention.masks
+        )
     if own.json:
         taken = {"memory_per_rank": dataclasses.asdict(memory), "sent_per_rank_and_step": dataclasses.asdict(traffic)}
         print(json.dumps(_object(plan, steps) | taken))

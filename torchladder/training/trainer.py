@@ -19,7 +19,7 @@ from torchladder.data import Batch
 from torchladder.distributed import context_parallel, float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.inference import hf_export
-from torchladder.metrics import MetricsProcessor, RunInfo
+from torchladder.metrics import METRICS_FILE, MetricsProcessor, RunInfo, read_jsonl
 from torchladder.models import attention
 from torchladder.models.hf import hf_weights
 from torchladder.registry import ConfigError
@@ -195,7 +195,7 @@ class Trainer:
         """Reports the loss on held-out rows; all of its windows or none, so what is broken off is done again."""
         if self.validation is not None:
             for window, mean in self.validation.means().items():
-                self.metrics.validation(self.step, mean, window)
+                self.metrics.log_validation(self.step, mean, window)
 
     def _logits(self, tokens: Tensor) -> Tensor:
         """Returns the logits (1, T, V) of one row under plain causal attention."""
@@ -328,7 +328,7 @@ class Trainer:
     def _report(self, window: int, loss: Tensor, norm: Tensor, lr: float, pairs: int) -> None:
         """Counts a step, and reports the ones that are due; only those wait for the accelerator."""
         self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs, self.plan.degrees.copies))
-        if self.metrics.due(self.step) or self.lifeline.due(self.step):  # totals go on from a checkpoint
+        if self.metrics.should_log(self.step) or self.lifeline.due(self.step):  # totals go on from a checkpoint
             mean = self.ranks.sum(loss.item(), self.plan.degrees.tensor)
             self.lifeline.guard.settle()
             self.metrics.log(self.step, loss=mean, grad_norm=norm.item(), lr=lr, window=window)
@@ -336,4 +336,5 @@ class Trainer:
     def _draw(self) -> None:
         """Leaves the picture of loss and window."""
         if self.ranks.first:
-            plots.ladder(self.folder / "ladder.png", self.folder / "metrics.jsonl")
+            curves = plots.RunCurves(str(self.folder), read_jsonl(self.folder / METRICS_FILE))
+            plots.plot_run(self.folder / "ladder.png", curves)
