@@ -95,7 +95,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         raise ConfigError("samples.prompts: ranks that share rows (context_parallel_degree) draw no samples.")
     mesh.check(config.parallelism, model.heads(), training.seq_len)
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
-    stretches = curriculum.windows(window, training.steps)
+    stretches = curriculum.to_stages(window, training.steps)
     pairs = {w: mask.pairs(mask.compose(*(allow(row, w) for allow in masks))) for _, w in stretches}
     full = mask.pairs(mask.causal(row, training.seq_len))
     rows = batch.rows
@@ -114,7 +114,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         flops=training.steps * linear + model.flops(0, rows * attended),
         flops_full_context=training.steps * (linear + attention),
         attention_flops_full_context=training.steps * attention,
-        full_at=curriculum.full_at(window, training.steps, training.seq_len),
+        full_at=curriculum.full_context_step(window, training.steps, training.seq_len),
         state_bytes=16
         * model.num_parameters()
         // (degrees.shard * degrees.copies),  # float32: weight, gradient and two moments
