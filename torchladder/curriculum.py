@@ -64,22 +64,14 @@ class Ramp:
     """Round the window down to a multiple of this during the ramp, but not below initial_window."""
 
     def __post_init__(self) -> None:
-        _require(self.initial_window >= 1, f"initial_window = {self.initial_window}: must be 1 or more.")
-        _require(
-            self.end_window <= self.seq_len,
-            f"final_window = {self.end_window}: must be at most training.seq_len = {self.seq_len}.",
-        )
-        _require(
-            self.initial_window <= self.end_window,
-            f"initial_window = {self.initial_window}: must be at most the final window, {self.end_window} tokens.",
-        )
+        first, last, both = self.initial_window, self.end_window, self.every is not None and self.ramp is not None
+        _require(first >= 1, f"initial_window = {first}: must be 1 or more.")
+        _require(last <= self.seq_len, f"final_window = {last}: must be at most training.seq_len = {self.seq_len}.")
+        _require(first <= last, f"initial_window = {first}: must be at most the final window, {last} tokens.")
         _require(self.multiple_of >= 1, f"multiple_of = {self.multiple_of}: must be 1 or more.")
         _require(self.every is None or self.every >= 1, f"every = {self.every}: must be 1 or more steps per token.")
         _require(self.ramp is None or 0 < self.ramp <= 1, f"ramp = {self.ramp}: must be above 0 and at most 1.")
-        _require(
-            self.every is None or self.ramp is None,
-            f"every = {self.every} and ramp = {self.ramp}: both set the length of the ramp; remove one.",
-        )
+        _require(not both, f"every = {self.every} and ramp = {self.ramp}: both set the length of the ramp; remove one.")
 
     @cached_property
     def end_window(self) -> int:

@@ -67,11 +67,9 @@ def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
         for top, bottom, kind, (label, scale) in zip(tops, bottoms, UNITS, units, strict=True):
             for color, run in zip(cycle(COLORS), runs):
                 x = getattr(run, kind) / scale
-                validated = np.interp(run.validation_step, np.r_[0, run.step], np.r_[0, x])
+                val = np.interp(run.validation_step, np.r_[0, run.step], np.r_[0, x])
                 top.plot(x, smooth(run.loss), color=color, linewidth=1, alpha=0.4)
-                top.plot(
-                    validated, run.validation_loss, "o-", color=color, markersize=4, linewidth=1.4, label=run.title
-                )
+                top.plot(val, run.validation_loss, "o-", color=color, markersize=4, linewidth=1.4, label=run.title)
                 bottom.plot(x, run.window, color=color, drawstyle="steps-post")
             bottom.set(xlabel=label, xlim=(0, None))
         _zoom(tops[0], runs)
