@@ -61,7 +61,7 @@ def chunk_fraction(window):
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_every_picture_is_written(tmp_path, run, suffix):
+def test_every_plot_is_written(tmp_path, run, suffix):
     ladder = curriculum.Linear(steps=500, seq_len=SEQ_LEN, initial_window=8)
     folder = tmp_path / "new"
     plots.plot_run(folder / f"ladder.{suffix}", curves(run()))

@@ -134,7 +134,7 @@ def waiting(config, steps=10):
         processes.leave()
     whole, wait = sum(taken[1:]), sum(waited[1:])
     table(
-        ["", "ms/step", "ms waiting", "share"],
+        ["", "ms/step", "ms waiting", "fraction"],
         [[config, f"{1e3 * whole / steps:.0f}", f"{1e3 * wait / steps:.2f}", f"{wait / whole:.2%}"]],
     )
 

@@ -2,8 +2,8 @@
 
 python -m tests.benchmarks.prepare [--workers 2] [--megabytes 200] [--kind bpe]
 
-The bare tokenizer is the library on texts in memory, in one thread and in one process per worker: the upper bound of this
-machine. Preparing reads and parses .jsonl, encodes, adds document boundaries, verifies, hashes, writes and merges; its
+The bare tokenizer is the library on texts in memory, in one thread and in one process per worker: the upper bound here.
+Preparing reads and parses .jsonl, encodes, adds document boundaries, verifies, hashes, writes and merges; its
 time includes the start of its processes. The CPU column compares CPU time, which other load on the machine hardly
 changes. If datatrove is installed and --kind is byte-bpe, its tokenization of the same files is measured too, including
 the merge of its per-worker files into one.
@@ -54,7 +54,7 @@ def bare(part, texts):
     return sum(len(part._part.encode_batch_fast([text], add_special_tokens=False)[0].ids) for text in texts)
 
 
-def _bare_share(job):
+def _bare_part(job):
     number, count = job
     return bare(_shared[0], _shared[1][number::count])
 
@@ -102,7 +102,7 @@ def contenders(part, folder, texts, arguments):
     pool.map(len, [""] * workers)
     found = {
         SINGLE[0]: lambda turn: bare(part, texts),
-        f"bare tokenizer, {workers} processes": lambda turn: sum(pool.map(_bare_share, jobs, chunksize=1)),
+        f"bare tokenizer, {workers} processes": lambda turn: sum(pool.map(_bare_part, jobs, chunksize=1)),
         SINGLE[1]: lambda turn: prepared(part, folder, 1, turn),
         f"prepare --workers {workers}": lambda turn: prepared(part, folder, workers, turn),
     }

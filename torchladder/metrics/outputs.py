@@ -48,7 +48,7 @@ class JsonlOutput:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics.jsonl, without a last line that is still being written.
+    """Returns the records of a metrics.jsonl; skips a line that is still being written.
 
     Raises:
         ConfigError: the file does not exist.
@@ -60,7 +60,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            continue
+            continue  # still being written
     return records
 
 

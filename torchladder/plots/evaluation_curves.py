@@ -20,7 +20,7 @@ def plot_evaluations(path: Path, rows: Sequence[Row]) -> None:
     If there are more curves than colors, the files of a run and a context share one curve: their mean per token.
 
     Raises:
-        ConfigError: no row has a loss, or the suffix is not one of a picture.
+        ConfigError: no row has a loss, or the suffix is not .png, .svg or .pdf.
     """
     rows = [row for row in rows if row["loss"] is not None]
     if not rows:

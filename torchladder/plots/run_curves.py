@@ -33,7 +33,7 @@ def plot_run(path: Path, run: RunCurves) -> None:
     """Plots a run against the step: training and validation loss above, the window below.
 
     Raises:
-        ConfigError: the suffix is not one of a picture.
+        ConfigError: the suffix is not .png, .svg or .pdf.
     """
     with style():
         canvas = figure(8, 5.2)
@@ -56,7 +56,7 @@ def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
     """Plots several runs: loss against tokens, time and FLOPs, with the window below each.
 
     Raises:
-        ConfigError: there is no run, or the suffix is not one of a picture.
+        ConfigError: there is no run, or the suffix is not .png, .svg or .pdf.
     """
     if not runs:
         raise ConfigError("no runs to compare: pass at least one.")
@@ -86,7 +86,7 @@ def plot_curriculum(path: Path, steps: int, windows: Callable[[int], int], seq_l
     """Plots a curriculum before the run: the window above, the cost and the saving of attention below.
 
     Args:
-        path: the picture.
+        path: file to write.
         steps: optimizer steps of the run.
         windows: the curriculum, ``(step) -> window``.
         seq_len: tokens in a row.

@@ -79,7 +79,7 @@ def plain_numbers(axis: Axis) -> None:
 
 
 def check_picture_path(path: Path) -> None:
-    """Raises ConfigError if the suffix is not one of a picture."""
+    """Raises ConfigError if the suffix is not .png, .svg or .pdf."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{path}: unknown picture format; the name must end in .png, .svg or .pdf.")
 
@@ -88,7 +88,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure to a file.
 
     Raises:
-        ConfigError: the suffix is not one of a picture.
+        ConfigError: the suffix is not .png, .svg or .pdf.
     """
     check_picture_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
