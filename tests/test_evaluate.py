@@ -616,7 +616,7 @@ VAL = ["--files", "{root}/val.jsonl"]
         (["{root}/run", *VAL, "--batch-tokens", "0"], "--batch-tokens 0"),
         (["{root}/run", *VAL, "--bos"], "no bos token"),
         (["{root}/run", *VAL, "--output", "{root}/a.xlsx"], "go to .csv or .jsonl"),
-        (["{root}/run", *VAL, "--plot", "{root}/a.gif"], "a picture ends in"),
+        (["{root}/run", *VAL, "--plot", "{root}/a.gif"], "must end in"),
         (["{root}", *VAL], "is no run with a complete checkpoint"),
     ],
 )

@@ -74,7 +74,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--submit", action="store_true", help="submit the script with sbatch")
     arguments, rest = parser.parse_known_args(argv)
     train_argv = rest[1:] if rest[:1] == ["--"] else rest
-    _check(arguments, train_argv)
+    _check_arguments(arguments, train_argv)
     script = SCRIPT.format(
         name=arguments.name,
         nodes=arguments.nodes,
@@ -112,7 +112,7 @@ def submit_jobs(script: Path, jobs: int) -> list[str]:
     return ids
 
 
-def _check(arguments: argparse.Namespace, train_argv: list[str]) -> None:
+def _check_arguments(arguments: argparse.Namespace, train_argv: list[str]) -> None:
     for name in ("nodes", "gpus", "notice", "jobs"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} = {getattr(arguments, name)}: must be 1 or more.")

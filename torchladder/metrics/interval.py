@@ -54,13 +54,13 @@ class Interval:
         """Returns an amount per second and device."""
         return amount / (self.seconds * self.run.ranks)
 
-    def flops(self, pairs: int) -> float:
+    def flop_rate(self, pairs: int) -> float:
         """Returns FLOP/s per device for a number of attended pairs."""
         return self.per_device(self.run.flops(self.tokens, pairs))
 
     def mfu(self, pairs: int) -> float | None:
         """Returns the model FLOPs utilization, 0 to 1, for a number of attended pairs; None if the peak is unknown."""
-        return self.flops(pairs) / self.peak_flops if self.peak_flops else None
+        return self.flop_rate(pairs) / self.peak_flops if self.peak_flops else None
 
     def attention_saved(self) -> float:
         """Returns the fraction of full causal attention that was not computed."""

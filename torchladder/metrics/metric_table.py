@@ -45,7 +45,7 @@ METRICS: dict[str, Metric] = {
         Metric("tokens", lambda i: i.totals["tokens"]),
         Metric("tps", lambda i: i.per_device(i.tokens), "throughput(tps)", "tps: {tps:,.0f}", "blue"),
         Metric("flops", lambda i: i.totals["flops"]),
-        Metric("tflops", lambda i: i.flops(i.pairs) / 1e12, "tflops", "tflops: {tflops:,.2f}", "cyan", jsonl=False),
+        Metric("tflops", lambda i: i.flop_rate(i.pairs) / 1e12, "tflops", "tflops: {tflops:,.2f}", "cyan", jsonl=False),
         Metric("mfu", lambda i: i.mfu(i.pairs), "mfu(%)", "mfu: {mfu:.2%}", "magenta", tag_scale=100),
         # PaLM (arXiv 2204.02311, appendix B): every query attends to the whole row, future keys included.
         Metric("mfu_palm", lambda i: i.mfu(i.tokens * i.run.seq_len), "mfu_palm(%)", tag_scale=100),
