@@ -12,27 +12,16 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """Constants of a run that reporting needs.
+    """Constants of a run that reporting needs."""
 
-    Attributes:
-        folder: directory of metrics.jsonl, created if missing.
-        steps: optimizer steps of the whole run.
-        seq_len: tokens in a row.
-        flops: ``(tokens, pairs) -> FLOPs`` of the model's forward and backward pass.
-        device: the device the model runs on.
-        rank: this process; only rank 0 reports.
-        ranks: number of devices.
-        settings: the run's config, as Weights & Biases shows it.
-    """
-
-    folder: Path
-    steps: int
-    seq_len: int
-    flops: Callable[[int, int], int]
+    folder: Path  # directory of metrics.jsonl, created if missing
+    steps: int  # optimizer steps of the whole run
+    seq_len: int  # tokens in a row
+    flops: Callable[[int, int], int]  # (tokens, pairs) -> FLOPs of the model's forward and backward pass
     device: torch.device
-    rank: int = 0
+    rank: int = 0  # only rank 0 reports
     ranks: int = 1
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # the run's config, as Weights & Biases shows it
 
 
 @dataclass(frozen=True, kw_only=True)
