@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains, and sets up first where nothing is installed yet:
+# Trains a model; installs torchladder first if it is not installed:
 #
 #   ./run_train.sh --job.config_file train_configs/quickstart.toml [--section.key value ...]
 #
-# NGPU           processes on this machine (default: its GPUs, or 1)
-# NNODES         machines (default 1); with more than one, run this on each of them and set
-# RDZV_ENDPOINT  host:port of one machine, the same everywhere
-# LOG_RANK       ranks of this machine whose output is shown (default 0; for example 0,1)
-# MAX_RESTARTS   times that torchrun starts all ranks again after one has died (default 0)
+# NGPU           ranks on this node (default: its number of GPUs, or 1)
+# NNODES         number of nodes (default: 1); with more than one, run this script on every node and set
+# RDZV_ENDPOINT  host:port of one node, the same on all of them
+# LOG_RANK       local ranks whose output is shown (default: 0; for example 0,1)
+# MAX_RESTARTS   how often torchrun restarts all ranks after one has failed (default: 0)
 #
-# Ends with 0 when all steps are taken, 75 when it was asked to end before (start it again), else with the error's code.
+# Exit code: 0 when training is complete, 75 when it was interrupted (run it again to resume), else that of the error.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
@@ -21,17 +21,17 @@ MAX_RESTARTS="${MAX_RESTARTS:-0}"
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 
 if [ "$NNODES" -gt 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
-    echo "NNODES=$NNODES needs RDZV_ENDPOINT=host:port, the same on every machine." >&2
+    echo "NNODES=$NNODES needs RDZV_ENDPOINT=host:port, the same on every node." >&2
     exit 2
 fi
 if [ "$NGPU" -eq 1 ] && [ "$NNODES" -eq 1 ]; then
     exec "$PYTHON" -m torchladder.train "$@"
 fi
 
-# torchrun knows two ends, 0 and failed, and starts a failed run again; what it was really is left in a file.
+# torchrun takes every exit code but 0 for a failure and restarts the run, so local rank 0 leaves the exit code in a file.
 TORCHLADDER_EXIT_FILE="$(mktemp)"
 export TORCHLADDER_EXIT_FILE
-trap '' USR1 USR2 # meant for the ranks, which hear them; torchrun would die of them, and with it the ranks
+trap '' USR1 USR2 # the ranks handle these signals; torchrun does not, and would be killed together with the ranks
 "$PYTHON" -m torch.distributed.run \
     --nnodes "$NNODES" --nproc_per_node "$NGPU" --max-restarts "$MAX_RESTARTS" \
     --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \
@@ -41,11 +41,11 @@ torchrun=$!
 trap 'kill -TERM $torchrun' TERM INT
 code=0
 wait "$torchrun" || code=$?
-while kill -0 "$torchrun" 2>/dev/null; do # a signal ends a wait, not the run
+while kill -0 "$torchrun" 2>/dev/null; do # a signal interrupts wait, not the run
     code=0
     wait "$torchrun" || code=$?
 done
-said="$(cat "$TORCHLADDER_EXIT_FILE")"
+exit_code="$(cat "$TORCHLADDER_EXIT_FILE")"
 rm -f "$TORCHLADDER_EXIT_FILE"
-if [ "$said" = 75 ]; then code=75; fi
+if [ "$exit_code" = 75 ]; then code=75; fi
 exit "$code"

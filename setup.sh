@@ -1,10 +1,10 @@
-# Sourced by run_train.sh and tests/run.sh: leaves an environment with torchladder on the PATH.
+# Sourced by run_train.sh and tests/run.sh: sets PYTHON to an interpreter that has torchladder installed.
 #
 #   source setup.sh REQUIREMENTS
 #
-# Uses the current Python if it already has torchladder and all that REQUIREMENTS names; otherwise makes .venv beside
-# this file and installs the tested versions. On a machine without an NVIDIA GPU it takes the CPU build of torch where
-# an index offers one. PYTHON chooses the interpreter, TORCH_CPU_INDEX the index to ask for the CPU build.
+# Uses the current Python if it has torchladder and every package of REQUIREMENTS; otherwise creates .venv beside this
+# file and installs the tested versions there. Without an NVIDIA GPU it installs the CPU build of torch if an index has
+# one. Set PYTHON to use another interpreter, TORCH_CPU_INDEX to get the CPU build from another index.
 
 setup() {
     local root requirements python stamp torch
@@ -17,11 +17,11 @@ setup() {
         return
     fi
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-        echo "torchladder needs Python 3.10 or newer; '$python' is $("$python" --version 2>&1). Set PYTHON to another." >&2
+        echo "torchladder needs Python 3.10 or newer; '$python' is $("$python" --version 2>&1). Set PYTHON to a newer one." >&2
         exit 1
     fi
 
-    # The stamp holds what was installed, so that changed requirements are installed again and nothing else is.
+    # The stamp records the installed requirements: packages are installed again only when they change.
     stamp="$root/.venv/installed-$1"
     if ! cmp -s <(cat "$root/pyproject.toml" "$root"/requirements*.txt) "$stamp"; then
         echo "torchladder: setting up $root/.venv (once, about a minute)"
@@ -39,7 +39,7 @@ setup() {
     PYTHON="$root/.venv/bin/python"
 }
 
-# Whether this Python can import torchladder and has every package that the requirements name for it.
+# has_all PYTHON REQUIREMENTS: whether PYTHON has torchladder and every package that the requirements list for it.
 has_all() {
     "$1" - "$2" 2>/dev/null <<'PY'
 import importlib.metadata, importlib.util, pathlib, sys

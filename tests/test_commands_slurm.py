@@ -1,11 +1,13 @@
-"""The sbatch script: valid shell that saves, requeues and chains."""
+"""The command line and the sbatch script: valid shell that saves, requeues and chains."""
 
 import os
 import subprocess
+import sys
 
 import pytest
 from runs import DEBUG, ROOT
 
+from torchladder import commands
 from torchladder.commands import slurm
 from torchladder.registry import ConfigError
 
@@ -20,7 +22,7 @@ def tool(folder, name, script):
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """Slurm's commands, for one machine: sbatch numbers jobs, srun runs here, scontrol notes what it is told."""
+    """Slurm's commands on one machine: sbatch numbers the jobs, srun runs locally, scontrol records its arguments."""
     tools = tmp_path / "tools"
     tool(tools, "sbatch", f'echo "$@" >> {tmp_path}/sbatch; echo $((100 + $(wc -l < {tmp_path}/sbatch)))')
     tool(tools, "srun", 'shift; "$@"')
@@ -60,19 +62,43 @@ def test_only_an_interrupted_run_is_requeued(cluster, ends, code, requeued):
     ("argv", "words"),
     [
         (["--nodes", "0", "--", *RUN], "--nodes = 0"),
-        (["--", *DEBUG], "needs checkpoints"),
+        (["--", *DEBUG], r"resumes from a checkpoint; set --checkpoint\.enable"),
         (["--jobs", "2", "--", *RUN, "--checkpoint.load_step", "4"], "load_step"),
         (["--", *RUN, "--job.config_file", "nowhere.toml"], "nowhere.toml"),
     ],
 )
-def test_what_would_fail_in_the_queue_fails_here(cluster, argv, words):
+def test_invalid_settings_fail_before_the_queue(cluster, argv, words):
     with pytest.raises(ConfigError, match=words):
         slurm.run(argv)
     assert not (cluster / "job.sbatch").exists()
 
 
-def test_without_slurm_the_script_is_written_all_the_same(tmp_path, monkeypatch):
+def test_the_script_is_written_without_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ConfigError, match="sbatch is not on"):
+    with pytest.raises(ConfigError, match="sbatch is not on PATH"):
         slurm.run(["--output", str(tmp_path / "a.sbatch"), "--submit", "--", *RUN])
     assert str(ROOT / "train_configs") in (tmp_path / "a.sbatch").read_text()
+
+
+def test_help_shows_an_example_that_works(cluster, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        slurm.run(["--help"])
+    example = capsys.readouterr().out.split("example:\n")[1].split("\n\n")[0]
+    words = example.replace("\\\n", " ").split()
+    assert words[:2] == ["torchladder", "slurm"]
+    monkeypatch.chdir(ROOT)
+    assert slurm.run(["--output", str(cluster / "job.sbatch"), *words[2:]]) == 0
+    assert len((cluster / "sbatch").read_text().splitlines()) == 3
+
+
+def test_help_lists_every_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["torchladder", "--help"])
+    assert commands.main() == 0
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert " ".join(shown) == "plan prepare tokenizer inspect merge convert generate evaluate slurm report"
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["torchladder", "evalute"])
+    assert commands.main() == 2
+    assert "unknown command 'evalute'. Did you mean 'evaluate'?" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Curricula against SkyLadder's formulas written out slowly, and against what every curriculum promises."""
+"""Curricula against SkyLadder's formulas written out slowly, and properties of every curriculum."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchladder import curriculum
-from torchladder.curriculum import full_at, skyladder, windows
+from torchladder.curriculum import full_context_step, skyladder, to_stages
 from torchladder.registry import ConfigError
 
 RAMPS = ["linear", "sine", "cosine", "exponential", "logarithmic", "inverse"]
@@ -22,7 +22,7 @@ def make(name, steps=1000, seq_len=1024, **settings):
     return curriculum.registry.get(name)(steps=steps, seq_len=seq_len, **settings)
 
 
-# --- SkyLadder's family ----------------------------------------------------------------------------------------------
+# --- SkyLadder's schedules -------------------------------------------------------------------------------------------
 
 
 def reference(shape, step, length, first, last):
@@ -44,7 +44,7 @@ def reference(shape, step, length, first, last):
 
 
 def family():
-    """Every name in use: (name, shape, N or None, percent or None, initial window, multiple)."""
+    """Every schedule in use: (name, shape, N or None, percent or None, initial window, multiple)."""
     for rate in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32):
         yield f"dm{rate}", "dm", rate, None, 32, 1
     for shape in ("lin", "sin", "cos", "exp", "log", "inv"):
@@ -90,28 +90,28 @@ def test_values_of_the_released_code():
     assert at("inv8", 0, 32000, 65279, 65280) == [8192, 4192, 33, 8192]
 
 
-def test_numbers_are_read_as_written():
+def test_rates_are_read_as_numbers():
     dm1, dm3, dm16, dm32 = (skyladder(f"dm{n}", 10**6, SEQ_LEN) for n in (1, 3, 16, 32))
     assert [dm1(1600), dm3(1600), dm16(1600), dm32(1600)] == [1632, 565, 132, 82]
-    assert full_at(dm16, 10**6, SEQ_LEN) == 2 * 65_280
-    assert full_at(dm32, 10**6, SEQ_LEN) == 4 * 65_280
+    assert full_context_step(dm16, 10**6, SEQ_LEN) == 2 * 65_280
+    assert full_context_step(dm32, 10**6, SEQ_LEN) == 4 * 65_280
 
 
-def test_cosine_uses_the_whole_ramp():
+def test_cosine_spans_the_whole_ramp():
     cos8 = skyladder("cos8", STEPS, SEQ_LEN)
     assert cos8(65_280 // 2) == pytest.approx((32 + 8192) / 2, abs=1)
-    assert full_at(cos8, STEPS, SEQ_LEN) > 64_000
+    assert full_context_step(cos8, STEPS, SEQ_LEN) > 64_000
 
 
 def test_constant_name():
-    assert windows(skyladder("constant", STEPS, SEQ_LEN), STEPS) == [(0, SEQ_LEN)]
+    assert to_stages(skyladder("constant", STEPS, SEQ_LEN), STEPS) == [(0, SEQ_LEN)]
 
 
 @pytest.mark.parametrize(
     "schedule", ["dm", "8", "foo8", "sin70pp", "dm8incc", "dm8 ", "DM8", "strict", "", "dm8inc4st4"]
 )
-def test_unknown_names_come_with_the_grammar(schedule):
-    with pytest.raises(ConfigError, match=r"unknown schedule .*A schedule is 'constant', or a shape"):
+def test_unknown_names_are_answered_with_the_grammar(schedule):
+    with pytest.raises(ConfigError, match=r"unknown schedule .*A schedule is 'constant', or a curve"):
         skyladder(schedule, STEPS, SEQ_LEN)
 
 
@@ -120,14 +120,14 @@ def test_unknown_name_hints_at_the_nearest():
         skyladder("expo8", STEPS, SEQ_LEN)
 
 
-def test_document_names_point_at_masks():
+def test_names_with_document_masks_point_to_the_masks():
     with pytest.raises(ConfigError, match=r"\[attention\] masks = \[\"document\", \"chunk\"\] and schedule = 'dm8'"):
         skyladder("intradm8", STEPS, SEQ_LEN)
     with pytest.raises(ConfigError, match=r"\[attention\] masks = \[\"document\"\]\."):
         skyladder("intramask", STEPS, SEQ_LEN)
 
 
-# --- what every ramp promises ----------------------------------------------------------------------------------------
+# --- properties of every ramp ----------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -155,32 +155,32 @@ def test_ramps_are_pure_bounded_and_monotone(ramp, steps):
     assert all(isinstance(window, int) for window in seen)
     assert seen == [replace(ramp)(step) for step in reversed(steps)][::-1]
     assert all(ramp.initial_window <= window <= ramp.final_window for window in seen)
-    climb = [window for step, window in zip(steps, seen, strict=True) if step < ramp.length]
+    climb = [window for step, window in zip(steps, seen, strict=True) if step < ramp.ramp_steps]
     assert climb == sorted(climb, reverse=isinstance(ramp, curriculum.Inverse))
 
 
 @given(ramps())
 def test_ramps_end_exactly_at_the_final_window(ramp):
-    assert ramp(ramp.length) == ramp(ramp.length + 1) == ramp(10**9) == ramp.final_window
-    if ramp.length and not isinstance(ramp, curriculum.Inverse):
+    assert ramp(ramp.ramp_steps) == ramp(ramp.ramp_steps + 1) == ramp(10**9) == ramp.final_window
+    if ramp.ramp_steps and not isinstance(ramp, curriculum.Inverse):
         assert ramp(0) == ramp.initial_window
     if ramp.every:
-        assert ramp.length == (ramp.final_window - ramp.initial_window) * ramp.every
+        assert ramp.ramp_steps == (ramp.final_window - ramp.initial_window) * ramp.every
     else:
-        assert 1 <= ramp.length <= ramp.steps
+        assert 1 <= ramp.ramp_steps <= ramp.steps
 
 
 @pytest.mark.parametrize("name", RAMPS)
 def test_rounding_ends_at_a_final_window_that_is_no_multiple(name):
     ramp = make(name, seq_len=1000, multiple_of=128, every=1)
-    on_the_way = {ramp(step) for step in range(ramp.length)}
+    on_the_way = {ramp(step) for step in range(ramp.ramp_steps)}
     assert on_the_way <= {32, 128, 256, 384, 512, 640, 768, 896}
-    assert ramp(ramp.length) == 1000
+    assert ramp(ramp.ramp_steps) == 1000
 
 
 def test_ramp_share_and_default():
-    assert make("linear", ramp=0.29, steps=100).length == 29
-    assert make("linear", steps=100_000).length == 64_000
+    assert make("linear", ramp=0.29, steps=100).ramp_steps == 29
+    assert make("linear", steps=100_000).ramp_steps == 64_000
     assert make("linear", steps=1)(0) == 32
 
 
@@ -189,40 +189,40 @@ def test_ramp_share_and_default():
 
 def test_stages():
     made = curriculum.Stages(seq_len=1024, stages=[(0, 128), (10, 512), (30, 256), (31, 1024)])
-    assert windows(made, 40) == [(0, 128), (10, 512), (30, 256), (31, 1024)]
-    assert full_at(made, 40, 1024) == 31
+    assert to_stages(made, 40) == [(0, 128), (10, 512), (30, 256), (31, 1024)]
+    assert full_context_step(made, 40, 1024) == 31
 
 
 def test_constant():
-    assert windows(make_constant(window=None), 5) == [(0, 64)]
-    assert windows(make_constant(window=8), 5) == [(0, 8)]
+    assert to_stages(make_constant(window=None), 5) == [(0, 64)]
+    assert to_stages(make_constant(window=8), 5) == [(0, 8)]
 
 
 def make_constant(window):
     return curriculum.Constant(seq_len=64, window=window)
 
 
-# --- settings that cannot be -----------------------------------------------------------------------------------------
+# --- invalid settings ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"initial_window": 0}, "initial_window = 0: must be 1 or more"),
-        ({"initial_window": 2000}, "initial_window = 2000: must not exceed the final window, 1024"),
-        ({"initial_window": 64, "final_window": 32}, "initial_window = 64: must not exceed the final window, 32"),
-        ({"final_window": 2048}, "final_window = 2048: a row has 1024 tokens"),
+        ({"initial_window": 2000}, "initial_window = 2000: must be at most the final window, 1024"),
+        ({"initial_window": 64, "final_window": 32}, "initial_window = 64: must be at most the final window, 32"),
+        ({"final_window": 2048}, "final_window = 2048: must be at most training.seq_len = 1024"),
         ({"every": 0}, "every = 0"),
         ({"every": -3}, "every = -3"),
         ({"ramp": 0.0}, "ramp = 0.0: must be above 0"),
         ({"ramp": 1.5}, "ramp = 1.5"),
         ({"ramp": math.nan}, "ramp = nan"),
-        ({"every": 8, "ramp": 0.5}, "every = 8 and ramp = 0.5: set one"),
+        ({"every": 8, "ramp": 0.5}, "every = 8 and ramp = 0.5: both set the length of the ramp; remove one"),
         ({"multiple_of": 0}, "multiple_of = 0"),
     ],
 )
 @pytest.mark.parametrize("name", RAMPS)
-def test_impossible_ramps(name, settings, message):
+def test_invalid_ramps(name, settings, message):
     with pytest.raises(ConfigError, match=message):
         make(name, **settings)
 
@@ -232,20 +232,20 @@ def test_impossible_ramps(name, settings, message):
     [
         ([], "must begin at step 0"),
         ([(5, 32)], "must begin at step 0"),
-        ([(0, 32), (10, 64), (10, 128)], "10 comes after 10"),
-        ([(0, 32), (10, 64), (5, 128)], "5 comes after 10"),
-        ([(0, 0)], "window from step 0 = 0"),
-        ([(0, 32), (10, 4096)], "window from step 10 = 4096: must be from 1 to the 1024"),
+        ([(0, 32), (10, 64), (10, 128)], "step 10 follows step 10"),
+        ([(0, 32), (10, 64), (5, 128)], "step 5 follows step 10"),
+        ([(0, 0)], "window at step 0 = 0"),
+        ([(0, 32), (10, 4096)], "window at step 10 = 4096: must be from 1 to training.seq_len = 1024"),
     ],
 )
-def test_impossible_stages(stages, message):
+def test_invalid_stages(stages, message):
     with pytest.raises(ConfigError, match=message):
         curriculum.Stages(seq_len=1024, stages=stages)
 
 
 @pytest.mark.parametrize("window", [0, -1, 65])
-def test_impossible_constants(window):
-    with pytest.raises(ConfigError, match=f"window = {window}: must be from 1 to the 64"):
+def test_invalid_constants(window):
+    with pytest.raises(ConfigError, match=f"window = {window}: must be from 1 to training.seq_len = 64"):
         make_constant(window)
 
 
@@ -253,37 +253,37 @@ def test_impossible_constants(window):
 
 
 @given(ramps(), st.integers(1, 300))
-def test_windows_rebuild_the_run(ramp, steps):
-    stretches = windows(ramp, steps)
-    ends = [first for first, _ in stretches[1:]] + [steps]
-    rebuilt = [window for (first, window), end in zip(stretches, ends, strict=True) for _ in range(first, end)]
+def test_stages_rebuild_the_run(ramp, steps):
+    stages = to_stages(ramp, steps)
+    ends = [first for first, _ in stages[1:]] + [steps]
+    rebuilt = [window for (first, window), end in zip(stages, ends, strict=True) for _ in range(first, end)]
     assert rebuilt == [ramp(step) for step in range(steps)]
-    assert all(one[1] != next_one[1] for one, next_one in pairwise(stretches))
+    assert all(one[1] != next_one[1] for one, next_one in pairwise(stages))
 
 
 @given(ramps(), st.integers(1, 300))
-def test_full_at_is_the_first_step_that_stays_full(ramp, steps):
-    full = full_at(ramp, steps, ramp.seq_len)
+def test_full_context_step_is_the_first_step_that_stays_full(ramp, steps):
+    full = full_context_step(ramp, steps, ramp.seq_len)
     steps_not_full = [step for step in range(steps) if ramp(step) < ramp.seq_len]
     expected = steps_not_full[-1] + 1 if steps_not_full else 0
     assert full == (expected if expected < steps else None)
 
 
-def test_full_at_says_when_the_ramp_outlasts_the_run():
+def test_full_context_step_is_none_if_the_ramp_outlasts_the_run():
     dm8 = skyladder("dm8", STEPS, SEQ_LEN)
-    assert full_at(dm8, STEPS, SEQ_LEN) == 65_280
-    assert full_at(dm8, 65_281, SEQ_LEN) == 65_280
-    assert full_at(dm8, 65_280, SEQ_LEN) is None
+    assert full_context_step(dm8, STEPS, SEQ_LEN) == 65_280
+    assert full_context_step(dm8, 65_281, SEQ_LEN) == 65_280
+    assert full_context_step(dm8, 65_280, SEQ_LEN) is None
 
 
-def test_windows_of_a_long_run_are_as_many_as_the_ladder_has():
-    assert len(windows(skyladder("dm8", STEPS, SEQ_LEN), STEPS)) == 8192 - 32 + 1
+def test_a_linear_ramp_has_one_stage_per_token():
+    assert len(to_stages(skyladder("dm8", STEPS, SEQ_LEN), STEPS)) == 8192 - 32 + 1
 
 
-# --- parts of a registry ---------------------------------------------------------------------------------------------
+# --- the registry ----------------------------------------------------------------------------------------------------
 
 
-def test_settings_are_the_parameters_without_the_facts():
+def test_settings_are_the_parameters_that_the_run_does_not_pass():
     ramp = ["initial_window", "final_window", "every", "ramp", "multiple_of"]
     for name in RAMPS:
         assert list(curriculum.registry.parameters(name)) == ramp
@@ -307,13 +307,13 @@ def test_a_plugin_is_built_from_its_own_settings():
     try:
         section = SimpleNamespace(name="a-stair-of-this-test", stairs=[512, 2048, 8192], steps_per_stair=10)
         made = curriculum.registry.build(section, steps=100, seq_len=8192)
-        assert windows(made, 100) == [(0, 512), (10, 2048), (20, 8192)]
-        assert full_at(made, 100, 8192) == 20
+        assert to_stages(made, 100) == [(0, 512), (10, 2048), (20, 8192)]
+        assert full_context_step(made, 100, 8192) == 20
     finally:
         del curriculum.registry._parts["a-stair-of-this-test"]
 
 
-def test_build_hands_over_the_facts():
+def test_build_passes_steps_and_seq_len():
     section = SimpleNamespace(name="skyladder", schedule="dm8")
     assert curriculum.registry.build(section, steps=STEPS, seq_len=SEQ_LEN)(1000) == 157
     with pytest.raises(ConfigError, match=r"unknown curriculum 'liner'\. Did you mean 'linear'"):

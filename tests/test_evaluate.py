@@ -567,25 +567,25 @@ def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monke
         [[1, parts[0]], [2, parts[1]], [4, parts[2]], [8, parts[3]], [16, parts[4]]]
     ]
     # Of a Hugging Face folder there is one value, and no step.
-    plots.evaluations([*rows, rows[0] | {"step": None, "checkpoint": "hf"}], tmp_path / "a.png")
+    plots.plot_evaluations(tmp_path / "a.png", [*rows, rows[0] | {"step": None, "checkpoint": "hf"}])
     assert {text.get_text() for text in figures[1].legends[0].get_texts()} == {
         f"{root / 'run' / 'checkpoint'}: val.jsonl, context 16",
         "hf: val.jsonl, context 16",
     }
     # More files than colours: all of their tokens together.
     many = [row | {"file": f"{n}.txt", "tokens": 1 + n, "loss": 2.0 * n} for n in range(8) for row in rows[:1]]
-    plots.evaluations(many, tmp_path / "a.png")
+    plots.plot_evaluations(tmp_path / "a.png", many)
     (line,) = figures[2].axes[0].lines
     assert line.get_label() == "8 files, context 16"
     assert line.get_ydata().tolist() == [pytest.approx(sum(2 * n * (1 + n) for n in range(8)) / 36)]
     # Files of the same name have different labels.
-    plots.evaluations([rows[0] | {"file": f"{folder}/val.jsonl"} for folder in ("de", "en")], tmp_path / "a.png")
+    plots.plot_evaluations(tmp_path / "a.png", [rows[0] | {"file": f"{folder}/val.jsonl"} for folder in ("de", "en")])
     assert [line.get_label() for line in figures[3].axes[0].lines] == [
         "de/val.jsonl, context 16",
         "en/val.jsonl, context 16",
     ]
     with pytest.raises(ConfigError, match="no loss to draw"):
-        plots.evaluations([], tmp_path / "a.png")
+        plots.plot_evaluations(tmp_path / "a.png", [])
 
 
 def test_logs_report_progress(root, capsys):
@@ -633,7 +633,7 @@ VAL = ["--files", "{root}/val.jsonl"]
         (["{root}/run", *VAL, "--batch-tokens", "0"], "--batch-tokens 0"),
         (["{root}/run", *VAL, "--bos"], "no bos token"),
         (["{root}/run", *VAL, "--output", "{root}/a.xlsx"], "must end in .csv or .jsonl"),
-        (["{root}/run", *VAL, "--plot", "{root}/a.gif"], "a picture ends in"),
+        (["{root}/run", *VAL, "--plot", "{root}/a.gif"], "must end in"),
         (["{root}", *VAL], "is not a run with a complete checkpoint"),
     ],
 )

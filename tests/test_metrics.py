@@ -1,16 +1,19 @@
-"""Metrics: the numbers by hand, the file's keys, a run that stops and goes on, and every output."""
+"""Metrics: values computed by hand, the keys of metrics.jsonl, resumed runs, new metrics, every output."""
 
 import json
 import logging
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchladder import metrics
-from torchladder.metrics import MetricsConfig, MetricsProcessor, RunInfo, device, processor
+from torchladder.metrics import Metric, MetricsConfig, MetricsProcessor, RunInfo, device, metric_table, processor
 from torchladder.registry import ConfigError
 
 KEYS = ["step", "loss", "grad_norm", "lr", "window", "tokens", "tps", "flops", "mfu", "mfu_palm"]
@@ -20,7 +23,7 @@ SEQ_LEN = 16
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes forward only when told to."""
+    """A clock that the test moves."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(processor.time, "perf_counter", lambda: clock.now)
     return clock
@@ -30,21 +33,21 @@ def flops(tokens, pairs):
     return 60 * tokens + 12 * pairs
 
 
-def make(folder, step=0, config=None, **facts):
+def make(folder, step=0, config=None, **changes):
     defaults = {"folder": folder, "steps": 100, "seq_len": SEQ_LEN, "flops": flops, "device": torch.device("cpu")}
-    return MetricsProcessor(config or MetricsConfig(enable_tensorboard=False), RunInfo(**defaults | facts), step)
+    return MetricsProcessor(config or MetricsConfig(enable_tensorboard=False), RunInfo(**defaults | changes), step)
 
 
-def take(reporter, step, tokens=64, pairs=128, **values):
+def train_step(reporter, step, tokens=64, pairs=128, **values):
     reporter.count(tokens, pairs)
     reporter.log(step, **{"loss": 2.0, "grad_norm": 0.5, "lr": 1e-3, "window": 4} | values)
 
 
-def lines(folder):
+def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- the numbers -----------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------------------------
 
 
 def test_numbers_by_hand(tmp_path, clock):
@@ -52,10 +55,10 @@ def test_numbers_by_hand(tmp_path, clock):
         clock.now += 1
         reporter.count(32, 64)
         clock.now += 1
-        take(reporter, 1, tokens=32, pairs=64, loss=3.5, grad_norm=1.25, lr=1e-3, window=4)
+        train_step(reporter, 1, tokens=32, pairs=64, loss=3.5, grad_norm=1.25, lr=1e-3, window=4)
         clock.now += 4
-        take(reporter, 10, tokens=64, pairs=64 * 17 // 2, window=16)
-    first, second = lines(tmp_path)
+        train_step(reporter, 10, tokens=64, pairs=64 * 17 // 2, window=16)
+    first, second = records(tmp_path)
     assert list(first) == list(second) == KEYS
     # 64 tokens in 2 s on 2 devices; 60 * 64 + 12 * 128 FLOPs; PaLM counts 64 * 16 pairs, causal rows have 64 * 17 / 2.
     assert first == pytest.approx(
@@ -84,8 +87,8 @@ def test_numbers_by_hand(tmp_path, clock):
 
 def test_memory_is_of_this_process(tmp_path):
     with make(tmp_path) as reporter:
-        take(reporter, 1)
-    assert 0.05 < lines(tmp_path)[0]["memory_gib"] < 1000
+        train_step(reporter, 1)
+    assert 0.05 < records(tmp_path)[0]["memory_gib"] < 1000
 
 
 def test_paused_time_is_not_training_time(tmp_path, clock):
@@ -93,19 +96,19 @@ def test_paused_time_is_not_training_time(tmp_path, clock):
         clock.now += 2
         with reporter.pause():
             clock.now += 100
-        take(reporter, 1, tokens=64)
-    assert lines(tmp_path)[0]["tps"] == 32.0
-    assert lines(tmp_path)[0]["seconds"] == 102.0
+        train_step(reporter, 1, tokens=64)
+    assert records(tmp_path)[0]["tps"] == 32.0
+    assert records(tmp_path)[0]["seconds"] == 102.0
 
 
-def test_due():
+def test_should_log():
     reporter = SimpleNamespace(config=MetricsConfig(log_freq=10), run=SimpleNamespace(steps=25))
-    assert [step for step in range(1, 26) if MetricsProcessor.due(reporter, step)] == [1, 10, 20, 25]
+    assert [step for step in range(1, 26) if MetricsProcessor.should_log(reporter, step)] == [1, 10, 20, 25]
 
 
-def test_unknown_device_and_numbers_that_json_lacks(tmp_path):
+def test_an_unknown_peak_and_non_finite_values_are_null(tmp_path):
     with make(tmp_path) as reporter:
-        take(reporter, 1, loss=float("nan"), grad_norm=float("inf"))
+        train_step(reporter, 1, loss=float("nan"), grad_norm=float("inf"))
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
@@ -130,31 +133,31 @@ def test_unknown_device_and_numbers_that_json_lacks(tmp_path):
         ("NVIDIA TITAN X", None),
     ],
 )
-def test_peaks(name, peak):
-    assert device._peak(name) == peak
+def test_peak_flops_by_name(name, peak):
+    assert device.peak_flops_by_name(name) == peak
 
 
 def test_a_cpu_has_no_known_peak():
-    assert metrics.peak_flops(torch.device("cpu")) is None
+    assert metrics.get_peak_flops(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("settings", [{"log_freq": 0}, {"peak_flops": 0.0}, {"peak_flops": -1.0}])
-def test_impossible_settings(settings):
+def test_invalid_settings(settings):
     with pytest.raises(ConfigError, match=rf"metrics\.{next(iter(settings))}"):
         MetricsConfig(**settings)
 
 
-# --- stopping and going on -------------------------------------------------------------------------------------------
+# --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_has_one_line_per_step_and_goes_on_counting(tmp_path, clock):
+def test_a_resumed_run_has_one_record_per_step_and_continues_its_totals(tmp_path, clock):
     with make(tmp_path) as reporter:
-        reporter.validation(0, 5.0, SEQ_LEN)
+        reporter.log_validation(0, 5.0, SEQ_LEN)
         for step in (1, 10, 20, 30):
             clock.now += 1
-            take(reporter, step)
-        reporter.validation(20, 3.0, SEQ_LEN)
-        reporter.validation(30, 2.0, SEQ_LEN)
+            train_step(reporter, step)
+        reporter.log_validation(20, 3.0, SEQ_LEN)
+        reporter.log_validation(30, 2.0, SEQ_LEN)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "loss": 1.')  # killed while writing
 
@@ -162,8 +165,8 @@ def test_a_resumed_run_has_one_line_per_step_and_goes_on_counting(tmp_path, cloc
     with make(tmp_path, step=20) as reporter:
         for step in (30, 40):
             clock.now += 5
-            take(reporter, step)
-    seen = lines(tmp_path)
+            train_step(reporter, step)
+    seen = records(tmp_path)
     assert [line["step"] for line in seen if "loss" in line] == [1, 10, 20, 30, 40]
     assert [line["step"] for line in seen if "validation_loss" in line] == [0, 20]
     assert [line["tokens"] for line in seen if "loss" in line] == [64, 128, 192, 256, 320]
@@ -173,26 +176,74 @@ def test_a_resumed_run_has_one_line_per_step_and_goes_on_counting(tmp_path, cloc
 
 def test_a_new_run_starts_a_new_file(tmp_path):
     with make(tmp_path) as reporter:
-        reporter.validation(0, 5.0, SEQ_LEN)
-        take(reporter, 1)
+        reporter.log_validation(0, 5.0, SEQ_LEN)
+        train_step(reporter, 1)
     with make(tmp_path) as reporter:
-        reporter.validation(0, 4.0, SEQ_LEN)
-    assert lines(tmp_path) == [{"step": 0, "validation_loss": 4.0, "window": SEQ_LEN}]
+        reporter.log_validation(0, 4.0, SEQ_LEN)
+    assert records(tmp_path) == [{"step": 0, "validation_loss": 4.0, "window": SEQ_LEN}]
 
 
 def test_resuming_without_a_file(tmp_path):
     with make(tmp_path / "new" / "folder", step=20) as reporter:
-        take(reporter, 30)
-    assert lines(tmp_path / "new" / "folder")[0]["tokens"] == 64
+        train_step(reporter, 30)
+    assert records(tmp_path / "new" / "folder")[0]["tokens"] == 64
 
 
 def test_other_ranks_are_silent(tmp_path, caplog):
     with caplog.at_level(logging.INFO), make(tmp_path, rank=1) as reporter:
-        assert reporter.due(10)
-        take(reporter, 10)
-        reporter.validation(10, 1.0, SEQ_LEN)
+        assert reporter.should_log(10)
+        train_step(reporter, 10)
+        reporter.log_validation(10, 1.0, SEQ_LEN)
     assert list(tmp_path.iterdir()) == []
     assert caplog.text == ""
+
+
+# --- new metrics -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Restores the table of metrics afterwards."""
+    monkeypatch.setattr(metric_table, "METRICS", dict(metric_table.METRICS))
+
+
+def test_the_metric_of_the_docs_reaches_every_output(tmp_path, caplog, clock, table):
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], {})
+    with caplog.at_level(logging.INFO), make(tmp_path, config=MetricsConfig()) as reporter:
+        clock.now += 1
+        train_step(reporter, 10, tokens=64, pairs=160)
+    assert list(records(tmp_path)[0]) == [*KEYS, "mean_context"]
+    assert records(tmp_path)[0]["mean_context"] == 2.5
+    assert events(tmp_path / "tb")["curriculum/mean_context"] == [(10, 2.5)]
+    assert "  context: 2.5  eta: " in caplog.text
+
+
+def test_a_metric_may_be_passed_in(tmp_path, caplog, table):
+    metrics.register(Metric("z_loss", tag="loss_metrics/z_loss", tag_scale=10, console="z_loss: {z_loss:.2f}"))
+    with caplog.at_level(logging.INFO), make(tmp_path, config=MetricsConfig()) as reporter:
+        train_step(reporter, 10, z_loss=0.25)
+        train_step(reporter, 20, z_loss=None)
+        with pytest.raises(ConfigError, match=r"metric 'z_loss' has no value: pass z_loss= to log"):
+            train_step(reporter, 30)
+    assert [record["z_loss"] for record in records(tmp_path)] == [0.25, None]
+    assert events(tmp_path / "tb")["loss_metrics/z_loss"] == [(10, 2.5)]
+    assert "z_loss: 0.25" in caplog.messages[0]
+    assert "z_loss: n/a" in caplog.messages[1]
+
+
+def test_no_value_is_dropped_silently(tmp_path, table):
+    with make(tmp_path) as reporter, pytest.raises(ConfigError, match=r"'gradnorm'\. Did you mean 'grad_norm'"):
+        train_step(reporter, 10, gradnorm=1.0)
+    with pytest.raises(ConfigError, match="metric 'loss' is registered twice"):
+        metrics.register(Metric("loss"))
+
+
+def test_reading_metrics_skips_a_line_that_is_still_being_written(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert metrics.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+    with pytest.raises(ConfigError, match=r"none\.jsonl: no such file"):
+        metrics.read_jsonl(tmp_path / "none.jsonl")
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------
@@ -212,14 +263,14 @@ def test_tensorboard(tmp_path, clock):
     with make(tmp_path, config=config) as reporter:
         for step in (10, 20, 30):
             clock.now += 1
-            take(reporter, step, loss=step / 10)
-        reporter.validation(30, 2.5, SEQ_LEN)
-        reporter.validation(30, 2.75, 4)
+            train_step(reporter, step, loss=step / 10)
+        reporter.log_validation(30, 2.5, SEQ_LEN)
+        reporter.log_validation(30, 2.75, 4)
     (file,) = (tmp_path / "events").rglob("events.out.*")
-    file.rename(file.with_name("events.out.tfevents.0000000001"))  # readers take files in the order of their seconds
+    file.rename(file.with_name("events.out.tfevents.0000000001"))  # readers order files by the time in their name
     with make(tmp_path, step=20, config=config) as reporter:
         clock.now += 1
-        take(reporter, 30, loss=7.0)
+        train_step(reporter, 30, loss=7.0)
     seen = events(tmp_path / "events")
     assert seen["loss_metrics/global_avg_loss"] == [(10, 1.0), (20, 2.0), (30, 7.0)]
     assert seen["curriculum/window"] == [(10, 4), (20, 4), (30, 4)]
@@ -230,8 +281,8 @@ def test_tensorboard(tmp_path, clock):
 
 def test_validation_has_a_tag_per_window(tmp_path):
     with make(tmp_path, config=MetricsConfig(enable_tensorboard=True)) as reporter:
-        reporter.validation(30, 2.5, SEQ_LEN)
-        reporter.validation(30, 2.75, 4)
+        reporter.log_validation(30, 2.5, SEQ_LEN)
+        reporter.log_validation(30, 2.75, 4)
     assert events(tmp_path / "tb") == {
         "validation_metrics/global_avg_loss": [(30, 2.5)],
         "validation_metrics/loss_at_window_4": [(30, 2.75)],
@@ -248,7 +299,7 @@ def test_wandb(tmp_path, monkeypatch, clock):
     monkeypatch.setenv("WANDB_PROJECT", "ladders")
     with make(tmp_path, config=MetricsConfig(enable_wandb=True), settings={"lr": 1}) as reporter:
         clock.now += 1
-        take(reporter, 10)
+        train_step(reporter, 10)
     assert init == [{"project": "ladders", "dir": str(tmp_path), "config": {"lr": 1}}]
     assert logged[0][0] == 10
     assert logged[0][1]["loss_metrics/global_avg_loss"] == 2.0
@@ -261,14 +312,14 @@ def test_wandb_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"torchladder\[wandb\]"):
         make(tmp_path, config=MetricsConfig(enable_wandb=True))
-    assert len(lines(tmp_path)) == 1
+    assert len(records(tmp_path)) == 1
 
 
 def test_console_line(tmp_path, clock, caplog):
     with caplog.at_level(logging.INFO), make(tmp_path) as reporter:
         clock.now += 2
-        take(reporter, 10, tokens=24_690, pairs=24_690, loss=3.65329, grad_norm=1.2, window=1)
-        reporter.validation(10, 3.5, SEQ_LEN)
+        train_step(reporter, 10, tokens=24_690, pairs=24_690, loss=3.65329, grad_norm=1.2, window=1)
+        reporter.log_validation(10, 3.5, SEQ_LEN)
     train, validation = caplog.messages
     assert train.startswith("step: 10  loss: 3.6533  grad_norm: 1.2000  memory: ")
     assert train.endswith("tps: 12,345  tflops: 0.00  mfu: n/a  window: 1  saved: 88.2%  eta: 0:00:18")
@@ -278,43 +329,43 @@ def test_console_line(tmp_path, clock, caplog):
 def test_console_shows_mfu_in_percent(tmp_path, clock, caplog):
     with caplog.at_level(logging.INFO), make(tmp_path, config=MetricsConfig(peak_flops=5376 / 0.031)) as reporter:
         clock.now += 1
-        take(reporter, 10)
+        train_step(reporter, 10)
     assert "mfu: 3.10%" in caplog.text
 
 
 def on_a_terminal(monkeypatch, stream):
-    """Makes every module speak to a terminal."""
-    console = metrics.console.__class__(file=stream, force_terminal=True, width=200, highlight=False)
+    """Makes the console a terminal."""
+    console = Console(file=stream, force_terminal=True, width=200, highlight=False)
     for module in (sys.modules["torchladder.metrics.outputs"], sys.modules["torchladder.metrics.console"]):
         monkeypatch.setattr(module, "console", console)
 
 
 @pytest.fixture
 def log():
-    """The package's log on the console, put back afterwards."""
+    """Logs this package to the console, and restores its handlers afterwards."""
     package = logging.getLogger("torchladder")
     before = package.handlers, package.level
     yield metrics.init_logger
     package.handlers, package.level = before
 
 
-def test_terminal_has_colours_and_a_bar(tmp_path, clock, monkeypatch, log, capsys):
+def test_terminal_has_colors_and_a_bar(tmp_path, clock, monkeypatch, log, capsys):
     on_a_terminal(monkeypatch, sys.stdout)
     log()
     with make(tmp_path) as reporter:
-        take(reporter, 10)
+        train_step(reporter, 10)
     out = capsys.readouterr().out
     assert "\x1b[31mstep: 10\x1b[0m" in out
     assert "10/100" in out
     assert "eta:" not in out
 
 
-def test_terminal_without_colours_and_bar(tmp_path, clock, monkeypatch, log, capsys):
+def test_terminal_without_colors_and_bar(tmp_path, clock, monkeypatch, log, capsys):
     on_a_terminal(monkeypatch, sys.stdout)
     log()
     config = MetricsConfig(disable_color_printing=True, disable_progress_bar=True)
     with make(tmp_path, config=config) as reporter:
-        take(reporter, 10)
+        train_step(reporter, 10)
     out = capsys.readouterr().out
     assert "step: 10  loss: 2.0000" in out
     assert "eta:" in out
@@ -324,7 +375,7 @@ def test_terminal_without_colours_and_bar(tmp_path, clock, monkeypatch, log, cap
 # --- logging ---------------------------------------------------------------------------------------------------------
 
 
-def test_log_of_the_first_rank(log, capsys):
+def test_rank_0_logs_info(log, capsys):
     log()
     log()  # a second call does not print twice
     logging.getLogger("torchladder.data").info("hello %s", "there [red]")

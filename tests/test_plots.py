@@ -1,4 +1,4 @@
-"""Pictures: that each can be drawn, that what it shows is right, and what it needs."""
+"""Plots: each is written, shows the right values, and refuses what it cannot draw."""
 
 import json
 import subprocess
@@ -11,6 +11,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from torchladder import curriculum, plots
+from torchladder.commands import report
+from torchladder.metrics import read_jsonl
+from torchladder.plots import RunCurves
 from torchladder.plots.curves import smooth
 from torchladder.plots.style import GRID
 from torchladder.registry import ConfigError
@@ -20,7 +23,7 @@ SEQ_LEN = 64
 
 @pytest.fixture
 def run(tmp_path):
-    """Writes a metrics.jsonl and returns its path."""
+    """Writes a metrics.jsonl and returns the run's folder."""
 
     def write(name="run", steps=200, windows=None, validation=True, **changes):
         windows = windows or curriculum.Linear(steps=steps, seq_len=SEQ_LEN, initial_window=8)
@@ -34,33 +37,38 @@ def run(tmp_path):
         path = tmp_path / name / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return path
+        return path.parent
 
     return write
 
 
+def curves(folder):
+    return RunCurves(folder.name, read_jsonl(folder / "metrics.jsonl"))
+
+
 @pytest.fixture
 def drawn(monkeypatch):
-    """Catches the figures instead of writing them."""
+    """Collects the figures instead of writing them."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     return figures
 
 
-def share(window):
-    """Pairs within chunks, as a share of those of a full causal row."""
+def chunk_fraction(window):
+    """Pairs within chunks, as a fraction of those of a full causal row."""
     whole, rest = divmod(SEQ_LEN, window)
     return (whole * window * (window + 1) + rest * (rest + 1)) / (SEQ_LEN * (SEQ_LEN + 1))
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_every_picture_is_written(tmp_path, run, suffix):
+def test_every_plot_is_written(tmp_path, run, suffix):
     ladder = curriculum.Linear(steps=500, seq_len=SEQ_LEN, initial_window=8)
     folder = tmp_path / "new"
-    plots.ladder(folder / f"ladder.{suffix}", run())
-    plots.report([run(), run("two", validation=False)], folder / f"report.{suffix}")
-    plots.plan(folder / f"plan.{suffix}", 500, ladder, SEQ_LEN, ["document", "sliding"])
-    plots.masks(folder / f"masks.{suffix}")
+    plots.plot_run(folder / f"ladder.{suffix}", curves(run()))
+    two = [curves(run()), curves(run("two", validation=False))]
+    plots.compare_runs(folder / f"report.{suffix}", two)
+    plots.plot_curriculum(folder / f"plan.{suffix}", 500, ladder, SEQ_LEN, ["document", "sliding"])
+    plots.plot_masks(folder / f"masks.{suffix}")
     begins = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
     assert sorted(path.stem for path in folder.iterdir()) == ["ladder", "masks", "plan", "report"]
     assert all(path.read_bytes().startswith(begins) for path in folder.iterdir())
@@ -68,13 +76,13 @@ def test_every_picture_is_written(tmp_path, run, suffix):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_shortest_runs(tmp_path, run, steps):
-    plots.ladder(tmp_path / "a.svg", run(steps=steps))
-    plots.report([run(steps=steps)], tmp_path / "b.svg")
-    plots.plan(tmp_path / "c.svg", steps, lambda step: SEQ_LEN, SEQ_LEN, ["causal"])
+    plots.plot_run(tmp_path / "a.svg", curves(run(steps=steps)))
+    plots.compare_runs(tmp_path / "b.svg", [curves(run(steps=steps))])
+    plots.plot_curriculum(tmp_path / "c.svg", steps, lambda step: SEQ_LEN, SEQ_LEN, ["causal"])
 
 
-def test_ladder_shows_the_run(run, drawn):
-    plots.ladder(Path("ladder.png"), run())
+def test_a_run_is_plotted_with_its_window(run, drawn):
+    plots.plot_run(Path("ladder.png"), curves(run()))
     top, bottom = drawn[0].axes
     losses, _, validation = (line.get_ydata() for line in top.get_lines())
     assert losses == pytest.approx([2 + 6 / step for step in range(1, 201)])
@@ -84,8 +92,8 @@ def test_ladder_shows_the_run(run, drawn):
     assert bottom.get_xlabel() == "step"
 
 
-def test_report_against_tokens_time_and_flops(run, drawn):
-    plots.report([run("a").parent, run("b", windows=lambda step: SEQ_LEN)], Path("report.png"))
+def test_runs_are_compared_by_tokens_time_and_flops(run, drawn):
+    plots.compare_runs(Path("report.png"), [curves(run("a")), curves(run("b", windows=lambda step: SEQ_LEN))])
     tops, bottoms = drawn[0].axes[:3], drawn[0].axes[3:]
     labels = [axes.get_xlabel() for axes in bottoms]
     assert labels == ["thousand tokens", "time (seconds)", "compute ($10^{9}$ FLOPs)"]
@@ -95,24 +103,25 @@ def test_report_against_tokens_time_and_flops(run, drawn):
     assert len({line.get_color() for line in tops[0].get_lines()}) == 2
 
 
-def test_report_tells_runs_of_one_name_apart(run, drawn):
-    plots.report([run("x/run"), run("y/run"), run("other")], Path("report.png"))
+def test_report_labels_runs_of_the_same_name_by_their_path(run, drawn, capsys):
+    report.run([str(run("x/run")), str(run("y/run") / "metrics.jsonl"), str(run("other"))])
+    assert "2.530" in capsys.readouterr().out
     one, two, other = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert one.endswith("x/run: 2.530")
     assert two.endswith("y/run: 2.530")
     assert other == "other: 2.530"
 
 
-def test_plan_shades_what_is_saved(drawn):
+def test_a_curriculum_is_plotted_with_the_attention_saved(drawn):
     stages = curriculum.Stages(seq_len=SEQ_LEN, stages=[(0, 16), (300, SEQ_LEN)])
-    plots.plan(Path("plan.png"), 400, stages, SEQ_LEN, ["chunk"])
+    plots.plot_curriculum(Path("plan.png"), 400, stages, SEQ_LEN, ["chunk"])
     _, bottom = drawn[0].axes
-    assert bottom.get_lines()[0].get_ydata() == pytest.approx([100 * share(16)] * 300 + [100] * 100)
-    assert bottom.texts[0].get_text() == f"{75 * (1 - share(16)):.0f}% of attention saved"
+    assert bottom.get_lines()[0].get_ydata() == pytest.approx([100 * chunk_fraction(16)] * 300 + [100] * 100)
+    assert bottom.texts[0].get_text() == f"{75 * (1 - chunk_fraction(16)):.0f}% of attention saved"
 
 
 def test_masks_show_every_pair_and_every_start(drawn):
-    plots.masks(Path("masks.png"))
+    plots.plot_masks(Path("masks.png"))
     sizes = {"causal": (24,), "document": (7, 12, 5), "chunk": (6, 6, 6, 6), "document + chunk": (6, 1, 5, 6, 1, 5)}
     seen, starts = {}, {}
     for axes in drawn[0].axes:
@@ -130,27 +139,25 @@ def test_masks_show_every_pair_and_every_start(drawn):
 
 def test_smooth():
     values = np.array([1.0, 2.0, 6.0, np.nan, 4.0])
-    assert smooth(values, share=0.4) == pytest.approx([1.5, 3, 4, 5, 4])
-    assert smooth(values, share=0) == pytest.approx(values, nan_ok=True)
+    assert smooth(values, fraction=0.4) == pytest.approx([1.5, 3, 4, 5, 4])
+    assert smooth(values, fraction=0) == pytest.approx(values, nan_ok=True)
 
 
-def test_lost_values_and_a_line_being_written(run, drawn):
-    path = run(loss=None)
-    path.write_text(path.read_text() + '{"step": 3, "lo')
-    plots.ladder(Path("ladder.png"), path)
+def test_null_values_are_gaps(run, drawn):
+    plots.plot_run(Path("ladder.png"), curves(run(loss=None)))
     assert np.isnan(drawn[0].axes[0].get_lines()[0].get_ydata()).all()
 
 
-def test_what_pictures_need(tmp_path, run):
+def test_invalid_input_is_refused(tmp_path, run):
     with pytest.raises(ConfigError, match=r"none\.jsonl: no such file"):
-        plots.ladder(tmp_path / "a.png", tmp_path / "none.jsonl")
+        report.run([str(tmp_path / "none.jsonl")])
     (tmp_path / "empty.jsonl").write_text('{"step": 0, "validation_loss": 1.0, "window": 8}\n')
-    with pytest.raises(ConfigError, match="no training step in it yet"):
-        plots.report([tmp_path / "empty.jsonl"], tmp_path / "a.png")
-    with pytest.raises(ConfigError, match=r"ends in \.png, \.svg or \.pdf"):
-        plots.ladder(tmp_path / "a.jpeg", run())
-    with pytest.raises(ConfigError, match="no runs to draw"):
-        plots.report([], tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=f"{tmp_path.name}: metrics.jsonl has no training step yet"):
+        report.run([str(tmp_path / "empty.jsonl")])
+    with pytest.raises(ConfigError, match=r"must end in \.png, \.svg or \.pdf"):
+        plots.plot_run(tmp_path / "a.jpeg", curves(run()))
+    with pytest.raises(ConfigError, match="no runs to compare"):
+        plots.compare_runs(tmp_path / "a.png", [])
 
 
 def test_starting_a_run_does_not_load_matplotlib():

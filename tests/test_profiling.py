@@ -1,4 +1,4 @@
-"""Profiling: which steps are traced, where traces lie, and what cannot be."""
+"""Profiling: which steps are traced, where files are written, and invalid settings."""
 
 import json
 
@@ -20,13 +20,13 @@ def names(path):
     return {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
 
 
-def test_nothing_happens_unasked(tmp_path):
+def test_nothing_is_written_by_default(tmp_path):
     with profile(ProfilingConfig(), tmp_path) as profiler:
         work(20, profiler)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_traces_lie_by_iteration_and_rank(tmp_path):
+def test_traces_are_written_by_iteration_and_rank(tmp_path):
     config = ProfilingConfig(enable_profiling=True, profile_freq=4, profiler_warmup=1, profiler_active=2)
     with profile(config, tmp_path, rank=3) as profiler:
         work(9, profiler)
@@ -40,7 +40,7 @@ def test_traces_lie_by_iteration_and_rank(tmp_path):
     assert not {"step 0", "step 1", "step 4"} & seen
 
 
-def test_a_resumed_run_counts_on(tmp_path):
+def test_a_resumed_run_continues_the_iteration_count(tmp_path):
     config = ProfilingConfig(
         enable_profiling=True, profile_freq=2, profiler_warmup=0, profiler_active=1, save_traces_folder="traces"
     )
@@ -52,7 +52,7 @@ def test_a_resumed_run_counts_on(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes snapshots")
 def test_memory_snapshots_need_cuda(tmp_path):
     with (
-        pytest.raises(ConfigError, match="enable_memory_snapshot: snapshots are of CUDA memory"),
+        pytest.raises(ConfigError, match="enable_memory_snapshot: snapshots record CUDA memory"),
         profile(ProfilingConfig(enable_memory_snapshot=True), tmp_path),
     ):
         pass
@@ -60,15 +60,15 @@ def test_memory_snapshots_need_cuda(tmp_path):
 
 @pytest.fixture
 def snapshots(monkeypatch):
-    """Stands in for CUDA's memory history; holds what was asked of it."""
-    asked = []
+    """Replaces CUDA's memory history; returns the settings it was called with."""
+    calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **settings: asked.append(settings))
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **settings: calls.append(settings))
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": []})
-    return asked
+    return calls
 
 
-def test_memory_snapshots_lie_by_iteration_and_rank(tmp_path, snapshots):
+def test_memory_snapshots_are_written_by_iteration_and_rank(tmp_path, snapshots):
     config = ProfilingConfig(enable_memory_snapshot=True, profile_freq=5)
     with profile(config, tmp_path, rank=1) as profiler:
         work(11, profiler)
@@ -79,7 +79,7 @@ def test_memory_snapshots_lie_by_iteration_and_rank(tmp_path, snapshots):
     assert snapshots == [{"max_entries": 100_000}, {"enabled": None}]
 
 
-def test_running_out_of_memory_leaves_a_snapshot(tmp_path, snapshots):
+def test_running_out_of_memory_writes_a_snapshot(tmp_path, snapshots):
     config = ProfilingConfig(enable_memory_snapshot=True)
 
     def fill():
@@ -99,9 +99,9 @@ def test_running_out_of_memory_leaves_a_snapshot(tmp_path, snapshots):
         ({"profile_freq": 0}, "profile_freq = 0"),
         ({"profiler_active": 0}, "profiler_active = 0: must be 1 or more"),
         ({"profiler_warmup": -1}, "profiler_warmup = -1"),
-        ({"profile_freq": 3}, r"profile_freq = 3: must hold the 3 steps of profiler_warmup and the 1"),
+        ({"profile_freq": 3}, r"profile_freq = 3: must be at least profiler_warmup \+ profiler_active = 3 \+ 1"),
     ],
 )
-def test_impossible_settings(settings, message):
+def test_invalid_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
         ProfilingConfig(**settings)

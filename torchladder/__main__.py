@@ -1,4 +1,4 @@
-"""``python -m torchladder <command>``: the same as ``torchladder <command>``."""
+"""Makes ``python -m torchladder <command>`` equivalent to ``torchladder <command>``."""
 
 import sys
 

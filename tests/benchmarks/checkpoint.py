@@ -1,4 +1,4 @@
-"""What a checkpoint costs: how long training stands still for a save, and bytes per second against torch.save.
+"""Cost of a checkpoint: how long a save blocks training, and its bytes per second against torch.save.
 
 python tests/benchmarks/checkpoint.py [million parameters, 120]
 """
@@ -49,12 +49,12 @@ def main() -> None:
     took["load"].append(time.perf_counter() - begin)
     best = {name: min(seconds) for name, seconds in took.items()}
     names = {
-        "torch.save": "torch.save, not synced, not checked",
-        "disabled": "save, synced and read back: training stands still",
-        "async": "the same in a thread: training stands still",
-        "load": "load, every file checked first",
+        "torch.save": "torch.save, without fsync and verification",
+        "disabled": "save with fsync and verification, blocking",
+        "async": "the same in a thread: time that it blocks",
+        "load": "load, after verifying every file",
     }
-    print(f"{millions} million parameters and AdamW's state, {size:.2f} GB; the best of 3\n")
+    print(f"{millions} million parameters and AdamW's state, {size:.2f} GB; best of 3\n")
     rows = [[names[name], f"{seconds:.2f}", f"{size / seconds:.2f}"] for name, seconds in best.items()]
     table(["", "seconds", "GB/s"], rows)
     print(f"async / disabled: {best['async'] / best['disabled']:.3f}")

@@ -1,4 +1,4 @@
-"""The loader: tokens per second by packing and workers, opening ten million documents, a far row, a run's wait.
+"""The data loader: tokens per second by packing and workers, opening ten million documents, seeking, a run's wait.
 
 python -m tests.benchmarks.loader [--documents 10000000]
 """
@@ -29,7 +29,7 @@ DEFAULTS = {key: parameter.default for key, parameter in data.registry.parameter
 
 
 def write(folder: Path, name: str, documents: int, mean: int, seed: int) -> SourceConfig:
-    """A source of documents of log-normal length, as web text has."""
+    """Writes a source of documents with log-normal lengths, like web text."""
     rng = np.random.default_rng(seed)
     lengths = np.maximum(rng.lognormal(np.log(mean) - 0.5, 1.0, documents).astype(int), 1)
     tokens = rng.integers(0, 50_000, 1 << 20).astype(np.uint16)
@@ -40,7 +40,7 @@ def write(folder: Path, name: str, documents: int, mean: int, seed: int) -> Sour
 
 
 def write_index(folder: Path, name: str, documents: int) -> None:
-    """A pair of many documents whose tokens are a hole in a file: there is much to open and little to write."""
+    """Writes an index of many documents over a sparse token file: large to open, quick to write."""
     lengths = np.random.default_rng(0).integers(20, 1000, documents, dtype=np.int32)
     ends = 2 * np.cumsum(lengths, dtype=np.int64)
     with open(folder / f"{name}.idx", "wb") as index:
@@ -60,7 +60,7 @@ def load(sources, cache, **changes):
 
 
 def rate(loader, batches=150, warm=20):
-    """Tokens per second of wall clock and of processor time, this process and its workers together."""
+    """Returns tokens per second of wall-clock and of CPU time, over this process and its workers."""
     for _ in range(warm):
         next(loader)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -83,7 +83,7 @@ def throughput(folder):
             rows.append([packing, str(workers), f"{best[0] / 1e6:.0f}", cpu])
     flat = loader._supply.corpora[0].shards[0].flat
     begin, copied = time.process_time(), 0
-    while time.process_time() - begin < 0.5:  # the bound: three copies of a row and nothing else
+    while time.process_time() - begin < 0.5:  # upper bound: only the three copies of a row
         row = flat[copied % 100_000 :][: SEQ_LEN + 1].astype(np.int64)
         _ = row[:-1].copy(), row[1:].copy()
         copied += SEQ_LEN
@@ -93,7 +93,7 @@ def throughput(folder):
 
 
 def opening(folder, documents):
-    """Times and memory of a process of its own, so that its peak is its own."""
+    """Measures opening in a subprocess per packing, so that peak memory is separate."""
     write_index(folder, "many", documents)
     command = [sys.executable, "-m", "tests.benchmarks.loader", "--open", str(folder / "many.bin")]
     for packing in ("stream", "best_fit"):
@@ -122,7 +122,7 @@ def open_one(path, packing, cache):
 
 
 def waiting(config, steps=10):
-    """Prints the share of a run's steps that is spent waiting for rows, after a first step that does not count."""
+    """Prints the fraction of step time that a run waits for rows, excluding the first step."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = ["--validation.no_enable", "--metrics.log_freq", "1000", "--training.steps", "1000"]
         loaded = settings.load(["--job.config_file", config, "--job.dump_folder", folder, *quiet])
@@ -134,13 +134,13 @@ def waiting(config, steps=10):
         processes.leave()
     whole, wait = sum(taken[1:]), sum(waited[1:])
     table(
-        ["", "ms/step", "ms waiting", "share"],
+        ["", "ms/step", "ms waiting", "fraction"],
         [[config, f"{1e3 * whole / steps:.0f}", f"{1e3 * wait / steps:.2f}", f"{wait / whole:.2%}"]],
     )
 
 
 def lap(times, work, *arguments):
-    """Does some work and appends the seconds it took."""
+    """Calls ``work`` and appends its seconds to ``times``."""
     begin = time.perf_counter()
     done = work(*arguments)
     times.append(time.perf_counter() - begin)

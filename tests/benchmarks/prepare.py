@@ -1,12 +1,12 @@
-"""Preparing against the bare tokenizer: tokens per second of the same documents, in turns.
+"""torchladder prepare against the tokenizer library alone: tokens per second on the same documents.
 
 python -m tests.benchmarks.prepare [--workers 2] [--megabytes 200] [--kind bpe]
 
-The bare tokenizer is the library itself over texts that are in memory already, on one thread, and in as many processes
-as there are workers: what this machine can do. Preparing reads .jsonl, parses it, encodes, frames, checks, hashes,
-writes and joins; the start of its processes is in its time. The CPU column compares the work alone, which a busy
-machine does not change. With datatrove installed and --kind byte-bpe, its tokenization of the same files is measured
-beside it; it leaves a file for each worker, so its merge into one is in its time, too.
+The bare tokenizer is the library on texts in memory, in one thread and in one process per worker: the upper bound here.
+Preparing reads and parses .jsonl, encodes, adds document boundaries, verifies, hashes, writes and merges; its
+time includes the start of its processes. The CPU column compares CPU time, which other load on the machine hardly
+changes. If datatrove is installed and --kind is byte-bpe, its tokenization of the same files is measured too, including
+the merge of its per-worker files into one.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SINGLE = ("bare tokenizer, one thread", "prepare --workers 1")
 
 
 def corpus(folder, megabytes):
-    """Writes pieces of the standard library as .jsonl in some order, again and again; returns the texts."""
+    """Writes random pieces of the standard library as .jsonl until it is large enough; returns the texts."""
     whole = [document.text for document in sources.python_stdlib().documents()]
     pieces = [text[at : at + PIECE] for text in whole for at in range(0, len(text), PIECE)]
     rng, texts, size = random.Random(0), [], 0
@@ -48,26 +48,26 @@ def corpus(folder, megabytes):
 
 
 def bare(part, texts):
-    """Returns the tokens that one thread of the tokenizer's own library makes."""
+    """Returns the number of tokens that the tokenizer library produces in one thread."""
     if hasattr(part, "_model"):
         return sum(len(part._model.encode(text)) for text in texts)
     return sum(len(part._part.encode_batch_fast([text], add_special_tokens=False)[0].ids) for text in texts)
 
 
-def _bare_share(job):
+def _bare_part(job):
     number, count = job
     return bare(_shared[0], _shared[1][number::count])
 
 
 def prepared(part, folder, workers, turn):
-    """Returns the tokens of a whole preparation."""
+    """Returns the number of tokens of a complete preparation."""
     output = str(folder / f"{workers}-{turn}")
     preparation = tasks.Preparation(inputs=[str(folder / "texts")], output=output, framing=DocumentEncoder(part))
     return prepared_parts.run(preparation, local(workers)).tokens
 
 
 def datatrove(eos, folder, workers, turn):
-    """Returns the tokens that datatrove writes, merged into one file as a preparation's are."""
+    """Returns the number of tokens that datatrove writes, merged into one file."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer, DocumentTokenizerMerger
@@ -88,21 +88,21 @@ def datatrove(eos, folder, workers, turn):
 
 
 def rate(work):
-    """Returns tokens per second, and per second of this process's CPU."""
+    """Returns tokens per second of wall-clock time and of this process's CPU time."""
     begin, busy = time.perf_counter(), time.process_time()
     tokens = work()
     return tokens / (time.perf_counter() - begin), tokens / (time.process_time() - busy)
 
 
 def contenders(part, folder, texts, arguments):
-    """Returns what is measured, by name: a call with the number of the turn that returns tokens."""
+    """Returns name → function of the turn that returns its number of tokens."""
     workers = arguments.workers
     pool = multiprocessing.get_context("fork").Pool(workers)
     jobs = [(number, workers) for number in range(workers)]
     pool.map(len, [""] * workers)
     found = {
         SINGLE[0]: lambda turn: bare(part, texts),
-        f"bare tokenizer, {workers} processes": lambda turn: sum(pool.map(_bare_share, jobs, chunksize=1)),
+        f"bare tokenizer, {workers} processes": lambda turn: sum(pool.map(_bare_part, jobs, chunksize=1)),
         SINGLE[1]: lambda turn: prepared(part, folder, 1, turn),
         f"prepare --workers {workers}": lambda turn: prepared(part, folder, workers, turn),
     }
@@ -137,7 +137,7 @@ def main():
     rows = []
     for what, (wall, cpu) in best.items():
         count = 1 if what in SINGLE else arguments.workers
-        by_cpu = f"{cpu / first[1]:.2f}" if count == 1 else ""  # the work of others is not in this process's time
+        by_cpu = f"{cpu / first[1]:.2f}" if count == 1 else ""  # CPU time excludes subprocesses
         rows.append([what, f"{wall:,.0f}", f"{wall / first[0] / count:.2f}", by_cpu])
     kind = f"{arguments.kind} of {part.vocab_size:,} tokens"
     print(f"{arguments.megabytes} MB of .jsonl, {kind}, best of {arguments.turns} turns")

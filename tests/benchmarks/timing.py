@@ -1,4 +1,4 @@
-"""How the benchmarks measure: everything that is compared runs in turns in one process, and the best turn counts."""
+"""Timing for the benchmarks: the candidates run alternately in one process, and the best time of each counts."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -10,7 +10,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def seconds(work: Mapping[Name, Callable[[], object]], turns: int = 5, warm: bool = True) -> dict[Name, float]:
-    """Returns the shortest time of each piece of work, if ``warm`` after one turn that does not count."""
+    """Returns the shortest time of each candidate in seconds; ``warm`` adds a first turn that is not timed."""
     best = dict.fromkeys(work, float("inf"))
     for turn in range(turns + warm):
         for name, run in work.items():
@@ -24,7 +24,7 @@ def seconds(work: Mapping[Name, Callable[[], object]], turns: int = 5, warm: boo
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:
-    """Prints a table, the first column to the left and the others to the right."""
+    """Prints a table with the first column left-aligned and the others right-aligned."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, ["-" * width for width in widths], *rows]:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

@@ -1,4 +1,4 @@
-"""``torchladder <command>``: what is done before, beside and after training."""
+"""``torchladder <command>``: the tools around training."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from torchladder.commands import convert, evaluate, generate, inspect, merge, pl
 from torchladder.registry import ConfigError, unknown_name
 
 COMMANDS = {
-    "plan": plan,
-    "prepare": prepare,
-    "merge": merge,
-    "inspect": inspect,
-    "tokenizer": tokenizer,
-    "report": report,
-    "convert": convert,
-    "generate": generate,
-    "evaluate": evaluate,
-    "slurm": slurm,
+    "plan": (plan, "show a run's windows, tokens, FLOPs and memory before it starts"),
+    "prepare": (prepare, "tokenize text files into binary token files, in parallel and resumable"),
+    "tokenizer": (tokenizer, "train a tokenizer on text files"),
+    "inspect": (inspect, "show the documents of a token file and verify it"),
+    "merge": (merge, "merge token files into one"),
+    "convert": (convert, "convert a checkpoint from or to Hugging Face format"),
+    "generate": (generate, "generate text from a checkpoint or a Hugging Face model"),
+    "evaluate": (evaluate, "compute loss and perplexity of checkpoints on files"),
+    "slurm": (slurm, "write and submit an sbatch script that saves, requeues and resumes"),
+    "report": (report, "compare runs in one plot and one table"),
 }
+"""Name → module with ``run(argv) -> exit code``, and the description in ``torchladder --help``."""
 
 
 def main() -> int:
-    """Runs the command that the command line names; returns its exit code."""
-    words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
-        print("usage: torchladder <command> ...\n")
-        for name, module in COMMANDS.items():
-            print(f"  {name:10} {(module.__doc__ or '').splitlines()[0]}")
-        print("\nTraining itself: ./run_train.sh, or python -m torchladder.train.")
+    """Runs the command named on the command line; returns its exit code."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: torchladder <command> [options]\n\ncommands:")
+        for name, (_, description) in COMMANDS.items():
+            print(f"  {name:10} {description}")
+        print("\n'torchladder <command> --help' shows the options of a command.")
+        print("To train: ./run_train.sh --job.config_file FILE, or python -m torchladder.train --job.config_file FILE")
         return 0
     try:
-        if words[0] not in COMMANDS:
-            raise unknown_name("command", words[0], COMMANDS)
-        return COMMANDS[words[0]].run(words[1:])
+        if argv[0] not in COMMANDS:
+            raise unknown_name("command", argv[0], COMMANDS)
+        return COMMANDS[argv[0]][0].run(argv[1:])
     except ConfigError as error:
         return config.fail(error)

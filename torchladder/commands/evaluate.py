@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
     if arguments.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {arguments.batch_tokens}: must be 1 or more.")
     if arguments.plot:
-        plots.check(arguments.plot)
+        plots.check_picture_path(arguments.plot)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
     try:
         return _run(arguments)
@@ -83,7 +83,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _print_table([row for row in rows if row["first_position"] is None])
     print(f"details: {', '.join(map(str, tables))}")
     if arguments.plot:
-        plots.evaluations(rows, arguments.plot)
+        plots.plot_evaluations(arguments.plot, rows)
         print(f"wrote {arguments.plot}")
     return 1 if errors else 0
 

@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
     memory, traffic = _dry_run(plan, own.world_size, own.gpu_memory)
     steps = _steps(own.at, plan.steps)
     if own.plot:
-        plots.plan(
+        plots.plot_curriculum(
             own.plot, plan.steps, plan.schedule.window, plan.config.training.seq_len, plan.config.attention.masks
         )
     if own.json:

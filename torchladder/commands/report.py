@@ -1,29 +1,34 @@
-"""Compares runs: loss against tokens, time and FLOPs, with the window below, as one picture."""
+"""Compares runs: a plot of loss against tokens, time and FLOPs, and a table of their last values."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from torchladder import plots
+from torchladder.metrics import METRICS_FILE, read_jsonl
 
 
 def run(argv: list[str]) -> int:
-    """Draws the picture and prints a table of the runs."""
+    """Writes the plot and prints the table."""
     parser = argparse.ArgumentParser(prog="torchladder report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder (job.dump_folder)")
-    parser.add_argument("--output", type=Path, default=Path("report.png"), help="picture to write (.png, .svg, .pdf)")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (job.dump_folder), or its metrics.jsonl"
+    )
+    parser.add_argument("--output", type=Path, default=Path("report.png"), help="plot to write (.png, .svg, .pdf)")
     arguments = parser.parse_args(argv)
-    plots.report(arguments.runs, arguments.output)
+    runs = read_runs(arguments.runs)
+    plots.compare_runs(arguments.output, runs)
     table = Table("run", "validation loss", "tokens", "minutes", "FLOPs", box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, curves in plots.read(arguments.runs).items():
+    for curves in runs:
         table.add_row(
-            name,
+            curves.name,
             f"{curves.validation_loss[-1]:.3f}" if len(curves.validation_loss) else "",
             f"{curves.tokens[-1]:,.0f}",
             f"{curves.seconds[-1] / 60:.1f}",
@@ -32,3 +37,21 @@ def run(argv: list[str]) -> int:
     Console().print(table)
     print(f"wrote {arguments.output}")
     return 0
+
+
+def read_runs(paths: Sequence[Path]) -> list[plots.RunCurves]:
+    """Returns the metrics of runs, each named after its folder, or by its path if two folders have the same name.
+
+    Args:
+        paths: folders of runs, or their metrics.jsonl.
+
+    Raises:
+        ConfigError: a metrics.jsonl does not exist or has no training step.
+    """
+    files = [path / METRICS_FILE if path.is_dir() else path for path in paths]
+    folders = [file.resolve().parent for file in files]
+    names = [folder.name for folder in folders]
+    return [
+        plots.RunCurves(folder.name if names.count(folder.name) == 1 else str(folder), read_jsonl(file))
+        for file, folder in zip(files, folders, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Writes an sbatch script for a run: it saves before its time is up, requeues itself, and may be chained."""
+"""Writes an sbatch script for a run that saves before the time limit, requeues itself and resumes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import argparse
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 from torchladder import config
 from torchladder.registry import ConfigError
 from torchladder.resilience.interrupt import REQUEUE
+
+EPILOG = """\
+example:
+  torchladder slurm --nodes 4 --gpus 8 --time 24:00:00 --option partition=main --jobs 3 --submit -- \\
+      --job.config_file train_configs/llama1b_dm8.toml --checkpoint.enable
+
+  submits three jobs of 24 hours, each starting when the previous one has ended. Arguments after -- go to
+  ./run_train.sh; they are checked before the script is written, and checkpoints must be enabled.
+"""
 
 SCRIPT = """\
 #!/usr/bin/env bash
@@ -24,111 +32,94 @@ SCRIPT = """\
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output={name}-%j.log
-{extra}
-# Slurm sends SIGUSR1 to all processes of the step {notice} seconds before the time is up. The run saves and ends with
-# {code}; then the job goes back into the queue under the same id, and continues from what was saved.
+{options}
+# Slurm sends SIGUSR1 to all processes of the step {notice} seconds before the time limit. The run saves a checkpoint
+# and exits with {requeue_code}; the job is then requeued under the same id and resumes from that checkpoint.
 set -uo pipefail
 export NNODES={nodes} NGPU={gpus} LOG_RANK="${{LOG_RANK:-0}}"
 head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export RDZV_ENDPOINT="$head:$((29500 + SLURM_JOB_ID % 1000))"
 
 code=0
-srun --kill-on-bad-exit=0 ./run_train.sh {argv} || code=$?
-if [ "$code" -eq {code} ]; then
+srun --kill-on-bad-exit=0 ./run_train.sh {train_argv} || code=$?
+if [ "$code" -eq {requeue_code} ]; then
     scontrol requeue "$SLURM_JOB_ID" && exit 0
 fi
 exit "$code"
 """
 
 
-@dataclass(frozen=True)
-class SlurmJob:
-    """What sbatch is told of a run."""
-
-    name: str
-    nodes: int
-    gpus: int
-    time: str
-    notice: int
-    options: list[str]
-    argv: list[str]
-
-    def script(self) -> str:
-        """Returns the sbatch script."""
-        return SCRIPT.format(
-            name=self.name,
-            nodes=self.nodes,
-            gpus=self.gpus,
-            time=self.time,
-            notice=self.notice,
-            extra="".join(f"#SBATCH --{option}\n" for option in self.options),
-            argv=shlex.join(self.argv),
-            code=REQUEUE,
-        )
-
-
 def run(argv: list[str]) -> int:
-    """Writes the script, and with --submit hands it to sbatch, --jobs times, each after the one before."""
+    """Writes the script; with --submit also submits it, as a chain of --jobs jobs."""
     parser = argparse.ArgumentParser(
         prog="torchladder slurm",
         description=__doc__,
         usage="torchladder slurm [options] -- --job.config_file FILE [--section.key value ...]",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--output", type=Path, default=Path("job.sbatch"), help="script to write")
-    parser.add_argument("--name", default="torchladder", help="the job's name")
-    parser.add_argument("--nodes", type=int, default=1, help="machines")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of each machine: ranks on it")
-    parser.add_argument("--time", default="24:00:00", help="time limit of one job")
-    parser.add_argument("--notice", type=int, default=300, help="seconds before the limit at which the run saves")
-    parser.add_argument("--option", action="append", default=[], help="a further sbatch option, such as partition=main")
-    parser.add_argument("--jobs", type=int, default=1, help="with --submit: jobs, each afterany of the one before")
-    parser.add_argument("--submit", action="store_true", help="hand the script to sbatch")
+    parser.add_argument("--output", type=Path, default=Path("job.sbatch"), help="script to write (default: job.sbatch)")
+    parser.add_argument("--name", default="torchladder", help="job name (default: torchladder)")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default: 1)")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs per node, one rank each (default: 8)")
+    parser.add_argument("--time", default="24:00:00", help="time limit of a job (default: 24:00:00)")
+    parser.add_argument(
+        "--notice", type=int, default=300, help="seconds before the time limit at which the run saves (default: 300)"
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], help="another sbatch option, such as partition=main; repeatable"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="with --submit: length of the chain of jobs (default: 1)")
+    parser.add_argument("--submit", action="store_true", help="submit the script with sbatch")
     arguments, rest = parser.parse_known_args(argv)
-    rest = rest[1:] if rest[:1] == ["--"] else rest
-    _check(arguments, rest)
-    job = SlurmJob(
+    train_argv = rest[1:] if rest[:1] == ["--"] else rest
+    _check_arguments(arguments, train_argv)
+    script = SCRIPT.format(
         name=arguments.name,
         nodes=arguments.nodes,
         gpus=arguments.gpus,
         time=arguments.time,
         notice=arguments.notice,
-        options=arguments.option,
-        argv=rest,
+        options="".join(f"#SBATCH --{option}\n" for option in arguments.option),
+        train_argv=shlex.join(train_argv),
+        requeue_code=REQUEUE,
     )
-    arguments.output.write_text(job.script())
+    arguments.output.write_text(script)
     arguments.output.chmod(0o755)
     print(f"wrote {arguments.output}")
     if arguments.submit:
-        submit(arguments.output, arguments.jobs)
+        submit_jobs(arguments.output, arguments.jobs)
     return 0
 
 
-def submit(script: Path, jobs: int) -> list[str]:
-    """Hands a script to sbatch, ``jobs`` times, each to begin when the one before has ended in any way.
+def submit_jobs(script: Path, jobs: int) -> list[str]:
+    """Submits a script ``jobs`` times, each job depending on the end of the previous one; returns the job ids.
 
     Raises:
-        ConfigError: sbatch is not here, or refuses.
+        ConfigError: sbatch is not installed, or refuses the script.
     """
     if shutil.which("sbatch") is None:
-        raise ConfigError("--submit: sbatch is not on this machine's path. The script is written; submit it elsewhere.")
+        raise ConfigError(f"--submit: sbatch is not on PATH. {script} is written; submit it on a Slurm login node.")
     ids: list[str] = []
     for _ in range(jobs):
         after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
         result = subprocess.run(["sbatch", "--parsable", *after, str(script)], capture_output=True, text=True)
         if result.returncode:
-            raise ConfigError(f"sbatch refused: {result.stderr.strip()}")
+            raise ConfigError(f"sbatch failed: {result.stderr.strip()}")
         ids.append(result.stdout.strip().split(";")[0])
         print(f"submitted {ids[-1]}{f', after {ids[-2]}' if after else ''}")
     return ids
 
 
-def _check(arguments: argparse.Namespace, rest: list[str]) -> None:
+def _check_arguments(arguments: argparse.Namespace, train_argv: list[str]) -> None:
     for name in ("nodes", "gpus", "notice", "jobs"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} = {getattr(arguments, name)}: must be 1 or more.")
-    settings = config.load(rest)  # an error in the settings is better met here than in the queue
+    settings = config.load(train_argv)  # fails now instead of in the queue
     if not settings.checkpoint.enable or settings.checkpoint.load_only:
-        raise ConfigError("a job that goes on needs checkpoints: set --checkpoint.enable.")
+        raise ConfigError(
+            "checkpoint.enable: a requeued job resumes from a checkpoint; set --checkpoint.enable, without load_only."
+        )
     if settings.checkpoint.load_step != -1 and arguments.jobs > 1:
-        raise ConfigError("checkpoint.load_step would take every job of the chain back to that step: leave it out.")
+        raise ConfigError("checkpoint.load_step: every job of the chain would restart from that step; remove it.")

@@ -1,11 +1,15 @@
-"""What a run reports: console, progress, metrics.jsonl, TensorBoard, W&B.
+"""Reports of a run: console, progress bar, metrics.jsonl, TensorBoard and Weights & Biases.
 
-The trainer counts tokens and attended pairs, and hands over the loss of the steps that are due. Speed, FLOPs and MFU
-follow from the pairs, so they are right under every mask. Nothing here waits for a GPU: all values come as numbers.
+The trainer counts tokens and attended pairs, and passes the loss of the steps that report. Speed, FLOPs and MFU follow
+from the pairs, so they are exact under every mask. Values arrive as Python numbers: nothing here waits for a GPU.
 """
 
-from torchladder.metrics.console import console, init_logger
-from torchladder.metrics.device import peak_flops
-from torchladder.metrics.processor import MetricsConfig, MetricsProcessor, RunInfo
+from torchladder.metrics.console import init_logger
+from torchladder.metrics.device import get_peak_flops
+from torchladder.metrics.interval import Interval, RunInfo
+from torchladder.metrics.metric_table import Metric, register
+from torchladder.metrics.outputs import METRICS_FILE, read_jsonl
+from torchladder.metrics.processor import MetricsConfig, MetricsProcessor
 
-__all__ = ["MetricsConfig", "MetricsProcessor", "RunInfo", "console", "init_logger", "peak_flops"]
+__all__ = ["METRICS_FILE", "Interval", "Metric", "MetricsConfig", "MetricsProcessor", "RunInfo"]
+__all__ += ["get_peak_flops", "init_logger", "read_jsonl", "register"]

@@ -1,4 +1,4 @@
-"""The console of a run: one place to print, for the log, the reports and the progress bar."""
+"""The console that the log, the reports and the progress bar share."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from rich.console import Console
 from rich.text import Text
 
 console = Console(highlight=False, markup=False, emoji=False)
-"""Where a run speaks. Everything goes through this one, so that lines appear above the progress bar, not inside it."""
+"""Prints above the progress bar; print through this console, or lines break the bar."""
 
 
 def init_logger(rank: int = 0) -> None:
-    """Sends this package's log to the console: all of it from rank 0, from other ranks only what went wrong."""
+    """Logs this package to the console: INFO and above on rank 0, WARNING and above on other ranks."""
     package = logging.getLogger("torchladder")
-    package.handlers = [handler for handler in package.handlers if not isinstance(handler, _Handler)]
-    package.addHandler(_Handler(rank))
+    package.handlers = [handler for handler in package.handlers if not isinstance(handler, ConsoleHandler)]
+    package.addHandler(ConsoleHandler(rank))
     package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-class _Handler(logging.Handler):
-    """Prints records: the time, the rank where it is not the first, the message."""
+class ConsoleHandler(logging.Handler):
+    """Prints log records as ``[time] [rank N] level: message``, rank and level only where they matter."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
         self.rank = rank
 
     def emit(self, record: logging.LogRecord) -> None:
-        # People at a terminal know the day; a log file is read later.
-        clock = time.strftime(
-            "%H:%M:%S" if console.is_terminal else "%Y-%m-%d %H:%M:%S", time.localtime(record.created)
-        )
+        # A log file is read on another day and needs the date; a terminal does not.
+        time_format = "%H:%M:%S" if console.is_terminal else "%Y-%m-%d %H:%M:%S"
+        clock = time.strftime(time_format, time.localtime(record.created))
         rank = f"[rank {self.rank}] " if self.rank else ""
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         style = "bold red" if record.levelno >= logging.ERROR else "yellow" if level else ""

@@ -1,4 +1,4 @@
-"""What the device can do at most, and how much memory a run takes on it."""
+"""Peak FLOP/s of a device, and the peak memory of this process on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-PEAKS = {
+PEAK_FLOPS = {
     "A100": 312e12,
     "A10": 125e12,
     "A40": 149.7e12,
@@ -29,28 +29,29 @@ PEAKS = {
     "T4": 65e12,
     "V100": 125e12,
 }
-"""Dense bf16 peak in FLOP/s by data sheet (fp16 where a device has no bf16), by a phrase of the device's name."""
+"""Dense bf16 FLOP/s from the data sheets (fp16 for devices without bf16), by a phrase of the device's name."""
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Returns the dense bf16 peak of a device in FLOP/s; None where it is not known, as for a CPU."""
-    return _peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def get_peak_flops(device: torch.device) -> float | None:
+    """Returns the dense bf16 peak of a device in FLOP/s; None if it is unknown, as for a CPU."""
+    return peak_flops_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def _peak(name: str) -> float | None:
+def peak_flops_by_name(name: str) -> float | None:
+    """Returns the dense bf16 peak in FLOP/s of a device by its name, such as "NVIDIA H100 80GB HBM3"."""
     # The longest phrase wins: "H100 PCIe" before "H100".
-    known = [phrase for phrase in PEAKS if re.search(rf"\b{phrase}\b", name)]
-    return PEAKS[max(known, key=len)] if known else None
+    phrases = [phrase for phrase in PEAK_FLOPS if re.search(rf"\b{phrase}\b", name)]
+    return PEAK_FLOPS[max(phrases, key=len)] if phrases else None
 
 
-def memory(device: torch.device) -> tuple[float, float]:
-    """Returns the most memory in use since the last call, in GiB and as a share: CUDA's reserve, or this process's."""
+def peak_memory(device: torch.device) -> tuple[float, float]:
+    """Returns peak memory in GiB and as a fraction: reserved by CUDA since the last call; on a CPU, of the process."""
     if device.type == "cuda":
         used = torch.cuda.max_memory_reserved(device)
-        whole = torch.cuda.get_device_properties(device).total_memory
+        total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        # The system counts the peak since the process began, in bytes on a Mac and in KiB elsewhere.
+        # ru_maxrss is the peak since the process started, in bytes on macOS and in KiB elsewhere.
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return used / 2**30, used / whole
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return used / 2**30, used / total

@@ -1,4 +1,4 @@
-"""Where reports go: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
+"""Outputs of reports: metrics.jsonl, TensorBoard, Weights & Biases and the terminal."""
 
 from __future__ import annotations
 
@@ -15,79 +15,74 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from torchladder.metrics.console import console
+from torchladder.metrics.metric_table import Report
 from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
 
-Line = dict[str, Any]
-"""What one step reports, by the keys of metrics.jsonl and a few more for people."""
-
-TRAIN_KEYS = (
-    "step",
-    "loss",
-    "grad_norm",
-    "lr",
-    "window",
-    "tokens",
-    "tps",
-    "flops",
-    "mfu",
-    "mfu_palm",
-    "attention_saved",
-    "memory_gib",
-    "seconds",
-)
-
-TAGS = {
-    "loss": ("loss_metrics/global_avg_loss", 1),
-    "grad_norm": ("grad_norm", 1),
-    "lr": ("lr", 1),
-    "tps": ("throughput(tps)", 1),
-    "tflops": ("tflops", 1),
-    "mfu": ("mfu(%)", 100),
-    "mfu_palm": ("mfu_palm(%)", 100),
-    "memory_gib": ("memory/max_reserved(GiB)", 1),
-    "window": ("curriculum/window", 1),
-    "attention_saved": ("curriculum/attention_saved", 1),
-}
-"""TensorBoard and W&B: the tag of each value, torchtitan's where it has one, and what the value is multiplied by."""
+METRICS_FILE = "metrics.jsonl"
 
 
 class Output(Protocol):
-    """Somewhere that lines go."""
+    """A destination of reports."""
 
-    def write(self, line: Line) -> None: ...
+    def write(self, report: Report) -> None: ...
 
     def close(self) -> None: ...
 
 
 class JsonlOutput:
-    """metrics.jsonl: one JSON object per line, on disk as soon as it is written."""
+    """Appends one JSON object per report to metrics.jsonl and flushes it."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", encoding="utf-8")
 
-    def write(self, line: Line) -> None:
-        kept = {key: line[key] for key in TRAIN_KEYS} if "loss" in line else line
+    def write(self, report: Report) -> None:
         # JSON has no NaN and no infinity: null.
-        numbers = {key: value if value is None or math.isfinite(value) else None for key, value in kept.items()}
-        self.file.write(json.dumps(numbers) + "\n")
+        finite = {key: value if math.isfinite(value or 0) else None for key, value in report.record.items()}
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
 
     def close(self) -> None:
         self.file.close()
 
 
-class TensorBoardOutput:
-    """TensorBoard events under torchtitan's tags; what the folder has of steps to be taken (again) is purged."""
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a metrics.jsonl; skips a line that is still being written.
 
-    def __init__(self, folder: Path, seq_len: int, step: int) -> None:
-        self.seq_len = seq_len
+    Raises:
+        ConfigError: the file does not exist.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; a run writes its metrics.jsonl to job.dump_folder.")
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # still being written
+    return records
+
+
+def rewind_jsonl(path: Path, step: int) -> dict[str, float]:
+    """Deletes the records after ``step``; returns the tokens, FLOPs and seconds of the last training record kept."""
+    kept = [record for record in read_jsonl(path) if step > 0 and record["step"] <= step] if path.exists() else []
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    partial.replace(path)
+    trained = [record for record in kept if "loss" in record]
+    return {key: trained[-1][key] for key in ("tokens", "flops", "seconds")} if trained else {}
+
+
+class TensorBoardOutput:
+    """Writes TensorBoard events; events of an earlier process after ``step`` are hidden by ``purge_step``."""
+
+    def __init__(self, folder: Path, step: int) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
-    def write(self, line: Line) -> None:
-        for tag, value in _tagged(line, self.seq_len).items():
-            self.writer.add_scalar(tag, value, line["step"])
+    def write(self, report: Report) -> None:
+        for tag, value in report.scalars.items():
+            self.writer.add_scalar(tag, value, report.step)
         self.writer.flush()
 
     def close(self) -> None:
@@ -95,35 +90,31 @@ class TensorBoardOutput:
 
 
 class WandBOutput:
-    """Weights & Biases, under the tags of TensorBoard."""
+    """Logs to Weights & Biases, under the tags of TensorBoard."""
 
-    def __init__(self, folder: Path, seq_len: int, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         try:
             import wandb  # an optional package
         except ImportError:
             raise ConfigError(
-                "metrics.enable_wandb: wandb is not installed; pip install 'torchladder[wandb]', or turn it off."
+                "metrics.enable_wandb: wandb is not installed; pip install 'torchladder[wandb]', or set "
+                "--metrics.no_enable_wandb."
             ) from None
-        self.seq_len = seq_len
         project = os.environ.get("WANDB_PROJECT", "torchladder")
         self.session = wandb.init(project=project, dir=str(folder), config=settings)
 
-    def write(self, line: Line) -> None:
-        self.session.log(_tagged(line, self.seq_len), step=line["step"])
+    def write(self, report: Report) -> None:
+        self.session.log(report.scalars, step=report.step)
 
     def close(self) -> None:
         self.session.finish()
 
 
-def _tagged(line: Line, seq_len: int) -> dict[str, float]:
-    if "validation_loss" in line:
-        at = "global_avg_loss" if line["window"] == seq_len else f"loss_at_window_{line['window']}"
-        return {f"validation_metrics/{at}": line["validation_loss"]}
-    return {tag: line[key] * scale for key, (tag, scale) in TAGS.items() if line[key] is not None}
-
-
 class TerminalOutput:
-    """A line per report, and on a terminal a progress bar below the lines."""
+    """Logs a line per report; a terminal also shows a progress bar below the lines.
+
+    Without a bar, lines of training steps end with the time left at the pace of the last interval.
+    """
 
     def __init__(self, steps: int, step: int, colors: bool, bar: bool) -> None:
         self.colors = colors
@@ -141,59 +132,15 @@ class TerminalOutput:
             self.task = self.bar.add_task("", total=steps, completed=step)
             self.bar.start()
 
-    def write(self, line: Line) -> None:
-        pieces = _pieces(line)
+    def write(self, report: Report) -> None:
+        texts = list(report.console)
         if self.bar is not None:
-            self.bar.update(self.task, completed=line["step"])
-        elif "seconds_left" in line:
-            pieces.append((f"eta: {timedelta(seconds=round(line['seconds_left']))}", "dim"))
-        styled = Text("  ").join([Text(text, style if self.colors else "") for text, style in pieces])
+            self.bar.update(self.task, completed=report.step)
+        elif report.seconds_left is not None:
+            texts.append((f"eta: {timedelta(seconds=round(report.seconds_left))}", "dim"))
+        styled = Text("  ").join([Text(text, style if self.colors else "") for text, style in texts])
         logger.info(styled.plain, extra={"styled": styled})
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
-
-
-def _pieces(line: Line) -> list[tuple[str, str]]:
-    """Returns what a line says to people, each piece with its colour: torchtitan's line, then the ladder's."""
-    step, window = line["step"], line["window"]
-    if "validation_loss" in line:
-        loss = line["validation_loss"]
-        return [(f"validate step: {step:2}", "green"), (f"loss: {loss:.4f}", "green"), (f"window: {window}", "yellow")]
-    mfu = "n/a" if line["mfu"] is None else f"{line['mfu']:.2%}"
-    return [
-        (f"step: {step:2}", "red"),
-        (f"loss: {line['loss']:.4f}", "green"),
-        (f"grad_norm: {line['grad_norm']:.4f}", "orange3"),
-        (f"memory: {line['memory_gib']:.2f}GiB({line['memory_share']:.2%})", "turquoise2"),
-        (f"tps: {line['tps']:,.0f}", "blue"),
-        (f"tflops: {line['tflops']:,.2f}", "cyan"),
-        (f"mfu: {mfu}", "magenta"),
-        (f"window: {window}", "yellow"),
-        (f"saved: {line['attention_saved']:.1%}", "yellow"),
-    ]
-
-
-# --- metrics.jsonl, read ------------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> list[Line]:
-    """Returns the lines of a metrics.jsonl; one that was cut off while being written is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
-def rewind(path: Path, step: int) -> dict[str, float]:
-    """Drops a file's lines of steps that will be taken again; returns tokens, FLOPs and seconds until then."""
-    kept = [line for line in read(path) if 0 < step >= line["step"]] if path.exists() else []
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
-    trained = [line for line in kept if "loss" in line]
-    return {key: trained[-1][key] for key in ("tokens", "flops", "seconds")} if trained else {}

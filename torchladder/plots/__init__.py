@@ -1,13 +1,21 @@
-"""Pictures: masks as start lines, the ladder before a run and after it, runs side by side, evaluations.
+"""Plots: masks, the windows of a run before and after it, several runs side by side, evaluations.
 
-Each function writes one file, PNG, SVG or PDF by its suffix. matplotlib is imported where a picture is drawn, so that a
-run which draws none starts without it.
+Each function writes one file; its suffix selects PNG, SVG or PDF. matplotlib is imported when the first plot is drawn,
+so that starting a run does not load it.
 """
 
-from torchladder.plots.curves import read
-from torchladder.plots.evaluation_curves import evaluations
-from torchladder.plots.mask_diagram import masks
-from torchladder.plots.run_curves import ladder, plan, report
-from torchladder.plots.style import check
+from torchladder.plots.curves import RunCurves
+from torchladder.plots.evaluation_curves import plot_evaluations
+from torchladder.plots.mask_diagram import plot_masks
+from torchladder.plots.run_curves import compare_runs, plot_curriculum, plot_run
+from torchladder.plots.style import check_picture_path
 
-__all__ = ["check", "evaluations", "ladder", "masks", "plan", "read", "report"]
+__all__ = [
+    "RunCurves",
+    "check_picture_path",
+    "compare_runs",
+    "plot_curriculum",
+    "plot_evaluations",
+    "plot_masks",
+    "plot_run",
+]

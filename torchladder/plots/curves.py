@@ -1,10 +1,8 @@
-"""What runs left: their metrics as arrays."""
+"""The metrics of a run as arrays."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,68 +10,44 @@ import numpy as np
 from torchladder.registry import ConfigError
 
 
-def read(runs: Sequence[Path]) -> dict[str, Curves]:
-    """Returns what runs reported, by the names of their folders.
+class RunCurves:
+    """A run's metrics as arrays, one per key; validation at full context only, with its own steps.
 
     Args:
-        runs: folders of runs, or their metrics.jsonl.
+        name: the run's name in legends and errors.
+        records: of its metrics.jsonl, as ``metrics.read_jsonl`` returns them.
 
     Raises:
-        ConfigError: as ``Curves.read``, or no run is given.
+        ConfigError: no record is of a training step.
     """
-    if not runs:
-        raise ConfigError("no runs to draw: name at least one.")
-    files = [run / "metrics.jsonl" if run.is_dir() else run for run in runs]
-    folders = [file.resolve().parent for file in files]
-    # The whole path where two folders have one name.
-    names = [one.name if [other.name for other in folders].count(one.name) == 1 else str(one) for one in folders]
-    return {name: Curves.read(file) for name, file in zip(names, files, strict=True)}
+
+    def __init__(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        train = [record for record in records if "loss" in record]
+        if not train:
+            raise ConfigError(f"{name}: metrics.jsonl has no training step yet; the first is written after step 1.")
+        validation = [record for record in records if "validation_loss" in record]
+        full = max((record["window"] for record in validation), default=0)
+        validation = [record for record in validation if record["window"] == full]
+        self.name = name
+        self.step, self.loss, self.window = (_column(train, key) for key in ("step", "loss", "window"))
+        self.tokens, self.seconds, self.flops = (_column(train, key) for key in ("tokens", "seconds", "flops"))
+        self.validation_step, self.validation_loss = (_column(validation, key) for key in ("step", "validation_loss"))
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}: {self.validation_loss[-1]:.3f}" if len(self.validation_loss) else self.name
 
 
-class Curves:
-    """A metrics.jsonl as arrays, one per key; those of validation at full context with their own steps."""
-
-    def __init__(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        trained = [line for line in lines if "loss" in line]
-        validated = [line for line in lines if "validation_loss" in line]
-        full = max((line["window"] for line in validated), default=0)
-        validated = [line for line in validated if line["window"] == full]
-        self.step, self.loss, self.window = (_column(trained, key) for key in ("step", "loss", "window"))
-        self.tokens, self.seconds, self.flops = (_column(trained, key) for key in ("tokens", "seconds", "flops"))
-        self.validation_step, self.validation_loss = (_column(validated, key) for key in ("step", "validation_loss"))
-
-    @classmethod
-    def read(cls, path: Path) -> Curves:
-        """Reads a metrics.jsonl.
-
-        Raises:
-            ConfigError: it is not there or holds no training step.
-        """
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file; a run leaves its metrics.jsonl in job.dump_folder.")
-        lines = []
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:  # the run is writing it
-                continue
-        if not any("loss" in line for line in lines):
-            raise ConfigError(f"{path}: no training step in it yet.")
-        return cls(lines)
-
-    def title(self, name: str) -> str:
-        if not len(self.validation_loss):
-            return name
-        return f"{name}: {self.validation_loss[-1]:.3f}"
+def _column(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    return np.array([np.nan if record[key] is None else record[key] for record in records], dtype=float)
 
 
-def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    return np.array([np.nan if line[key] is None else line[key] for line in lines], dtype=float)
+def smooth(values: np.ndarray, fraction: float = 0.02) -> np.ndarray:
+    """Returns the centered running mean over a fraction of the values, over fewer of them at the ends; NaN is skipped.
 
-
-def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """Returns the running mean over that share of the values, centred, and over fewer of them at the ends."""
-    half = int(len(values) * share / 2)
+    Example: with 5 values and ``fraction=0.4`` each value is averaged with one neighbor on either side.
+    """
+    half = int(len(values) * fraction / 2)
     total = np.r_[0, np.cumsum(np.nan_to_num(values))]
     count = np.r_[0, np.cumsum(np.isfinite(values))]
     index = np.arange(len(values))

@@ -1,4 +1,4 @@
-"""Pictures of evaluations: loss on files over steps, and by position."""
+"""Plots of evaluations: loss over steps, and by position."""
 
 from __future__ import annotations
 
@@ -7,77 +7,74 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from torchladder.plots.style import COLORS, figure, plain_numbers, save, style
+from torchladder.plots.style import COLORS, figure, plain_numbers, save_figure, style
 from torchladder.registry import ConfigError
 
 Row = Mapping[str, Any]
+"""A row of the table that ``torchladder evaluate`` writes."""
 
 
-def evaluations(rows: Sequence[Row], path: Path) -> None:
-    """Draws the loss on files over the steps of runs, and beside it, where it is known, by position at their last step.
+def plot_evaluations(path: Path, rows: Sequence[Row]) -> None:
+    """Plots the loss on files over the steps of runs, and beside it the loss by position at the last step, if known.
 
-    More curves than there are colours become one for all files of a run and a context.
-
-    Args:
-        rows: of the table that ``torchladder evaluate`` writes.
-        path: the picture.
+    If there are more curves than colors, the files of a run and a context share one curve: their mean per token.
 
     Raises:
-        ConfigError: no row has a loss, or the suffix is not one of a picture.
+        ConfigError: no row has a loss, or the suffix is not .png, .svg or .pdf.
     """
     rows = [row for row in rows if row["loss"] is not None]
     if not rows:
-        raise ConfigError(f"{path}: there is no loss to draw.")
-    curves = _curves(rows, each=True)
+        raise ConfigError(f"{path}: no loss to draw; evaluate at least one file first.")
+    curves = _curves(rows, per_file=True)
     if len(curves) > len(COLORS):
-        curves = _curves(rows, each=False)
+        curves = _curves(rows, per_file=False)
     by_position = any(row["first_position"] is not None for row in rows)
     with style():
         canvas = figure(12 if by_position else 8, 4.5)
-        steps, *places = canvas.subplots(1, 1 + by_position, squeeze=False)[0]
-        for color, (label, found) in zip(cycle(COLORS), curves.items()):
-            whole = sorted((row["step"] or 0, row["loss"]) for row in found if row["first_position"] is None)
-            if found[0]["step"] is None and whole:
-                steps.axhline(whole[0][1], color=color, linestyle=(0, (4, 3)), label=label)
+        over_steps, *over_positions = canvas.subplots(1, 1 + by_position, squeeze=False)[0]
+        for color, (label, curve) in zip(cycle(COLORS), curves.items()):
+            whole = sorted((row["step"] or 0, row["loss"]) for row in curve if row["first_position"] is None)
+            if curve[0]["step"] is None and whole:  # a Hugging Face folder has one loss and no step
+                over_steps.axhline(whole[0][1], color=color, linestyle=(0, (4, 3)), label=label)
             else:
-                steps.plot(*zip(*whole, strict=True), "o-", color=color, markersize=4, label=label)
-            last = max(row["step"] or 0 for row in found)
-            parts = [row for row in found if row["first_position"] is not None and (row["step"] or 0) == last]
-            parts.sort(key=lambda row: row["first_position"])
-            for axes in places:
-                seen = [row["last_position"] + 1 for row in parts]
-                axes.plot(seen, [row["loss"] for row in parts], "o-", color=color, markersize=4)
-        steps.set(xlabel="step", ylabel="loss (nats per token)")
-        plain_numbers(steps.xaxis)
-        for axes in places:
+                over_steps.plot(*zip(*whole, strict=True), "o-", color=color, markersize=4, label=label)
+            last_step = max(row["step"] or 0 for row in curve)
+            buckets = [row for row in curve if row["first_position"] is not None and (row["step"] or 0) == last_step]
+            buckets.sort(key=lambda row: row["first_position"])
+            for axes in over_positions:
+                tokens_read = [row["last_position"] + 1 for row in buckets]
+                axes.plot(tokens_read, [row["loss"] for row in buckets], "o-", color=color, markersize=4)
+        over_steps.set(xlabel="step", ylabel="loss (nats per token)")
+        plain_numbers(over_steps.xaxis)
+        for axes in over_positions:
             axes.set_xscale("log", base=2)
-            axes.set(xlabel="tokens read before the predicted one (at most), at the last step")
+            axes.set(xlabel="tokens before the predicted one (at most), at the last step")
             plain_numbers(axes.xaxis)
         canvas.legend(loc="outside upper left", ncols=2)
-        save(canvas, path)
+        save_figure(canvas, path)
 
 
-def _curves(rows: Sequence[Row], each: bool) -> dict[str, list[Row]]:
-    """Returns label → rows: a curve for each file of a run at a context, or one for all of its files together."""
-    runs = {_run(row) for row in rows}
+def _curves(rows: Sequence[Row], per_file: bool) -> dict[str, list[Row]]:
+    """Returns label → rows: a curve per run and context, and per file or over the mean of all files."""
+    runs = {_run_name(row) for row in rows}
     files = sorted({row["file"] for row in rows})
     names = [Path(file).name for file in files]
-    # The whole path where two files have one name.
-    called = {file: name if names.count(name) == 1 else file for file, name in zip(files, names, strict=True)}
+    # Files of the same name are labeled by their path.
+    labels = {file: name if names.count(name) == 1 else file for file, name in zip(files, names, strict=True)}
     points: dict[str, dict[tuple[Any, ...], list[Row]]] = {}
     for row in rows:
-        what = called[row["file"]] if each else f"{len(files)} files"
+        what = labels[row["file"]] if per_file else f"{len(files)} files"
         label = f"{what}, context {row['context']:,}"
-        label = label if len(runs) == 1 else f"{_run(row)}: {label}"
+        label = label if len(runs) == 1 else f"{_run_name(row)}: {label}"
         points.setdefault(label, {}).setdefault((row["step"], row["first_position"]), []).append(row)
-    return {label: [_together(some) for some in found.values()] for label, found in points.items()}
+    return {label: [_mean_row(point) for point in curve.values()] for label, curve in points.items()}
 
 
-def _run(row: Row) -> str:
+def _run_name(row: Row) -> str:
     return str(row["checkpoint"] if row["step"] is None else Path(row["checkpoint"]).parent)
 
 
-def _together(rows: Sequence[Row]) -> Row:
-    """Returns the row of all tokens of some rows."""
+def _mean_row(rows: Sequence[Row]) -> Row:
+    """Returns one row for all of them: the sum of their tokens, the mean of their losses per token."""
     tokens = sum(row["tokens"] for row in rows)
     return {**rows[0], "tokens": tokens, "loss": sum(row["loss"] * row["tokens"] for row in rows) / tokens}

@@ -1,4 +1,4 @@
-"""Pictures of masks: what each query sees, with ``start`` as a line."""
+"""Diagram of the attention masks: the keys each query attends to, with ``start`` as a line."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 import torch
 
 from torchladder import mask
-from torchladder.plots.style import COLORS, GRID, INK, figure, save, style
+from torchladder.plots.style import COLORS, GRID, INK, figure, save_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DOCUMENTS = (7, 12, 5)
+DOCUMENT_TOKENS = (7, 12, 5)
 WINDOW = 6
 
 
-def masks(path: Path) -> None:
-    """Draws the four masks and two compositions as what each query sees, with ``start`` as a line."""
-    positions = torch.cat([torch.arange(length) for length in DOCUMENTS]).to(torch.int32)[None]  # (1, T)
+def plot_masks(path: Path) -> None:
+    """Plots the four masks and two compositions."""
+    positions = torch.cat([torch.arange(length) for length in DOCUMENT_TOKENS]).to(torch.int32)[None]  # (1, T)
     document, chunk, sliding = (make(positions, WINDOW) for make in (mask.document, mask.chunk, mask.sliding))
     pictures = [
         ("causal", "start = 0", "row: query i\ncolumn: key", mask.causal(positions, WINDOW)),
-        ("document", "start = i − position", "colour:\ndocument", document),
+        ("document", "start = i − position", "color:\ndocument", document),
         ("chunk", "start = ⌊i / w⌋ · w", f"window\nw = {WINDOW}", chunk),
         ("sliding", "start = max(0, i − w + 1)", "line: start", sliding),
         ("document + chunk", "max(document, chunk)", "", mask.compose(document, chunk)),
@@ -37,16 +37,16 @@ def masks(path: Path) -> None:
             axes.set_title(name, fontweight="bold", pad=6)
             axes.set_xlabel(formula, fontsize=10, labelpad=5)
             axes.text(1, 0.98, note, transform=axes.transAxes, ha="right", va="top", fontsize=10, color="#57606a")
-        save(canvas, path)
+        save_figure(canvas, path)
 
 
 def _draw_mask(axes: Axes, start: torch.Tensor) -> None:
-    """Draws what each query (row) sees: keys in the colour of their document, and the line of starts."""
+    """Draws a cell per (query, key) pair, colored if attended, and ``start`` (1, T) as a line."""
     from matplotlib.collections import PolyCollection
 
     length = start.shape[-1]
     seen = mask.dense(start)[0].numpy()
-    document = np.repeat(np.arange(len(DOCUMENTS)), DOCUMENTS)
+    document = np.repeat(np.arange(len(DOCUMENT_TOKENS)), DOCUMENT_TOKENS)
     cells = [(query, key) for query in range(length) for key in range(query + 1)]
     colors = [COLORS[document[key]] if seen[query, key] else GRID for query, key in cells]
     corners = np.array([[0.06, 0.06], [0.94, 0.06], [0.94, 0.94], [0.06, 0.94]])

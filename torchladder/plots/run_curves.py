@@ -1,4 +1,4 @@
-"""Pictures of runs: one with its ladder, several side by side, one before it begins."""
+"""Plots of runs: one run with its windows, several side by side, and a curriculum before the run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,30 @@ import numpy as np
 import torch
 
 from torchladder import mask
-from torchladder.plots.curves import Curves, read, smooth
-from torchladder.plots.style import COLORS, FAINT, INK, draw_window, figure, plain_numbers, save, style, window_axis
+from torchladder.plots.curves import RunCurves, smooth
+from torchladder.plots.style import (
+    COLORS,
+    FAINT,
+    INK,
+    draw_window,
+    figure,
+    plain_numbers,
+    save_figure,
+    style,
+    window_axis,
+)
+from torchladder.registry import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def ladder(path: Path, metrics_file: Path) -> None:
-    """Draws a run: training and validation loss above, the window below, against the step.
+def plot_run(path: Path, run: RunCurves) -> None:
+    """Plots a run against the step: training and validation loss above, the window below.
 
     Raises:
-        ConfigError: the file is not there or holds no training step, or the suffix is not one of a picture.
+        ConfigError: the suffix is not .png, .svg or .pdf.
     """
-    run = Curves.read(metrics_file)
     with style():
         canvas = figure(8, 5.2)
         top, bottom = canvas.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
@@ -39,57 +49,54 @@ def ladder(path: Path, metrics_file: Path) -> None:
         draw_window(bottom, run.step, run.window, COLORS[0])
         bottom.set(xlabel="step", xlim=(0, run.step[-1] * 1.01))
         plain_numbers(bottom.xaxis)
-        save(canvas, path)
+        save_figure(canvas, path)
 
 
-def report(runs: Sequence[Path], path: Path) -> None:
-    """Draws several runs: loss against tokens, time and FLOPs, with the window below each.
-
-    Args:
-        runs: folders of runs, or their metrics.jsonl; the legend shows a folder's name.
-        path: the picture.
+def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
+    """Plots several runs: loss against tokens, time and FLOPs, with the window below each.
 
     Raises:
-        ConfigError: as ``ladder``, or no run is given.
+        ConfigError: there is no run, or the suffix is not .png, .svg or .pdf.
     """
-    curves = read(runs)
-    units = [_unit(kind, max(getattr(run, kind)[-1] for run in curves.values())) for kind in UNITS]
+    if not runs:
+        raise ConfigError("no runs to compare: pass at least one.")
+    units = [_unit(kind, max(getattr(run, kind)[-1] for run in runs)) for kind in UNITS]
     with style():
         canvas = figure(12, 5.8)
         tops, bottoms = canvas.subplots(2, 3, sharex="col", sharey="row", height_ratios=[2.6, 1])
         for top, bottom, kind, (label, scale) in zip(tops, bottoms, UNITS, units, strict=True):
-            for color, (name, run) in zip(cycle(COLORS), curves.items()):
+            for color, run in zip(cycle(COLORS), runs):
                 x = getattr(run, kind) / scale
-                at = np.interp(run.validation_step, np.r_[0, run.step], np.r_[0, x])
+                val = np.interp(run.validation_step, np.r_[0, run.step], np.r_[0, x])
                 top.plot(x, smooth(run.loss), color=color, linewidth=1, alpha=0.4)
-                top.plot(at, run.validation_loss, "o-", color=color, markersize=4, linewidth=1.4, label=run.title(name))
+                top.plot(val, run.validation_loss, "o-", color=color, markersize=4, linewidth=1.4, label=run.title)
                 bottom.plot(x, run.window, color=color, drawstyle="steps-post")
             bottom.set(xlabel=label, xlim=(0, None))
-        _zoom(tops[0], list(curves.values()))
-        window_axis(bottoms[0], max(run.window.max() for run in curves.values()))
+        _zoom(tops[0], runs)
+        window_axis(bottoms[0], max(run.window.max() for run in runs))
         tops[0].set_ylabel("loss (nats per token)")
         handles, labels = tops[0].get_legend_handles_labels()
         legend = canvas.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 4))
-        legend.set_title("validation loss at full context, the last one of each run (faint: training)")
+        legend.set_title("last validation loss at full context (faint lines: training loss)")
         legend.set_alignment("left")
-        save(canvas, path)
+        save_figure(canvas, path)
 
 
-def plan(path: Path, steps: int, windows: Callable[[int], int], seq_len: int, masks: Sequence[str]) -> None:
-    """Draws the ladder of a run before it: the window above, below what attention costs and saves.
+def plot_curriculum(path: Path, steps: int, windows: Callable[[int], int], seq_len: int, masks: Sequence[str]) -> None:
+    """Plots a curriculum before the run: the window above, the cost and the saving of attention below.
 
     Args:
-        path: the picture.
+        path: file to write.
         steps: optimizer steps of the run.
         windows: the curriculum, ``(step) -> window``.
         seq_len: tokens in a row.
-        masks: names of the masks; documents count as if each row were one, so they save more than is shown.
+        masks: names of the masks. Each row counts as one document, so document masks save more than is shown.
     """
     row = torch.arange(seq_len, dtype=torch.int32)[None]  # (1, T): positions of one document
-    allowed = [mask.registry.get(name) for name in masks]
+    components = [mask.registry.get(name) for name in masks]
     step = np.unique(np.linspace(0, steps - 1, 2000).astype(int))
     window = np.array([windows(int(one)) for one in step])
-    pairs = {one: mask.pairs(mask.compose(*(allow(row, int(one)) for allow in allowed))) for one in np.unique(window)}
+    pairs = {one: mask.pairs(mask.compose(*(make(row, int(one)) for make in components))) for one in np.unique(window)}
     cost = np.array([100 * pairs[one] / mask.pairs(mask.causal(row, seq_len)) for one in window])
     with style():
         canvas = figure(8, 4.8)
@@ -105,7 +112,7 @@ def plan(path: Path, steps: int, windows: Callable[[int], int], seq_len: int, ma
         bottom.text(0.01, 0.9, saved, transform=bottom.transAxes, va="top", color="#00664b")
         bottom.set(ylim=(0, 104), xlim=(0, steps), xlabel="step", ylabel="attention FLOPs\n(% of full causal)")
         plain_numbers(bottom.xaxis)
-        save(canvas, path)
+        save_figure(canvas, path)
 
 
 UNITS: dict[str, list[tuple[float, str]]] = {
@@ -113,17 +120,17 @@ UNITS: dict[str, list[tuple[float, str]]] = {
     "seconds": [(1, "time (seconds)"), (60, "time (minutes)"), (3600, "time (hours)"), (86400, "time (days)")],
     "flops": [(10.0**power, f"compute ($10^{{{power}}}$ FLOPs)") for power in range(3, 31, 3)],
 }
-"""What the columns of a report show: the key, and its units from small to large."""
+"""Columns of ``compare_runs``: the key, and its units from small to large."""
 
 
 def _unit(kind: str, largest: float) -> tuple[str, float]:
-    """Returns label and size of the unit in which the largest value is a handy number."""
+    """Returns label and size of the largest unit of which ``largest`` holds at least 3."""
     scale, label = next(((size, label) for size, label in reversed(UNITS[kind]) if largest >= 3 * size), UNITS[kind][0])
     return label, scale
 
 
-def _zoom(axes: Axes, runs: Sequence[Curves]) -> None:
-    """Leaves the fall of the first few steps above the frame, where it would flatten all the rest."""
+def _zoom(axes: Axes, runs: Sequence[RunCurves]) -> None:
+    """Cuts the top 4% of the losses off: the steep first steps would flatten the rest of the curve."""
     losses = np.concatenate([np.r_[run.loss, run.validation_loss] for run in runs])
     losses = losses[np.isfinite(losses)]
     if len(losses) >= 50:

@@ -1,4 +1,4 @@
-"""How all pictures look, and how they become files."""
+"""The style of all plots, and writing them to files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-"""Colours that stay apart for every kind of colour vision (Okabe and Ito, 2008)."""
+"""Colors that remain distinct under every kind of color vision (Okabe and Ito, 2008)."""
 
 INK = "#24292f"
 FAINT = "#8c959f"
@@ -45,51 +45,51 @@ STYLE: dict[Any, Any] = {
 
 
 def style() -> Any:
-    """Returns a context in which figures look like all others."""
+    """Returns a context manager that applies ``STYLE``."""
     import matplotlib
 
     return matplotlib.rc_context(STYLE)
 
 
 def figure(width: float, height: float) -> Figure:
-    """Returns an empty figure of so many inches."""
+    """Returns an empty figure; width and height in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=200, layout="constrained", facecolor="white")
 
 
 def draw_window(axes: Axes, step: np.ndarray, window: np.ndarray, color: str) -> None:
-    """Draws the window of each step, with its axis."""
+    """Plots the window of each step."""
     axes.plot(step, window, color=color, linewidth=1.6, drawstyle="steps-post")
     axes.fill_between(step, 0, window, color=color, alpha=0.12, linewidth=0, step="post")
     window_axis(axes, window.max())
 
 
 def window_axis(axes: Axes, longest: float) -> None:
-    """Ticks at quarters of the longest window, which are powers of two where it is one."""
+    """Sets ticks at quarters of the longest window: powers of two if it is one."""
     axes.set(ylabel="window (tokens)", ylim=(0, longest * 1.14), yticks=np.linspace(0, longest, 5))
     plain_numbers(axes.yaxis)
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Writes numbers out, with commas."""
+    """Formats ticks as integers with thousands separators."""
     from matplotlib.ticker import StrMethodFormatter
 
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def check(path: Path) -> None:
-    """Raises ConfigError for a name that no picture can have."""
+def check_picture_path(path: Path) -> None:
+    """Raises ConfigError if the suffix is not .png, .svg or .pdf."""
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"{path}: a picture ends in .png, .svg or .pdf.")
+        raise ConfigError(f"{path}: unknown picture format; the name must end in .png, .svg or .pdf.")
 
 
-def save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure to a file.
 
     Raises:
-        ConfigError: the suffix is not one of a picture.
+        ConfigError: the suffix is not .png, .svg or .pdf.
     """
-    check(path)
+    check_picture_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -94,7 +94,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     mesh.check(config.parallelism, model.heads(), training.seq_len)
 
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
-    spans = [*curriculum.windows(schedule.window, training.steps), (training.steps, 0)]  # (first step, window)
+    spans = [*curriculum.to_stages(schedule.window, training.steps), (training.steps, 0)]  # (first step, window)
     attended = sum(
         mask.pairs(mask.from_names(config.attention.masks, row, window)) * (end - first)
         for (first, window), (end, _) in pairwise(spans)
@@ -110,7 +110,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         flops=training.steps * linear_flops + model.flops(0, rows * attended),
         flops_full_context=training.steps * (linear_flops + attention_flops),
         attention_flops_full_context=training.steps * attention_flops,
-        full_at=curriculum.full_at(schedule.window, training.steps, training.seq_len),
+        full_at=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
         # float32: weight, gradient and two moments
         state_bytes=16 * model.num_parameters() // (degrees.shard * degrees.copies),
         batch=batch,

@@ -20,7 +20,7 @@ from torchladder.data import Batch
 from torchladder.distributed import context_parallel, float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.inference import hf_export
-from torchladder.metrics import MetricsProcessor, RunInfo
+from torchladder.metrics import METRICS_FILE, MetricsProcessor, RunInfo, read_jsonl
 from torchladder.models import attention
 from torchladder.models.hf import hf_weights
 from torchladder.registry import ConfigError
@@ -137,7 +137,8 @@ class Trainer:
                 self.checkpointer.close()
                 gc.enable()
         if self.ranks.first:
-            plots.ladder(self.folder / "ladder.png", self.folder / "metrics.jsonl")
+            curves = plots.RunCurves(str(self.folder), read_jsonl(self.folder / METRICS_FILE))
+            plots.plot_run(self.folder / "ladder.png", curves)
         return True
 
     def train_step(self) -> None:
@@ -170,7 +171,9 @@ class Trainer:
         by_rows = [(batch.rows, loss) for batch, loss in zip(batches, losses, strict=True)]
         self.bad_steps.record(StepOutcome(self.step, rows, bad, grad_norm.detach(), by_rows))
         self.metrics.count(self.plan.tokens_per_step, pairs)
-        if self.metrics.due(self.step) or self.fault_tolerance.save_due(self.step):  # only these steps synchronize
+        if self.metrics.should_log(self.step) or self.fault_tolerance.save_due(
+            self.step
+        ):  # only these steps synchronize
             loss = self.ranks.sum(torch.stack(losses).sum().item(), self.plan.degrees.tensor)
             self.bad_steps.flush()
             self.metrics.log(self.step, loss=loss, grad_norm=grad_norm.item(), lr=lr, window=now.window)
@@ -227,7 +230,7 @@ class Trainer:
         """Logs the validation losses: of all windows or, if interrupted, of none."""
         if self.validation is not None:
             for window, loss in self.validation.losses().items():
-                self.metrics.validation(self.step, loss, window)
+                self.metrics.log_validation(self.step, loss, window)
 
     def _set_rope_theta(self, theta: float | None) -> None:
         if theta is not None:

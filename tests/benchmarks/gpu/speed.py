@@ -18,7 +18,7 @@ from tests.benchmarks.gpu.stepping import (
     wait,
 )
 from tests.benchmarks.timing import table
-from torchladder.metrics import peak_flops
+from torchladder.metrics import get_peak_flops
 
 # 32,768 tokens a step up to 32K: what fits beside 18 GB of weights, gradients and optimizer state.
 SHAPES = [Shape("1b", 8192, 4), Shape("1b", 32768, 1)]
@@ -73,7 +73,7 @@ def _measure(run: Any, shape: Shape, kernel: str, masks: tuple[str, ...], window
         torch.cuda.reset_peak_memory_stats()
     seconds = seconds_per_step(at(run, window))
     exact, palm = flops_per_step(run, window)
-    peak = peak_flops(DEVICE)
+    peak = get_peak_flops(DEVICE)
     return {
         "shape": str(shape),
         "batch": shape.batch,

@@ -1,0 +1,127 @@
+"""The table of metrics: one entry defines a number, and metrics.jsonl, TensorBoard, W&B and the console show it."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torchladder.metrics.interval import Interval
+from torchladder.registry import ConfigError, unknown_name
+
+Value = float | None
+"""None is null in metrics.jsonl, "n/a" on the console, and omitted in TensorBoard and W&B."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that training steps report."""
+
+    key: str  # name in metrics.jsonl
+    compute: Callable[[Interval], Value] | None = None  # None: the caller passes it, MetricsProcessor.log(key=value)
+    tag: str = ""  # name in TensorBoard and W&B; empty: not there
+    console: str = ""  # format string over the values of all metrics, such as "loss: {loss:.4f}"; empty: not there
+    color: str = ""  # of the console text, a rich style
+    tag_scale: float = 1  # factor of the value in TensorBoard and W&B
+    jsonl: bool = True  # whether metrics.jsonl has it
+
+
+METRICS: dict[str, Metric] = {
+    metric.key: metric
+    for metric in (
+        Metric("step", lambda i: i.step, console="step: {step:2}", color="red"),
+        Metric("loss", tag="loss_metrics/global_avg_loss", console="loss: {loss:.4f}", color="green"),
+        Metric("grad_norm", tag="grad_norm", console="grad_norm: {grad_norm:.4f}", color="orange3"),
+        Metric(
+            "memory_fraction",
+            lambda i: i.memory_fraction,
+            console="memory: {memory_gib:.2f}GiB({memory_fraction:.2%})",
+            color="turquoise2",
+            jsonl=False,
+        ),
+        Metric("lr", tag="lr"),
+        Metric("window", tag="curriculum/window"),  # on the console beside attention_saved
+        Metric("tokens", lambda i: i.totals["tokens"]),
+        Metric("tps", lambda i: i.per_device(i.tokens), "throughput(tps)", "tps: {tps:,.0f}", "blue"),
+        Metric("flops", lambda i: i.totals["flops"]),
+        Metric("tflops", lambda i: i.flop_rate(i.pairs) / 1e12, "tflops", "tflops: {tflops:,.2f}", "cyan", jsonl=False),
+        Metric("mfu", lambda i: i.mfu(i.pairs), "mfu(%)", "mfu: {mfu:.2%}", "magenta", tag_scale=100),
+        # PaLM (arXiv 2204.02311, appendix B): every query attends to the whole row, future keys included.
+        Metric("mfu_palm", lambda i: i.mfu(i.tokens * i.run.seq_len), "mfu_palm(%)", tag_scale=100),
+        Metric(
+            "attention_saved",
+            lambda i: i.attention_saved(),
+            tag="curriculum/attention_saved",
+            console="window: {window}  saved: {attention_saved:.1%}",
+            color="yellow",
+        ),
+        Metric("memory_gib", lambda i: i.memory_gib, "memory/max_reserved(GiB)"),
+        Metric("seconds", lambda i: i.totals["seconds"]),
+    )
+}
+"""All metrics by key, in the order of metrics.jsonl and of the console line; tags are torchtitan's where it has one."""
+
+
+def register(metric: Metric) -> None:
+    """Adds a metric to every output.
+
+    Raises:
+        ConfigError: another metric has that key.
+    """
+    if metric.key in METRICS:
+        raise ConfigError(f"metric {metric.key!r} is registered twice: choose another key.")
+    METRICS[metric.key] = metric
+
+
+@dataclass(frozen=True)
+class Report:
+    """One report, as each output shows it."""
+
+    step: int
+    record: dict[str, Value]  # a line of metrics.jsonl
+    scalars: dict[str, float]  # TensorBoard and W&B: tag → value
+    console: list[tuple[str, str]]  # texts with their colors
+    seconds_left: float | None = None  # estimated time until the last step
+
+
+def training_report(interval: Interval, passed: dict[str, Value]) -> Report:
+    """Returns the report of a training step from the computed metrics and the passed ones.
+
+    Raises:
+        ConfigError: a passed value has no entry in the table, or an entry has no value.
+    """
+    expected = {key for key, metric in METRICS.items() if metric.compute is None}
+    for key in passed.keys() - expected:
+        raise unknown_name("metric passed to log()", key, expected)
+    for key in expected - passed.keys():
+        raise ConfigError(f"metric {key!r} has no value: pass {key}= to log(), or register it with compute=.")
+    values = {key: metric.compute(interval) if metric.compute else passed[key] for key, metric in METRICS.items()}
+    table = METRICS.values()
+    tagged = [(metric, value) for metric in table if metric.tag and (value := values[metric.key]) is not None]
+    return Report(
+        interval.step,
+        record={metric.key: values[metric.key] for metric in table if metric.jsonl},
+        scalars={metric.tag: value * metric.tag_scale for metric, value in tagged},
+        console=[(_FORMATTER.vformat(metric.console, (), values), metric.color) for metric in table if metric.console],
+        seconds_left=(interval.run.steps - interval.step) * interval.seconds / max(interval.steps, 1),
+    )
+
+
+def validation_report(step: int, loss: float, window: int, seq_len: int) -> Report:
+    """Returns the report of a validation loss under a window; the full row's has torchtitan's tag."""
+    tag = "global_avg_loss" if window == seq_len else f"loss_at_window_{window}"
+    return Report(
+        step,
+        record={"step": step, "validation_loss": loss, "window": window},
+        scalars={f"validation_metrics/{tag}": loss},
+        console=[(f"validate step: {step:2}  loss: {loss:.4f}", "green"), (f"window: {window}", "yellow")],
+    )
+
+
+class _ConsoleFormatter(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return "n/a" if value is None else super().format_field(value, format_spec)
+
+
+_FORMATTER = _ConsoleFormatter()
