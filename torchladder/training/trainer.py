@@ -171,9 +171,10 @@ class Trainer:
         by_rows = [(batch.rows, loss) for batch, loss in zip(batches, losses, strict=True)]
         self.bad_steps.record(StepOutcome(self.step, rows, bad, grad_norm.detach(), by_rows))
         self.metrics.count(self.plan.tokens_per_step, pairs)
+        # Only steps that are reported or saved synchronize with the device.
         if self.metrics.should_log(self.step) or self.fault_tolerance.save_due(
             self.step
-        ):  # only these steps synchronize
+        ):
             loss = self.ranks.sum(torch.stack(losses).sum().item(), self.plan.degrees.tensor)
             self.bad_steps.flush()
             self.metrics.log(self.step, loss=loss, grad_norm=grad_norm.item(), lr=lr, window=now.window)
