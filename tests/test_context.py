@@ -32,7 +32,7 @@ MASKS = {
 
 
 def start_of(names, window):
-    return mask.compose(*(mask.registry.get(name)(POSITIONS, window) for name in names))
+    return mask.from_names(names, POSITIONS, window)
 
 
 def attend(ranks):
@@ -49,18 +49,18 @@ def attend(ranks):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, LENGTH, 8) for heads in (4, 2, 2, 4)]
     q, k, v, grad = (torch.randn(shape, generator=generator) for shape in shapes)
-    here = slice(share.first, share.first + share.tokens)
+    here = slice(share.offset, share.offset + share.tokens)
     for name, (names, window, keys) in MASKS.items():
         start = start_of(names, window)
         whole = [x.clone().requires_grad_() for x in (q, k, v)]
         dense = attention.build_kernel("dense", list(names), CPU)
-        expected = dense.attend(*whole, dense.derive(start, CPU))
+        expected = dense.attention(*whole, dense.prepare(start, CPU))
         expected.backward(grad)
         for kernel in ("sdpa", "dense"):
             calls.clear(), sent.clear()
-            kernel = attention.build_kernel(kernel, list(names), CPU, share=share.tokens)
+            kernel = attention.build_kernel(kernel, list(names), CPU, tokens_per_rank=share.tokens)
             own = [x[:, :, here].clone().requires_grad_() for x in (q, k, v)]
-            out = share.attend(kernel.attend)(*own, share.form(kernel.derive, start, CPU))
+            out = share.wrap_attention(kernel.attention)(*own, share.prepare_mask(kernel.prepare, start, CPU))
             out.backward(grad[:, :, here])
             torch.testing.assert_close(out, expected[:, :, here], atol=1e-6, rtol=1e-5)
             for mine, x in zip(own, whole, strict=True):
@@ -90,7 +90,7 @@ def test_pieces_of_the_last_queries_hold_what_those_see(start, data):
     length = start.shape[1]
     begin = data.draw(st.integers(0, length - 1))
     seen = torch.zeros(2, length, length, dtype=torch.int32)
-    for piece in attention_pieces.of(start, begin):
+    for piece in attention_pieces.mask_pieces(start, begin):
         keys = piece.keys.stop - piece.keys.start
         if piece.bias is not None:
             part = piece.bias == 0
@@ -108,7 +108,7 @@ def test_pieces_of_the_last_queries_hold_what_those_see(start, data):
 def test_the_block_mask_of_the_last_queries(names, first):
     positions = torch.arange(512, dtype=torch.int32).repeat(2, 1)
     positions[1, 200:] -= 200
-    start = mask.compose(*(mask.registry.get(name)(positions, 100) for name in names))
+    start = mask.from_names(names, positions, 100)
     ours = mask.block_mask(start, first=first)
 
     def sees(b, h, q, k):
@@ -126,9 +126,9 @@ def test_the_block_mask_of_the_last_queries(names, first):
 
 
 def test_kernels_that_cannot_share_rows_say_so():
-    with pytest.raises(ConfigError, match="kernel 'fold' cannot share rows"):
-        attention.build_kernel("fold", ["chunk"], CPU, share=128)
+    with pytest.raises(ConfigError, match="kernel 'fold' does not support context parallelism"):
+        attention.build_kernel("fold", ["chunk"], CPU, tokens_per_rank=128)
     with pytest.raises(ConfigError, match="blocks of 128 tokens, and 100"):
-        attention.build_kernel("flex", ["chunk"], CPU, training=False, share=100)
-    assert attention.build_kernel("auto", ["chunk"], CPU, share=100).name == "sdpa"
+        attention.build_kernel("flex", ["chunk"], CPU, training=False, tokens_per_rank=100)
+    assert attention.build_kernel("auto", ["chunk"], CPU, tokens_per_rank=100).name == "sdpa"
     assert attention.build_kernel("auto", ["chunk"], CPU).name == "fold"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torchladder import config, models
 from torchladder.commands import plan as command
 from torchladder.distributed import fake_ranks
-from torchladder.models.attention import sdpa
+from torchladder.models.attention.sdpa import SdpaKernel
 from torchladder.registry import ConfigError
 from torchladder.training import run_plan as plans
 from torchladder.training.memory_estimate import MemoryEstimator
@@ -25,18 +25,18 @@ TENSOR, CONTEXT = "--parallelism.tensor_parallel_degree", "--parallelism.context
 
 def footprint(ranks, *argv):
     plan = plans.make_plan(config.load([*LLAMA, "--training.local_batch_size", "1", *argv]), ranks)
-    with fake_ranks.ranks(ranks):
+    with fake_ranks.fake_process_group(ranks):
         made = MemoryEstimator(plan)
         return made, made.memory(), made.traffic()
 
 
 def test_activations_on_meta_are_those_of_a_real_block():
     shape = models.LlamaConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
-    form = torch.zeros(2, 64, dtype=torch.int32)
+    attn_mask = torch.zeros(2, 64, dtype=torch.int32)
     found = {}
     for device in ("meta", "cpu"):
         with torch.device(device):
-            model = models.Llama(shape, sdpa.SdpaKernel.attend, 64)
+            model = models.Llama(shape, SdpaKernel.attention, 64)
             x = torch.empty(2, 64, 32, requires_grad=True)
         kept = {}
 
@@ -45,11 +45,11 @@ def test_activations_on_meta_are_those_of_a_real_block():
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-            model.layers["0"](x, form)
+            model.layers["0"](x, attn_mask)
         weights = sum(parameter.numel() * 4 for parameter in model.layers["0"].parameters())
-        found[device] = sum(storage.nbytes() for storage in kept.values()) - weights - form.nbytes
+        found[device] = sum(storage.nbytes() for storage in kept.values()) - weights - attn_mask.nbytes
         if device == "meta":
-            counted = fake_ranks.activations(model.layers["0"], x, form)
+            counted = fake_ranks.activation_bytes(model.layers["0"], x, attn_mask, SdpaKernel.saved_ops)
     assert counted["none"] == found["meta"] == found["cpu"]
     assert counted["full"] == x.nbytes
     assert counted["full"] < counted["op"] < counted["none"]

@@ -12,7 +12,7 @@ from torchladder.distributed import context_parallel, mesh, parallelize
 from torchladder.distributed.mesh import ParallelismConfig
 from torchladder.distributed.parallelize import ParallelizeConfig
 from torchladder.models import attention
-from torchladder.models.attention import sdpa
+from torchladder.models.attention.sdpa import SdpaKernel
 
 CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=51, vocab_size=67)
 TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
@@ -124,9 +124,11 @@ def spread(ranks, config, parallelism):
     found = mesh.build(mesh.degrees(parallelism, ranks.size), ranks.rank, "cpu")
     share = context_parallel.ContextShard(found, seq_len=16)
     with torch.device("meta"):
-        model = models.Llama(config, share.attend(sdpa.SdpaKernel.attend), seq_len=16)
-        model.set_position_offset(share.first)
-    parallelize.parallelize(model, model.parallel_plan(), found, ParallelizeConfig(parallelism))
+        model = models.Llama(config, share.wrap_attention(SdpaKernel.attention), seq_len=16)
+        model.set_position_offset(share.offset)
+    parallelize.parallelize_model(
+        model, model.parallel_plan(), found, ParallelizeConfig(parallelism), SdpaKernel.saved_ops
+    )
     model.to_empty(device="cpu")
     model.init_weights(0)
     return model, found, share
@@ -140,8 +142,8 @@ def compare(ranks, cases):
         model, found, here = spread(ranks, config, ParallelismConfig(**settings))
         share = len(tokens) // found.degrees.data
         mine = slice(found.data_rank * share, (found.data_rank + 1) * share)
-        form = here.form(kernel.derive, torch.zeros(share, 16, dtype=torch.int32), torch.device("cpu"))
-        loss = model(here(tokens[mine]), form, here(labels[mine])) / 33
+        attn_mask = here.prepare_mask(kernel.prepare, torch.zeros(share, 16, dtype=torch.int32), torch.device("cpu"))
+        loss = model(here(tokens[mine]), attn_mask, here(labels[mine])) / 33
         loss.backward()
         assert ranks.sum(loss.item(), found.degrees.tensor) == pytest.approx(expected.item(), rel=1e-6)
         assert sum(parameter.numel() for parameter in model.parameters()) == one.num_parameters()
@@ -151,7 +153,7 @@ def compare(ranks, cases):
         norm, reference = (torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0) for m in (model, one))
         torch.testing.assert_close(norm.full_tensor(), reference)
         logits = one(tokens, None)
-        torch.testing.assert_close(model(here(tokens[mine]), form), here(logits[mine]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(here(tokens[mine]), attn_mask), here(logits[mine]), atol=1e-5, rtol=1e-4)
 
 
 def test_uneven_labels_sizes_that_do_not_divide_and_tied_weights_give_one_ranks_gradients():

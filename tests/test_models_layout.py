@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from torchladder import models
+from torchladder.distributed.tensor_parallel import apply_tensor_parallel
 from torchladder.models.qwen3 import Qwen3, Qwen3Config
 
 CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=50, vocab_size=67)
@@ -25,7 +26,7 @@ def sharded(family, config, tensor_parallel):
     if tensor_parallel:
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
         mesh = both["data"]
-        tensor_parallel.parallelize(model, model.parallel_plan(), both["tensor"], loss_parallel=True)
+        apply_tensor_parallel(model, model.parallel_plan(), both["tensor"], loss_parallel=True)
     for block in model.layers.values():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

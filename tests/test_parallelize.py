@@ -12,7 +12,7 @@ from torchladder.distributed.activation_checkpoint import ActivationCheckpointCo
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import Degrees, Mesh, ParallelismConfig
 from torchladder.distributed.parallelize import CompileConfig, ParallelizeConfig
-from torchladder.models.attention import sdpa
+from torchladder.models.attention.sdpa import SdpaKernel
 from torchladder.registry import ConfigError
 
 CONFIG = models.LlamaConfig(dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
@@ -21,12 +21,12 @@ ALONE = Mesh(Degrees(1, 1, 1, 1))
 
 
 def llama():
-    return models.Llama(CONFIG, sdpa.SdpaKernel.attend, 64)
+    return models.Llama(CONFIG, SdpaKernel.attention, 64)
 
 
 def spread(settings):
     model = llama()
-    parallelize.parallelize(model, model.parallel_plan(), ALONE, settings)
+    parallelize.parallelize_model(model, model.parallel_plan(), ALONE, settings, SdpaKernel.saved_ops)
     return model
 
 
@@ -48,7 +48,7 @@ def kept(option):
 
     model = llama()
     model.init_weights(0)
-    block = activation_checkpoint.wrap(model.layers["0"], 0, config)
+    block = activation_checkpoint.apply_activation_checkpoint(model.layers["0"], 0, config, SdpaKernel.saved_ops)
     x = torch.randn(2, 64, 32, requires_grad=True)
     loss = block(x, torch.zeros(2, 64, dtype=torch.int32)).sum()
     with Count():
@@ -83,7 +83,7 @@ def test_options_that_mean_nothing(option):
 @pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
 def test_float8_takes_the_layers_that_are_large_enough_and_not_named():
     config = Float8Config(enable=True, emulate=True, filter_fqns=["layers.1.", "o_proj"], min_features=32)
-    made = float8.convert(model := llama(), config, sharded=False)
+    made = float8.convert_to_float8(model := llama(), config, sharded=False)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     # k_proj and v_proj have 2 heads of 8 features: fewer outputs than 32.
     expected = {name for name in names if not any(part in name for part in ("layers.1.", "o_proj", "k_proj", "v_proj"))}
@@ -94,7 +94,7 @@ def test_float8_takes_the_layers_that_are_large_enough_and_not_named():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({}, ["cpu has no float8 products", "emulate"]),
+        ({}, ["cpu does not support float8", "emulate"]),
         ({"emulate": True, "enable_fsdp_float8_all_gather": True}, ["single rank"]),
         ({"enable_fsdp_float8_all_gather": True, "recipe_name": "rowwise"}, ["tensorwise"]),
         ({"precompute_float8_dynamic_scale_for_fsdp": True}, ["enable_fsdp_float8_all_gather"]),
@@ -104,7 +104,7 @@ def test_float8_that_cannot_be(config, words):
     def use():
         made = Float8Config(enable=True, **config)
         made.check(CPU, torch.bfloat16)
-        float8.convert(llama(), made, sharded=False)
+        float8.convert_to_float8(llama(), made, sharded=False)
 
     with pytest.raises(ConfigError) as error:
         use()
@@ -119,18 +119,24 @@ def test_async_tensor_parallelism_says_what_it_needs():
     asked = ParallelismConfig(tensor_parallel_degree=2, enable_async_tensor_parallel=True)
     for device, compiled, word in ((CPU, True, "CUDA"), (torch.device("cuda"), False, "compile.enable")):
         with pytest.raises(ConfigError, match=word):
-            parallelize.check(ALONE, ParallelizeConfig(asked, compile=CompileConfig(compiled)), device)
-    parallelize.check(ALONE, ParallelizeConfig(asked, compile=CompileConfig(True)), torch.device("cuda"))
+            parallelize.check_parallelize_config(
+                ALONE, ParallelizeConfig(asked, compile=CompileConfig(compiled)), device
+            )
+    parallelize.check_parallelize_config(
+        ALONE, ParallelizeConfig(asked, compile=CompileConfig(True)), torch.device("cuda")
+    )
 
 
 def test_offload_needs_something_to_offload_from():
     with pytest.raises(ConfigError, match="single rank"):
-        parallelize.check(ALONE, ParallelizeConfig(ParallelismConfig(), offload=True), torch.device("cuda"))
+        parallelize.check_parallelize_config(
+            ALONE, ParallelizeConfig(ParallelismConfig(), offload=True), torch.device("cuda")
+        )
 
 
 def test_a_plan_has_to_name_known_styles():
     with pytest.raises(ConfigError, match="sequential"):
-        tensor_parallel.parallelize(llama(), {"norm": "sequential"}, mesh=None, loss_parallel=True)
+        tensor_parallel.apply_tensor_parallel(llama(), {"norm": "sequential"}, mesh=None, loss_parallel=True)
 
 
 @pytest.mark.parametrize("components", [["model"], ["loss"], ["model", "loss"]])

@@ -30,7 +30,7 @@ def test_flops_are_the_sum_over_all_steps():
     plan = plans.make_plan(load("debug", "--attention.masks", "chunk", "--training.steps", "7"))
     row = torch.arange(plan.config.training.seq_len, dtype=torch.int32)[None]
     with torch.device("meta"):
-        model = models.registry.build(plan.config.model, attend=None, seq_len=row.shape[1])
+        model = models.registry.build(plan.config.model, attention_fn=None, seq_len=row.shape[1])
     rows = plan.batch.rows
     expected = sum(
         model.flops(rows * row.shape[1], rows * mask.pairs(mask.chunk(row, plan.window(step)))) for step in range(7)

@@ -35,8 +35,8 @@ def test_stretches_of_rows_give_the_logits_of_whole_rows(name, window, cuts, sha
     torch.manual_seed(seed)
     config = replace(SHAPE, **shape)
     memory = kv_cache.KVCache()
-    slow = models.Llama(config, attention.dense.DenseKernel.attend, seq_len=T)
-    fast = models.Llama(config, memory.attend, seq_len=T)
+    slow = models.Llama(config, attention.dense.DenseKernel.attention, seq_len=T)
+    fast = models.Llama(config, memory.attention, seq_len=T)
     slow.init_weights(seed)
     fast.load_state_dict(slow.state_dict())
     start = mask.registry.get(name)(POSITIONS, window)
@@ -117,7 +117,7 @@ def test_what_no_checkpoint_holds_is_made_anew(trained, monkeypatch):
 
     config, places = settings_of(trained), torch.zeros(1, 2, dtype=torch.int64)
     expected = IncrementalDecoder(config, trained)(places.tolist())
-    monkeypatch.setitem(models.registry._parts, "llama", River)
+    monkeypatch.setitem(models.registry._components, "llama", River)
     reader = IncrementalDecoder(config, trained)
     assert reader._restored.model.scale.tolist() == [0.5] * 64
     assert torch.equal(reader(places.tolist()), expected)

@@ -27,7 +27,7 @@ registry: Registry[Builder] = Registry("optimizer")
 register = registry.register
 
 schedules: Registry[float] = Registry(
-    "decay type", facts={"progress": "share of the decay that is behind", "floor": "lr_scheduler.min_lr_factor"}
+    "decay type", runtime_args={"progress": "share of the decay that is behind", "floor": "lr_scheduler.min_lr_factor"}
 )
 
 

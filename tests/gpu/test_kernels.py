@@ -31,7 +31,7 @@ def positions(batch=2):
 
 
 def start_of(mix, window):
-    return mask.compose(*(mask.registry.get(name)(positions(), window) for name in mix))
+    return mask.from_names(mix, positions(), window)
 
 
 def run(kernel, start, dtype, heads, size):
@@ -39,7 +39,7 @@ def run(kernel, start, dtype, heads, size):
     shapes = [(2, LENGTH, h, size) for h in (heads[0], heads[1], heads[1], heads[0])]
     q, k, v, grad = (torch.randn(s, device=CUDA, generator=generator).to(torch.bfloat16).to(dtype) for s in shapes)
     q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v))
-    out = kernel.attend(q, k, v, kernel.derive(start, CUDA))
+    out = kernel.attention(q, k, v, kernel.prepare(start, CUDA))
     return out, *torch.autograd.grad(out, (q, k, v), grad.transpose(1, 2))
 
 
@@ -99,16 +99,16 @@ def graphs_of_a_ladder(name, masks):
         counters.clear()
         kernel = attention.build_kernel(name, masks, CUDA)
         with CUDA:
-            model = models.Llama(config, kernel.attend, LENGTH)
+            model = models.Llama(config, kernel.attention, LENGTH)
         model.init_weights(0)
         if compiled:
             for block in model.layers.values():
                 block.compile(fullgraph=True)
         tokens = torch.randint(512, (2, LENGTH), generator=torch.Generator().manual_seed(0)).to(CUDA)
         for window in [8, 32, 33, 64, 100, 128, 256, 500, 501, 999, 1000]:
-            form = kernel.derive(start_of(masks, window), CUDA)
+            attn_mask = kernel.prepare(start_of(masks, window), CUDA)
             with torch.autocast("cuda", torch.bfloat16):
-                loss = model(tokens, form, tokens)
+                loss = model(tokens, attn_mask, tokens)
             loss.backward()
             losses[compiled, window] = loss.item()
             if compiled:

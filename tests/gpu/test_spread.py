@@ -46,7 +46,7 @@ def batch(window):
     tokens = torch.randint(512, (2, LENGTH), generator=generator).to(CUDA)
     positions = torch.arange(LENGTH, dtype=torch.int32).repeat(2, 1)
     positions[1, 300:] -= 300
-    return tokens, mask.compose(*(mask.registry.get(name)(positions, window) for name in MASKS))
+    return tokens, mask.from_names(MASKS, positions, window)
 
 
 def train(mesh, offload=False, **settings):
@@ -55,18 +55,18 @@ def train(mesh, offload=False, **settings):
     counters.clear()
     kernel = attention.build_kernel("flex", MASKS, CUDA)
     with torch.device("meta"):
-        model = models.Llama(CONFIG, kernel.attend, LENGTH)
+        model = models.Llama(CONFIG, kernel.attention, LENGTH)
     how = ParallelizeConfig(ParallelismConfig(), offload=offload, **settings)
-    parallelize.parallelize(model, model.parallel_plan(), mesh, how)
+    parallelize.parallelize_model(model, model.parallel_plan(), mesh, how, kernel.saved_ops)
     parallelize.materialize(model, CUDA, offload)
     model.init_weights(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    if after := float8.after_step(model, how.float8):
+    if after := float8.post_optimizer_hook(model, how.float8):
         optimizer.register_step_post_hook(after)
     losses = []
     for window in WINDOWS:
         tokens, start = batch(window)
-        loss = model(tokens, kernel.derive(start, CUDA), tokens.roll(-1, dims=1)) / tokens.numel()
+        loss = model(tokens, kernel.prepare(start, CUDA), tokens.roll(-1, dims=1)) / tokens.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -77,7 +77,11 @@ def train(mesh, offload=False, **settings):
 
 def test_compiling_and_recomputing_change_no_loss(one):
     plain, _ = train(one)
-    for settings in ({"compile": COMPILED}, {"recompute": BY_OP}, {"compile": COMPILED, "recompute": BY_OP}):
+    for settings in (
+        {"compile": COMPILED},
+        {"activation_checkpoint": BY_OP},
+        {"compile": COMPILED, "activation_checkpoint": BY_OP},
+    ):
         losses, graphs = train(one, **settings)
         assert losses[0] == pytest.approx(plain[0], rel=1e-5), settings
         assert losses == pytest.approx(plain, rel=1e-3), settings  # Adam's first steps enlarge the last bits
@@ -88,7 +92,7 @@ def test_compiling_and_recomputing_change_no_loss(one):
 
 def test_half_precision_follows_full(one):
     full, _ = train(one)
-    half, _ = train(one, precision=HALF, compile=COMPILED, recompute=BY_OP)
+    half, _ = train(one, precision=HALF, compile=COMPILED, activation_checkpoint=BY_OP)
     assert half == pytest.approx(full, rel=0.02)
 
 
@@ -113,8 +117,8 @@ def test_offloaded_weights_give_the_same_losses(one):
 def test_float8_with_all_the_rest(one, config):
     made = Float8Config(enable=True, **config)
     made.check(CUDA, torch.bfloat16)
-    half, _ = train(one, precision=HALF, compile=COMPILED, recompute=BY_OP)
-    losses, graphs = train(one, precision=HALF, compile=COMPILED, recompute=BY_OP, float8=made)
+    half, _ = train(one, precision=HALF, compile=COMPILED, activation_checkpoint=BY_OP)
+    losses, graphs = train(one, precision=HALF, compile=COMPILED, activation_checkpoint=BY_OP, float8=made)
     assert losses == pytest.approx(half, rel=0.03)
     assert losses != half
     assert graphs == 2
@@ -132,12 +136,12 @@ def test_flex_attends_with_the_last_queries_of_a_row(first):
     shapes = [(2, heads, tokens, 64) for heads, tokens in ((4, LENGTH - first), (2, LENGTH), (2, LENGTH))]
     found = []
     for name in ("flex", "dense"):
-        kernel = attention.build_kernel(name, MASKS, CUDA, share=256)
+        kernel = attention.build_kernel(name, MASKS, CUDA, tokens_per_rank=256)
         q, k, v = (
             torch.randn(shape, device=CUDA, generator=generator.manual_seed(i)) for i, shape in enumerate(shapes)
         )
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        out = kernel.attend(*inputs, kernel.derive(start, CUDA, first))
+        out = kernel.attention(*inputs, kernel.prepare(start, CUDA, first))
         found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for ours, reference in zip(*found, strict=True):
         assert (ours - reference).norm() / reference.norm() < 0.005

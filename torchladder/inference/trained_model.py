@@ -15,7 +15,7 @@ from torchladder import config as settings
 from torchladder.config import Config
 from torchladder.data.tokenizer import tokenizer_files
 from torchladder.inference import hf_export
-from torchladder.models import Attend, Model
+from torchladder.models import AttentionFunction, Model
 from torchladder.models.attention import kv_cache
 from torchladder.models.hf import hf_weights
 from torchladder.models.hf.hf_folder import CONFIG
@@ -76,20 +76,25 @@ class LoadedModel:
 
     @classmethod
     def load(
-        cls, config: Config, path: Path, attend: Attend, seq_len: int, dtype: torch.dtype = torch.float32
+        cls,
+        config: Config,
+        path: Path,
+        attention_fn: AttentionFunction,
+        seq_len: int,
+        dtype: torch.dtype = torch.float32,
     ) -> LoadedModel:
         """Returns the model of a run with the weights of a checkpoint or a Hugging Face folder.
 
         Args:
             config: settings of the run.
             path: the weights.
-            attend: what attention is computed with.
+            attention_fn: computes attention.
             seq_len: tokens in the longest row that will be read, whatever the run's own were.
             dtype: of the weights.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.device("meta"):
-            model = models.build(config.model, attend=attend, seq_len=seq_len)
+            model = models.build(config.model, attention_fn=attention_fn, seq_len=seq_len)
         model.to_empty(device=device)
         model.init_weights(config.debug.seed)  # buffers too, which no checkpoint holds
         if (path / CONFIG).is_file():
@@ -99,10 +104,9 @@ class LoadedModel:
         theta = hf_export.trained_rope_theta(config, path)
         if theta is not None:
             model.set_rope_theta(theta)
-        masks = [mask.registry.get(name) for name in config.attention.masks]
         window = hf_export.final_window(config) or max(seq_len, config.training.seq_len)
         positions = torch.arange(seq_len, dtype=torch.int32)[None]
-        start = mask.compose(*(allow(positions, window) for allow in masks))[0]
+        start = mask.from_names(config.attention.masks, positions, window)[0]
         return cls(model.to(dtype), start.to(device), device)
 
 
@@ -118,7 +122,7 @@ class IncrementalDecoder:
     def __init__(self, config: Config, path: Path, dtype: torch.dtype = torch.float32) -> None:
         self.seq_len = config.training.seq_len
         self._cache = kv_cache.KVCache()
-        self._restored = LoadedModel.load(config, path, self._cache.attend, self.seq_len, dtype)
+        self._restored = LoadedModel.load(config, path, self._cache.attention, self.seq_len, dtype)
         self._read: list[list[int]] = []
 
     def forget(self) -> None:

@@ -21,20 +21,19 @@ WINDOW = 6
 def masks(path: Path) -> None:
     """Draws the four masks and two compositions as what each query sees, with ``start`` as a line."""
     positions = torch.cat([torch.arange(length) for length in DOCUMENTS]).to(torch.int32)[None]  # (1, T)
-    document, chunk, sliding = (make(positions, WINDOW) for make in (mask.document, mask.chunk, mask.sliding))
     pictures = [
-        ("causal", "start = 0", "row: query i\ncolumn: key", mask.causal(positions, WINDOW)),
-        ("document", "start = i − position", "colour:\ndocument", document),
-        ("chunk", "start = ⌊i / w⌋ · w", f"window\nw = {WINDOW}", chunk),
-        ("sliding", "start = max(0, i − w + 1)", "line: start", sliding),
-        ("document + chunk", "max(document, chunk)", "", mask.compose(document, chunk)),
-        ("document + sliding", "max(document, sliding)", "", mask.compose(document, sliding)),
+        (["causal"], "start = 0", "row: query i\ncolumn: key"),
+        (["document"], "start = i − position", "colour:\ndocument"),
+        (["chunk"], "start = ⌊i / w⌋ · w", f"window\nw = {WINDOW}"),
+        (["sliding"], "start = max(0, i − w + 1)", "line: start"),
+        (["document", "chunk"], "max(document, chunk)", ""),
+        (["document", "sliding"], "max(document, sliding)", ""),
     ]
     with style():
         canvas = figure(12, 2.75)
-        for axes, (name, formula, note, start) in zip(canvas.subplots(1, len(pictures)), pictures, strict=True):
-            _draw_mask(axes, start)
-            axes.set_title(name, fontweight="bold", pad=6)
+        for axes, (names, formula, note) in zip(canvas.subplots(1, len(pictures)), pictures, strict=True):
+            _draw_mask(axes, mask.from_names(names, positions, WINDOW))
+            axes.set_title(" + ".join(names), fontweight="bold", pad=6)
             axes.set_xlabel(formula, fontsize=10, labelpad=5)
             axes.text(1, 0.98, note, transform=axes.transAxes, ha="right", va="top", fontsize=10, color="#57606a")
         save(canvas, path)

@@ -88,12 +88,12 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     _check_window_is_used(config, window, phases)
 
     with torch.device("meta"):
-        model = models.registry.build(config.model, attend=None, seq_len=training.seq_len)
+        model = models.registry.build(config.model, attention_fn=None, seq_len=training.seq_len)
         for theta in phases.history("rope_theta").values():
             model.set_rope_theta(theta)  # a model without rotary positions refuses
     if degrees.context > 1 and config.samples.prompts:
         raise ConfigError("samples.prompts: ranks that share rows (context_parallel_degree) draw no samples.")
-    mesh.check(config.parallelism, model.heads(), training.seq_len)
+    mesh.check_degrees(config.parallelism, model.heads(), training.seq_len)
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
     stretches = curriculum.windows(window, training.steps)
     pairs = {w: mask.pairs(mask.compose(*(allow(row, w) for allow in masks))) for _, w in stretches}
@@ -117,7 +117,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         full_at=curriculum.full_at(window, training.steps, training.seq_len),
         state_bytes=16
         * model.num_parameters()
-        // (degrees.shard * degrees.copies),  # float32: weight, gradient and two moments
+        // (degrees.shard * degrees.model_parallel),  # float32: weight, gradient and two moments
         batch=batch,
         degrees=degrees,
     )

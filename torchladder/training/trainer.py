@@ -62,10 +62,10 @@ class Trainer:
         self.mesh = mesh.build(plan.degrees, ranks.rank, ranks.device.type)
         self.share = context_parallel.ContextShard(self.mesh, config.training.seq_len)
         self.spread = self._spread()
-        parallelize.check(self.mesh, self.spread, ranks.device)
+        parallelize.check_parallelize_config(self.mesh, self.spread, ranks.device)
         shared = self.share.tokens if self.mesh.context else None
         self.kernel = attention.build_kernel(
-            config.attention.kernel, config.attention.masks, ranks.device, share=shared
+            config.attention.kernel, config.attention.masks, ranks.device, tokens_per_rank=shared
         )
         self.tokenizer = self._tokenizer()
         self.loader = self._loader("train")
@@ -73,7 +73,7 @@ class Trainer:
         self.samples = Samples(config, self.tokenizer, self._logits, plan.degrees.tensor)
         self.model = self._model()
         self.optimizer = optim.build(config.optimizer, self.model)
-        if after := float8.after_step(self.model, config.float8):
+        if after := float8.post_optimizer_hook(self.model, config.float8):
             self.optimizer.register_step_post_hook(after)
         self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
         files = hf_export.exported_tokenizer_files(self.tokenizer, getattr(config.tokenizer, "path", ""))
@@ -154,7 +154,7 @@ class Trainer:
         self._turn()
         batches = self.lifeline.read(self.loader, self.plan.batch.accumulation)
         labels = sum(batch.num_labels for batch in batches)
-        num_labels = self.lifeline.exchange(labels, self.plan.degrees.copies)  # each label weighs the same
+        num_labels = self.lifeline.exchange(labels, self.plan.degrees.model_parallel)  # each label weighs the same
 
         self.optimizer.zero_grad()
         losses: list[bad_steps.MicroBatchLoss] = []
@@ -187,7 +187,7 @@ class Trainer:
 
     def _loss(self, batch: Batch, start: Tensor) -> Tensor:
         """Returns the loss summed over this rank's stretch of the rows."""
-        form = self.share.form(self.kernel.derive, start, self.ranks.device)
+        form = self.share.prepare_mask(self.kernel.prepare, start, self.ranks.device)
         with self._precision():
             return self.model(self.share(batch.tokens), form, self.share(batch.labels))
 
@@ -202,7 +202,7 @@ class Trainer:
         self.lifeline.stop_if_asked()
         start = torch.zeros(tokens.shape, dtype=torch.int32)
         with self._precision():
-            return self.model(tokens.to(self.ranks.device), self.kernel.derive(start, self.ranks.device))
+            return self.model(tokens.to(self.ranks.device), self.kernel.prepare(start, self.ranks.device))
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class Trainer:
         return parallelize.ParallelizeConfig(
             parallelism=config.parallelism,
             float8=config.float8,
-            recompute=config.activation_checkpoint,
+            activation_checkpoint=config.activation_checkpoint,
             compile=config.compile,
             precision=parallelize.Precision(
                 compute=getattr(torch, training.mixed_precision_param),
@@ -278,11 +278,11 @@ class Trainer:
         """Makes the model on meta, spreads it, then gives it memory and its first weights."""
         config, training = self.config, self.config.training
         with torch.device("meta"):
-            attend = self.share.attend(self.kernel.attend)
-            model = models.registry.build(config.model, attend=attend, seq_len=training.seq_len)
+            attention_fn = self.share.wrap_attention(self.kernel.attention)
+            model = models.registry.build(config.model, attention_fn=attention_fn, seq_len=training.seq_len)
         if self.mesh.context:
-            model.set_position_offset(self.share.first)
-        parallelize.parallelize(model, model.parallel_plan(), self.mesh, self.spread)
+            model.set_position_offset(self.share.offset)
+        parallelize.parallelize_model(model, model.parallel_plan(), self.mesh, self.spread, self.kernel.saved_ops)
         parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
         model.init_weights(config.debug.seed)
         return model
@@ -315,7 +315,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.toml").write_text(config.to_toml())
         said = [config.job.description] if config.job.description else []
-        said += [*summary_lines(self.plan), f"kernel      {self.kernel.name}: {self.kernel.why}"]
+        said += [*summary_lines(self.plan), f"kernel      {self.kernel.name}: {self.kernel.reason}"]
         said += [f"data        {line}" for line in self.loader.describe()]
         said += [f"            {line}" for line in self.validation.loader.describe()] if self.validation else []
         if self.step:
@@ -327,7 +327,7 @@ class Trainer:
 
     def _report(self, window: int, loss: Tensor, norm: Tensor, lr: float, pairs: int) -> None:
         """Counts a step, and reports the ones that are due; only those wait for the accelerator."""
-        self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs, self.plan.degrees.copies))
+        self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs, self.plan.degrees.model_parallel))
         if self.metrics.due(self.step) or self.lifeline.due(self.step):  # totals go on from a checkpoint
             mean = self.ranks.sum(loss.item(), self.plan.degrees.tensor)
             self.lifeline.guard.settle()

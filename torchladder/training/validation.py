@@ -33,7 +33,6 @@ class Validation:
         self, plan: Plan, ranks: Ranks, loader: data.BaseDataLoader, loss: Loss, pause: Callable[[], None]
     ) -> None:
         self.plan, self.ranks, self.loader, self.loss, self.pause = plan, ranks, loader, loss, pause
-        self.masks = [mask.registry.get(name) for name in plan.config.attention.masks]
 
     @torch.no_grad()
     def means(self) -> dict[int, float]:
@@ -49,8 +48,8 @@ class Validation:
             if number == self.plan.config.validation.steps:
                 break
             self.pause()
-            start = mask.compose(*(allow(batch.positions, window) for allow in self.masks))
+            start = mask.from_names(self.plan.config.attention.masks, batch.positions, window)
             num_labels += batch.num_labels
             loss += self.loss(batch.to(self.ranks.device), start)
         degrees = self.plan.degrees
-        return self.ranks.sum(loss.item(), degrees.tensor) / max(self.ranks.sum(num_labels, degrees.copies), 1)
+        return self.ranks.sum(loss.item(), degrees.tensor) / max(self.ranks.sum(num_labels, degrees.model_parallel), 1)

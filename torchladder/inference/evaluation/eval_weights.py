@@ -58,12 +58,12 @@ class EvalWeights:
             DamageError: a file of the checkpoint is not what was saved.
         """
         if self.step is None:
-            return LoadedModel.load(self.config, self.path, SdpaKernel.attend, seq_len, dtype)
+            return LoadedModel.load(self.config, self.path, SdpaKernel.attention, seq_len, dtype)
         wrong = checkpoint.find_corruption(self.path)
         if wrong is not None:
             raise UnreadableWeightsError(f"{self.path} is damaged and passed over: {wrong}")
         try:
-            return LoadedModel.load(self.config, self.path, SdpaKernel.attend, seq_len, dtype)
+            return LoadedModel.load(self.config, self.path, SdpaKernel.attention, seq_len, dtype)
         except (OSError, CheckpointException) as error:  # a run that goes on deletes its older ones
             raise UnreadableWeightsError(f"{self.path} cannot be read and is passed over: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The reference: the mask written out, T² of memory."""
+"""The reference kernel: SDPA with a boolean mask, O(T²) memory."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchladder import mask
-from torchladder.models.attention.kernel import AttentionKernel, register
+from torchladder.models.attention.kernel import SDPA_OPS, AttentionKernel, register
 
 
 @register("dense")
 class DenseKernel(AttentionKernel):
-    """Any mask, on any device, slowly: what every other kernel is tested against."""
+    """Any mask on any device, slowly. All other kernels are tested against it."""
 
-    name = "dense"
+    context_parallel = True
+    saved_ops = SDPA_OPS
 
-    def check_context_parallel(self, tokens: int) -> None:
-        """Any stretch of a row will do."""
-
-    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Tensor:
-        return mask.dense(start.to(device))[:, None, first:]  # (B, 1, queries, T)
+    def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> Tensor:
+        return mask.dense(start.to(device))[:, None, query_offset:]  # (B, 1, queries, T)
 
     @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, form: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=form, enable_gqa=q.shape[1] != k.shape[1])
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=q.shape[1] != k.shape[1])
