@@ -109,7 +109,7 @@ def test_the_block_mask_of_the_last_queries(names, first):
     positions = torch.arange(512, dtype=torch.int32).repeat(2, 1)
     positions[1, 200:] -= 200
     start = mask.from_names(names, positions, 100)
-    ours = mask.block_mask(start, first=first)
+    ours = mask.block_mask(start, query_offset=first)
 
     def sees(b, h, q, k):
         return (start[b, q + first] <= k) & (k <= q + first)

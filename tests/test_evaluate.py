@@ -175,7 +175,7 @@ def test_a_model_without_a_way_of_its_own_gives_the_same_losses(monkeypatch):
     losses = models.Model.per_token_loss(model, tokens, form, labels)
     assert (losses.shape, losses.dtype, losses.requires_grad) == ((3, 9), torch.float32, False)
     assert (losses[1, 2:] == 0).all()
-    monkeypatch.setattr("torchladder.models.loss.FEWEST", 4)
+    monkeypatch.setattr("torchladder.models.loss.MIN_CHUNK_TOKENS", 4)
     monkeypatch.setattr("torchladder.models.loss.MAX_LOGITS_CPU", 1)
     torch.testing.assert_close(model.per_token_loss(tokens, form, labels), losses)
     torch.testing.assert_close(model(tokens, form, labels).detach(), losses.sum())

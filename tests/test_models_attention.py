@@ -204,7 +204,7 @@ def test_auto_chooses_by_device_and_masks(masks, device, expected):
 def test_a_kernel_refuses_what_it_cannot_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     refused = [
-        ("fold", ["document"], "cpu", "cannot express the mask 'document', only causal, chunk"),
+        ("fold", ["document"], "cpu", "does not support the mask 'document', only causal, chunk"),
         ("varlen", ["causal"], "cpu", "runs on cuda, not on cpu"),
         ("flash", ["causal"], "cuda", r"torchladder\[flash\]"),
         ("flex", ["causal"], "cpu", "cannot train on a CPU"),
@@ -258,7 +258,7 @@ class TriangleKernel(attention.AttentionKernel):
 def test_a_plugin_kernel_is_chosen_and_checked_like_any_other(monkeypatch):
     assert_like_dense("triangle", mask.causal(torch.arange(20, dtype=torch.int32).repeat(2, 1), 20), (4, 2))
     assert attention.build_kernel("auto", ["causal"], "cpu").name == "fold"  # asked first, it declines
-    with pytest.raises(ConfigError, match="kernel 'triangle' cannot express the mask 'chunk', only causal"):
+    with pytest.raises(ConfigError, match="kernel 'triangle' does not support the mask 'chunk', only causal"):
         attention.build_kernel("triangle", ["chunk"], "cpu")
     with pytest.raises(ConfigError, match="kernel 'triangle' does not support context parallelism"):
         attention.build_kernel("triangle", ["causal"], "cpu", tokens_per_rank=3)
@@ -305,9 +305,19 @@ def test_the_mask_of_the_docs_works(monkeypatch):
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "@mask.register" in code]
     exec(example, {"__name__": "plugin"})
     positions = torch.arange(100, dtype=torch.int32).repeat(2, 1)
-    start = mask.registry.get("neighbours")(positions, 16)
+    start = mask.registry.get("neighbors")(positions, 16)
     assert start[0, [0, 31, 32, 99]].tolist() == [0, 0, 16, 80]
     assert_like_dense("sdpa", start, (4, 2))
+
+
+def test_the_kernel_of_the_docs_works(monkeypatch):
+    monkeypatch.setattr(attention.registry, "_components", dict(attention.registry._components))
+    page = (Path(__file__).parent.parent / "docs" / "mask.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "@attention.reg" in code]
+    exec(example, {"__name__": "plugin"})
+    assert attention.build_kernel("auto", ["causal"], "cuda").name == "mine"
+    assert attention.build_kernel("auto", ["causal"], "cuda", training=False).name == "fold"
+    assert_like_dense("mine", mask.causal(torch.arange(20, dtype=torch.int32).repeat(2, 1), 20), (4, 2))
 
 
 # --- under the compiler ----------------------------------------------------------------------------------------------

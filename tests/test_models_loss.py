@@ -11,7 +11,7 @@ from torchladder.models.loss import cross_entropy
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(loss, "MAX_LOGITS_CPU", 1)
-    monkeypatch.setattr(loss, "FEWEST", 13)
+    monkeypatch.setattr(loss, "MIN_CHUNK_TOKENS", 13)
 
 
 def inputs(dtype=torch.float32, tokens=50, dim=16, vocab=40):
@@ -36,7 +36,7 @@ def run(function, hidden, weight, labels, scale=0.5):
 
 @pytest.mark.parametrize("fewest", [1, 13, 50, 1000])
 def test_it_equals_plain_cross_entropy(monkeypatch, fewest):
-    monkeypatch.setattr(loss, "FEWEST", fewest)
+    monkeypatch.setattr(loss, "MIN_CHUNK_TOKENS", fewest)
     for ours, reference in zip(run(cross_entropy, *inputs()), run(plain, *inputs()), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)

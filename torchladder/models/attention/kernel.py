@@ -37,8 +37,12 @@ SEGMENTS = frozenset({"causal", "document", "chunk", "sliding"})
 """Masks that make segments under one window, alone or composed."""
 
 SDPA_OPS = frozenset(
-    f"aten::_scaled_dot_product_{name}_attention{suffix}"
-    for name, suffix in (("flash", ""), ("efficient", ""), ("cudnn", ""), ("flash", "_for_cpu"))
+    {
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+    }
 )
 """The operators behind ``torch.nn.functional.scaled_dot_product_attention``."""
 
@@ -144,38 +148,33 @@ def build_kernel(
         mask.registry.get(mask_name)
     setup = AttentionSetup(tuple(masks), torch.device(device), training, tokens_per_rank)
     name, reason = _choose(setup) if name == "auto" else (name, "as configured")
-    kernel = _kernel_class(name)
+    kernel: Any = registry.get(name)
     if (mismatch := _mismatch(kernel, setup)) is not None:
         raise ConfigError(f"kernel {name!r} {mismatch}. Use flex (CUDA), sdpa, dense or auto.")
     kernel.check(setup)
-    built = kernel()
+    built: AttentionKernel = kernel()
     built.name, built.reason = name, reason
     return built
 
 
 def _choose(setup: AttentionSetup) -> tuple[str, str]:
     """Returns the kernel that ``auto`` takes, and why."""
-    for name in sorted(registry.names(), key=lambda name: -_kernel_class(name).auto_priority):
-        kernel = _kernel_class(name)
+    kernels: dict[str, Any] = {name: registry.get(name) for name in registry.names()}
+    for name, kernel in sorted(kernels.items(), key=lambda item: -item[1].auto_priority):
         if _mismatch(kernel, setup) is None and (reason := kernel.auto_reason(setup)) is not None:
             return name, reason
     raise ConfigError(f"no kernel computes the masks {', '.join(setup.masks)} on {setup.device.type}.")
 
 
 def _mismatch(kernel: type[AttentionKernel], setup: AttentionSetup) -> str | None:
-    """Returns what a kernel's declarations do not allow, None if they allow the setup."""
+    """Returns why the kernel's class attributes rule the setup out, None if they allow it."""
     if kernel.masks is not None and (unknown := [name for name in setup.masks if name not in kernel.masks]):
-        return f"cannot express the mask {unknown[0]!r}, only {', '.join(sorted(kernel.masks))}"
+        return f"does not support the mask {unknown[0]!r}, only {', '.join(sorted(kernel.masks))}"
     if kernel.devices is not None and setup.device.type not in kernel.devices:
         return f"runs on {', '.join(sorted(kernel.devices))}, not on {setup.device.type}"
     if setup.tokens_per_rank is not None and not kernel.context_parallel:
         return "does not support context parallelism (parallelism.context_parallel_degree)"
     return None
-
-
-def _kernel_class(name: str) -> type[AttentionKernel]:
-    kernel: Any = registry.get(name)
-    return kernel
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None) -> Tensor:
