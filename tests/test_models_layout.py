@@ -1,4 +1,4 @@
-"""Weights and loss do not depend on how ranks share a model: four processes, sizes that do not divide."""
+"""Initial weights and loss do not depend on the sharding: four ranks, sizes that do not divide."""
 
 import os
 
@@ -19,7 +19,7 @@ QWEN = Qwen3Config(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8, ffn_
 
 
 def sharded(family, config, tensor_parallel):
-    """A model made on meta and spread over data-parallel ranks, and over two tensor-parallel ones if asked."""
+    """Returns a model from meta, sharded with FSDP2 over the data-parallel ranks; optionally also tensor-parallel."""
     with torch.device("meta"):
         model = family(config, seq_len=16)
     mesh = init_device_mesh("cpu", (4,))

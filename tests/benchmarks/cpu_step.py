@@ -16,7 +16,7 @@ LENGTH = 2048
 
 
 class PlainBlock(nn.Module):
-    """A Llama block as one would write it down: causal SDPA, rotary positions, SwiGLU."""
+    """A plain Llama block: causal SDPA, RoPE, SwiGLU."""
 
     def __init__(self, c):
         super().__init__()

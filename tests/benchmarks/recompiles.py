@@ -1,4 +1,4 @@
-"""Two hundred windows with documents through compiled kernels: how many graphs, how many recompiles, what time.
+"""Two hundred windows with documents through compiled kernels: number of graphs and recompiles, time.
 
 python -m tests.benchmarks.recompiles
 """
@@ -17,7 +17,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def climb(name, masks, training):
-    """Attends under each window of a linear ladder; returns graphs, recompiles, first and mean later seconds."""
+    """Computes attention under each window of a linear curriculum.
+
+    Returns graphs, recompiles, seconds of the first call, mean seconds of the later ones.
+    """
     torch._dynamo.reset()
     counters.clear()
     kernel = attention.build_kernel(name, masks, DEVICE, training=training)

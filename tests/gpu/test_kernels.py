@@ -1,4 +1,4 @@
-"""Kernels on a GPU: outputs and gradients against the dense reference, and one compiled graph over a ladder.
+"""Kernels on a GPU: outputs and gradients against the dense reference, and one compiled graph for all windows.
 
 python -m pytest tests/gpu
 """
@@ -52,7 +52,7 @@ def assert_like_dense(name, mix, window, dtype, heads=(4, 2), size=64):
     reference = run(attention.build_kernel("dense", list(mix), CUDA), start, torch.float64, heads, size)
     for ours, exact in zip(run(kernel, start, dtype, heads, size), reference, strict=True):
         assert ours.dtype == dtype
-        if window == 1 and not exact.any():  # a query that sees itself alone: its score does not matter
+        if window == 1 and not exact.any():  # a query that sees only itself: its score does not matter
             assert ours.abs().max() < 0.05
         else:
             assert error(ours, exact) < (0.02 if dtype == torch.bfloat16 else 0.005)
@@ -82,16 +82,16 @@ def test_other_heads(name, heads, size):
 
 
 @pytest.mark.parametrize(("name", "masks"), [("flex", ["document", "chunk"]), ("fold", ["chunk"])])
-def test_one_compiled_graph_trains_the_whole_ladder(name, masks):
-    assert graphs_of_a_ladder(name, masks) == 1
+def test_one_compiled_graph_trains_all_windows(name, masks):
+    assert graphs_over_windows(name, masks) == 1
 
 
 def test_varlen_compiles_for_any_window_at_once():
-    # Its window and longest segment are integers: the first graph is for the first of them, the next for all others.
-    assert graphs_of_a_ladder("varlen", ["document", "chunk"]) <= 3
+    # Its window and longest segment are integers: the first graph is specialized, the second dynamic.
+    assert graphs_over_windows("varlen", ["document", "chunk"]) <= 3
 
 
-def graphs_of_a_ladder(name, masks):
+def graphs_over_windows(name, masks):
     config = models.LlamaConfig(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=512, vocab_size=512)
     losses = {}
     for compiled in (False, True):

@@ -1,4 +1,4 @@
-"""Everything at once on one GPU: FSDP2 over a mesh of one, flex attention, compiled blocks, recomputation, float8.
+"""All of it on one GPU: FSDP2 over a mesh of one, flex, compiled blocks, activation checkpointing, float8.
 
 python -m pytest tests/gpu
 """
@@ -35,7 +35,7 @@ NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9,
 
 @pytest.fixture(scope="module")
 def one():
-    """The layout of a single rank that is sharded all the same."""
+    """A mesh of a single rank to which FSDP2 is applied."""
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     yield Mesh(Degrees(1, 1, 1, 1), data=init_device_mesh("cuda", (1,), mesh_dim_names=("shard",)))
     dist.destroy_process_group()
@@ -50,18 +50,18 @@ def batch(window):
 
 
 def train(mesh, offload=False, **settings):
-    """Returns the losses of a short ladder, and how many graphs were compiled for it."""
+    """Returns the losses over a few windows, and the number of graphs compiled for them."""
     torch._dynamo.reset()
     counters.clear()
     kernel = attention.build_kernel("flex", MASKS, CUDA)
     with torch.device("meta"):
         model = models.Llama(CONFIG, kernel.attention, LENGTH)
-    how = ParallelizeConfig(ParallelismConfig(), offload=offload, **settings)
-    parallelize.parallelize_model(model, model.parallel_plan(), mesh, how, kernel.saved_ops)
+    config = ParallelizeConfig(ParallelismConfig(), offload=offload, **settings)
+    parallelize.parallelize_model(model, model.parallel_plan(), mesh, config, kernel.saved_ops)
     parallelize.materialize(model, CUDA, offload)
     model.init_weights(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    if after := float8.post_optimizer_hook(model, how.float8):
+    if after := float8.post_optimizer_hook(model, config.float8):
         optimizer.register_step_post_hook(after)
     losses = []
     for window in WINDOWS:
@@ -75,7 +75,7 @@ def train(mesh, offload=False, **settings):
     return losses, counters["stats"]["unique_graphs"]
 
 
-def test_compiling_and_recomputing_change_no_loss(one):
+def test_compiling_and_activation_checkpointing_change_no_loss(one):
     plain, _ = train(one)
     for settings in (
         {"compile": COMPILED},
@@ -84,9 +84,9 @@ def test_compiling_and_recomputing_change_no_loss(one):
     ):
         losses, graphs = train(one, **settings)
         assert losses[0] == pytest.approx(plain[0], rel=1e-5), settings
-        assert losses == pytest.approx(plain, rel=1e-3), settings  # Adam's first steps enlarge the last bits
+        assert losses == pytest.approx(plain, rel=1e-3), settings  # Adam's first steps amplify rounding
         if "compile" in settings:
-            assert graphs == 2  # one for all blocks over the whole ladder, one for the loss
+            assert graphs == 2  # one for all blocks and windows, one for the loss
     assert plain[-1] < plain[0]
 
 
