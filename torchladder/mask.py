@@ -197,12 +197,18 @@ def block_mask(start: Tensor, block_size: int = BLOCK_TOKENS, query_offset: int 
     full_end = torch.maximum(torch.minimum(full_end, partial_end), block + 1)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (start[b, q] <= k) & (k <= q)
+        return (start[b, q + query_offset] <= k) & (k <= q + query_offset)
 
     kv_num, kv_indices = _list_blocks((first_kv, first_full), (block, block + 1))
     full_kv_num, full_kv_indices = _list_blocks((first_full, block), None)
     if query_offset:
-        return _offset_block_mask(start, block_size, query_offset, (kv_num, kv_indices, full_kv_num, full_kv_indices))
+        rows = slice(query_offset // block_size, None)
+        return BlockMask.from_kv_blocks(
+            *(x[:, :, rows].contiguous() for x in (kv_num, kv_indices, full_kv_num, full_kv_indices)),  # type: ignore[misc, arg-type]
+            BLOCK_SIZE=(block_size, block_size),
+            mask_mod=mask_mod,
+            seq_lengths=(length - query_offset, length),
+        )
     q_num, q_indices = _list_blocks((block, block + 1), (full_end, partial_end))
     full_q_num, full_q_indices = _list_blocks((block + 1, full_end), None)
     return BlockMask(
@@ -217,26 +223,6 @@ def block_mask(start: Tensor, block_size: int = BLOCK_TOKENS, query_offset: int 
         full_q_indices=full_q_indices,
         BLOCK_SIZE=(block_size, block_size),
         mask_mod=mask_mod,
-    )
-
-
-def _offset_block_mask(
-    start: Tensor, block_size: int, query_offset: int, kv_blocks: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> BlockMask:
-    """Returns the block mask of the queries from ``query_offset`` on, given the key blocks of all queries."""
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (start[b, q + query_offset] <= k) & (k <= q + query_offset)
-
-    num, indices, full_num, full_indices = (x[:, :, query_offset // block_size :].contiguous() for x in kv_blocks)
-    return BlockMask.from_kv_blocks(
-        num,
-        indices,
-        full_num,
-        full_indices,
-        BLOCK_SIZE=(block_size, block_size),
-        mask_mod=mask_mod,
-        seq_lengths=(start.shape[1] - query_offset, start.shape[1]),
     )
 
 

@@ -16,7 +16,7 @@ from torchladder.distributed import float8, tensor_parallel
 from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig, apply_activation_checkpoint
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import Mesh, ParallelismConfig
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,13 @@ def check_parallelize_config(mesh: Mesh, config: ParallelizeConfig, device: torc
     """
     config.float8.check(device, config.precision.compute)
     if config.parallelism.enable_async_tensor_parallel:
-        tensor_parallel.check_async_tensor_parallel(device, config.compile.compiles("model"))
-    if config.offload and (mesh.data is None or device.type == "cpu"):
-        why = "this run has a single rank" if mesh.data is None else "this run is on a CPU"
-        raise ConfigError(f"training.enable_cpu_offload needs FSDP2 on an accelerator, and {why}.")
+        key = "parallelism.enable_async_tensor_parallel"
+        require(device.type == "cuda", f"{key} needs CUDA, and this run is on {device.type}.")
+        require(config.compile.compiles("model"), f"{key} is a compiler pass: set compile.enable.")
+    if config.offload:
+        key = "training.enable_cpu_offload"
+        require(mesh.data is not None, f"{key} needs FSDP2, and this run has a single rank.")
+        require(device.type != "cpu", f"{key} needs an accelerator, and this run is on a CPU.")
 
 
 def parallelize_model(
@@ -100,7 +103,7 @@ def parallelize_model(
     # First, because torchao replaces the layers that all the rest is applied to.
     float8.convert_to_float8(model, config.float8, sharded=mesh.data is not None)
     if config.parallelism.enable_async_tensor_parallel:
-        tensor_parallel.enable_async_tensor_parallel()
+        torch._inductor.config._micro_pipeline_tp = True  # overlaps collectives with the matrix products around them
     if mesh.tensor is not None:
         tensor_parallel.apply_tensor_parallel(model, plan, mesh.tensor, not config.parallelism.disable_loss_parallel)
     for number, (name, block) in enumerate(list(layers.items())):

@@ -60,26 +60,6 @@ def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: DeviceMe
             raise ConfigError(f"the model's parallel_plan has no style for the module of {name}: add one.")
 
 
-def check_async_tensor_parallel(device: torch.device, compiled: bool) -> None:
-    """Checks the requirements of async tensor parallelism.
-
-    Raises:
-        ConfigError: the device is not CUDA, or blocks are not compiled.
-    """
-    if device.type != "cuda":
-        raise ConfigError(
-            f"parallelism.enable_async_tensor_parallel needs CUDA, because it uses symmetric memory; "
-            f"this run is on {device.type}."
-        )
-    if not compiled:
-        raise ConfigError("parallelism.enable_async_tensor_parallel is a compiler pass: set compile.enable.")
-
-
-def enable_async_tensor_parallel() -> None:
-    """Lets the compiler overlap collectives with the matrix products around them."""
-    torch._inductor.config._micro_pipeline_tp = True
-
-
 class _Gather(ParallelStyle):
     """Gathers the tokens of the first input once for all layers inside."""
 

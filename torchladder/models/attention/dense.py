@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchladder import mask
-from torchladder.models.attention.kernel import SDPA_OPS, AttentionKernel, register
+from torchladder.models.attention.kernel import AttentionKernel, register
 
 
 @register("dense")
@@ -15,7 +15,14 @@ class DenseKernel(AttentionKernel):
     """Any mask on any device, slowly. All other kernels are tested against it."""
 
     context_parallel = True
-    saved_ops = SDPA_OPS
+    saved_ops = frozenset(
+        {
+            "aten::_scaled_dot_product_flash_attention",
+            "aten::_scaled_dot_product_efficient_attention",
+            "aten::_scaled_dot_product_cudnn_attention",
+            "aten::_scaled_dot_product_flash_attention_for_cpu",
+        }
+    )
 
     def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> Tensor:
         return mask.dense(start.to(device))[:, None, query_offset:]  # (B, 1, queries, T)

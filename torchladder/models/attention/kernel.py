@@ -1,16 +1,7 @@
 """The contract of an attention kernel, and the choice of one for a run.
 
 Once per batch a kernel prepares ``start`` (see ``torchladder.mask``) into its own attention mask; every layer of the
-model then computes attention with it. A kernel is one class in one module of this package, or in a plugin:
-
-    @attention.register("mine")
-    class MyKernel(attention.AttentionKernel):
-        masks = frozenset({"causal", "chunk"})
-        devices = frozenset({"cuda"})
-        saved_ops = frozenset({"my_library::attention"})
-
-        def prepare(self, start, device, query_offset=0): ...
-        def attention(self, q, k, v, attn_mask): ...
+model then computes attention with it. A kernel is one class, in a module of this package or in a plugin (docs/mask.md).
 """
 
 from __future__ import annotations
@@ -32,19 +23,6 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 UNIFORM_CHUNKS = frozenset({"causal", "chunk"})
 """Masks that cut a row into chunks of one width, alone or composed."""
-
-SEGMENTS = frozenset({"causal", "document", "chunk", "sliding"})
-"""Masks that make segments under one window, alone or composed."""
-
-SDPA_OPS = frozenset(
-    {
-        "aten::_scaled_dot_product_flash_attention",
-        "aten::_scaled_dot_product_efficient_attention",
-        "aten::_scaled_dot_product_cudnn_attention",
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
-    }
-)
-"""The operators behind ``torch.nn.functional.scaled_dot_product_attention``."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +110,7 @@ register = registry.register
 def build_kernel(
     name: str, masks: list[str], device: torch.device | str, training: bool = True, tokens_per_rank: int | None = None
 ) -> AttentionKernel:
-    """Returns the kernel of that name, or for ``auto`` the first that takes the run, by priority.
-
-    Args:
-        name: a registered kernel, or ``auto``.
-        masks: names of the masks that ``start`` will be composed of.
-        device: where attention will run.
-        training: whether gradients will be needed.
-        tokens_per_rank: tokens of a row on each context-parallel rank; None without context parallelism.
+    """Returns the kernel ``name``, or for ``auto`` the first by priority that takes the run; see ``AttentionSetup``.
 
     Raises:
         ConfigError: an unknown name, or a kernel that cannot serve the run.

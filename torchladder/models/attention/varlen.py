@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from torchladder import mask
-from torchladder.models.attention.kernel import SEGMENTS, AttentionKernel, register
+from torchladder.models.attention.kernel import AttentionKernel, register
 
 SUPPORTS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """Whether this version's varlen_attn takes fewer key-value heads than query heads (PyTorch 2.12 and later)."""
@@ -36,7 +36,7 @@ class VarlenMask:
 class VarlenKernel(AttentionKernel):
     """Documents, chunks and a sliding window, by ``torch.nn.attention.varlen``."""
 
-    masks = SEGMENTS
+    masks = frozenset({"causal", "document", "chunk", "sliding"})
     devices = frozenset({"cuda"})
     saved_ops = frozenset({"torch_attn::_varlen_attn"})
 
