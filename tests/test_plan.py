@@ -160,7 +160,7 @@ def test_the_plan_needs_no_data(capsys):
             ["--curriculum.initial_window", "16", "--attention.masks", "causal"],
             ["phases"],
         ),
-        ("{ from_step = 5, rope_theta = 5e4 }", ["--model.positional_embedding", "none"], ["no rotary positions"]),
+        ("{ from_step = 5, rope_theta = 5e4 }", ["--model.positional_embedding", "none"], ["has no RoPE"]),
         ("{ from_step = 20, window = 8 }", [], ["begins at step 20", "20 steps"]),
     ],
 )

@@ -107,8 +107,8 @@ def test_what_no_checkpoint_holds_is_made_anew(trained, monkeypatch):
     class River(models.Llama):
         """One that fills a buffer with its first weights."""
 
-        def __init__(self, config, attend, seq_len):
-            super().__init__(config, attend, seq_len)
+        def __init__(self, config, attention_fn, seq_len):
+            super().__init__(config, attention_fn, seq_len)
             self.register_buffer("scale", torch.empty(config.dim), persistent=False)
 
         def init_weights(self, seed):
@@ -127,5 +127,5 @@ def test_a_model_that_reads_rows_from_their_beginning_only_says_so():
     class Forward(models.Llama):
         set_position_offset = models.Model.set_position_offset
 
-    with pytest.raises(ConfigError, match="Forward has no set_position_offset"):
+    with pytest.raises(ConfigError, match="Forward does not implement set_position_offset"):
         Forward(SHAPE).set_position_offset(3)
