@@ -194,7 +194,7 @@ def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind
         words = ["--tokenizer.path", str(here / "mine.json")]
     else:
         monkeypatch.setattr(tokenizer.ByteTokenizer, "file", lambda self: {"tokenizer.json": bpe})
-        monkeypatch.setitem(tokenizer.registry._parts, "mine", tokenizer.ByteTokenizer)
+        monkeypatch.setitem(tokenizer.registry._components, "mine", tokenizer.ByteTokenizer)
         words = []
     run = config.load(["--tokenizer.name", kind, *words])
     own = _tokenizer(run)

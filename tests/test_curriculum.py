@@ -310,7 +310,7 @@ def test_a_plugin_is_built_from_its_own_settings():
         assert to_stages(made, 100) == [(0, 512), (10, 2048), (20, 8192)]
         assert full_context_step(made, 100, 8192) == 20
     finally:
-        del curriculum.registry._parts["a-stair-of-this-test"]
+        del curriculum.registry._components["a-stair-of-this-test"]
 
 
 def test_build_passes_steps_and_seq_len():

@@ -147,8 +147,8 @@ def test_losses_are_those_of_each_token_alone(tiny, documents, cut, budget, name
     """Documents of no, one and many tokens, some of which are not predicted, under several masks."""
     context, stride = cut
     shape = dataclasses.replace(SHAPE, tie_embeddings=tied)
-    slow = models.Llama(shape, DenseKernel.attend, seq_len=context)
-    fast = models.Llama(shape, SdpaKernel.attend, seq_len=context)
+    slow = models.Llama(shape, DenseKernel.attention, seq_len=context)
+    fast = models.Llama(shape, SdpaKernel.attention, seq_len=context)
     slow.init_weights(seed)
     fast.load_state_dict(slow.state_dict())
     start = mask.registry.get(name)(torch.arange(context, dtype=torch.int32)[None], window)[0]
@@ -167,23 +167,23 @@ def test_losses_are_those_of_each_token_alone(tiny, documents, cut, budget, name
 
 
 def test_the_default_losses_of_a_model_are_the_same(monkeypatch):
-    model = models.Llama(SHAPE, DenseKernel.attend, seq_len=9)
+    model = models.Llama(SHAPE, DenseKernel.attention, seq_len=9)
     model.init_weights(0)
     tokens, labels = torch.randint(V, (3, 9)), torch.randint(V, (3, 9))
     labels[1, 2:] = -100
     form = mask.dense(torch.zeros(3, 9, dtype=torch.int32))[:, None]
-    losses = models.Model.losses(model, tokens, form, labels)
+    losses = models.Model.per_token_loss(model, tokens, form, labels)
     assert (losses.shape, losses.dtype, losses.requires_grad) == ((3, 9), torch.float32, False)
     assert (losses[1, 2:] == 0).all()
-    monkeypatch.setattr("torchladder.models.loss.MIN_CHUNK", 4)
-    monkeypatch.setattr("torchladder.models.loss.LOGITS_ON_CPU", 1)
-    torch.testing.assert_close(model.losses(tokens, form, labels), losses)
+    monkeypatch.setattr("torchladder.models.loss.MIN_CHUNK_TOKENS", 4)
+    monkeypatch.setattr("torchladder.models.loss.MAX_LOGITS_CPU", 1)
+    torch.testing.assert_close(model.per_token_loss(tokens, form, labels), losses)
     torch.testing.assert_close(model(tokens, form, labels).detach(), losses.sum())
-    assert model.bfloat16().losses(tokens, form, labels).dtype == torch.float32
+    assert model.bfloat16().per_token_loss(tokens, form, labels).dtype == torch.float32
 
 
 def test_a_token_that_the_model_does_not_have_is_named(tiny):
-    model = models.Llama(SHAPE, SdpaKernel.attend, seq_len=4)
+    model = models.Llama(SHAPE, SdpaKernel.attention, seq_len=4)
     loaded_model = LoadedModel(model, torch.zeros(4, dtype=torch.int32), torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"memory\.bin has token 11, the model's vocabulary is 11"):
         evaluation.compute_losses(loaded_model, job_of(tiny, [[1, V, 2]], 4, 4), 100, len)

@@ -67,7 +67,7 @@ def make(path, masks=(), **changed):
     section = SimpleNamespace(**{**hf_config.model_section(config), **changed})
     masks = [*masks, "sliding" if hf_config.sliding_window(config) else "causal"]
     kernel = attention.build_kernel("dense", masks, "cpu", training=False)
-    return models.build(section, attend=kernel.attend, seq_len=T).eval(), kernel
+    return models.build(section, attention_fn=kernel.attention, seq_len=T).eval(), kernel
 
 
 def start_of(path, positions, masks=()):
@@ -78,7 +78,7 @@ def start_of(path, positions, masks=()):
 
 @torch.no_grad()
 def logits(path, model, kernel, tokens, start):
-    return model(tokens, kernel.derive(start, torch.device("cpu")))
+    return model(tokens, kernel.prepare(start, torch.device("cpu")))
 
 
 def text(rows=2, length=T):
@@ -203,7 +203,7 @@ def test_linear_scaling_is_a_condensed_position():
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**again))
     with torch.device("meta"):
         condensed = models.build(SimpleNamespace(**read), seq_len=8)
-    frequencies = condensed.rope.rotation.angles(2, 8, torch.device("cpu"))[1]
+    frequencies = condensed.rope.rope_parameters.angles(2, 8, torch.device("cpu"))[1]
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies)
 
 

@@ -1,4 +1,4 @@
-"""Layouts of ranks change nothing in the result: losses of 20 steps under a ladder with documents, and gradients."""
+"""The result does not depend on the layout: losses of 20 steps of a curriculum over documents, and gradients."""
 
 import importlib.util
 import shutil
@@ -12,7 +12,7 @@ from torchladder.distributed import context_parallel, mesh, parallelize
 from torchladder.distributed.mesh import ParallelismConfig
 from torchladder.distributed.parallelize import ParallelizeConfig
 from torchladder.models import attention
-from torchladder.models.attention import sdpa
+from torchladder.models.attention.sdpa import SdpaKernel
 
 CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=51, vocab_size=67)
 TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", [*TWO, *FOUR])
-def test_a_layout_gives_one_ranks_losses(folder, layout):
+def test_the_losses_of_a_layout_are_those_of_one_rank(folder, layout):
     for key, first, later in (("loss", 1e-6, 1e-4), ("grad_norm", 1e-5, 1e-3)):
         one, many = (layouts.losses(folder / name, key) for name in ("one", layout))
         apart = {step: abs(many[step] / one[step] - 1) for step in one}
@@ -75,10 +75,10 @@ def test_a_layout_gives_one_ranks_losses(folder, layout):
 
 
 @pytest.mark.parametrize("how", SAME)
-def test_recomputing_and_compiling_change_no_loss(folder, how):
+def test_activation_checkpointing_and_compiling_change_no_loss(folder, how):
     one, other = layouts.losses(folder / "one"), layouts.losses(folder / how)
     assert max(abs(other[step] / one[step] - 1) for step in one) <= 1e-5
-    if "compiled" in how:  # one graph for all blocks and one or two for the loss: no window of the ladder adds any
+    if "compiled" in how:  # one graph for all blocks and one or two for the loss: no window adds one
         assert int((folder / how / "graphs").read_text()) <= 3
 
 
@@ -90,7 +90,7 @@ def test_float8_changes_losses_a_little(folder, how):
     assert 1e-6 < max(apart) < 1e-2
 
 
-def test_a_checkpoint_of_shared_layers_continues_on_one_rank(folder):
+def test_a_tensor_parallel_checkpoint_resumes_on_one_rank(folder):
     shutil.copytree(folder / "TP2 x FSDP2", folder / "continued")
     layouts.launch(layouts.train, 1, folder, {"continued": [*SAVING, "--checkpoint.load_step", "10"]})
     one, other = layouts.losses(folder / "one"), layouts.losses(folder / "continued")
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_shared_layers_continues_on_one_rank(folder):
 
 
 def rows(batch=4, length=16):
-    """Rows whose labels are uneven: none in the first half of the batch but one, all in the second."""
+    """Returns rows with uneven labels: a single one in the first half of the batch, all in the second."""
     tokens = torch.randint(67, (batch, length), generator=torch.Generator().manual_seed(0))
     labels = tokens.roll(-1, dims=1).clone()
     labels[: batch // 2] = -100
@@ -119,17 +119,19 @@ def whole(config):
     return model, loss
 
 
-def spread(ranks, config, parallelism):
-    """Returns the model on a layout, its mesh and its share of rows."""
+def parallelized(ranks, config, parallelism):
+    """Returns the model on a layout, its mesh and its slice of rows."""
     found = mesh.build(mesh.degrees(parallelism, ranks.size), ranks.rank, "cpu")
-    share = context_parallel.ContextShard(found, seq_len=16)
+    shard = context_parallel.ContextShard(found, seq_len=16)
     with torch.device("meta"):
-        model = models.Llama(config, share.attend(sdpa.SdpaKernel.attend), seq_len=16)
-        model.set_position_offset(share.first)
-    parallelize.parallelize(model, model.parallel_plan(), found, ParallelizeConfig(parallelism))
+        model = models.Llama(config, shard.wrap_attention(SdpaKernel.attention), seq_len=16)
+        model.set_position_offset(shard.offset)
+    parallelize.parallelize_model(
+        model, model.parallel_plan(), found, ParallelizeConfig(parallelism), SdpaKernel.saved_ops
+    )
     model.to_empty(device="cpu")
     model.init_weights(0)
-    return model, found, share
+    return model, found, shard
 
 
 def compare(ranks, cases):
@@ -137,11 +139,11 @@ def compare(ranks, cases):
     kernel = attention.build_kernel("sdpa", ["causal"], "cpu")
     for config, settings in cases:
         one, expected = whole(config)
-        model, found, here = spread(ranks, config, ParallelismConfig(**settings))
+        model, found, here = parallelized(ranks, config, ParallelismConfig(**settings))
         share = len(tokens) // found.degrees.data
         mine = slice(found.data_rank * share, (found.data_rank + 1) * share)
-        form = here.form(kernel.derive, torch.zeros(share, 16, dtype=torch.int32), torch.device("cpu"))
-        loss = model(here(tokens[mine]), form, here(labels[mine])) / 33
+        attn_mask = here.prepare_mask(kernel.prepare, torch.zeros(share, 16, dtype=torch.int32), torch.device("cpu"))
+        loss = model(here(tokens[mine]), attn_mask, here(labels[mine])) / 33
         loss.backward()
         assert ranks.sum(loss.item(), found.degrees.tensor) == pytest.approx(expected.item(), rel=1e-6)
         assert sum(parameter.numel() for parameter in model.parameters()) == one.num_parameters()
@@ -151,10 +153,10 @@ def compare(ranks, cases):
         norm, reference = (torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0) for m in (model, one))
         torch.testing.assert_close(norm.full_tensor(), reference)
         logits = one(tokens, None)
-        torch.testing.assert_close(model(here(tokens[mine]), form), here(logits[mine]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(here(tokens[mine]), attn_mask), here(logits[mine]), atol=1e-5, rtol=1e-4)
 
 
-def test_uneven_labels_sizes_that_do_not_divide_and_tied_weights_give_one_ranks_gradients():
+def test_gradients_with_uneven_labels_uneven_shards_and_tied_weights_are_those_of_one_rank():
     tensor = {"tensor_parallel_degree": 2}
     off = {**tensor, "disable_loss_parallel": True}
     cases = [(config, settings) for config in (CONFIG, TIED) for settings in (tensor, off)]
@@ -162,6 +164,6 @@ def test_uneven_labels_sizes_that_do_not_divide_and_tied_weights_give_one_ranks_
     layouts.launch(compare, 4, [*cases, (TIED, {**tensor, "context_parallel_degree": 2})])
 
 
-def test_eight_ranks_of_every_kind_give_one_ranks_gradients():
+def test_gradients_of_eight_ranks_with_all_parallelisms_are_those_of_one_rank():
     every = {"tensor_parallel_degree": 2, "context_parallel_degree": 2, "data_parallel_replicate_degree": 2}
     layouts.launch(compare, 8, [(CONFIG, every), (TIED, {**every, "data_parallel_replicate_degree": 1})])

@@ -1,4 +1,4 @@
-"""Masks against their slow definitions, and every form against the dense mask."""
+"""Masks against their slow definitions, and every conversion against the dense mask."""
 
 import pytest
 import torch
@@ -67,13 +67,21 @@ def test_a_mask_is_what_it_says(name, positions, window):
 
 @given(positions=positions(), window=st.integers(1, 200), names=st.sets(st.sampled_from(sorted(SLOW)), min_size=1))
 def test_masks_compose_by_and(positions, window, names):
-    start = mask.compose(*(mask.registry.get(name)(positions, window) for name in names))
+    start = mask.from_names(names, positions, window)
     together = torch.stack([slow(name, positions, window) for name in names]).all(0)
     assert torch.equal(mask.dense(start), together)
     index = torch.arange(positions.shape[1])
     assert (start.diff(dim=1) >= 0).all()
     assert (start >= 0).all()
     assert (start <= index).all()
+
+
+def test_from_names_looks_masks_up_and_composes_them():
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], dtype=torch.int32)
+    assert mask.from_names(["document", "chunk"], positions, 4).tolist() == [[0, 0, 0, 0, 4, 5, 5, 5]]
+    assert torch.equal(mask.from_names(["sliding"], positions, 3), mask.sliding(positions, 3))
+    with pytest.raises(ConfigError, match=r"unknown mask 'chunks'\. Did you mean 'chunk'"):
+        mask.from_names(["document", "chunks"], positions, 4)
 
 
 def test_a_window_counts_the_query_itself():
@@ -138,7 +146,7 @@ def test_block_mask_equals_create_block_mask(block_size, start):
 @settings(max_examples=25)
 @given(positions=positions(400), window=st.integers(1, 450), names=st.sets(st.sampled_from(sorted(SLOW)), min_size=1))
 def test_block_mask_of_the_masks_there_are(block_size, positions, window, names):
-    assert_same_blocks(mask.compose(*(mask.registry.get(name)(positions, window) for name in names)), block_size)
+    assert_same_blocks(mask.from_names(names, positions, window), block_size)
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 384])
@@ -149,35 +157,35 @@ def test_block_mask_at_the_edges_of_blocks(length):
             assert_same_blocks(mask.registry.get(name)(row, window), 128)
 
 
-def dense_of_varlen(form, batch, length):
+def dense_of_varlen(segments, batch, length):
     segment = torch.zeros(batch * length, dtype=torch.long)
-    segment[form.cu_seqlens[:-1].long()] = 1
+    segment[segments.cu_seqlens[:-1].long()] = 1
     segment = segment.cumsum(0).view(batch, length)
     index = torch.arange(length)
     distance = index[:, None] - index[None, :]
-    return (segment[:, :, None] == segment[:, None, :]) & (distance >= 0) & (distance < form.window)
+    return (segment[:, :, None] == segment[:, None, :]) & (distance >= 0) & (distance < segments.window)
 
 
 @given(positions=positions(), window=st.integers(1, 200), names=st.sets(st.sampled_from(sorted(SLOW)), min_size=1))
 def test_varlen_of_the_masks_there_are(positions, window, names):
-    start = mask.compose(*(mask.registry.get(name)(positions, window) for name in names))
-    form = mask.varlen(start)
-    assert torch.equal(dense_of_varlen(form, *start.shape), mask.dense(start))
-    assert form.cu_seqlens.dtype == torch.int32
-    assert form.cu_seqlens[0] == 0
-    assert form.cu_seqlens[-1] == start.numel()
-    assert form.max_seqlen == int(form.cu_seqlens.diff().max())
-    assert form.window <= form.max_seqlen
+    start = mask.from_names(names, positions, window)
+    segments = mask.varlen(start)
+    assert torch.equal(dense_of_varlen(segments, *start.shape), mask.dense(start))
+    assert segments.cu_seqlens.dtype == torch.int32
+    assert segments.cu_seqlens[0] == 0
+    assert segments.cu_seqlens[-1] == start.numel()
+    assert segments.max_seqlen == int(segments.cu_seqlens.diff().max())
+    assert segments.window <= segments.max_seqlen
 
 
 @given(start=starts(longest=40))
 def test_varlen_of_any_mask_is_right_or_refused(start):
     try:
-        form = mask.varlen(start)
+        segments = mask.varlen(start)
     except ConfigError as error:
         assert "flex" in str(error)  # noqa: PT017 - either way is right
     else:
-        assert torch.equal(dense_of_varlen(form, *start.shape), mask.dense(start))
+        assert torch.equal(dense_of_varlen(segments, *start.shape), mask.dense(start))
 
 
 def test_varlen_refuses_what_is_not_segments_under_one_window():
@@ -188,14 +196,14 @@ def test_varlen_refuses_what_is_not_segments_under_one_window():
 @given(length=st.integers(1, 200), window=st.integers(1, 250), batch=st.integers(1, 3))
 def test_fold_finds_the_width(length, window, batch):
     row = torch.arange(length, dtype=torch.int32).repeat(batch, 1)
-    assert mask.fold(mask.chunk(row, window)) == min(window, length)
-    assert mask.fold(mask.causal(row, window)) == length
+    assert mask.chunk_width(mask.chunk(row, window)) == min(window, length)
+    assert mask.chunk_width(mask.causal(row, window)) == length
 
 
 @given(start=starts(longest=40))
 def test_fold_of_any_mask_is_right_or_refused(start):
     try:
-        width = mask.fold(start)
+        width = mask.chunk_width(start)
     except ConfigError as error:
         assert "varlen" in str(error)  # noqa: PT017 - either way is right
     else:

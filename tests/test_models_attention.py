@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
 
 from torchladder import mask, models
+from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig, apply_activation_checkpoint
 from torchladder.models import attention
 from torchladder.models.attention import attention_pieces, fused_sdpa, varlen
 from torchladder.registry import ConfigError
@@ -23,9 +24,9 @@ MIXES = [("causal",), ("chunk",), ("document",), ("sliding",), ("document", "chu
 heads = st.sampled_from([(1, 1), (4, 4), (4, 2), (4, 1), (6, 2)])
 
 
-def make(name, training=True):
-    """A kernel whose masks are not checked: what it computes is."""
-    return attention.registry.get(name)(masks=[], device=CPU, training=training)
+def make(name):
+    """Returns a kernel without the checks of ``build_kernel``."""
+    return attention.registry.get(name)()
 
 
 def inputs(batch, length, heads, size=8, dtype=torch.float32, seed=0):
@@ -40,7 +41,7 @@ def inputs(batch, length, heads, size=8, dtype=torch.float32, seed=0):
 
 
 def run(kernel, start, q, k, v, grad):
-    out = kernel.attend(q, k, v, kernel.derive(start, CPU))
+    out = kernel.attention(q, k, v, kernel.prepare(start, CPU))
     return out, *torch.autograd.grad(out, (q, k, v), grad)
 
 
@@ -63,7 +64,7 @@ def test_sdpa_computes_any_mask(start, heads):
 @settings(max_examples=60)
 @given(positions=positions(400), window=st.integers(1, 450), mix=st.sampled_from(MIXES), heads=heads)
 def test_sdpa_computes_the_masks_there_are(positions, window, mix, heads):
-    start = mask.compose(*(mask.registry.get(name)(positions, window) for name in mix))
+    start = mask.from_names(mix, positions, window)
     assert_like_dense("sdpa", start, heads)
 
 
@@ -114,9 +115,11 @@ def test_the_textbook_stands_in_where_no_fused_kernel_does(start, heads):
 @pytest.mark.parametrize("name", ["fold", "sdpa"])
 def test_gradients_are_exact_in_fp64(name):
     start = mask.chunk(torch.arange(11, dtype=torch.int32).repeat(2, 1), 4)
-    form = make(name).derive(start, CPU)
+    attn_mask = make(name).prepare(start, CPU)
     q, k, v, _ = inputs(2, 11, (4, 2), 4, torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k, v: make(name).attend(q, k, v, form), (q, k, v), nondet_tol=1e-9)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: make(name).attention(q, k, v, attn_mask), (q, k, v), nondet_tol=1e-9
+    )
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -137,22 +140,22 @@ def test_the_cost_of_sdpa_follows_the_pairs(mix, window):
     length = 2048
     positions = torch.arange(length, dtype=torch.int32).repeat(2, 1)
     positions[1, 900:] -= 900
-    start = mask.compose(*(mask.registry.get(name)(positions, window) for name in mix))
+    start = mask.from_names(mix, positions, window)
     # A masked block computes the triangle of its own queries and keys twice over, so a narrow window costs most.
-    assert work(attention_pieces.of(start)) < 2 * mask.pairs(start) + 64 * length * 2
+    assert work(attention_pieces.mask_pieces(start)) < 2 * mask.pairs(start) + 64 * length * 2
 
 
 def test_a_causal_row_is_one_call():
     row = torch.arange(1000, dtype=torch.int32).repeat(3, 1)
-    assert len(attention_pieces.of(mask.causal(row, 1))) == 1
-    assert len(attention_pieces.uniform(3, 1000, 1000)) == 1
-    assert len(attention_pieces.uniform(3, 1000, 100)) == 1
-    assert len(attention_pieces.uniform(3, 1000, 600)) == 2  # the chunks, then the shorter ones at the end
+    assert len(attention_pieces.mask_pieces(mask.causal(row, 1))) == 1
+    assert len(attention_pieces.chunk_pieces(3, 1000, 1000)) == 1
+    assert len(attention_pieces.chunk_pieces(3, 1000, 100)) == 1
+    assert len(attention_pieces.chunk_pieces(3, 1000, 600)) == 2  # the chunks, then the shorter ones at the end
 
 
 def test_a_call_takes_no_more_segments_than_a_grid_has_room_for(monkeypatch):
-    monkeypatch.setattr(attention_pieces, "MOST", 10)
-    layout = attention_pieces.uniform(5, 30, 2)
+    monkeypatch.setattr(attention_pieces, "MAX_SEGMENTS", 10)
+    layout = attention_pieces.chunk_pieces(5, 30, 2)
     assert all((p.rows.stop - p.rows.start) * (p.queries.stop - p.queries.start) // p.width <= 10 for p in layout)
     assert_like_dense("fold", mask.chunk(torch.arange(30, dtype=torch.int32).repeat(5, 1), 2), (4, 2))
     assert_like_dense("fold", mask.chunk(torch.arange(30, dtype=torch.int32).repeat(5, 1), 8), (4, 2))
@@ -161,7 +164,7 @@ def test_a_call_takes_no_more_segments_than_a_grid_has_room_for(monkeypatch):
 @given(start=starts(longest=300))
 def test_pieces_cover_each_query_once(start):
     seen = torch.zeros_like(start)
-    for piece in attention_pieces.of(start):
+    for piece in attention_pieces.mask_pieces(start):
         seen[piece.rows, piece.queries] += 1
     assert (seen == 1).all()
 
@@ -195,14 +198,14 @@ def test_cudnn_serves_few_lengths(monkeypatch):
 def test_auto_chooses_by_device_and_masks(masks, device, expected):
     chosen = attention.build_kernel("auto", masks, device)
     assert chosen.name == expected
-    assert masks[0] in chosen.why
+    assert masks[0] in chosen.reason
 
 
 def test_a_kernel_refuses_what_it_cannot_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     refused = [
-        ("fold", ["document"], "cpu", "cannot express the mask 'document', only causal, chunk"),
-        ("varlen", ["causal"], "cpu", "needs CUDA"),
+        ("fold", ["document"], "cpu", "does not support the mask 'document', only causal, chunk"),
+        ("varlen", ["causal"], "cpu", "runs on cuda, not on cpu"),
         ("flash", ["causal"], "cuda", r"torchladder\[flash\]"),
         ("flex", ["causal"], "cpu", "cannot train on a CPU"),
         ("flexx", ["causal"], "cpu", "Did you mean 'flex'"),
@@ -214,22 +217,107 @@ def test_a_kernel_refuses_what_it_cannot_do(monkeypatch):
     assert attention.build_kernel("flex", ["causal"], "cpu", training=False).name == "flex"
 
 
+@torch.library.custom_op("tests::triangle", mutates_args=())
+def triangle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return attention.causal_attention(q, k, v)
+
+
+def backward_of_triangle(ctx, grad):
+    q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+    with torch.enable_grad():
+        return torch.autograd.grad(attention.causal_attention(q, k, v), (q, k, v), grad)
+
+
+triangle.register_fake(lambda q, k, v: torch.empty_like(q))
+triangle.register_autograd(
+    backward_of_triangle, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+@attention.register("triangle")
+class TriangleKernel(attention.AttentionKernel):
+    """A plugin's kernel."""
+
+    masks = frozenset({"causal"})
+    devices = frozenset({"cpu"})
+    saved_ops = frozenset({"tests::triangle"})
+    auto_priority = 40
+
+    @classmethod
+    def auto_reason(cls, setup):
+        return "fast for three tokens" if setup.tokens_per_rank == 3 else None
+
+    def prepare(self, start, device, query_offset=0):
+        return None
+
+    @staticmethod
+    def attention(q, k, v, attn_mask):
+        return triangle(q, k, v)
+
+
+def test_a_plugin_kernel_is_chosen_and_checked_like_any_other(monkeypatch):
+    assert_like_dense("triangle", mask.causal(torch.arange(20, dtype=torch.int32).repeat(2, 1), 20), (4, 2))
+    assert attention.build_kernel("auto", ["causal"], "cpu").name == "fold"  # asked first, it declines
+    with pytest.raises(ConfigError, match="kernel 'triangle' does not support the mask 'chunk', only causal"):
+        attention.build_kernel("triangle", ["chunk"], "cpu")
+    with pytest.raises(ConfigError, match="kernel 'triangle' does not support context parallelism"):
+        attention.build_kernel("triangle", ["causal"], "cpu", tokens_per_rank=3)
+    monkeypatch.setattr(TriangleKernel, "context_parallel", True)
+    chosen = attention.build_kernel("auto", ["causal"], "cpu", tokens_per_rank=3)
+    assert (chosen.name, chosen.reason) == ("triangle", "fast for three tokens")
+    for masks, device in ((["chunk"], "cpu"), (["causal"], "cuda")):  # not asked for what it does not declare
+        assert attention.build_kernel("auto", masks, device, tokens_per_rank=3).name == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["dense", "fold", "sdpa", "triangle"])
+def test_selective_checkpointing_by_op_recomputes_no_attention(name):
+    kernel = make(name)
+    attn_mask = kernel.prepare(mask.causal(torch.arange(200, dtype=torch.int32).repeat(2, 1), 200), CPU)
+    calls = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function.name().split(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    for mode, expected in (("full", 1), ("selective", 0)):
+        model = models.Llama(SHAPE, kernel.attention, seq_len=200)
+        model.init_weights(0)
+        config = ActivationCheckpointConfig(mode, "op")
+        block = apply_activation_checkpoint(model.layers["0"], 0, config, kernel.saved_ops)
+        loss = block(torch.randn(2, 200, 32, requires_grad=True), attn_mask).sum()
+        calls.clear()
+        with Record():
+            loss.backward()
+        assert sum(call in kernel.saved_ops for call in calls) == expected, mode
+
+
 def test_a_plugin_mask_needs_a_kernel_for_any_mask(monkeypatch):
-    monkeypatch.setitem(mask.registry._parts, "stairs", mask.causal)
+    monkeypatch.setitem(mask.registry._components, "stairs", mask.causal)
     assert attention.build_kernel("auto", ["stairs"], "cpu").name == "sdpa"
     with pytest.raises(ConfigError, match="stairs"):
         attention.build_kernel("varlen", ["stairs"], "cuda")
 
 
 def test_the_mask_of_the_docs_works(monkeypatch):
-    monkeypatch.setattr(mask.registry, "_parts", dict(mask.registry._parts))
+    monkeypatch.setattr(mask.registry, "_components", dict(mask.registry._components))
     page = (Path(__file__).parent.parent / "docs" / "mask.md").read_text()
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "@mask.register" in code]
     exec(example, {"__name__": "plugin"})
     positions = torch.arange(100, dtype=torch.int32).repeat(2, 1)
-    start = mask.registry.get("neighbours")(positions, 16)
+    start = mask.registry.get("neighbors")(positions, 16)
     assert start[0, [0, 31, 32, 99]].tolist() == [0, 0, 16, 80]
     assert_like_dense("sdpa", start, (4, 2))
+
+
+def test_the_kernel_of_the_docs_works(monkeypatch):
+    monkeypatch.setattr(attention.registry, "_components", dict(attention.registry._components))
+    page = (Path(__file__).parent.parent / "docs" / "mask.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "@attention.reg" in code]
+    exec(example, {"__name__": "plugin"})
+    assert attention.build_kernel("auto", ["causal"], "cuda").name == "mine"
+    assert attention.build_kernel("auto", ["causal"], "cuda", training=False).name == "fold"
+    assert_like_dense("mine", mask.causal(torch.arange(20, dtype=torch.int32).repeat(2, 1), 20), (4, 2))
 
 
 # --- under the compiler ----------------------------------------------------------------------------------------------
@@ -242,7 +330,7 @@ def climb(kernel, names, compiled):
     """The losses and the summed gradient of the embedding over a ladder of windows with documents."""
     torch._dynamo.reset()
     counters.clear()
-    model = models.Llama(SHAPE, kernel.attend, seq_len=200)
+    model = models.Llama(SHAPE, kernel.attention, seq_len=200)
     model.init_weights(0)
     if compiled:
         for block in model.layers.values():
@@ -252,8 +340,8 @@ def climb(kernel, names, compiled):
     positions[1, 70:] -= 70
     losses = []
     for window in LADDER:
-        start = mask.compose(*(mask.registry.get(name)(positions, window) for name in names))
-        loss = model(tokens, kernel.derive(start, CPU), tokens)
+        start = mask.from_names(names, positions, window)
+        loss = model(tokens, kernel.prepare(start, CPU), tokens)
         if torch.is_grad_enabled():
             loss.backward()
         losses.append(loss.detach())
@@ -275,7 +363,7 @@ def test_one_graph_trains_the_whole_ladder(name, masks):
 @torch.no_grad()
 def test_one_graph_of_flex_serves_the_whole_ladder():
     masks = ["document", "chunk"]
-    compiled, _ = climb(make("flex", training=False), masks, compiled=True)
+    compiled, _ = climb(make("flex"), masks, compiled=True)
     assert counters["stats"]["unique_graphs"] == 1
     reference, _ = climb(make("dense"), masks, compiled=False)
     torch.testing.assert_close(compiled, reference, atol=1e-3, rtol=1e-5)
@@ -286,7 +374,7 @@ def test_the_operators_keep_their_promises(name):
     start = mask.chunk(torch.arange(30, dtype=torch.int32).repeat(2, 1), 7)
     q, k, v, _ = inputs(2, 30, (4, 2))
     operator = getattr(torch.ops.torchladder, name).default
-    torch.library.opcheck(operator, (q, k, v, make(name).derive(start, CPU)))
+    torch.library.opcheck(operator, (q, k, v, make(name).prepare(start, CPU)))
 
 
 # --- varlen, with stand-ins for the CUDA kernels ---------------------------------------------------------------------
@@ -315,12 +403,11 @@ def test_varlen_hands_over_the_right_segments(grouped, positions, window, mix, h
         assert window_size[1] == 0
         return segments_by_hand(q, k, v, bounds, window_size[0])
 
-    start = mask.compose(*(mask.registry.get(name)(positions, window) for name in mix))
+    start = mask.from_names(mix, positions, window)
     given = inputs(*start.shape, heads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(varlen.VarlenKernel, "check", lambda *_: None)
         patch.setattr(varlen, "varlen_attn", stand_in)
-        patch.setattr(varlen, "GROUPED", grouped)
+        patch.setattr(varlen, "SUPPORTS_GQA", grouped)
         ours = run(make("varlen"), start, *given)
     for one, reference in zip(ours, run(make("dense"), start, *given), strict=True):
         torch.testing.assert_close(one, reference, atol=2e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Weights and loss do not depend on how ranks share a model: four processes, sizes that do not divide."""
+"""Initial weights and loss do not depend on the sharding: four ranks, sizes that do not divide."""
 
 import os
 
@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from torchladder import models
+from torchladder.distributed.tensor_parallel import apply_tensor_parallel
 from torchladder.models.qwen3 import Qwen3, Qwen3Config
 
 CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=50, vocab_size=67)
@@ -18,14 +19,14 @@ QWEN = Qwen3Config(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8, ffn_
 
 
 def sharded(family, config, tensor_parallel):
-    """A model made on meta and spread over data-parallel ranks, and over two tensor-parallel ones if asked."""
+    """Returns a model from meta, sharded with FSDP2 over the data-parallel ranks; optionally also tensor-parallel."""
     with torch.device("meta"):
         model = family(config, seq_len=16)
     mesh = init_device_mesh("cpu", (4,))
     if tensor_parallel:
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
         mesh = both["data"]
-        tensor_parallel.parallelize(model, model.parallel_plan(), both["tensor"], loss_parallel=True)
+        apply_tensor_parallel(model, model.parallel_plan(), both["tensor"], loss_parallel=True)
     for block in model.layers.values():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

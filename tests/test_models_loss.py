@@ -10,8 +10,8 @@ from torchladder.models.loss import cross_entropy
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS_ON_CPU", 1)
-    monkeypatch.setattr(loss, "FEWEST", 13)
+    monkeypatch.setattr(loss, "MAX_LOGITS_CPU", 1)
+    monkeypatch.setattr(loss, "MIN_CHUNK_TOKENS", 13)
 
 
 def inputs(dtype=torch.float32, tokens=50, dim=16, vocab=40):
@@ -19,14 +19,14 @@ def inputs(dtype=torch.float32, tokens=50, dim=16, vocab=40):
     hidden = torch.randn(2, tokens // 2, dim, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(vocab, dim, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(vocab, (2, tokens // 2), generator=generator)
-    labels[0, ::3] = loss.IGNORED
-    labels[1, :13] = loss.IGNORED  # a chunk without a label
+    labels[0, ::3] = loss.IGNORE_INDEX
+    labels[1, :13] = loss.IGNORE_INDEX  # a chunk without a label
     return hidden, weight, labels
 
 
 def plain(hidden, weight, labels):
     logits = F.linear(hidden, weight).flatten(0, 1).float()
-    return F.cross_entropy(logits, labels.flatten(), ignore_index=loss.IGNORED, reduction="sum")
+    return F.cross_entropy(logits, labels.flatten(), ignore_index=loss.IGNORE_INDEX, reduction="sum")
 
 
 def run(function, hidden, weight, labels, scale=0.5):
@@ -36,7 +36,7 @@ def run(function, hidden, weight, labels, scale=0.5):
 
 @pytest.mark.parametrize("fewest", [1, 13, 50, 1000])
 def test_it_equals_plain_cross_entropy(monkeypatch, fewest):
-    monkeypatch.setattr(loss, "FEWEST", fewest)
+    monkeypatch.setattr(loss, "MIN_CHUNK_TOKENS", fewest)
     for ours, reference in zip(run(cross_entropy, *inputs()), run(plain, *inputs()), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
@@ -66,13 +66,13 @@ def test_it_equals_plain_cross_entropy_under_autocast():
 
 def test_labels_that_are_all_ignored_give_zero():
     hidden, weight, labels = inputs()
-    for value in run(cross_entropy, hidden, weight, torch.full_like(labels, loss.IGNORED)):
+    for value in run(cross_entropy, hidden, weight, torch.full_like(labels, loss.IGNORE_INDEX)):
         assert not value.any()
 
 
 def test_states_without_a_label_do_not_matter():
     hidden, weight, labels = inputs()
-    broken = hidden.detach().masked_fill((labels == loss.IGNORED)[..., None], torch.nan).requires_grad_()
+    broken = hidden.detach().masked_fill((labels == loss.IGNORE_INDEX)[..., None], torch.nan).requires_grad_()
     for ours, reference in zip(run(cross_entropy, broken, weight, labels), run(plain, *inputs()), strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
 

@@ -31,7 +31,7 @@ def section(flavor="debug", **overrides):
 
 
 def make(config=SMALL):
-    model = models.Qwen3(config, attention.causal, 16)
+    model = models.Qwen3(config, attention.causal_attention, 16)
     model.init_weights(0)
     return model
 
@@ -44,7 +44,7 @@ def test_every_flavor_has_its_published_size():
     assert list(PARAMETERS) == list(models.registry.flavors("qwen3"))
     for flavor, parameters in PARAMETERS.items():
         with torch.device("meta"):
-            model = models.build(section(flavor), attend=attention.causal, seq_len=64)
+            model = models.build(section(flavor), attention_fn=attention.causal_attention, seq_len=64)
         assert model.num_parameters() == parameters, flavor
 
 
@@ -105,5 +105,5 @@ def test_its_settings_have_meanings_and_defaults_of_its_own():
     assert all(models.registry.docs("qwen3").values())
     config = models.resolve(section("", dim=64, n_layers=1, n_heads=2, ffn_dim=64))
     assert (config.head_size, config.rope_theta, config.norm_eps, config.vocab_size) == (128, 1e6, 1e-6, 151936)
-    with pytest.raises(ConfigError, match=r"model\.ffn_dim is not set"):
+    with pytest.raises(ConfigError, match=r"model\.ffn_dim is required"):
         models.resolve(section("", dim=64, n_layers=1, n_heads=2))

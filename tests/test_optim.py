@@ -141,7 +141,7 @@ def test_a_plugin_brings_its_own_settings():
         made = optim.build(SimpleNamespace(name="SGD", lr=0.5, momentum=0.7), Model())
         assert made.defaults["momentum"] == 0.7
     finally:
-        del optim.registry._parts["SGD"]
+        del optim.registry._components["SGD"]
 
 
 # --- the learning rate -----------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_a_plugin_adds_a_decay_type():
     try:
         assert course(4, warmup_steps=0, decay_type="cliff", min_lr_factor=0.5) == [1, 1, 0.5, 0.5]
     finally:
-        del optim.decays._parts["cliff"]
+        del optim.decays._components["cliff"]
 
 
 def test_the_scheduler_sets_every_group_and_keeps_no_step():

@@ -31,7 +31,7 @@ def test_flops_are_the_sum_over_all_steps():
     plan = plans.make_plan(load("debug", "--attention.masks", "chunk", "--training.steps", "7"))
     row = torch.arange(plan.config.training.seq_len, dtype=torch.int32)[None]
     with torch.device("meta"):
-        model = models.registry.build(plan.config.model, attend=None, seq_len=row.shape[1])
+        model = models.registry.build(plan.config.model, attention_fn=None, seq_len=row.shape[1])
     rows = plan.batch.global_batch_size
     starts = [mask.chunk(row, plan.schedule.window(step)) for step in range(7)]
     expected = sum(model.flops(rows * row.shape[1], rows * mask.pairs(start)) for start in starts)
@@ -160,7 +160,7 @@ def test_the_plan_needs_no_data(capsys):
             ["--curriculum.initial_window", "16", "--attention.masks", "causal"],
             ["phases"],
         ),
-        ("{ from_step = 5, rope_theta = 5e4 }", ["--model.positional_embedding", "none"], ["rotary positions"]),
+        ("{ from_step = 5, rope_theta = 5e4 }", ["--model.positional_embedding", "none"], ["has no RoPE"]),
         ("{ from_step = 20, window = 8 }", [], ["begins at step 20", "20 steps"]),
     ],
 )

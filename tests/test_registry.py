@@ -8,7 +8,7 @@ from torchladder.registry import ConfigError, Registry, unknown_name
 
 @pytest.fixture
 def shapes():
-    registry = Registry("shape", facts={"size": "how large"})
+    registry = Registry("shape", runtime_args={"size": "how large"})
 
     @registry.register("square")
     @dataclass(frozen=True)
@@ -35,13 +35,13 @@ def shapes():
     return registry
 
 
-def test_a_part_is_built_from_its_settings_and_the_facts_it_declares(shapes):
+def test_a_component_is_built_from_its_settings_and_the_runtime_arguments_it_declares(shapes):
     square = shapes.build(SimpleNamespace(name="square", color="blue", holes=[1]), size=3, weight=9)
     assert (square.size, square.color, square.holes) == (3, "blue", [1])
     assert shapes.build(SimpleNamespace(name="disc", radius=2.0), size=3) == (2.0, 3)
 
 
-def test_the_parameters_without_the_facts_are_the_settings(shapes):
+def test_the_parameters_except_runtime_arguments_are_the_settings(shapes):
     assert list(shapes.parameters("square")) == ["color", "holes"]
     assert shapes.parameters("disc")["radius"].annotation is float
 

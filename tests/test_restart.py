@@ -33,7 +33,7 @@ def _with_address(store, rank):
 
 
 def test_who_does_not_come_is_named():
-    with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] did not come"):
+    with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] did not connect"):
         rendezvous.new_store(dist.HashStore(), 0, 3, timedelta(seconds=0.2))
 
 

@@ -23,7 +23,7 @@ Curriculum = Callable[[int], int]
 """``(step) -> window``; optimizer steps count from 0."""
 
 registry: Registry[Curriculum] = Registry(
-    "curriculum", facts={"steps": "optimizer steps of the whole run", "seq_len": "tokens in a row"}
+    "curriculum", runtime_args={"steps": "optimizer steps of the whole run", "seq_len": "tokens in a row"}
 )
 register = registry.register
 

@@ -1,17 +1,18 @@
-"""Attention masks as one integer tensor, and everything that follows from it.
+"""Attention masks as one integer tensor.
 
 ``start[b, i]`` is the first key that query ``i`` of row ``b`` may attend to: query ``q`` sees key ``k`` iff
-``start[b, q] <= k <= q``. Along a row ``start`` never decreases, and ``start[b, i] <= i``. Both survive an elementwise
-maximum, so masks compose by ``max``:
+``start[b, q] <= k <= q``. Along a row ``start`` never decreases, and ``start[b, i] <= i``. An elementwise maximum
+preserves both properties, so masks compose by ``max``:
 
-    start = compose(document(positions, window), chunk(positions, window))
+    start = from_names(["document", "chunk"], positions, window)  # max(document(...), chunk(...))
 
-A *window* of ``w`` counts the query itself. ``dense`` is the slow definition; the other forms are what kernels eat.
+A *window* of ``w`` tokens includes the query itself. ``dense`` is the slow definition of a mask; ``block_mask``,
+``varlen`` and ``chunk_width`` convert it to what fast kernels take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from torchladder.registry import ConfigError, Registry
 Mask = Callable[[Tensor, int], Tensor]
 """``(positions (B, T) int32, window) -> start (B, T) int32``"""
 
-registry: Registry[Tensor] = Registry("mask", facts={"positions": "(B, T) int32", "window": "tokens"})
+registry: Registry[Tensor] = Registry("mask", runtime_args={"positions": "(B, T) int32", "window": "tokens"})
 register = registry.register
 
 
@@ -44,7 +45,7 @@ def document(positions: Tensor, window: int) -> Tensor:
 
 @register("chunk")
 def chunk(positions: Tensor, window: int) -> Tensor:
-    """The row is cut every ``window`` tokens; a query sees the keys of its own chunk (SkyLadder, arXiv 2503.15450)."""
+    """A query sees the keys of its own chunk; a chunk ends every ``window`` tokens (SkyLadder, arXiv 2503.15450)."""
     return _indices(positions) // window * window
 
 
@@ -55,20 +56,23 @@ def sliding(positions: Tensor, window: int) -> Tensor:
 
 
 def compose(*starts: Tensor) -> Tensor:
-    """Returns the mask that allows what every given mask allows."""
+    """Returns the intersection of masks: a query sees a key only if every mask allows it."""
     start = starts[0]
     for other in starts[1:]:
         start = torch.maximum(start, other)
     return start
 
 
-def from_names(names: Sequence[str], positions: Tensor, window: int) -> Tensor:
-    """Returns the ``start`` (B, T) int32 of registered masks, composed.
+def from_names(names: Iterable[str], positions: Tensor, window: int) -> Tensor:
+    """Returns ``start`` (B, T) int32, the intersection of registered masks.
 
     Args:
-        names: of the masks, one at least.
+        names: registered masks, at least one.
         positions: (B, T) int32, 0 at the first token of each document.
-        window: tokens a query may attend to, itself included.
+        window: tokens a query may see, including itself.
+
+    Raises:
+        ConfigError: no mask has that name.
     """
     return compose(*(registry.get(name)(positions, window) for name in names))
 
@@ -78,17 +82,17 @@ def _indices(positions: Tensor) -> Tensor:
     return torch.arange(length, dtype=torch.int32, device=positions.device).expand_as(positions)
 
 
-# --- what follows from start -----------------------------------------------------------------------------------------
+# --- conversions -----------------------------------------------------------------------------------------------------
 
 
 def dense(start: Tensor) -> Tensor:
-    """Returns the boolean mask (B, T, T), True where query (dim 1) sees key (dim 2): the definition, T² of memory."""
+    """Returns the boolean mask (B, T, T), True where query (dim 1) sees key (dim 2): the definition, O(T²) memory."""
     index = torch.arange(start.shape[-1], device=start.device)
     return (start[:, :, None] <= index[None, None, :]) & (index[None, None, :] <= index[None, :, None])
 
 
 def pairs(start: Tensor) -> int:
-    """Returns how many (query, key) pairs the mask lets attend, over the whole batch."""
+    """Returns the number of attended (query, key) pairs in the batch."""
     batch, length = start.shape
     # Query i sees i - start[i] + 1 keys.
     return batch * length * (length + 1) // 2 - int(start.sum(dtype=torch.int64))
@@ -96,12 +100,12 @@ def pairs(start: Tensor) -> int:
 
 @dataclass(frozen=True)
 class VarlenSegments:
-    """The mask as contiguous segments of the flattened batch under one sliding window.
+    """A mask as contiguous segments of the flattened batch under one sliding window.
 
     Attributes:
         cu_seqlens: (segments + 1,) int32, where each segment begins in the flattened (B·T) batch; ends with B·T.
         max_seqlen: tokens in the longest segment.
-        window: tokens a query may see with itself, at most; ``max_seqlen`` where nothing narrows a segment.
+        window: maximum number of tokens a query sees, including itself; ``max_seqlen`` if no window applies.
     """
 
     cu_seqlens: Tensor
@@ -112,13 +116,16 @@ class VarlenSegments:
 def varlen(start: Tensor) -> VarlenSegments:
     """Returns the mask as segments under one window.
 
+    For example, documents of 5 and 3 tokens under ``sliding`` with a window of 4, ``start = 0 0 0 0 1 5 5 5``, are the
+    segments ``cu_seqlens = 0 5 8`` with ``max_seqlen = 5`` and ``window = 4``.
+
     Raises:
-        ConfigError: the mask is not of that form.
+        ConfigError: the mask has no such representation.
     """
     batch, length = start.shape
     index = _indices(start)
-    # A segment begins where a query sees itself alone and nothing before a later query's start: under a window of one
-    # token every query is such a place, and segments of one token are the same mask.
+    # A segment begins where a query sees only itself. Under a window of one token that is every query, and segments of
+    # one token are the same mask.
     first = start == index
     bounds = first.flatten().nonzero().flatten()
     end = torch.tensor([batch * length], device=start.device)
@@ -126,12 +133,14 @@ def varlen(start: Tensor) -> VarlenSegments:
     window = int((index - start).max()) + 1
     segment = torch.where(first, index, 0).cummax(dim=1).values
     if not torch.equal(start, torch.maximum(segment, index - (window - 1)).to(start.dtype)):
-        raise ConfigError("this mask is not a set of segments under one window: use the kernel flex, sdpa or dense.")
+        raise ConfigError("the mask is not a set of segments under one window: use the kernel flex, sdpa or dense.")
     return VarlenSegments(torch.cat([bounds, end]).to(torch.int32), int(lengths.max()), window)
 
 
-def fold(start: Tensor) -> int:
-    """Returns the width w of uniform chunks, so that ``[B, T]`` can be folded to ``[B * ceil(T / w), w]``.
+def chunk_width(start: Tensor) -> int:
+    """Returns the width w of uniform chunks, which fold ``(B, T)`` into ``(B * ceil(T / w), w)``.
+
+    For example, ``start = 0 0 0 3 3 3 6 6`` has chunks of width 3, the last one shorter.
 
     Raises:
         ConfigError: the rows are not cut into chunks of one width.
@@ -140,51 +149,68 @@ def fold(start: Tensor) -> int:
     cuts = (start[0, 1:] > 0).nonzero()
     width = int(cuts[0]) + 1 if len(cuts) else length
     if not torch.equal(start, _indices(start) // width * width):
-        raise ConfigError("this mask is not made of uniform chunks: use the kernel varlen, flex, sdpa or dense.")
+        raise ConfigError("the mask is not made of uniform chunks: use the kernel varlen, flex, sdpa or dense.")
     return width
 
 
-BLOCK = 128
-"""Tokens per side of a FlexAttention block, the fewest that its GPU kernel takes."""
+# --- FlexAttention ---------------------------------------------------------------------------------------------------
+
+BLOCK_TOKENS = 128
+"""Tokens per side of a FlexAttention block, the minimum of its GPU kernel."""
 
 
-def block_mask(start: Tensor, block_size: int = BLOCK, first: int = 0) -> BlockMask:
-    """Returns the FlexAttention ``BlockMask`` of the mask, written down without looking at tokens pairwise.
+def block_mask(start: Tensor, block_size: int = BLOCK_TOKENS, query_offset: int = 0) -> BlockMask:
+    """Returns the FlexAttention ``BlockMask`` of the mask, computed from ``start`` without comparing token pairs.
 
-    Equal to ``create_block_mask`` of the same mask, for any length, with memory in proportion to (T / block_size)².
-    The mask function reads ``start`` as a tensor, so a compiled kernel never recompiles when the window changes; keep
-    ``start`` on the device where attention runs, since ``BlockMask.to`` does not move it.
+    Equals ``create_block_mask`` of the same mask for any length, with O((T / block_size)²) memory instead of O(T²).
+    ``start`` never decreases, so two numbers per query block are enough. For ``start = 0 0 0 0 0 0 3 3`` and blocks of
+    2 tokens (``P`` partial, computed with the mask; ``F`` full, computed without it):
+
+        key block       0  1  2  3
+        query block 0   P           first_kv = 0, first_full = 0
+        query block 1   F  P        first_kv = 0, first_full = 0
+        query block 2   F  F  P     first_kv = 0, first_full = 0
+        query block 3      P  F  P  first_kv = 1, first_full = 2: queries 6 and 7 see keys from 3 on, half of block 1
+
+    The mask function reads ``start`` as a tensor, so a compiled kernel does not recompile when the window changes. Keep
+    ``start`` on the device of attention: ``BlockMask.to`` does not move it.
 
     Args:
         start: (B, T) int32.
         block_size: tokens per side of a block, a multiple of 128 for the GPU kernel.
-        first: the token that queries begin at, a multiple of ``block_size``; the keys are all T.
+        query_offset: position of the first query, a multiple of ``block_size``; there are always T keys.
     """
     batch, length = start.shape
     blocks = -(-length // block_size)
     block = torch.arange(blocks, dtype=torch.int32, device=start.device).repeat(batch, 1)
-    whole = length // block_size  # blocks without padding: only these can be full
-    first_row = block[0].long() * block_size
-    last_row = (first_row + block_size - 1).clamp_max(length - 1)
+    whole = length // block_size  # blocks without padding; only these can be full
+    first_query = block[0].long() * block_size
+    last_query = (first_query + block_size - 1).clamp_max(length - 1)
 
-    # Row block I touches the key blocks [reach, I]. Those in [inner, I) are seen by all of its queries.
-    reach = start[:, first_row] // block_size
-    inner = (start[:, last_row] + (block_size - 1)) // block_size
-    inner = torch.where(block < whole, torch.minimum(inner, block), block)
-    # The same two borders seen from key block J: rows in (J, full_until) see all of it, rows below touch_until some.
-    touch_until = torch.searchsorted(reach, block, right=True, out_int32=True)
-    full_until = torch.searchsorted(inner, block, right=True, out_int32=True).clamp_max(whole)
-    full_until = torch.maximum(torch.minimum(full_until, touch_until), block + 1)
+    # Query block I sees key blocks [first_kv, I]; all of its queries see all keys of [first_full, I).
+    first_kv = start[:, first_query] // block_size
+    first_full = (start[:, last_query] + (block_size - 1)) // block_size
+    first_full = torch.where(block < whole, torch.minimum(first_full, block), block)
+    # The transpose: key block J is full in query blocks (J, full_end) and partial in J and [full_end, partial_end).
+    partial_end = torch.searchsorted(first_kv, block, right=True, out_int32=True)
+    full_end = torch.searchsorted(first_full, block, right=True, out_int32=True).clamp_max(whole)
+    full_end = torch.maximum(torch.minimum(full_end, partial_end), block + 1)
 
-    def kv_index_inside(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (start[b, q] <= k) & (k <= q)
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (start[b, q + query_offset] <= k) & (k <= q + query_offset)
 
-    kv_num, kv_indices = _runs((reach, inner), (block, block + 1))
-    full_kv_num, full_kv_indices = _runs((inner, block), None)
-    q_num, q_indices = _runs((block, block + 1), (full_until, touch_until))
-    full_q_num, full_q_indices = _runs((block + 1, full_until), None)
-    if first:
-        return _queries_from(first, start, block_size, (kv_num, kv_indices), (full_kv_num, full_kv_indices))
+    kv_num, kv_indices = _list_blocks((first_kv, first_full), (block, block + 1))
+    full_kv_num, full_kv_indices = _list_blocks((first_full, block), None)
+    if query_offset:
+        rows = slice(query_offset // block_size, None)
+        return BlockMask.from_kv_blocks(
+            *(x[:, :, rows].contiguous() for x in (kv_num, kv_indices, full_kv_num, full_kv_indices)),  # type: ignore[misc, arg-type]
+            BLOCK_SIZE=(block_size, block_size),
+            mask_mod=mask_mod,
+            seq_lengths=(length - query_offset, length),
+        )
+    q_num, q_indices = _list_blocks((block, block + 1), (full_end, partial_end))
+    full_q_num, full_q_indices = _list_blocks((block + 1, full_end), None)
     return BlockMask(
         seq_lengths=(length, length),
         kv_num_blocks=kv_num,
@@ -196,41 +222,20 @@ def block_mask(start: Tensor, block_size: int = BLOCK, first: int = 0) -> BlockM
         full_q_num_blocks=full_q_num,
         full_q_indices=full_q_indices,
         BLOCK_SIZE=(block_size, block_size),
-        mask_mod=kv_index_inside,
+        mask_mod=mask_mod,
     )
 
 
-def _queries_from(
-    first: int, start: Tensor, block_size: int, some: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor]
-) -> BlockMask:
-    """Returns the block mask of the queries from ``first`` on, given the key blocks of all."""
-
-    def kv_index_inside(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (start[b, q + first] <= k) & (k <= q + first)
-
-    rows, length = first // block_size, start.shape[1]
-    (kv_num, kv_indices), (full_kv_num, full_kv_indices) = some, full
-    return BlockMask.from_kv_blocks(
-        kv_num[:, :, rows:].contiguous(),
-        kv_indices[:, :, rows:].contiguous(),
-        full_kv_num[:, :, rows:].contiguous(),
-        full_kv_indices[:, :, rows:].contiguous(),
-        BLOCK_SIZE=(block_size, block_size),
-        mask_mod=kv_index_inside,
-        seq_lengths=(length - first, length),
-    )
-
-
-def _runs(run: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Lists the block numbers of one or two half-open runs per row: counts (B, 1, N) and indices (B, 1, N, N)."""
-    low, high = run
+def _list_blocks(blocks: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Lists one or two half-open ranges of block numbers per row: counts (B, 1, N) and indices (B, 1, N, N)."""
+    low, high = blocks
     count = (high - low).clamp_min(0)
     slot = torch.arange(low.shape[-1], dtype=torch.int32, device=low.device)
     indices = low[..., None] + slot  # (B, N, N)
-    if then is not None:
-        low, high = then
+    if more is not None:
+        low, high = more
         indices = torch.where(slot < count[..., None], indices, (low - count)[..., None] + slot)
         count = count + (high - low).clamp_min(0)
-    # Slots past the count are never read; zero keeps them inside the tensor.
+    # Slots beyond the count are never read; zero keeps them in bounds.
     indices = torch.where(slot < count[..., None], indices, 0)
     return count[:, None].contiguous(), indices[:, None].contiguous()

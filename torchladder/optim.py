@@ -29,7 +29,7 @@ register = registry.register
 
 decays: Registry[float] = Registry(
     "decay type",
-    facts={"progress": "completed fraction of the decay", "min_lr_factor": "where the decay ends"},
+    runtime_args={"progress": "completed fraction of the decay", "min_lr_factor": "where the decay ends"},
 )
 
 

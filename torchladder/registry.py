@@ -1,8 +1,8 @@
-"""Names for parts: register a part once, then a config section can name it.
+"""Registries of components: register a component once, and a config section can select it by name.
 
-A part is a dataclass or a function. Its parameters *are* its config section: whatever is declared in its signature can
-be set in the file and on the command line, and nothing else can. A parameter whose name is one of the registry's
-*facts* (the run's total steps, the row length, ...) is not a setting: the run hands it over when the part is built.
+A component is a dataclass or a function, and its parameters *are* its config section: every parameter can be set in the
+TOML file and on the command line, and no other key is accepted. Parameters listed as *runtime arguments* of the
+registry (total steps, sequence length, ...) are not settings: the run passes them when it builds the component.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ Component = TypeVar("Component", bound=Callable[..., Any])
 
 
 class ConfigError(ValueError):
-    """A setting or an input that cannot be. The message names the thing, what is allowed and the nearest match."""
+    """An invalid setting or input. The message names the key, the allowed values and, if there is one, the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ``ConfigError`` with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Returns the error for a name that nobody knows, with the nearest known one first."""
+    """Returns the error for an unknown name; it suggests the closest known one and lists all of them."""
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -31,76 +37,79 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
 
 
 class Registry(Generic[T]):
-    """Parts of one kind by name.
+    """Components of one kind, by name.
 
     Args:
-        kind: what the parts are, as error messages call it, for example ``"curriculum"``.
-        facts: names of the parameters that the run hands over at build, with their meaning.
+        kind: what error messages call a component, for example ``"curriculum"``.
+        runtime_args: parameters that the run passes to ``build``, each with its meaning.
     """
 
-    def __init__(self, kind: str, facts: Mapping[str, str] | None = None) -> None:
+    def __init__(self, kind: str, runtime_args: Mapping[str, str] | None = None) -> None:
         self.kind = kind
-        self.facts = dict(facts or {})
-        self._parts: dict[str, Callable[..., T]] = {}
+        self.runtime_args = dict(runtime_args or {})
+        self._components: dict[str, Callable[..., T]] = {}
 
     def register(self, name: str) -> Callable[[Component], Component]:
-        """Returns a decorator that makes ``name`` stand for the decorated part.
+        """Returns a decorator that registers a component under ``name``.
 
         Raises:
-            ConfigError: another part already has that name.
+            ConfigError: another component has that name.
         """
 
-        def add(part: Component) -> Component:
-            taken = self._parts.get(name)
-            if taken is not None and _origin(taken) != _origin(part):
-                raise ConfigError(f"{self.kind} {name!r} is registered twice: {_origin(taken)} and {_origin(part)}.")
-            self._parts[name] = part
-            return part
+        def add(component: Component) -> Component:
+            taken = self._components.get(name)
+            if taken is not None and _qualified_name(taken) != _qualified_name(component):
+                raise ConfigError(
+                    f"{self.kind} {name!r} is registered twice: "
+                    f"{_qualified_name(taken)} and {_qualified_name(component)}."
+                )
+            self._components[name] = component
+            return component
 
         return add
 
     def names(self) -> list[str]:
-        return sorted(self._parts)
+        return sorted(self._components)
 
     def get(self, name: str) -> Callable[..., T]:
-        """Returns the part of that name.
+        """Returns the component registered under ``name``.
 
         Raises:
-            ConfigError: no part has that name.
+            ConfigError: no component has that name.
         """
-        if name not in self._parts:
-            raise unknown_name(self.kind, name, self._parts)
-        return self._parts[name]
+        if name not in self._components:
+            raise unknown_name(self.kind, name, self._components)
+        return self._components[name]
 
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:
-        """Returns the settings of a part: its parameters without the facts, each with its resolved type."""
-        part = self.get(name)
-        hints = get_type_hints(part.__init__ if inspect.isclass(part) else part)
+        """Returns the settings of a component: its parameters except runtime arguments, with resolved types."""
+        component = self.get(name)
+        hints = get_type_hints(component.__init__ if inspect.isclass(component) else component)
         return {
             key: parameter.replace(annotation=hints.get(key, Any))
-            for key, parameter in inspect.signature(part).parameters.items()
-            if key not in self.facts
+            for key, parameter in inspect.signature(component).parameters.items()
+            if key not in self.runtime_args
         }
 
     def docs(self, name: str) -> dict[str, str]:
-        """Returns what the docstrings of a part, and of the classes that it extends, say of its parameters."""
-        part = self.get(name)
-        objects = reversed(part.__mro__[:-1]) if inspect.isclass(part) else [part]
+        """Returns the documentation of each parameter, from the docstrings of a component and its base classes."""
+        component = self.get(name)
+        objects = reversed(component.__mro__[:-1]) if inspect.isclass(component) else [component]
         params = [param for documented in objects for param in parse_from_object(documented).params]
         return {param.arg_name: param.description or "" for param in params}
 
-    def build(self, section: Any, **facts: Any) -> T:
-        """Makes the part that ``section.name`` names from the section's settings and the facts it declares.
+    def build(self, section: Any, **runtime_args: Any) -> T:
+        """Builds the component ``section.name`` from the section's settings.
 
         Args:
-            section: an object with the attribute ``name`` and one attribute per setting of that part.
-            **facts: values for every fact of this registry; each part receives the ones it declares.
+            section: an object with the attribute ``name`` and one attribute per setting of the component.
+            **runtime_args: a value for every runtime argument; the component receives those that it declares.
         """
-        part = self.get(section.name)
-        declared = inspect.signature(part).parameters
+        component = self.get(section.name)
+        declared = inspect.signature(component).parameters
         settings = {key: getattr(section, key) for key in self.parameters(section.name)}
-        return part(**settings, **{key: value for key, value in facts.items() if key in declared})
+        return component(**settings, **{key: value for key, value in runtime_args.items() if key in declared})
 
 
-def _origin(part: Callable[..., Any]) -> str:
-    return f"{part.__module__}.{part.__qualname__}"
+def _qualified_name(component: Callable[..., Any]) -> str:
+    return f"{component.__module__}.{component.__qualname__}"

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         with interrupt.Interrupt(config.job.max_minutes) as interruption:
             return run(config, interruption)
     except ConfigError as error:
-        processes.report(error)
+        processes.record_error(error)
         return settings.fail(error)
 
 
@@ -43,7 +43,7 @@ def run(config: settings.Config, interruption: interrupt.Interrupt) -> int:
             if config.debug.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
-            ranks = processes.join(config.comm, Path(config.job.dump_folder))
+            ranks = processes.init_distributed(config.comm, Path(config.job.dump_folder))
             init_logger(ranks.rank)
             trainer = Trainer(plan, ranks, interruption)
         return interrupt.FINISHED if trainer.train() else interrupt.REQUEUE
@@ -58,7 +58,7 @@ def run(config: settings.Config, interruption: interrupt.Interrupt) -> int:
             _report_missing_ranks()
         raise
     finally:
-        processes.leave()
+        processes.destroy_distributed()
 
 
 def _report_missing_ranks() -> None:

@@ -16,7 +16,7 @@ LENGTH = 2048
 
 
 class PlainBlock(nn.Module):
-    """A Llama block as one would write it down: causal SDPA, rotary positions, SwiGLU."""
+    """A plain Llama block: causal SDPA, RoPE, SwiGLU."""
 
     def __init__(self, c):
         super().__init__()
@@ -69,16 +69,16 @@ def attention_alone(batch=2, heads=8, size=64):
         x.requires_grad_()
     positions = torch.arange(LENGTH, dtype=torch.int32).repeat(batch, 1)
 
-    def run(attend, form):
-        torch.autograd.grad(attend(q, k, v, form), (q, k, v), grad)
+    def run(attention_fn, attn_mask):
+        torch.autograd.grad(attention_fn(q, k, v, attn_mask), (q, k, v), grad)
 
     windows = (32, 33, 256, 1024, LENGTH)
-    work = {("causal SDPA", LENGTH): lambda: run(attention.causal, None)}
+    work = {("causal SDPA", LENGTH): lambda: run(attention.causal_attention, None)}
     for name in ("fold", "sdpa"):
         kernel = attention.build_kernel(name, ["chunk"], CPU)
         for window in windows:
-            form = kernel.derive(mask.chunk(positions, window), CPU)
-            work[name, window] = lambda kernel=kernel, form=form: run(kernel.attend, form)
+            attn_mask = kernel.prepare(mask.chunk(positions, window), CPU)
+            work[name, window] = lambda kernel=kernel, attn_mask=attn_mask: run(kernel.attention, attn_mask)
     times = seconds(work, turns=3)
     full = times["causal SDPA", LENGTH]
     rows = [[kernel, f"{window}", f"{t * 1e3:.0f}", f"{t / full:.2f}"] for (kernel, window), t in times.items()]
@@ -95,10 +95,10 @@ def whole_step(batch=1):
     work = {("plain PyTorch", LENGTH): lambda: train(plain, tokens, tokens)}
     for window in (LENGTH, 256, 32):
         kernel = attention.build_kernel("auto", ["chunk"], CPU)
-        model = models.Llama(config, kernel.attend, LENGTH)
+        model = models.Llama(config, kernel.attention, LENGTH)
         model.init_weights(0)
-        form = kernel.derive(mask.chunk(positions, window), CPU)
-        work[f"torchladder, {kernel.name}", window] = lambda m=model, f=form: train(m, tokens, f, tokens)
+        attn_mask = kernel.prepare(mask.chunk(positions, window), CPU)
+        work[f"torchladder, {kernel.name}", window] = lambda m=model, a=attn_mask: train(m, tokens, a, tokens)
     times = seconds(work, turns=6)
     base = times["plain PyTorch", LENGTH]
     rows = [[name, f"{w}", f"{tokens.numel() / t:,.0f}", f"{base / t:.2f}"] for (name, w), t in times.items()]

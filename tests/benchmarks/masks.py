@@ -27,7 +27,7 @@ def start_of(length):
 
 
 def make(name, start):
-    """Makes the BlockMask in one of three ways."""
+    """Returns the BlockMask, made in one of three ways."""
     if name == "analytic":
         return mask.block_mask(start)
 
@@ -39,18 +39,18 @@ def make(name, start):
 
 
 def memory():
-    """Returns the most memory that this process has held, in bytes."""
+    """Returns the peak memory of this process, in bytes."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(name, length, results):
-    """Times one way in a process of its own, whose peak is then its own too."""
+    """Times one way in a separate process, to measure its peak memory."""
     torch.set_num_threads(1)
     start = start_of(length)
     if name == "compiled":
-        make(name, start_of(256))  # what compiling itself takes does not count
+        make(name, start_of(256))  # exclude compilation
     before, turns = memory(), 1 if name == "eager" or length > 2**16 else 5
     time = seconds({name: lambda: make(name, start)}, turns, warm=name != "eager")[name]
     results.put((time, memory() - before))
@@ -62,7 +62,7 @@ def main(lengths):
     for length in lengths:
         found = {}
         for name in ("analytic", "compiled", "eager"):
-            # Eager makes some masks of one byte per pair, and integers beside them.
+            # Eager materializes several masks with one byte per pair, and integers.
             if name == "eager" and 12 * length**2 > available():
                 continue
             results = spawn.Queue()

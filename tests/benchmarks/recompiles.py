@@ -1,4 +1,4 @@
-"""Two hundred windows with documents through compiled kernels: how many graphs, how many recompiles, what time.
+"""Two hundred windows with documents through compiled kernels: number of graphs and recompiles, time.
 
 python -m tests.benchmarks.recompiles
 """
@@ -17,11 +17,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def climb(name, masks, training):
-    """Attends under each window of a linear ladder; returns graphs, recompiles, first and mean later seconds."""
+    """Computes attention under each window of a linear curriculum.
+
+    Returns graphs, recompiles, seconds of the first call, mean seconds of the later ones.
+    """
     torch._dynamo.reset()
     counters.clear()
     kernel = attention.build_kernel(name, masks, DEVICE, training=training)
-    attend = torch.compile(kernel.attend)
+    compiled = torch.compile(kernel.attention)
     q, k, v = (torch.randn(1, 4, LENGTH, 32, device=DEVICE, requires_grad=training) for _ in range(3))
     positions = torch.arange(LENGTH, dtype=torch.int32)[None].clone()
     times = []
@@ -30,8 +33,8 @@ def climb(name, masks, training):
         cut = 1 + 7 * step  # documents move too
         row = torch.where(positions < cut, positions, positions - cut)
         window = 32 + (LENGTH - 32) * step // (WINDOWS - 1)
-        start = mask.compose(*(mask.registry.get(one)(row, window) for one in masks))
-        out = attend(q, k, v, kernel.derive(start, DEVICE))
+        start = mask.from_names(masks, row, window)
+        out = compiled(q, k, v, kernel.prepare(start, DEVICE))
         if training:
             out.sum().backward()
         times.append(time.perf_counter() - begin)

@@ -1,4 +1,4 @@
-"""Kernels on a GPU: outputs and gradients against the dense reference, and one compiled graph over a ladder.
+"""Kernels on a GPU: outputs and gradients against the dense reference, and one compiled graph for all windows.
 
 python -m pytest tests/gpu
 """
@@ -31,7 +31,7 @@ def positions(batch=2):
 
 
 def start_of(mix, window):
-    return mask.compose(*(mask.registry.get(name)(positions(), window) for name in mix))
+    return mask.from_names(mix, positions(), window)
 
 
 def run(kernel, start, dtype, heads, size):
@@ -39,7 +39,7 @@ def run(kernel, start, dtype, heads, size):
     shapes = [(2, LENGTH, h, size) for h in (heads[0], heads[1], heads[1], heads[0])]
     q, k, v, grad = (torch.randn(s, device=CUDA, generator=generator).to(torch.bfloat16).to(dtype) for s in shapes)
     q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v))
-    out = kernel.attend(q, k, v, kernel.derive(start, CUDA))
+    out = kernel.attention(q, k, v, kernel.prepare(start, CUDA))
     return out, *torch.autograd.grad(out, (q, k, v), grad.transpose(1, 2))
 
 
@@ -52,7 +52,7 @@ def assert_like_dense(name, mix, window, dtype, heads=(4, 2), size=64):
     reference = run(attention.build_kernel("dense", list(mix), CUDA), start, torch.float64, heads, size)
     for ours, exact in zip(run(kernel, start, dtype, heads, size), reference, strict=True):
         assert ours.dtype == dtype
-        if window == 1 and not exact.any():  # a query that sees itself alone: its score does not matter
+        if window == 1 and not exact.any():  # a query that sees only itself: its score does not matter
             assert ours.abs().max() < 0.05
         else:
             assert error(ours, exact) < (0.02 if dtype == torch.bfloat16 else 0.005)
@@ -82,16 +82,16 @@ def test_other_heads(name, heads, size):
 
 
 @pytest.mark.parametrize(("name", "masks"), [("flex", ["document", "chunk"]), ("fold", ["chunk"])])
-def test_one_compiled_graph_trains_the_whole_ladder(name, masks):
-    assert graphs_of_a_ladder(name, masks) == 1
+def test_one_compiled_graph_trains_all_windows(name, masks):
+    assert graphs_over_windows(name, masks) == 1
 
 
 def test_varlen_compiles_for_any_window_at_once():
-    # Its window and longest segment are integers: the first graph is for the first of them, the next for all others.
-    assert graphs_of_a_ladder("varlen", ["document", "chunk"]) <= 3
+    # Its window and longest segment are integers: the first graph is specialized, the second dynamic.
+    assert graphs_over_windows("varlen", ["document", "chunk"]) <= 3
 
 
-def graphs_of_a_ladder(name, masks):
+def graphs_over_windows(name, masks):
     config = models.LlamaConfig(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=512, vocab_size=512)
     losses = {}
     for compiled in (False, True):
@@ -99,16 +99,16 @@ def graphs_of_a_ladder(name, masks):
         counters.clear()
         kernel = attention.build_kernel(name, masks, CUDA)
         with CUDA:
-            model = models.Llama(config, kernel.attend, LENGTH)
+            model = models.Llama(config, kernel.attention, LENGTH)
         model.init_weights(0)
         if compiled:
             for block in model.layers.values():
                 block.compile(fullgraph=True)
         tokens = torch.randint(512, (2, LENGTH), generator=torch.Generator().manual_seed(0)).to(CUDA)
         for window in [8, 32, 33, 64, 100, 128, 256, 500, 501, 999, 1000]:
-            form = kernel.derive(start_of(masks, window), CUDA)
+            attn_mask = kernel.prepare(start_of(masks, window), CUDA)
             with torch.autocast("cuda", torch.bfloat16):
-                loss = model(tokens, form, tokens)
+                loss = model(tokens, attn_mask, tokens)
             loss.backward()
             losses[compiled, window] = loss.item()
             if compiled:

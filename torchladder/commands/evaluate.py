@@ -135,7 +135,7 @@ def _evaluate(jobs: Sequence[EvalJob], batch_tokens: int) -> list[UnreadableChec
             try:
                 trained.verify()
                 max_context = max(job.slices.context for job in own)
-                loaded = trained.load(SdpaKernel.attend, max_context, getattr(torch, own[0].dtype))
+                loaded = trained.load(SdpaKernel.attention, max_context, getattr(torch, own[0].dtype))
             except UnreadableCheckpointError as error:
                 errors.append(error)
                 progress.skip(own)

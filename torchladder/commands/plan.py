@@ -68,7 +68,7 @@ def _dry_run(plan: plans.Plan, ranks: int, limit: str | None) -> tuple[RankMemor
         ConfigError: it takes more than the limit; the message names the nearest layouts that take less.
     """
     at_most = _bytes(limit) if limit else None
-    with fake_ranks.ranks(ranks):
+    with fake_ranks.fake_process_group(ranks):
         model = MemoryEstimator(plan)
         memory, traffic = model.memory(), model.traffic()
         if at_most is None or memory.total <= at_most:

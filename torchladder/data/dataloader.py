@@ -161,7 +161,7 @@ class Tokenizer(ABC):
 
 registry: Registry[BaseDataLoader] = Registry(
     "data loader",
-    facts={
+    runtime_args={
         "seq_len": "tokens in a row",
         "split": "train or validation",
         "tokenizer": "the run's tokenizer",

@@ -1,1 +1,1 @@
-"""Many ranks: who they are, how they are laid out, and how a model is spread over them."""
+"""Distributed training: process group, device mesh, and the parallelisms that a model is trained with."""

@@ -1,8 +1,8 @@
-"""Activation checkpointing: what a block keeps of its forward pass, and what it computes again in backward."""
+"""Activation checkpointing: which activations of a block are saved, and which are recomputed in backward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,74 +10,81 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 
 @dataclass(frozen=True)
 class ActivationCheckpointConfig:
-    """Recomputing activations in backward instead of keeping them."""
+    """Activation checkpointing: recompute activations in backward to save memory."""
 
     mode: Literal["none", "full", "selective"] = "none"
-    """none keeps everything; full recomputes every block; selective recomputes by selective_ac_option."""
+    """none saves all activations, full recomputes every block, selective follows selective_ac_option."""
 
     selective_ac_option: str = "2"
-    """For selective: n, to recompute every n-th block, or op, to keep attention and every second product."""
+    """For selective: n, to recompute every n-th block, or op, to save attention and every second matrix product."""
 
     preserve_rng_state: bool = False
-    """Recompute with the random numbers of the forward pass: for models that draw some, as by dropout."""
+    """Restore the RNG state for recomputation, for models with random operators such as dropout."""
 
     def __post_init__(self) -> None:
         option = self.selective_ac_option
-        if option != "op" and (not option.isdigit() or int(option) < 1):
-            raise ConfigError(
-                f"activation_checkpoint.selective_ac_option = {option!r}: "
-                "must be a number n, to recompute every n-th block, or op."
-            )
+        require(
+            option == "op" or (option.isdigit() and int(option) >= 1),
+            f"activation_checkpoint.selective_ac_option = {option!r}: must be op, or n to recompute every n-th block.",
+        )
 
     @property
     def by_op(self) -> bool:
-        """Whether each block keeps some of its operations and recomputes the rest."""
+        """Whether each block saves the results of some operators and recomputes the rest."""
         return self.mode == "selective" and self.selective_ac_option == "op"
 
     def recomputes(self, layer: int) -> bool:
-        """Whether block number ``layer`` is recomputed, in whole or in part."""
+        """Whether block number ``layer`` is recomputed, entirely or in part."""
         if self.mode == "selective" and not self.by_op:
             return layer % int(self.selective_ac_option) == 0
         return self.mode != "none"
 
 
-def wrap(block: nn.Module, layer: int, config: ActivationCheckpointConfig) -> nn.Module:
-    """Returns block number ``layer`` so that it recomputes what the settings say."""
+def apply_activation_checkpoint(
+    block: nn.Module, layer: int, config: ActivationCheckpointConfig, saved_ops: Collection[str]
+) -> nn.Module:
+    """Returns block number ``layer``, wrapped if the config recomputes it.
+
+    Args:
+        block: a transformer block.
+        layer: its index.
+        config: what to recompute.
+        saved_ops: operators whose results ``op`` saves, as ``namespace::name``; of attention, from the kernel.
+    """
     if not config.recomputes(layer):
         return block
-    context: dict[str, Any] = (
-        {"context_fn": lambda: create_selective_checkpoint_contexts(policy())} if config.by_op else {}
-    )
+    context: dict[str, Any] = {}
+    if config.by_op:
+        context = {"context_fn": lambda: create_selective_checkpoint_contexts(save_policy(saved_ops))}
     return checkpoint_wrapper(block, preserve_rng_state=config.preserve_rng_state, **context)
 
 
-PRODUCTS = {"mm", "addmm", "_scaled_mm"}
-"""Names of matrix products, every second of which is kept."""
+MATMUL_OPS = frozenset({"aten::mm", "aten::addmm", "aten::_scaled_mm"})
+"""Matrix products, of which every second result is saved."""
 
-KEPT = {
-    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
-    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-    *("flex_attention", "_flash_attention_forward", "_varlen_attn", "fold", "sdpa"),
-    *("reduce_scatter_tensor", "exchange"),
-}
-"""Names of operators whose results are kept: attention, and what other ranks had to send."""
+COMMUNICATION_OPS = frozenset({"_c10d_functional::reduce_scatter_tensor", "torchladder::exchange"})
+"""Collectives whose results are saved, because recomputing them would communicate again."""
 
 
-def policy() -> Callable[..., CheckpointPolicy]:
-    """Returns what to keep of one block's pass; forward and recomputation count their products apart."""
-    products = {False: 0, True: 0}
+def save_policy(saved_ops: Collection[str]) -> Callable[..., CheckpointPolicy]:
+    """Returns the policy of selective checkpointing by operator for one block.
 
-    def keep(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        name = op.name().split("::")[-1].split(".")[0]
-        if name in PRODUCTS:
-            products[context.is_recompute] += 1
-        if name in KEPT or (name in PRODUCTS and products[context.is_recompute] % 2):
+    Forward and recomputation count matrix products separately, so that both choose the same ones.
+    """
+    matmuls = {False: 0, True: 0}
+    always = COMMUNICATION_OPS.union(saved_ops)
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = op.name().split(".")[0]
+        if name in MATMUL_OPS:
+            matmuls[context.is_recompute] += 1
+        if name in always or (name in MATMUL_OPS and matmuls[context.is_recompute] % 2):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
-    return keep
+    return policy

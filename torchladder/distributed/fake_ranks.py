@@ -1,8 +1,8 @@
-"""Ranks that do not exist, to build a layout of any size in one process on meta; nothing is sent."""
+"""A fake process group, to build a layout of any world size in one process on the meta device without communication."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,59 +15,60 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from torchladder.distributed import activation_checkpoint
+from torchladder.distributed.activation_checkpoint import save_policy
 
 
 @contextmanager
-def ranks(size: int) -> Iterator[None]:
-    """Makes this process rank 0 of so many, the rest of which is made up."""
+def fake_process_group(world_size: int) -> Iterator[None]:
+    """Makes this process rank 0 of a fake process group."""
     assert not dist.is_initialized()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         yield
     finally:
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # it remembers a mesh, whose groups are gone, for the next one like it
+        _clear_sharding_prop_cache()  # it caches meshes by value, and their process groups are destroyed now
 
 
-def local_bytes(model: nn.Module) -> int:
-    """Returns the bytes of this rank's share of the parameters."""
+def local_parameter_bytes(model: nn.Module) -> int:
+    """Returns the bytes of this rank's shards of the parameters."""
     return sum(_nbytes(parameter) for parameter in model.parameters())
 
 
-def activations(block: nn.Module, x: Tensor, form: Any) -> dict[str, int]:
-    """Returns the bytes that one block keeps of its forward pass, for each way of recomputing.
+def activation_bytes(block: nn.Module, x: Tensor, attn_mask: Any, saved_ops: Collection[str]) -> dict[str, int]:
+    """Returns the bytes that one block saves for backward, by activation checkpointing mode: none, op, full.
 
     Args:
-        block: on meta, shared by tensor-parallel ranks or not, not yet wrapped.
-        x: its input, this rank's share of the tokens.
-        form: the kernel's form of a mask.
+        block: on meta, tensor-parallel or not, without activation checkpointing.
+        x: its input, this rank's shard of the tokens.
+        attn_mask: the kernel's attention mask.
+        saved_ops: the kernel's operators whose results ``op`` saves.
     """
-    kept: dict[Any, tuple[int, Any]] = {}  # by storage, which is held so that no other takes its place
+    saved: dict[Any, tuple[int, Any]] = {}  # by storage; holding the storage keeps its address from being reused
     weights = {_storage(parameter)._cdata for parameter in block.parameters()}
 
-    def keep(saved: Tensor) -> Tensor:
-        storage = _storage(saved)
+    def pack(tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
         if storage.device.type == "meta" and storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes(), storage
-        return saved
+            saved[storage._cdata] = storage.nbytes(), storage
+        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-        block(x, form)
-    with _ByOperation() as chosen, torch.no_grad():
-        block(x, form)
-    return {"none": sum(size for size, _ in kept.values()), "op": _nbytes(x) + chosen.bytes, "full": _nbytes(x)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(x, attn_mask)
+    with _SavedByOp(saved_ops) as by_op, torch.no_grad():
+        block(x, attn_mask)
+    return {"none": sum(size for size, _ in saved.values()), "op": _nbytes(x) + by_op.bytes, "full": _nbytes(x)}
 
 
-class _ByOperation(TorchDispatchMode):
-    """Adds up what recomputing by operation keeps."""
+class _SavedByOp(TorchDispatchMode):
+    """Counts the bytes that selective checkpointing by operator saves."""
 
-    is_recompute = False  # what the policy asks for
+    is_recompute = False  # read by the policy
 
-    def __init__(self) -> None:
+    def __init__(self, saved_ops: Collection[str]) -> None:
         super().__init__()
         self.bytes = 0
-        self._policy = activation_checkpoint.policy()
+        self._policy = save_policy(saved_ops)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -85,5 +86,4 @@ def _storage(x: Tensor) -> Any:
 
 
 def _nbytes(x: Tensor) -> int:
-    local = _local(x)
-    return local.numel() * local.element_size()
+    return _local(x).nbytes

@@ -1,4 +1,4 @@
-"""Float8 linear layers, by torchao: products of 8-bit numbers, each operand scaled as a whole or row by row."""
+"""Float8 training with torchao: linear layers with 8-bit matrix products, scaled per tensor or per row."""
 
 from __future__ import annotations
 
@@ -11,89 +11,87 @@ from torch import nn
 
 from torchladder.registry import ConfigError
 
-MULTIPLE = 16
-"""Float8 products take inputs and outputs of a multiple of this."""
+FEATURE_MULTIPLE = 16
+"""Float8 matrix products need input and output features of a multiple of this."""
 
 
 @dataclass(frozen=True)
 class Float8Config:
-    """Float8 linear layers; weights, gradients and optimizer state stay as they are."""
+    """Float8 linear layers. Weights, gradients and optimizer state keep their dtype."""
 
     enable: bool = False
-    """Compute the linear layers of the blocks in float8."""
+    """Compute the linear layers of the transformer blocks in float8."""
 
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
-    """One scale per tensor, one per row, or rows with the weights' gradients in the compute type."""
+    """One scale per tensor, one per row, or one per row with weight gradients in bfloat16."""
 
     filter_fqns: list[str] = field(default_factory=list)
-    """Layers whose path contains one of these stay in the compute type, for example attention.k_proj or layers.0."""
+    """Skip layers whose name contains one of these, for example attention.k_proj or layers.0."""
 
     min_features: int = 0
-    """So do layers with fewer inputs or outputs than this: casting them costs more than their products gain."""
+    """Skip layers with fewer input or output features, where casting costs more than float8 saves."""
 
     enable_fsdp_float8_all_gather: bool = False
-    """Gather sharded weights in float8, half as many bytes as bfloat16; tensorwise only."""
+    """All-gather weights in float8, half the bytes of bfloat16; tensorwise only."""
 
     precompute_float8_dynamic_scale_for_fsdp: bool = False
-    """Find the scales of all weights together after each step, not layer by layer; with the all-gather only."""
+    """Compute the scales of all weights at once after each step; needs enable_fsdp_float8_all_gather."""
 
     emulate: bool = False
-    """Round to float8 and compute in float32: slow, for trying things where the hardware cannot."""
+    """Round to float8 and compute in float32: slow, for tests without float8 hardware."""
 
     def __post_init__(self) -> None:
         gathers = self.enable_fsdp_float8_all_gather
         if gathers and self.recipe_name != "tensorwise":
             raise ConfigError(
-                f"float8.enable_fsdp_float8_all_gather works with recipe_name 'tensorwise', not {self.recipe_name!r}: "
-                "a shard does not know the scales of whole rows."
+                f"float8.enable_fsdp_float8_all_gather needs recipe_name 'tensorwise', not {self.recipe_name!r}."
             )
         if self.precompute_float8_dynamic_scale_for_fsdp and not gathers:
             raise ConfigError(
-                "float8.precompute_float8_dynamic_scale_for_fsdp serves the float8 all-gather: "
-                "set float8.enable_fsdp_float8_all_gather too."
+                "float8.precompute_float8_dynamic_scale_for_fsdp needs float8.enable_fsdp_float8_all_gather: set both."
             )
         if self.min_features < 0:
             raise ConfigError(f"float8.min_features = {self.min_features}: must be 0 or more.")
 
     def check(self, device: torch.device, compute: torch.dtype) -> None:
-        """Checks that products of float8 can be computed here.
+        """Checks that the device supports float8 and the compute dtype is bfloat16.
 
         Raises:
-            ConfigError: they cannot; the message says why.
+            ConfigError: it does not.
         """
         if not self.enable or self.emulate:
             return
-        instead = "float8.emulate computes the same slowly anywhere"
+        instead = "Set float8.emulate to compute the same, slowly"
         if device.type != "cuda":
-            raise ConfigError(f"float8.enable: a {device.type} has no float8 products. {instead}.")
-        least = (8, 9) if self.recipe_name == "tensorwise" else (9, 0)
+            raise ConfigError(f"float8.enable: {device.type} does not support float8. {instead}.")
+        required = (8, 9) if self.recipe_name == "tensorwise" else (9, 0)
         found = torch.cuda.get_device_capability(device)
-        if found < least:
+        if found < required:
             raise ConfigError(
-                f"float8.recipe_name = {self.recipe_name!r} needs compute capability {least[0]}.{least[1]}; this GPU "
-                f"has {found[0]}.{found[1]}. {instead}."
+                f"float8.recipe_name = {self.recipe_name!r} needs compute capability {required[0]}.{required[1]}; this "
+                f"GPU has {found[0]}.{found[1]}. {instead}."
             )
         if compute != torch.bfloat16:
             raise ConfigError(
-                f"float8.enable: products of float8 give bfloat16, and training.mixed_precision_param is {compute}."
+                f"float8.enable needs training.mixed_precision_param = 'bfloat16', not {str(compute)[6:]!r}."
             )
 
 
-def convert(model: nn.Module, config: Float8Config, sharded: bool) -> list[str]:
-    """Makes float8 linear layers of a model's, in place; returns the paths of those that it made.
+def convert_to_float8(model: nn.Module, config: Float8Config, sharded: bool) -> list[str]:
+    """Replaces linear layers by float8 ones, in place; returns the names of the replaced layers.
 
     Args:
-        model: on the meta device or not, before anything else is done to it.
+        model: on the meta device or not, before any other parallelism is applied.
         config: which layers, and how.
         sharded: whether FSDP2 will shard the model.
 
     Raises:
-        ConfigError: torchao is missing, no layer is left, or there is nothing to gather.
+        ConfigError: torchao is missing, no layer qualifies, or the float8 all-gather is set on a single rank.
     """
     if not config.enable:
         return []
     if config.enable_fsdp_float8_all_gather and not sharded:
-        raise ConfigError("float8.enable_fsdp_float8_all_gather: a single rank gathers nothing.")
+        raise ConfigError("float8.enable_fsdp_float8_all_gather needs FSDP, and this run has a single rank.")
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
@@ -104,15 +102,15 @@ def convert(model: nn.Module, config: Float8Config, sharded: bool) -> list[str]:
         )
     else:
         recipe = replace(Float8LinearConfig.from_recipe_name(config.recipe_name), emulate=config.emulate)
-    chosen = [name for name, module in model.named_modules() if _takes(config, module, name)]
+    chosen = [name for name, module in model.named_modules() if _qualifies(config, module, name)]
     if not chosen:
-        raise ConfigError("float8.enable: float8.filter_fqns and float8.min_features leave no linear layer.")
+        raise ConfigError("float8.enable: float8.filter_fqns and float8.min_features skip all linear layers.")
     convert_to_float8_training(model, config=recipe, module_filter_fn=lambda module, name: name in chosen)
     return chosen
 
 
-def after_step(model: nn.Module, config: Float8Config) -> Callable[..., None] | None:
-    """Returns what to call after each optimizer step, None for nothing."""
+def post_optimizer_hook(model: nn.Module, config: Float8Config) -> Callable[..., None] | None:
+    """Returns the hook to run after each optimizer step, or None."""
     if not (config.enable and config.precompute_float8_dynamic_scale_for_fsdp):
         return None
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
@@ -123,8 +121,8 @@ def after_step(model: nn.Module, config: Float8Config) -> Callable[..., None] | 
     return precompute
 
 
-def _takes(config: Float8Config, module: nn.Module, name: str) -> bool:
+def _qualifies(config: Float8Config, module: nn.Module, name: str) -> bool:
     if not isinstance(module, nn.Linear) or any(part in name for part in config.filter_fqns):
         return False
     sizes = (module.in_features, module.out_features)
-    return min(sizes) >= config.min_features and all(size % MULTIPLE == 0 for size in sizes)
+    return min(sizes) >= config.min_features and all(size % FEATURE_MULTIPLE == 0 for size in sizes)

@@ -1,57 +1,62 @@
-"""How the ranks are laid out: which of them replicate the model, shard it, share a row, share a layer."""
+"""The device mesh: data (replicate, shard), context and tensor parallelism."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 
 @dataclass(frozen=True)
 class ParallelismConfig:
-    """Degrees of parallelism; their product is the number of ranks."""
+    """Degrees of parallelism. Their product is the number of ranks."""
 
     data_parallel_replicate_degree: int = 1
-    """Copies of the sharded model (HSDP); each copy reads other rows."""
+    """Replicas of the sharded model (HSDP)."""
 
     data_parallel_shard_degree: int = -1
-    """Ranks over which one copy of the model is sharded (FSDP2); -1 takes all that are left."""
+    """Ranks over which one replica is sharded (FSDP2); -1 takes all remaining ranks."""
 
-    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free a block's gathered parameters after its forward: less memory, one more all-gather per block in backward."""
+    fsdp_reshard_after_forward: str = "always"
+    """always frees gathered parameters after a block's forward and gathers them again in backward; never keeps them."""
 
     tensor_parallel_degree: int = 1
-    """Ranks that share each layer: heads, features, and in norms and between blocks the tokens."""
+    """Ranks over which each layer is sharded: heads and features, and tokens in norms and between blocks."""
 
     disable_loss_parallel: bool = False
-    """Give each tensor-parallel rank the whole head for its share of the tokens, not a share of the vocabulary."""
+    """Shard the head over tokens instead of over the vocabulary."""
 
     enable_async_tensor_parallel: bool = False
-    """Overlap tensor parallel's collectives with the products around them; needs CUDA and compiled blocks."""
+    """Overlap tensor-parallel collectives with matrix products; needs CUDA and compile.enable."""
 
     context_parallel_degree: int = 1
-    """Ranks that share each row: every one holds a stretch of its tokens, and gets the keys that those reach."""
+    """Ranks over which each row is sharded: a rank holds a slice of its tokens and receives the keys it attends to."""
 
     def __post_init__(self) -> None:
         for key in ("data_parallel_replicate_degree", "tensor_parallel_degree", "context_parallel_degree"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"parallelism.{key} = {getattr(self, key)}: must be 1 or more.")
+            require(getattr(self, key) >= 1, f"parallelism.{key} = {getattr(self, key)}: must be 1 or more.")
         shard = self.data_parallel_shard_degree
-        if shard < 1 and shard != -1:
-            raise ConfigError(f"parallelism.data_parallel_shard_degree = {shard}: must be 1 or more, or -1.")
-        if self.enable_async_tensor_parallel and self.tensor_parallel_degree == 1:
-            raise ConfigError(
-                "parallelism.enable_async_tensor_parallel has nothing to overlap: tensor_parallel_degree is 1."
-            )
+        require(
+            shard >= 1 or shard == -1, f"parallelism.data_parallel_shard_degree = {shard}: must be 1 or more, or -1."
+        )
+        reshard = self.fsdp_reshard_after_forward
+        require(
+            reshard in ("always", "never"),
+            f"parallelism.fsdp_reshard_after_forward = {reshard!r}: must be 'always' or 'never'."
+            + (" Use 'always', which is the same." if reshard == "default" else ""),
+        )
+        require(
+            not self.enable_async_tensor_parallel or self.tensor_parallel_degree > 1,
+            "parallelism.enable_async_tensor_parallel needs a tensor_parallel_degree of 2 or more.",
+        )
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """The degrees of a run, all known; rank numbers run fastest over ``tensor``, slowest over ``replicate``."""
+    """The resolved degrees. Consecutive ranks differ in ``tensor`` first, then context, shard, replicate."""
 
     replicate: int
     shard: int
@@ -60,12 +65,12 @@ class Degrees:
 
     @property
     def data(self) -> int:
-        """Groups of ranks that read rows of their own."""
+        """Number of data-parallel ranks: groups that read different rows."""
         return self.replicate * self.shard
 
     @property
-    def copies(self) -> int:
-        """Ranks that read the same rows."""
+    def model_parallel(self) -> int:
+        """Ranks that read the same rows: context × tensor."""
         return self.context * self.tensor
 
     def __str__(self) -> str:
@@ -74,16 +79,16 @@ class Degrees:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks, laid out.
+    """The device mesh, as this rank sees it.
 
     Attributes:
-        degrees: how many there are of each kind.
-        data: ``(shard,)`` or ``(replicate, shard)``; parameters are also sharded over the ranks that share a row.
-            None for a single rank, whose model stays whole.
-        tensor: the ranks that share this rank's layers, None where each has its own.
-        context: the ranks that share this rank's rows, None where each has its own.
-        data_rank: which rows this rank reads, from 0 to ``degrees.data - 1``.
-        part: which stretch of them, from 0 to ``degrees.context - 1``.
+        degrees: size of each dimension.
+        data: ``(shard,)`` or ``(replicate, shard)`` for FSDP2; shard includes context-parallel ranks. None for a single
+            rank.
+        tensor: the tensor-parallel ranks of this rank; None without tensor parallelism.
+        context: the context-parallel ranks of this rank; None without context parallelism.
+        data_rank: which rows this rank reads, 0 to ``degrees.data - 1``.
+        context_rank: which slice of each row, 0 to ``degrees.context - 1``.
     """
 
     degrees: Degrees
@@ -91,14 +96,14 @@ class Mesh:
     tensor: DeviceMesh | None = None
     context: ProcessGroup | None = None
     data_rank: int = 0
-    part: int = 0
+    context_rank: int = 0
 
 
 def degrees(config: ParallelismConfig, ranks: int) -> Degrees:
-    """Returns the degrees for that many ranks.
+    """Returns the degrees for a number of ranks.
 
     Raises:
-        ConfigError: they do not multiply to the number of ranks; the message says which would.
+        ConfigError: their product is not the number of ranks; the message lists degrees that fit.
     """
     given = {
         "data_parallel_replicate_degree": config.data_parallel_replicate_degree,
@@ -110,38 +115,38 @@ def degrees(config: ParallelismConfig, ranks: int) -> Degrees:
     if shard == -1 and ranks % (replicate * context * tensor) == 0:
         shard = ranks // (replicate * context * tensor)
     if replicate * shard * context * tensor != ranks:
-        said = " x ".join(f"{key} {value}" for key, value in given.items())
-        fitting = [_fitting(key, given, ranks) for key in given]
+        product = " x ".join(f"{key} {value}" for key, value in given.items())
+        fitting = [_fitting_values(key, given, ranks) for key in given]
         raise ConfigError(
-            f"parallelism: {said} does not make the {ranks} ranks of this run. "
-            f"With the others as they are, these do: {'; '.join(filter(None, fitting)) or 'none, change two'}."
+            f"parallelism: {product} does not equal the {ranks} ranks of this run. "
+            f"Change one degree: {'; '.join(filter(None, fitting)) or 'none fits, change two'}."
         )
     return Degrees(replicate, shard, context, tensor)
 
 
-def _fitting(key: str, given: dict[str, int], ranks: int) -> str:
-    """Returns the values of one degree that make the ranks while all others stay."""
+def _fitting_values(key: str, given: dict[str, int], ranks: int) -> str:
+    """Returns the values of one degree for which the product equals the ranks, with all others unchanged."""
     others, free = 1, False
     for name, value in given.items():
         if name != key:
             others, free = (others, True) if value == -1 else (others * value, free)
     if ranks % others:
         return ""
-    share = ranks // others
-    values = [d for d in range(1, share + 1) if share % d == 0] if free else [share]
+    rest = ranks // others
+    values = [d for d in range(1, rest + 1) if rest % d == 0] if free else [rest]
     return f"{key} {' or '.join(map(str, values))}"
 
 
-def check(config: ParallelismConfig, heads: tuple[int, ...], seq_len: int) -> None:
-    """Checks the degrees against the model and its rows.
+def check_degrees(config: ParallelismConfig, heads: tuple[int, ...], seq_len: int) -> None:
+    """Checks that the degrees divide the model's heads and the tokens of a row.
 
     Args:
         config: the degrees.
-        heads: the numbers of heads that tensor-parallel ranks share evenly.
+        heads: the model's head counts.
         seq_len: tokens in a row.
 
     Raises:
-        ConfigError: a degree does not divide what it shares; the message says which would.
+        ConfigError: a degree does not divide; the message lists degrees that do.
     """
     tensor, context = config.tensor_parallel_degree, config.context_parallel_degree
     if any(number % tensor for number in heads):
@@ -164,16 +169,16 @@ def check(config: ParallelismConfig, heads: tuple[int, ...], seq_len: int) -> No
 
 
 def build(degrees: Degrees, rank: int, device_type: str) -> Mesh:
-    """Returns the layout of ``rank`` among the ranks that the degrees make; every rank has to call this."""
+    """Returns the mesh of ``rank``; a collective call."""
     replicate, shard, context, tensor = degrees.replicate, degrees.shard, degrees.context, degrees.tensor
-    if degrees.data * degrees.copies == 1:
+    if degrees.data * degrees.model_parallel == 1:
         return Mesh(degrees)
-    # Ranks that share a row hold gradients of other tokens of it, so that FSDP shards over them as over any others.
+    # Context-parallel ranks have gradients of different tokens, so FSDP shards over them like over data-parallel ranks.
     sizes = {"replicate": replicate, "shard": shard * context, "tensor": tensor}
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
     ranks = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if tensor > 1:
-        ranks["shard", "tensor"]._flatten()  # one all-reduce over both where the gradients' norm needs it
+        ranks["shard", "tensor"]._flatten()  # one all-reduce over both for the norm of the gradients
     group = None
     if context > 1:
         rows = init_device_mesh(
@@ -185,6 +190,6 @@ def build(degrees: Degrees, rank: int, device_type: str) -> Mesh:
         data=ranks["replicate", "shard"] if replicate > 1 else ranks["shard"],
         tensor=ranks["tensor"] if tensor > 1 else None,
         context=group,
-        data_rank=rank // degrees.copies,
-        part=rank // tensor % context,
+        data_rank=rank // degrees.model_parallel,
+        context_rank=rank // tensor % context,
     )

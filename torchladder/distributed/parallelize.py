@@ -1,7 +1,8 @@
-"""Spreads a model over ranks: float8 and shared layers, then recomputed activations, compilation, FSDP2."""
+"""Applies the parallelisms to a model: float8, tensor parallelism, activation checkpointing, torch.compile, FSDP2."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -11,34 +12,33 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from torchladder.distributed import activation_checkpoint, float8, tensor_parallel
-from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
+from torchladder.distributed import float8, tensor_parallel
+from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig, apply_activation_checkpoint
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import Mesh, ParallelismConfig
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """torch.compile, one graph per block: all blocks share it, and the ladder never recompiles it."""
+    """torch.compile of each block: one graph for all blocks and all windows of the curriculum."""
 
     enable: bool = False
-    """Compile what components names."""
+    """Compile the components."""
 
     components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model"])
-    """What is compiled: model, block by block; loss, the head and its cross entropy."""
+    """model compiles each block, loss compiles the head with its cross entropy."""
 
     backend: str = "inductor"
-    """The compiler behind torch.compile."""
+    """Backend of torch.compile."""
 
     def compiles(self, component: str) -> bool:
-        """Whether a component is compiled."""
         return self.enable and component in self.components
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What a model computes in; its weights stay float32."""
+    """Dtypes of computation and of gradient reduction; weights are float32."""
 
     compute: torch.dtype = torch.float32
     reduce: torch.dtype = torch.float32
@@ -46,62 +46,68 @@ class Precision:
 
 @dataclass(frozen=True)
 class ParallelizeConfig:
-    """All that decides how a model is spread.
+    """The sections that ``parallelize_model`` applies.
 
     Attributes:
-        parallelism: the degrees, and how FSDP2 and tensor parallelism go about it.
+        parallelism: options of FSDP2 and tensor parallelism.
         float8: which layers compute in float8.
-        recompute: which activations are recomputed.
+        activation_checkpoint: which activations are recomputed.
         compile: what is compiled.
-        precision: compute and gradient reduction types under FSDP2.
-        offload: whether weights, gradients and optimizer state stay in the host's memory.
+        precision: dtypes under FSDP2.
+        offload: whether weights, gradients and optimizer state are in CPU memory.
     """
 
     parallelism: ParallelismConfig
     float8: Float8Config = field(default_factory=Float8Config)
-    recompute: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     precision: Precision = field(default_factory=Precision)
     offload: bool = False
 
 
-def check(mesh: Mesh, settings: ParallelizeConfig, device: torch.device) -> None:
-    """Checks that the settings can work here, before anything is built.
+def check_parallelize_config(mesh: Mesh, config: ParallelizeConfig, device: torch.device) -> None:
+    """Checks the config against the device and the mesh, before anything is built.
 
     Raises:
-        ConfigError: one cannot; the message says why.
+        ConfigError: an option needs other hardware, another mesh or another option.
     """
-    settings.float8.check(device, settings.precision.compute)
-    if settings.parallelism.enable_async_tensor_parallel:
-        tensor_parallel.check_overlap(device, settings.compile.compiles("model"))
-    if settings.offload and (mesh.data is None or device.type == "cpu"):
-        why = "this run has a single rank" if mesh.data is None else "a CPU's weights are in the host's memory already"
-        raise ConfigError(f"training.enable_cpu_offload is for FSDP2 on accelerators: {why}.")
+    config.float8.check(device, config.precision.compute)
+    if config.parallelism.enable_async_tensor_parallel:
+        key = "parallelism.enable_async_tensor_parallel"
+        require(device.type == "cuda", f"{key} needs CUDA, and this run is on {device.type}.")
+        require(config.compile.compiles("model"), f"{key} is a compiler pass: set compile.enable.")
+    if config.offload:
+        key = "training.enable_cpu_offload"
+        require(mesh.data is not None, f"{key} needs FSDP2, and this run has a single rank.")
+        require(device.type != "cpu", f"{key} needs an accelerator, and this run is on a CPU.")
 
 
-def parallelize(model: nn.Module, plan: dict[str, str], mesh: Mesh, settings: ParallelizeConfig) -> None:
-    """Prepares a model in place; its blocks are ``model.layers``, name → block.
+def parallelize_model(
+    model: nn.Module, plan: dict[str, str], mesh: Mesh, config: ParallelizeConfig, saved_ops: Collection[str]
+) -> None:
+    """Applies all parallelisms to a model, in place. Its blocks are ``model.layers``, name → block.
 
     Args:
         model: on the meta device or not.
-        plan: the model's own, module path → style of tensor parallelism.
-        mesh: the layout of the ranks.
-        settings: what to do; ``check`` has passed them.
+        plan: the model's ``parallel_plan``.
+        mesh: the device mesh.
+        config: what to apply, checked by ``check_parallelize_config``.
+        saved_ops: the kernel's operators whose results selective activation checkpointing by op saves.
 
     Raises:
-        ConfigError: the model's plan leaves something out, or float8 has no layer to compute.
+        ConfigError: the plan does not cover a parameter, or float8 finds no layer.
     """
     layers = model.layers
     assert isinstance(layers, nn.ModuleDict)
-    compile = settings.compile
-    # torchao puts layers of its own in the place of linear ones, so it comes before what is tied to a layer.
-    float8.convert(model, settings.float8, sharded=mesh.data is not None)
-    if settings.parallelism.enable_async_tensor_parallel:
-        tensor_parallel.overlap()
+    compile = config.compile
+    # First, because torchao replaces the layers that all the rest is applied to.
+    float8.convert_to_float8(model, config.float8, sharded=mesh.data is not None)
+    if config.parallelism.enable_async_tensor_parallel:
+        torch._inductor.config._micro_pipeline_tp = True  # overlaps collectives with the matrix products around them
     if mesh.tensor is not None:
-        tensor_parallel.parallelize(model, plan, mesh.tensor, not settings.parallelism.disable_loss_parallel)
+        tensor_parallel.apply_tensor_parallel(model, plan, mesh.tensor, not config.parallelism.disable_loss_parallel)
     for number, (name, block) in enumerate(list(layers.items())):
-        layers[name] = activation_checkpoint.wrap(block, number, settings.recompute)
+        layers[name] = apply_activation_checkpoint(block, number, config.activation_checkpoint, saved_ops)
         if compile.compiles("model"):
             layers[name].compile(backend=compile.backend, fullgraph=True)
     if compile.compiles("loss"):
@@ -109,27 +115,27 @@ def parallelize(model: nn.Module, plan: dict[str, str], mesh: Mesh, settings: Pa
             if style == "head":
                 model.get_submodule(path).compile(backend=compile.backend, fullgraph=True)
     if mesh.data is not None:
-        _shard(model, list(layers.values()), mesh.data, settings)
+        _apply_fsdp(model, list(layers.values()), mesh.data, config)
 
 
 def materialize(model: nn.Module, device: torch.device, offload: bool) -> None:
-    """Gives a model on meta its memory: on the device, or what can be offloaded on the host."""
+    """Allocates a meta-device model on its device; with offload, parameters on the CPU and buffers on the device."""
     model.to_empty(device="cpu" if offload else device)
     for module in model.modules() if offload else ():
         if next(module.parameters(), None) is None:
-            module.to(device)  # buffers serve where the activations are
+            module.to(device)
 
 
-def _shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, settings: ParallelizeConfig) -> None:
-    """Shards block by block with FSDP2; a block's parameters are gathered while the one before it computes."""
-    precision = settings.precision
+def _apply_fsdp(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: ParallelizeConfig) -> None:
+    """Applies FSDP2 to each block; the parameters of a block are gathered while the previous one computes."""
+    precision = config.precision
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce),
     }
-    if settings.offload:
+    if config.offload:
         options["offload_policy"] = CPUOffloadPolicy()
-    reshard = settings.parallelism.fsdp_reshard_after_forward != "never"
+    reshard = config.parallelism.fsdp_reshard_after_forward != "never"
     for block in blocks:
         fully_shard(block, reshard_after_forward=reshard, **options)
     fully_shard(model, **options)
@@ -140,6 +146,6 @@ def _shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, settings
         following.set_modules_to_backward_prefetch([block])
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # FSDP2 averages over ranks. The loss here is a sum divided by the label count of all ranks: add up.
+            # Sum gradients instead of averaging: each rank's loss is already divided by the label count of all ranks.
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to leave the average out
+            module.set_force_sum_reduction_for_comms(True)  # gloo needs this to not average

@@ -1,19 +1,18 @@
-"""Tensor parallelism: ranks share each layer by heads and features, and in norms and between blocks by tokens.
+"""Tensor parallelism with sequence parallelism: layers are sharded over heads and features, norms over tokens.
 
 The model's ``parallel_plan`` names a style for every module that has parameters:
 
-| style | the module | its input → its output |
+| style | the module | input → output |
 |---|---|---|
-| ``embedding`` | rows of the vocabulary on each rank | all tokens → a share of the tokens |
-| ``sequence`` | whole on each rank, a norm | a share of the tokens → the same |
-| ``heads`` | whole on each rank, a norm of each head | a share of the heads → the same |
-| ``gather`` | has no parameters of its own | its first input: a share of the tokens → all of them |
-| ``colwise`` | linear, a share of the outputs on each rank | all tokens → all tokens, a share of the features |
-| ``rowwise`` | linear, a share of the inputs on each rank | a share of the features → a share of the tokens |
-| ``head`` | rows of the vocabulary on each rank | a share of the tokens → logits, or the loss |
+| ``embedding`` | sharded over the vocabulary | all tokens → sharded tokens |
+| ``sequence`` | replicated, a norm | sharded tokens → sharded tokens |
+| ``heads`` | replicated, a norm of each head | sharded heads → sharded heads |
+| ``gather`` | has no parameters itself | first input: sharded tokens → all tokens |
+| ``colwise`` | linear, sharded over output features | all tokens → all tokens, sharded features |
+| ``rowwise`` | linear, sharded over input features | sharded features → sharded tokens |
+| ``head`` | sharded over the vocabulary | sharded tokens → logits, or the loss |
 
-Vocabularies and features that do not divide are shared unevenly; heads and tokens have to divide. The mask goes through
-untouched: every rank has all of it.
+Vocabulary and features may shard unevenly; the degree must divide heads and tokens. The attention mask is replicated.
 """
 
 from __future__ import annotations
@@ -36,64 +35,44 @@ from torch.distributed.tensor.parallel import (
 from torchladder.registry import ConfigError, unknown_name
 
 TOKENS = Shard(1)
-"""A share of the tokens of (B, T, d)."""
+"""Sharded over the tokens of (B, T, d)."""
 
 
-def parallelize(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh, loss_parallel: bool) -> None:
-    """Shares the layers of a model among the ranks of a mesh, in place.
+def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh, loss_parallel: bool) -> None:
+    """Applies tensor parallelism to a model, in place.
 
     Args:
         model: on the meta device or not.
         plan: module path → style.
         mesh: one dimension.
-        loss_parallel: whether a rank takes a share of the vocabulary in the loss, otherwise a share of the tokens.
+        loss_parallel: whether the head is sharded over the vocabulary in the loss, otherwise over the tokens.
 
     Raises:
-        ConfigError: an unknown style, or a parameter that the plan leaves out.
+        ConfigError: an unknown style, or a parameter without one.
     """
     for path, style in plan.items():
         if style not in _STYLES:
             raise unknown_name(f"style of {path} in the model's parallel_plan", style, _STYLES)
         parallelize_module(model, mesh, {path: _STYLES[style](loss_parallel)}, src_data_rank=None)
     for name, parameter in model.named_parameters():
-        # One mesh for all: the norm of the gradients is taken over them together.
+        # All parameters must be on one mesh, because gradient clipping computes their norm together.
         if not isinstance(parameter, DTensor):
-            raise ConfigError(f"the model's parallel_plan names no style for the module of {name}.")
-
-
-def check_overlap(device: torch.device, compiled: bool) -> None:
-    """Checks that collectives can overlap with products.
-
-    Raises:
-        ConfigError: there is nothing here that could.
-    """
-    if device.type != "cuda":
-        raise ConfigError(
-            f"parallelism.enable_async_tensor_parallel needs CUDA, whose ranks can reach into each other's memory; "
-            f"this run is on a {device.type}."
-        )
-    if not compiled:
-        raise ConfigError("parallelism.enable_async_tensor_parallel is the compiler's work: set compile.enable.")
-
-
-def overlap() -> None:
-    """Lets compiled blocks overlap their collectives with the products around them (async tensor parallelism)."""
-    torch._inductor.config._micro_pipeline_tp = True
+            raise ConfigError(f"the model's parallel_plan has no style for the module of {name}: add one.")
 
 
 class _Gather(ParallelStyle):
-    """Gathers the tokens of the first input once for all the layers inside."""
+    """Gathers the tokens of the first input once for all layers inside."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return _placed(args[0], device_mesh, Replicate()), *args[1:]
+            return _redistribute(args[0], device_mesh, Replicate()), *args[1:]
 
         module.register_forward_pre_hook(gather)
         return module
 
 
 class _Embedding(RowwiseParallel):
-    """Waits for its result: a compiled block that is handed one on its way gives it no gradient."""
+    """Waits for the collective of its output: a compiled block gives no gradient to an async input."""
 
     @staticmethod
     def _prepare_output_fn(
@@ -103,7 +82,7 @@ class _Embedding(RowwiseParallel):
 
 
 class _Rowwise(RowwiseParallel):
-    """Takes features that do not divide as well: their number is the layer's, not twice that of this rank's share."""
+    """Supports uneven shards: it takes the number of features from the layer instead of multiplying this rank's."""
 
     @staticmethod
     def _prepare_input_fn(
@@ -118,7 +97,7 @@ class _Rowwise(RowwiseParallel):
 
 
 class _Head(ParallelStyle):
-    """Hands the head all states and a share of the vocabulary, or a share of the states and the whole vocabulary."""
+    """Shards the head over the vocabulary and gathers its input, or replicates it and shards its input over tokens."""
 
     def __init__(self, loss_parallel: bool) -> None:
         self.loss_parallel = loss_parallel
@@ -130,14 +109,14 @@ class _Head(ParallelStyle):
             module.register_parameter(name, nn.Parameter(shared))
 
         def place(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return _placed(args[0], device_mesh, Replicate() if self.loss_parallel else TOKENS), *args[1:]
+            return _redistribute(args[0], device_mesh, Replicate() if self.loss_parallel else TOKENS), *args[1:]
 
         module.register_forward_pre_hook(place)
         return module
 
 
-def _placed(x: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
-    """Returns ``x``, a share of the tokens where it is a plain tensor, with another placement."""
+def _redistribute(x: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+    """Returns ``x`` with another placement; a plain tensor is sharded over tokens."""
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [TOKENS], run_check=False)
     return x.redistribute(placements=[placement])

@@ -79,7 +79,7 @@ class IncrementalDecoder:
     def __init__(self, trained: TrainedModel, dtype: torch.dtype = torch.float32) -> None:
         self.seq_len = trained.config.training.seq_len
         self._cache = kv_cache.KVCache()
-        self._loaded = trained.load(self._cache.attend, self.seq_len, dtype)
+        self._loaded = trained.load(self._cache.attention, self.seq_len, dtype)
         self._rows: list[list[int]] = []
 
     def reset(self) -> None:

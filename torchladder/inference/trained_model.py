@@ -19,7 +19,7 @@ from torchladder import config as settings
 from torchladder.checkpoint import CheckpointConfig, RunState, checksums, step_folders
 from torchladder.checkpoint.step_folders import SETTINGS
 from torchladder.config import Config, hf_defaults, toml_files
-from torchladder.models import Attend, Model
+from torchladder.models import AttentionFunction, Model
 from torchladder.models.hf import hf_weights
 from torchladder.models.hf.hf_folder import HFFolder, is_hf_folder
 from torchladder.registry import ConfigError
@@ -198,11 +198,11 @@ class TrainedModel:
         if self.run_state is not None and (error := checkpoint.find_corruption(self.path)):
             raise UnreadableCheckpointError(f"{self.path} is damaged: {error}.")
 
-    def load(self, attend: Attend, seq_len: int, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    def load(self, attention_fn: AttentionFunction, seq_len: int, dtype: torch.dtype = torch.float32) -> LoadedModel:
         """Returns the model with its weights, under the masks and the window at the end of its run.
 
         Args:
-            attend: the attention function of a kernel or a cache.
+            attention_fn: the attention function of a kernel or a cache.
             seq_len: tokens in the longest row to read; may exceed the run's.
             dtype: of the weights.
 
@@ -212,7 +212,7 @@ class TrainedModel:
         config = self.config
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.device("meta"):
-            model = models.build(config.model, attend=attend, seq_len=seq_len)
+            model = models.build(config.model, attention_fn=attention_fn, seq_len=seq_len)
         model.to_empty(device=device)
         model.init_weights(config.debug.seed)  # also fills the buffers, which checkpoints do not have
         if self.run_state is None:

@@ -1,15 +1,16 @@
-"""Language models by name and flavor, and what they are made of."""
+"""Language models by name and flavor, their layers and attention kernels."""
 
+from torchladder.models.attention import AttentionFunction
 from torchladder.models.llama import Llama
 from torchladder.models.llama_config import LlamaConfig
-from torchladder.models.model import Attend, Model, ModelRegistry, register, registry
+from torchladder.models.model import Model, ModelRegistry, register, registry
 from torchladder.models.qwen3 import Qwen3, Qwen3Config
 
 build = registry.build
 resolve = registry.resolve
 
 __all__ = [
-    "Attend",
+    "AttentionFunction",
     "Llama",
     "LlamaConfig",
     "Model",

@@ -1,4 +1,4 @@
-"""The shape of a Llama, how its weights begin, and its flavors.
+"""Llama: config, initialization and flavors.
 
 | flavor | model | parameters |
 |---|---|---|
@@ -8,7 +8,7 @@
 | `code-1b`, `code-3.2-3b` | SkyLadder's models of code | |
 | `llama2-7b`, `llama2-13b`, `llama2-70b` | Llama 2 (arXiv 2307.09288) | |
 | `llama3-8b`, `llama3.2-1b`, `llama3.2-3b` | Llama 3 (arXiv 2407.21783) | |
-| `mistral-7b` | Mistral 7B v0.1 (arXiv 2310.06825), with the mask `sliding` and a window of 4,096 | |
+| `mistral-7b` | Mistral 7B v0.1 (arXiv 2310.06825), to use with the mask `sliding` and a window of 4,096 | |
 | `teenytinyllama-160m`, `teenytinyllama-460m` | TeenyTinyLlama (arXiv 2401.16640) | |
 | `tilde-30b` | TildeOpen 30B | |
 """
@@ -19,99 +19,99 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torchladder.models.layers import Rotation
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.models.layers import RopeParameters
+from torchladder.registry import require, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The shape of a Llama and how its weights begin."""
+    """The shape of a Llama model and its initialization."""
 
     dim: int
     """Features per token."""
 
     n_layers: int
-    """Blocks."""
+    """Transformer blocks."""
 
     n_heads: int
     """Query heads."""
 
     n_kv_heads: int | None = None
-    """Key-value heads, each shared by n_heads / n_kv_heads query heads; unset: as many as n_heads."""
+    """Key-value heads, each shared by n_heads / n_kv_heads query heads; default: n_heads."""
 
     head_dim: int | None = None
-    """Features per head; unset: dim / n_heads."""
+    """Features per head; default: dim / n_heads."""
 
     ffn_dim: int
-    """Features between the two halves of a feed-forward layer."""
+    """Hidden features of the feed-forward layer."""
 
     vocab_size: int = 32000
-    """Rows of the embedding and of the head: the tokenizer's tokens, padded or not."""
+    """Rows of the embedding and of the head, at least the tokenizer's tokens."""
 
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Epsilon of RMSNorm."""
 
     tie_embeddings: bool = False
-    """Use the embedding's weight as the head's."""
+    """Use the embedding's weight in the head."""
 
     positional_embedding: Literal["rope", "none"] = "rope"
-    """Rotary positions, or none at all (NoPE)."""
+    """RoPE, or no positions (NoPE)."""
 
     rope_theta: float = 10000.0
-    """Base of the rotations' frequencies."""
+    """Base of the RoPE frequencies."""
 
     rope_scaling_factor: float = 1.0
-    """Times by which rows may be longer than rope_original_seq_len (Llama 3.1); 1: no longer."""
+    """Context extension over rope_original_seq_len by frequency scaling (Llama 3.1); 1 disables it."""
 
     rope_low_freq_factor: float = 1.0
-    """Rotations with fewer turns than this in the original context slow down by rope_scaling_factor."""
+    """Frequencies with fewer turns than this in the original context are divided by rope_scaling_factor."""
 
     rope_high_freq_factor: float = 4.0
-    """Rotations with more turns than this keep their frequency."""
+    """Frequencies with more turns than this in the original context are unchanged."""
 
     rope_original_seq_len: int = 8192
-    """Tokens of the context that rope_scaling_factor stretches."""
+    """Tokens of the context that rope_scaling_factor extends."""
 
     rope_condense_ratio: float = 1.0
-    """Positions are divided by it."""
+    """Divisor of positions (position interpolation)."""
 
     rope_restart: int = 0
-    """Positions start again at 0 every so many tokens; 0: never."""
+    """Positions restart at 0 every rope_restart tokens; 0: never."""
 
     initialization: Literal["skyladder", "tilde", "megatron", "normal"] = "skyladder"
-    """Deviations of the initial weights: SkyLadder's or Tilde's by shape, Megatron's or a plain one by init_std."""
+    """Standard deviation of initial weights: by shape (skyladder, tilde) or from init_std (megatron, normal)."""
 
     init_std: float = 0.02
-    """Deviation of the initial weights under initialization megatron and normal."""
+    """Standard deviation of initial weights for initialization = "megatron" and "normal"."""
 
     def __post_init__(self) -> None:
         for key in ("dim", "n_layers", "n_heads", "kv_heads", "ffn_dim", "vocab_size", "rope_original_seq_len"):
-            _require(getattr(self, key) >= 1, f"model.{key} = {getattr(self, key)}: must be 1 or more.")
-        _require(
+            require(getattr(self, key) >= 1, f"model.{key} = {getattr(self, key)}: must be 1 or more.")
+        require(
             self.head_dim is not None or self.dim % self.n_heads == 0,
-            f"model.dim = {self.dim} does not divide into model.n_heads = {self.n_heads} heads; set model.head_dim.",
+            f"model.dim = {self.dim} does not divide into model.n_heads = {self.n_heads}: set model.head_dim.",
         )
-        _require(
+        require(
             self.n_heads % self.kv_heads == 0,
             f"model.n_heads = {self.n_heads} is not a multiple of model.n_kv_heads = {self.kv_heads}.",
         )
-        _require(
+        require(
             self.head_size >= 2 and self.head_size % 2 == 0,
-            f"model.head_dim = {self.head_size}: must be even, since rotary positions turn pairs of features.",
+            f"model.head_dim = {self.head_size}: must be even, because RoPE rotates pairs of features.",
         )
         for key in ("norm_eps", "rope_theta", "rope_condense_ratio", "init_std"):
-            _require(getattr(self, key) > 0, f"model.{key} = {getattr(self, key)}: must be positive.")
-        _require(self.rope_restart >= 0, f"model.rope_restart = {self.rope_restart}: must be 0 or more.")
-        _require(
+            require(getattr(self, key) > 0, f"model.{key} = {getattr(self, key)}: must be positive.")
+        require(self.rope_restart >= 0, f"model.rope_restart = {self.rope_restart}: must be 0 or more.")
+        require(
             self.rope_scaling_factor >= 1, f"model.rope_scaling_factor = {self.rope_scaling_factor}: must be 1 or more."
         )
-        _require(
+        require(
             0 < self.rope_low_freq_factor < self.rope_high_freq_factor,
             f"model.rope_low_freq_factor = {self.rope_low_freq_factor} must be positive and below "
             f"model.rope_high_freq_factor = {self.rope_high_freq_factor}.",
         )
-        if self.initialization not in INITIALIZATIONS:
-            raise unknown_name("model.initialization", self.initialization, INITIALIZATIONS)
+        if self.initialization not in INITIAL_STDS:
+            raise unknown_name("model.initialization", self.initialization, INITIAL_STDS)
         if self.positional_embedding not in ("rope", "none"):
             raise unknown_name("model.positional_embedding", self.positional_embedding, ("rope", "none"))
 
@@ -124,8 +124,8 @@ class LlamaConfig:
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
-    def rotation(self) -> Rotation:
-        return Rotation(
+    def rope_parameters(self) -> RopeParameters:
+        return RopeParameters(
             theta=self.rope_theta,
             factor=self.rope_scaling_factor,
             low_freq_factor=self.rope_low_freq_factor,
@@ -136,60 +136,55 @@ class LlamaConfig:
         )
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+# --- initialization --------------------------------------------------------------------------------------------------
 
-
-# --- initial weights -------------------------------------------------------------------------------------------------
-
-INITIALIZATIONS = {
+INITIAL_STDS = {
     "skyladder": lambda c: (math.sqrt(2 / (5 * c.dim)), 1 / (math.sqrt(c.dim) * c.n_layers)),
     "tilde": lambda c: (math.sqrt(2 / (5 * c.dim)), 2 / (c.n_layers * math.sqrt(c.dim))),
     "megatron": lambda c: (c.init_std, c.init_std / math.sqrt(2 * c.n_layers)),
     "normal": lambda c: (c.init_std, c.init_std),
 }
-"""Config -> deviation of all weights but the norms' (which begin as 1), and of the two that write to the residual.
+"""Config -> standard deviation of all weights except norms, and of those that write to the residual stream.
 
-skyladder and tilde: arXiv 1910.05895 for all; for the two, the scale that GPT-NeoX calls wang_init (2 / (L sqrt d)), or
-half of it. megatron: arXiv 1909.08053, as GPT-2. normal: one deviation for all, as Llama in Hugging Face transformers.
+skyladder and tilde: arXiv 1910.05895; residual projections use GPT-NeoX's wang_init (2 / (L sqrt d)), or half of it.
+megatron: arXiv 1909.08053, as GPT-2. normal: the same for all, as Llama in Hugging Face transformers. Norms begin as 1.
 """
 
-RESIDUAL = ("o_proj.weight", "down_proj.weight")
-"""Ends of the names of the weights whose products are added to the residual."""
+RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
+"""Name suffixes of the weights that write to the residual stream."""
 
 
 # --- flavors ---------------------------------------------------------------------------------------------------------
 
 
-def _shape(n_layers: int, dim: int, heads: tuple[int, int], ffn_dim: int, **more: Any) -> LlamaConfig:
+def _llama(n_layers: int, dim: int, heads: tuple[int, int], ffn_dim: int, **more: Any) -> LlamaConfig:
     return LlamaConfig(n_layers=n_layers, dim=dim, n_heads=heads[0], n_kv_heads=heads[1], ffn_dim=ffn_dim, **more)
 
 
 _LLAMA_3: dict[str, Any] = {"vocab_size": 128256, "rope_theta": 500000.0, "initialization": "normal"}
 _LLAMA_3_2: dict[str, Any] = {**_LLAMA_3, "rope_scaling_factor": 32.0, "tie_embeddings": True}
-_PLAIN: dict[str, Any] = {"initialization": "normal"}
+_NORMAL: dict[str, Any] = {"initialization": "normal"}
 _TILDE: dict[str, Any] = {"vocab_size": 131072, "norm_eps": 3e-6, "rope_theta": 200000.0, "initialization": "tilde"}
 
-# flavor: layers, dim, (heads, key-value heads), ffn_dim
+# flavor: layers, dim, (query heads, key-value heads), ffn_dim
 FLAVORS = {
-    "debug": _shape(2, 64, (4, 2), 192, vocab_size=512),
-    "small": _shape(6, 256, (4, 2), 640, vocab_size=4096),
-    "120m": _shape(12, 768, (12, 1), 2048),
-    "360m": _shape(18, 1024, (16, 16), 4096),
-    "1b": _shape(22, 2048, (32, 4), 5632),
-    "3b": _shape(26, 3200, (32, 4), 8640),
-    "3.2-3b": _shape(28, 3072, (24, 8), 8192, vocab_size=32256, rope_theta=100000.0),
-    "code-1b": _shape(22, 2048, (32, 4), 5632, vocab_size=49152, rope_theta=1000000.0),
-    "code-3.2-3b": _shape(28, 3072, (24, 8), 8192, vocab_size=49152, rope_theta=100000.0),
-    "llama2-7b": _shape(32, 4096, (32, 32), 11008, **_PLAIN),
-    "llama2-13b": _shape(40, 5120, (40, 40), 13824, **_PLAIN),
-    "llama2-70b": _shape(80, 8192, (64, 8), 28672, **_PLAIN),
-    "llama3-8b": _shape(32, 4096, (32, 8), 14336, **_LLAMA_3),
-    "llama3.2-1b": _shape(16, 2048, (32, 8), 8192, **_LLAMA_3_2),
-    "llama3.2-3b": _shape(28, 3072, (24, 8), 8192, **_LLAMA_3_2),
-    "mistral-7b": _shape(32, 4096, (32, 8), 14336, **_PLAIN),
-    "teenytinyllama-160m": _shape(12, 768, (12, 12), 3072, **_PLAIN),
-    "teenytinyllama-460m": _shape(24, 1024, (16, 16), 4096, **_PLAIN),
-    "tilde-30b": _shape(60, 6144, (48, 8), 21504, **_TILDE),
+    "debug": _llama(2, 64, (4, 2), 192, vocab_size=512),
+    "small": _llama(6, 256, (4, 2), 640, vocab_size=4096),
+    "120m": _llama(12, 768, (12, 1), 2048),
+    "360m": _llama(18, 1024, (16, 16), 4096),
+    "1b": _llama(22, 2048, (32, 4), 5632),
+    "3b": _llama(26, 3200, (32, 4), 8640),
+    "3.2-3b": _llama(28, 3072, (24, 8), 8192, vocab_size=32256, rope_theta=100000.0),
+    "code-1b": _llama(22, 2048, (32, 4), 5632, vocab_size=49152, rope_theta=1000000.0),
+    "code-3.2-3b": _llama(28, 3072, (24, 8), 8192, vocab_size=49152, rope_theta=100000.0),
+    "llama2-7b": _llama(32, 4096, (32, 32), 11008, **_NORMAL),
+    "llama2-13b": _llama(40, 5120, (40, 40), 13824, **_NORMAL),
+    "llama2-70b": _llama(80, 8192, (64, 8), 28672, **_NORMAL),
+    "llama3-8b": _llama(32, 4096, (32, 8), 14336, **_LLAMA_3),
+    "llama3.2-1b": _llama(16, 2048, (32, 8), 8192, **_LLAMA_3_2),
+    "llama3.2-3b": _llama(28, 3072, (24, 8), 8192, **_LLAMA_3_2),
+    "mistral-7b": _llama(32, 4096, (32, 8), 14336, **_NORMAL),
+    "teenytinyllama-160m": _llama(12, 768, (12, 12), 3072, **_NORMAL),
+    "teenytinyllama-460m": _llama(24, 1024, (16, 16), 4096, **_NORMAL),
+    "tilde-30b": _llama(60, 6144, (48, 8), 21504, **_TILDE),
 }

@@ -1,11 +1,11 @@
-"""The contract of a model, and the registry that knows models by name and flavor.
+"""The model contract, and the registry of models by name and flavor.
 
-A model section names a model, one of its flavors, and any field of the model's config that should differ from the
-flavor. Registering a model declares all three:
+The section ``[model]`` selects a model and a flavor, and can override any field of the flavor's config. A model
+registers with its flavors:
 
     @models.register("llama", flavors={"debug": LlamaConfig(dim=64, ...), "1b": LlamaConfig(dim=2048, ...)})
     class Llama(Model):
-        def __init__(self, config: LlamaConfig, attend: Attend, seq_len: int) -> None: ...
+        def __init__(self, config: LlamaConfig, attention_fn: AttentionFunction, seq_len: int) -> None: ...
 """
 
 from __future__ import annotations
@@ -26,16 +26,13 @@ from torchladder.models import loss
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.registry import Component, ConfigError, Registry, unknown_name
 
-Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-"""``(q (B, H, T, K), k (B, G, T, K), v (B, G, T, K), form) -> (B, H, T, K)``: what a kernel offers a model."""
-
 
 class Model(nn.Module, ABC):
-    """A language model, as the rest of the library sees it.
+    """A language model: the interface that training, inference and parallelism use.
 
     Attributes:
-        config: the facts the model was built from, a frozen dataclass.
-        layers: name -> block, in the order of the forward pass: the unit of compilation, checkpointing and sharding.
+        config: the frozen dataclass that the model was built from.
+        layers: name -> block, in forward order: the unit of compilation, activation checkpointing and FSDP.
         hf_adapter: maps the model to Hugging Face and back; None if it cannot be imported or exported.
     """
 
@@ -44,94 +41,90 @@ class Model(nn.Module, ABC):
     hf_adapter: ClassVar[HFAdapter | None] = None
 
     @abstractmethod
-    def forward(self, tokens: Tensor, attention_mask: Any, labels: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, attn_mask: Any, labels: Tensor | None = None) -> Tensor:
         """Returns logits (B, T, V), or with labels the fp32 sum of the loss over all labels that are not -100.
 
         Args:
             tokens: (B, T) int64.
-            attention_mask: the form that the kernel derived from ``start``; the model hands it on unread.
-            labels: (B, T) int64, the token to predict at each place, -100 for none.
+            attn_mask: the attention mask that the kernel prepared, passed to ``attention_fn`` unchanged.
+            labels: (B, T) int64, the token to predict at each position, -100 for none.
         """
 
     @abstractmethod
     def init_weights(self, seed: int) -> None:
-        """Draws the initial weights, each parameter from a generator of its own (``draw``)."""
+        """Initializes the weights, each parameter from its own random generator (``init_normal_``)."""
 
     @abstractmethod
     def parallel_plan(self) -> dict[str, str]:
-        """Returns how tensor parallelism shares each module that has parameters: module path -> style.
+        """Returns the tensor-parallel style of each module with parameters: module path -> style.
 
-        Styles: ``embedding``, ``sequence`` (norms), ``gather`` (the tokens of a module's input), ``colwise``,
-        ``rowwise``, ``head``. A ``*`` in a path stands for every block.
+        Styles: ``embedding``, ``sequence`` (norms), ``heads`` (norms per head), ``gather`` (the tokens of a module's
+        input), ``colwise``, ``rowwise``, ``head``. A ``*`` in a path matches every block.
         """
 
     @abstractmethod
     def heads(self) -> tuple[int, ...]:
-        """Returns the numbers of heads that tensor-parallel ranks have to share evenly."""
+        """Returns the head counts that the tensor-parallel degree must divide."""
 
     @abstractmethod
     def flops(self, tokens: int, pairs: int) -> int:
-        """Returns the floating-point operations of one forward and backward pass.
+        """Returns the FLOPs of one forward and backward pass.
 
         Args:
             tokens: tokens in the batch.
             pairs: attended (query, key) pairs in the batch, ``mask.pairs(start)``.
         """
 
-    @abstractmethod
-    def palm_flops(self, tokens: int) -> int:
-        """Returns the operations by the PaLM convention (arXiv 2204.02311, appendix B): full attention, no mask."""
-
     def set_rope_theta(self, theta: float) -> None:
-        """Rotates positions by another base (RoPE theta) from here on.
+        """Sets the base of the RoPE frequencies for the following forward passes.
 
         Raises:
-            ConfigError: the model has no rotary positions.
+            ConfigError: the model has no RoPE.
         """
-        raise ConfigError(f"rope_theta = {theta}: {type(self).__name__} has no rotary positions to turn.")
+        raise ConfigError(f"rope_theta = {theta}: {type(self).__name__} has no RoPE, remove rope_theta.")
 
-    def set_position_offset(self, first: int | Tensor) -> None:
-        """Takes the rows that come to begin at this position from here on, or each row at its own: (B) int64.
+    def set_position_offset(self, offset: int | Tensor) -> None:
+        """Sets the position of the first token in the following forward passes: of all rows, or of each, (B) int64.
 
         Raises:
-            ConfigError: the model reads rows from their beginning only.
+            ConfigError: the model does not support it.
         """
         raise ConfigError(
-            f"{type(self).__name__} cannot start rows at an offset (set_position_offset): ranks cannot share "
-            "rows (parallelism.context_parallel_degree), and text cannot be continued from a cache."
+            f"{type(self).__name__} does not implement set_position_offset, which context parallelism "
+            "(parallelism.context_parallel_degree) and decoding with a KV cache need."
         )
 
     @torch.no_grad()
-    def losses(self, tokens: Tensor, attention_mask: Any, labels: Tensor) -> Tensor:
-        """Returns the loss at each label (B, T) fp32, 0 where it is -100; of a whole model, without gradients.
+    def per_token_loss(self, tokens: Tensor, attn_mask: Any, labels: Tensor) -> Tensor:
+        """Returns the loss of each label (B, T) fp32, 0 where the label is -100; without gradients, on one rank.
 
-        Here from all logits at once; a model that has a way to need less memory takes it.
+        This default computes all logits at once; override it to save memory.
 
         Args:
             tokens: (B, T) int64.
-            attention_mask: as ``forward`` takes it.
+            attn_mask: see ``forward``.
             labels: (B, T) int64.
         """
-        logits = self(tokens, attention_mask)
-        return torch.stack([loss.of_logits(row, label) for row, label in zip(logits, labels, strict=True)])
+        logits = self(tokens, attn_mask)
+        return torch.stack([loss.logits_cross_entropy(row, label) for row, label in zip(logits, labels, strict=True)])
 
     def num_parameters(self) -> int:
-        """Returns the number of parameters, each shared one counted once."""
+        """Returns the number of parameters; shared ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 @torch.no_grad()
 def init_normal_(parameter: Tensor, name: str, seed: int, std: float) -> None:
-    """Fills a parameter with normal numbers of that deviation, from a generator of its own.
+    """Fills a parameter from a normal distribution with mean 0, using its own random generator.
 
-    The numbers depend on the seed, the name and the kind of device alone: not on the order of parameters, and not on
-    how ranks share the parameter, since each rank draws all of it and keeps its part.
+    The values depend only on the seed, the name and the device type, not on the order of parameters or the sharding:
+    each rank generates the full parameter and keeps its shard.
 
     Args:
-        parameter: a tensor or a distributed one.
-        name: the parameter's, as ``named_parameters`` gives it; what wrappers add to it does not count.
-        seed: of the run.
-        std: the deviation.
+        parameter: a tensor or a DTensor.
+        name: its name in ``named_parameters``; prefixes of checkpoint and compile wrappers are ignored.
+        seed: the run's seed.
+        std: standard deviation.
     """
     for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod."):
         name = name.replace(wrapper, "")
@@ -144,28 +137,22 @@ def init_normal_(parameter: Tensor, name: str, seed: int, std: float) -> None:
     parameter.copy_(values)
 
 
-FACTS = {
-    "attend": "what the attention kernel offers",
-    "seq_len": "tokens in a row",
-}
-
-
 class ModelRegistry(Registry[Model]):
     """Models by name, each with its flavors: one config per size."""
 
     def __init__(self) -> None:
-        super().__init__("model", FACTS)
+        super().__init__("model", {"attention_fn": "the kernel's attention", "seq_len": "tokens in a row"})
         self._flavors: dict[str, dict[str, Any]] = {}
 
     def register(self, name: str, flavors: Mapping[str, Any] | None = None) -> Callable[[Component], Component]:
-        """Returns a decorator that makes ``name`` stand for the decorated model class.
+        """Returns a decorator that registers a model class under ``name``.
 
         Args:
-            name: what the section calls the model.
-            flavors: flavor -> config, at least one; the first is the section's default.
+            name: the model's name in the section.
+            flavors: flavor -> config, at least one; the first is the default.
 
         Raises:
-            ConfigError: another model already has that name, or there is no flavor.
+            ConfigError: another model has that name, or there is no flavor.
         """
         if not flavors:
             raise ConfigError(f"model {name!r} needs at least one flavor.")
@@ -178,14 +165,15 @@ class ModelRegistry(Registry[Model]):
         return add_with_flavors
 
     def flavors(self, name: str) -> dict[str, Any]:
-        """Returns flavor -> config of a model, in the order of their registration."""
+        """Returns flavor -> config of a model, in registration order."""
         self.get(name)
         return dict(self._flavors[name])
 
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:
-        """Returns the settings of a model: its flavor or folder, and each field of its config; None keeps their value.
+        """Returns the settings of a model: flavor, hf_assets_path and all fields of its config, which default to None.
 
-        ``hf_assets_path`` is for whoever reads the settings, who gives each field the folder's value.
+        None keeps the value of the flavor. ``hf_assets_path`` is resolved by ``torchladder.config``, which sets the
+        fields from the folder's config.json.
         """
         hints = get_type_hints(self.config_type(name))
         settings = {
@@ -195,28 +183,27 @@ class ModelRegistry(Registry[Model]):
         return settings | {field: _setting(field, hint | None, None) for field, hint in hints.items()}
 
     def docs(self, name: str) -> dict[str, str]:
-        """Returns one line of help per setting, taken from the docstrings below the config's fields."""
+        """Returns the help text of each setting, from the docstrings of the config's fields."""
         kinds = reversed(self.config_type(name).__mro__[:-1])
         parsed = [field for kind in kinds for field in parse_from_object(kind).params]
         return {
-            "flavor": f"Size of the model: {', '.join(self.flavors(name))}; empty where every field is given.",
-            "hf_assets_path": "A Hugging Face folder: its config.json sets the model, its tokenizer the tokenizer.",
+            "flavor": f"Size of the model: {', '.join(self.flavors(name))}; empty to set every field.",
+            "hf_assets_path": "A Hugging Face folder: use the model of its config.json, and its tokenizer.",
             **{field.arg_name: field.description or "" for field in parsed},
         }
 
     def config_type(self, name: str) -> type:
-        """Returns the dataclass of a model's config."""
+        """Returns the config dataclass of a model."""
         return type(next(iter(self.flavors(name).values())))
 
     def resolve(self, section: Any) -> Any:
-        """Returns the config that a section describes: its flavor with the section's own values over it.
+        """Returns the config of a section: the flavor's, with the section's fields over it.
 
         Args:
             section: an object with ``name``, ``flavor`` and any of the config's fields; None keeps the flavor's value.
-                An empty flavor has no values.
 
         Raises:
-            ConfigError: no such model, no such flavor, or values that do not fit together.
+            ConfigError: an unknown model or flavor, inconsistent values, or an empty flavor and a required field unset.
         """
         flavors, kind = self.flavors(section.name), self.config_type(section.name)
         if section.flavor and section.flavor not in flavors:
@@ -227,19 +214,20 @@ class ModelRegistry(Registry[Model]):
             return replace(flavors[section.flavor], **chosen)
         for field in fields(kind):
             if field.default is MISSING and field.name not in chosen:
-                raise ConfigError(f"model.{field.name} is not set, and there is no model.flavor to set it.")
+                raise ConfigError(f"model.{field.name} is required: set it, or choose a model.flavor.")
         return kind(**chosen)
 
-    def build(self, section: Any, **facts: Any) -> Model:
-        """Makes the model that a section describes, on the current default device (``meta`` included).
+    def build(self, section: Any, **runtime_args: Any) -> Model:
+        """Builds the model of a section on the current default device, which may be ``meta``.
 
         Args:
-            section: as for ``resolve``.
-            **facts: ``attend`` and ``seq_len``; the model receives the ones it declares.
+            section: see ``resolve``.
+            **runtime_args: ``attention_fn`` and ``seq_len``; the model receives those that it declares.
         """
         model = self.get(section.name)
         declared = inspect.signature(model).parameters
-        return model(config=self.resolve(section), **{key: facts[key] for key in facts if key in declared})
+        runtime_args = {key: value for key, value in runtime_args.items() if key in declared}
+        return model(config=self.resolve(section), **runtime_args)
 
 
 def _setting(name: str, kind: Any, default: Any) -> inspect.Parameter:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torchladder import mask, models
 from torchladder.distributed import fake_ranks, mesh, parallelize, tensor_parallel
 from torchladder.distributed.mesh import Degrees
-from torchladder.models.attention import sdpa
-from torchladder.models.loss import LOGITS_ON_GPU
+from torchladder.distributed.parallelize import ParallelizeConfig
+from torchladder.models.attention.sdpa import SdpaKernel
+from torchladder.models.loss import MAX_LOGITS_GPU
 from torchladder.training.run_plan import Plan
 
 
@@ -59,7 +60,7 @@ class CandidateLayout:
 
 
 class MemoryEstimator:
-    """The model of a run on ranks that do not exist; to be made and asked inside ``fake.ranks``.
+    """The model of a run on ranks that do not exist; to be made and asked inside ``fake_ranks.fake_process_group``.
 
     Args:
         plan: the run, on so many ranks.
@@ -83,9 +84,9 @@ class MemoryEstimator:
         """Returns what a layout takes on a rank, the run's own as its model is sharded, another by its degrees."""
         own, layout = layout is None, layout or self.layout
         degrees, size = layout.degrees, self.compute.itemsize
-        parameters = self._sharded() if own else 4 * self.numbers // (degrees.shard * degrees.copies)
+        parameters = self._sharded() if own else 4 * self.numbers // (degrees.shard * degrees.model_parallel)
         root, block = self.numbers - sum(self.blocks), max(self.blocks)
-        if degrees.data * degrees.copies == 1:
+        if degrees.data * degrees.model_parallel == 1:
             gathered = self.numbers * size if size < 4 else 0  # autocast keeps what it has cast
         else:
             kept = self.config.parallelism.fsdp_reshard_after_forward == "never"
@@ -93,7 +94,7 @@ class MemoryEstimator:
             blocks = sum(self.blocks) if kept else 2 * block
             gathered = (size * (root + blocks) + self.reduced * block) // degrees.tensor
         tokens = layout.local * self.config.training.seq_len // degrees.context
-        logits = min(LOGITS_ON_GPU, tokens * self.vocabulary // degrees.tensor)
+        logits = min(MAX_LOGITS_GPU, tokens * self.vocabulary // degrees.tensor)
         head = 4 * self.vocabulary * self.dim // degrees.tensor
         return RankMemory(
             parameters=parameters,
@@ -126,7 +127,8 @@ class MemoryEstimator:
         """Returns up to three layouts that take no more than ``limit`` bytes, those with the fewest changes first."""
         found = [(layout, self.memory(layout)) for layout in self._candidates()]
         fits = [(layout, memory) for layout, memory in found if memory.total <= limit]
-        return sorted(fits, key=lambda one: (len(self.changes(one[0])), one[0].degrees.copies, -one[0].local))[:3]
+        fits.sort(key=lambda one: (len(self.changes(one[0])), one[0].degrees.model_parallel, -one[0].local))
+        return fits[:3]
 
     def changes(self, layout: CandidateLayout) -> dict[str, int | str]:
         """Returns the settings that make the run's own layout into another."""
@@ -147,7 +149,7 @@ class MemoryEstimator:
         return settings | ({"activation_checkpoint.selective_ac_option": layout.mode} if selective else {})
 
     def _candidates(self) -> Iterator[CandidateLayout]:
-        ranks = self.layout.degrees.data * self.layout.degrees.copies
+        ranks = self.layout.degrees.data * self.layout.degrees.model_parallel
         replicates = {self.layout.degrees.replicate, 1}
         locals_ = {self.layout.local >> shift for shift in range(self.layout.local.bit_length())}
         for replicate, heads, parts, local in product(replicates, (1, 2, 4, 8), (1, 2, 4, 8, 16), locals_):
@@ -194,22 +196,22 @@ class MemoryEstimator:
             return self._kept[key]
         keys = 0
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, form: Tensor) -> Tensor:
+        def attention_fn(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
             nonlocal keys
             keys = 2 * k.numel() * k.element_size()
             if degrees.context > 1:  # the last rank has the keys of the whole row
                 k, v = (x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (k, v))
-            return sdpa.SdpaKernel.attend(q, k, v, form)
+            return SdpaKernel.attention(q, k, v, attn_mask)
 
-        model = self._model(attend).to(self.compute)
+        model = self._model(attention_fn).to(self.compute)
         if degrees.tensor > 1:
             ranks = mesh.build(Degrees(1, 1, 1, degrees.tensor), 0, "cpu").tensor
             assert ranks is not None
-            tensor_parallel.parallelize(model, model.parallel_plan(), ranks, loss_parallel=True)
+            tensor_parallel.apply_tensor_parallel(model, model.parallel_plan(), ranks, loss_parallel=True)
         tokens = length // degrees.context // degrees.tensor
         x = torch.empty(layout.local, tokens, self.dim, dtype=self.compute, device="meta", requires_grad=True)
-        form = torch.zeros(layout.local, length, dtype=torch.int32)
-        kept = fake_ranks.activations(next(iter(model.layers.values())), x, form)
+        attn_mask = torch.zeros(layout.local, length, dtype=torch.int32)
+        kept = fake_ranks.activation_bytes(next(iter(model.layers.values())), x, attn_mask, SdpaKernel.saved_ops)
         self._kept[key] = kept, keys
         return kept, keys
 
@@ -218,9 +220,10 @@ class MemoryEstimator:
         model = self._model()
         parallelism = replace(self.config.parallelism, enable_async_tensor_parallel=False)
         ranks = mesh.build(self.layout.degrees, 0, "cpu")
-        parallelize.parallelize(model, model.parallel_plan(), ranks, parallelize.ParallelizeConfig(parallelism))
-        return fake_ranks.local_bytes(model)
+        parallelize.parallelize_model(model, model.parallel_plan(), ranks, ParallelizeConfig(parallelism), saved_ops=())
+        return fake_ranks.local_parameter_bytes(model)
 
-    def _model(self, attend: models.Attend | None = None) -> models.Model:
+    def _model(self, attention_fn: models.AttentionFunction | None = None) -> models.Model:
         with torch.device("meta"):
-            return models.registry.build(self.config.model, attend=attend, seq_len=self.config.training.seq_len)
+            seq_len = self.config.training.seq_len
+            return models.registry.build(self.config.model, attention_fn=attention_fn, seq_len=seq_len)

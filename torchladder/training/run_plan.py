@@ -86,12 +86,12 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     data_setup.check_data_suffices(config, batch, schedule)
 
     with torch.device("meta"):
-        model = models.registry.build(config.model, attend=None, seq_len=training.seq_len)
+        model = models.registry.build(config.model, attention_fn=None, seq_len=training.seq_len)
         for theta in schedule.overrides("rope_theta").values():
             model.set_rope_theta(theta)  # a model without rotary embeddings refuses
     if degrees.context > 1 and config.samples.prompts:
         raise ConfigError("samples.prompts: not with context parallelism (parallelism.context_parallel_degree).")
-    mesh.check(config.parallelism, model.heads(), training.seq_len)
+    mesh.check_degrees(config.parallelism, model.heads(), training.seq_len)
 
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
     spans = [*curriculum.to_stages(schedule.window, training.steps), (training.steps, 0)]  # (first step, window)
@@ -112,7 +112,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         attention_flops_full_context=training.steps * attention_flops,
         full_at=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
         # float32: weight, gradient and two moments
-        state_bytes=16 * model.num_parameters() // (degrees.shard * degrees.copies),
+        state_bytes=16 * model.num_parameters() // (degrees.shard * degrees.model_parallel),
         batch=batch,
         degrees=degrees,
     )

@@ -63,10 +63,12 @@ class Trainer:
         self.mesh = mesh.build(plan.degrees, ranks.rank, ranks.device.type)
         self.shard = context_parallel.ContextShard(self.mesh, config.training.seq_len)
         self.parallel_config = self._parallel_config()
-        parallelize.check(self.mesh, self.parallel_config, ranks.device)
+        parallelize.check_parallelize_config(self.mesh, self.parallel_config, ranks.device)
         tokens_per_rank = self.shard.tokens if self.mesh.context else None
         names = config.attention.masks
-        self.kernel = attention.build_kernel(config.attention.kernel, names, ranks.device, share=tokens_per_rank)
+        self.kernel = attention.build_kernel(
+            config.attention.kernel, names, ranks.device, tokens_per_rank=tokens_per_rank
+        )
         self.tokenizer = self._build_tokenizer()
         self.loader = self._build_loader("train")
         self.validation = self._build_validation() if config.validation.enable else None
@@ -74,7 +76,7 @@ class Trainer:
 
         self.model = self._build_model()
         self.optimizer = optim.build(config.optimizer, self.model)
-        if after_step := float8.after_step(self.model, config.float8):
+        if after_step := float8.post_optimizer_hook(self.model, config.float8):
             self.optimizer.register_step_post_hook(after_step)
         self.lr_scheduler = optim.LRScheduler(self.optimizer)
 
@@ -148,7 +150,7 @@ class Trainer:
         batches = self.fault_tolerance.read(self.loader, self.plan.batch.accumulation)
         starts = [mask.from_names(self.config.attention.masks, batch.positions, now.window) for batch in batches]
         num_labels, pairs = self.fault_tolerance.sync_ranks(
-            sum(batch.num_labels for batch in batches), sum(map(mask.pairs, starts)), self.plan.degrees.copies
+            sum(batch.num_labels for batch in batches), sum(map(mask.pairs, starts)), self.plan.degrees.model_parallel
         )
 
         self.optimizer.zero_grad()
@@ -172,9 +174,7 @@ class Trainer:
         self.bad_steps.record(StepOutcome(self.step, rows, bad, grad_norm.detach(), by_rows))
         self.metrics.count(self.plan.tokens_per_step, pairs)
         # Only steps that are reported or saved synchronize with the device.
-        if self.metrics.should_log(self.step) or self.fault_tolerance.save_due(
-            self.step
-        ):
+        if self.metrics.should_log(self.step) or self.fault_tolerance.save_due(self.step):
             loss = self.ranks.sum(torch.stack(losses).sum().item(), self.plan.degrees.tensor)
             self.bad_steps.flush()
             self.metrics.log(self.step, loss=loss, grad_norm=grad_norm.item(), lr=lr, window=now.window)
@@ -210,7 +210,7 @@ class Trainer:
 
     def _summed_loss(self, batch: Batch, start: Tensor) -> Tensor:
         """Returns the loss summed over the labels of this rank's tokens."""
-        attn_mask = self.shard.form(self.kernel.derive, start, self.ranks.device)
+        attn_mask = self.shard.prepare_mask(self.kernel.prepare, start, self.ranks.device)
         with self._precision():
             return self.model(self.shard(batch.tokens), attn_mask, self.shard(batch.labels))
 
@@ -219,7 +219,7 @@ class Trainer:
         self.fault_tolerance.stop_if_requested()
         start = torch.zeros(tokens.shape, dtype=torch.int32)
         with self._precision():
-            return self.model(tokens.to(self.ranks.device), self.kernel.derive(start, self.ranks.device))
+            return self.model(tokens.to(self.ranks.device), self.kernel.prepare(start, self.ranks.device))
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Computes in the run's dtype; FSDP2 casts by itself."""
@@ -306,11 +306,13 @@ class Trainer:
         """Builds the model on meta, parallelizes it, then allocates and initializes its weights."""
         config, training = self.config, self.config.training
         with torch.device("meta"):
-            attend = self.shard.attend(self.kernel.attend)
-            model = models.registry.build(config.model, attend=attend, seq_len=training.seq_len)
+            attention_fn = self.shard.wrap_attention(self.kernel.attention)
+            model = models.registry.build(config.model, attention_fn=attention_fn, seq_len=training.seq_len)
         if self.mesh.context:
-            model.set_position_offset(self.shard.first)
-        parallelize.parallelize(model, model.parallel_plan(), self.mesh, self.parallel_config)
+            model.set_position_offset(self.shard.offset)
+        parallelize.parallelize_model(
+            model, model.parallel_plan(), self.mesh, self.parallel_config, self.kernel.saved_ops
+        )
         parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
         model.init_weights(config.debug.seed)
         return model
@@ -320,7 +322,7 @@ class Trainer:
         return parallelize.ParallelizeConfig(
             parallelism=config.parallelism,
             float8=config.float8,
-            recompute=config.activation_checkpoint,
+            activation_checkpoint=config.activation_checkpoint,
             compile=config.compile,
             precision=parallelize.Precision(
                 compute=getattr(torch, training.mixed_precision_param),
@@ -351,7 +353,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.toml").write_text(config.to_toml())
         lines = [config.job.description] if config.job.description else []
-        lines += [*summary_lines(self.plan), f"kernel      {self.kernel.name}: {self.kernel.why}"]
+        lines += [*summary_lines(self.plan), f"kernel      {self.kernel.name}: {self.kernel.reason}"]
         lines += [f"data        {line}" for line in self.loader.describe()]
         lines += [f"            {line}" for line in self.validation.loader.describe()] if self.validation else []
         if self.step:

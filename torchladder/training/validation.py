@@ -58,4 +58,4 @@ class Validation:
             start = mask.from_names(config.attention.masks, batch.positions, window)
             num_labels += batch.num_labels
             loss += self.loss(batch.to(self.ranks.device), start)
-        return self.ranks.sum(loss.item(), degrees.tensor) / max(self.ranks.sum(num_labels, degrees.copies), 1)
+        return self.ranks.sum(loss.item(), degrees.tensor) / max(self.ranks.sum(num_labels, degrees.model_parallel), 1)

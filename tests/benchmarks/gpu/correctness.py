@@ -108,7 +108,7 @@ def _error(name: str, masks: tuple[str, ...], window: int, length: int, dtype: t
     """Returns the largest relative error of output and gradients."""
     positions = torch.arange(length, dtype=torch.int32).repeat(2, 1)
     positions[1, length // 3 :] -= length // 3
-    start = mask.compose(*(mask.registry.get(one)(positions, window) for one in masks))
+    start = mask.from_names(masks, positions, window)
     forward_only = name == "flex" and not CUDA
     kernel = attention.build_kernel(name, list(masks), DEVICE, training=not forward_only)
     ours = _attend(kernel, start, dtype, forward_only)
@@ -127,7 +127,7 @@ def _attend(
     sizes = [(2, start.shape[1], heads, 64) for heads in (4, 2, 2, 4)]
     made = (torch.randn(size, device=DEVICE, generator=generator).to(torch.bfloat16).to(dtype) for size in sizes)
     q, k, v, grad = (x.transpose(1, 2).detach().requires_grad_(not forward_only) for x in made)
-    out = kernel.attend(q, k, v, kernel.derive(start, DEVICE))
+    out = kernel.attention(q, k, v, kernel.prepare(start, DEVICE))
     return (out,) if forward_only else (out, *torch.autograd.grad(out, (q, k, v), grad.detach()))
 
 

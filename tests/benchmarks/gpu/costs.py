@@ -36,7 +36,7 @@ def masks() -> dict[str, float]:
 
         def build() -> None:
             start = mask.compose(*(allow(positions, SHAPE.seq_len // 2) for allow in run.masks))
-            run.kernel.derive(start, DEVICE)
+            run.kernel.prepare(start, DEVICE)
             mask.pairs(start)
 
         building = seconds({"mask": build})["mask"]

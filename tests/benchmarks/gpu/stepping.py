@@ -112,9 +112,9 @@ def seconds_of(trainer: Trainer, steps: int) -> float:
 def flops_per_step(trainer: Trainer, window: int) -> tuple[int, int]:
     """Returns the operations of a step: of the attended pairs alone, and by the PaLM convention."""
     batch = next(trainer.loader)
-    start = mask.compose(*(allow(batch.positions, window) for allow in trainer.masks))
+    start = mask.from_names(trainer.config.attention.masks, batch.positions, window)
     tokens = batch.tokens.numel()
-    return trainer.model.flops(tokens, mask.pairs(start)), trainer.model.palm_flops(tokens)
+    return trainer.model.flops(tokens, mask.pairs(start)), trainer.model.flops(tokens, tokens * batch.tokens.shape[1])
 
 
 def wait() -> None:

@@ -47,7 +47,7 @@ class Shard(Protocol):
 
 registry: Registry[Sequence[Shard]] = Registry(
     "token reader",
-    facts={
+    runtime_args={
         "files": "the files that the source's path names, without those excluded",
         "eos": "the token that ends a document, None where no tokenizer says so",
         "cache": "folder for what is made once",

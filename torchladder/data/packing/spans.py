@@ -57,7 +57,7 @@ class Packing(Protocol):
 
 registry: Registry[Packing] = Registry(
     "packing",
-    facts={
+    runtime_args={
         "lengths": "(documents,) int64 tokens in each document",
         "seq_len": "tokens in a row",
         "order": "epoch -> (documents,) the documents of that epoch",

@@ -9,7 +9,7 @@ from torchladder.registry import Registry
 
 registry: Registry[Tokenizer] = Registry(
     "tokenizer",
-    facts={"texts": "gives an iterator over the training texts", "cache": "folder for what is made once"},
+    runtime_args={"texts": "gives an iterator over the training texts", "cache": "folder for what is made once"},
 )
 register = registry.register
 

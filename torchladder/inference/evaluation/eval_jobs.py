@@ -151,9 +151,9 @@ def compute_losses(
             raise ConfigError(f"{job.documents.path} has token {tokens.max()}, the model's vocabulary is {vocab_size}.")
         labels = content[:, 1:].copy()
         labels[(labels < 0) | (positions[:-1] < batch.overlaps[:, None])] = data.IGNORED
-        attn_mask = kernel.derive(start[:longest].expand(rows, longest), loaded.device)
+        attn_mask = kernel.prepare(start[:longest].expand(rows, longest), loaded.device)
         inputs, targets = (torch.from_numpy(x).to(loaded.device) for x in (tokens[:, :-1].copy(), labels))
-        losses = loaded.model.losses(inputs, attn_mask, targets)  # (rows, longest)
+        losses = loaded.model.per_token_loss(inputs, attn_mask, targets)  # (rows, longest)
         sums.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORED).sum(0))
         on_batch(int(lengths.sum()))
     return sums

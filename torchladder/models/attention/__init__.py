@@ -1,6 +1,27 @@
-"""Attention kernels: each derives its own form of a mask, then attends with it in every layer."""
+"""Attention kernels. Each is one module here that registers its class; every module of this package is imported."""
 
-from torchladder.models.attention import dense, flex, sdpa, varlen
-from torchladder.models.attention.kernel import AttentionKernel, build_kernel, causal, register, registry
+import importlib
+import pkgutil
 
-__all__ = ["AttentionKernel", "build_kernel", "causal", "dense", "flex", "register", "registry", "sdpa", "varlen"]
+from torchladder.models.attention.kernel import (
+    AttentionFunction,
+    AttentionKernel,
+    AttentionSetup,
+    build_kernel,
+    causal_attention,
+    register,
+    registry,
+)
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "AttentionFunction",
+    "AttentionKernel",
+    "AttentionSetup",
+    "build_kernel",
+    "causal_attention",
+    "register",
+    "registry",
+]

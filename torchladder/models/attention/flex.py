@@ -1,4 +1,4 @@
-"""FlexAttention: any mask, one compiled graph for every window."""
+"""FlexAttention: any mask on CUDA, one compiled graph for every window."""
 
 from __future__ import annotations
 
@@ -9,36 +9,44 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchladder import mask
-from torchladder.models.attention.kernel import AttentionKernel, register
+from torchladder.models.attention.kernel import UNIFORM_CHUNKS, AttentionKernel, AttentionSetup, register
 from torchladder.registry import ConfigError
 
 
 @register("flex")
 class FlexKernel(AttentionKernel):
-    """Any mask on CUDA; forward only on a CPU, since FlexAttention has no CPU backward."""
+    """Any mask on CUDA; forward only on a CPU, where FlexAttention has no backward."""
 
-    name = "flex"
+    context_parallel = True
+    saved_ops = frozenset({"flex_attention"})
+    auto_priority = 20
 
-    def __init__(self, masks: list[str], device: torch.device, training: bool) -> None:
-        super().__init__(masks, device, training)
-        # Static shapes: rows keep one length, and a window is data. Compiling happens at the first call.
+    def __init__(self) -> None:
+        # Static shapes: rows have one length, and the window is data. Compilation happens at the first call.
         self._flex: Any = torch.compile(flex_attention, dynamic=False)
 
-    def check(self, device: torch.device, training: bool) -> None:
-        if device.type == "cpu" and training:
+    @classmethod
+    def auto_reason(cls, setup: AttentionSetup) -> str | None:
+        whole_chunks = setup.tokens_per_rank is not None and UNIFORM_CHUNKS.issuperset(setup.masks)
+        if setup.device.type != "cuda" or whole_chunks:  # sdpa computes whole chunks as plain causal attention
+            return None
+        return f"computes any mask ({' + '.join(setup.masks)}), and one compiled graph serves every window"
+
+    @classmethod
+    def check(cls, setup: AttentionSetup) -> None:
+        if setup.device.type == "cpu" and setup.training:
             raise ConfigError(
                 "kernel 'flex' cannot train on a CPU: FlexAttention has no backward there. Use sdpa, fold or auto."
             )
-
-    def check_context_parallel(self, tokens: int) -> None:
-        if tokens % mask.BLOCK:
+        if setup.tokens_per_rank is not None and setup.tokens_per_rank % mask.BLOCK_TOKENS:
             raise ConfigError(
-                f"kernel 'flex' works in blocks of {mask.BLOCK} tokens, and {tokens} of a row fall to each rank: "
-                "choose training.seq_len and parallelism.context_parallel_degree so that a rank's are a multiple."
+                f"kernel 'flex' works in blocks of {mask.BLOCK_TOKENS} tokens, and {setup.tokens_per_rank} tokens of a "
+                "row are on each rank: choose training.seq_len and parallelism.context_parallel_degree so that they "
+                f"are a multiple of {mask.BLOCK_TOKENS}."
             )
 
-    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> BlockMask:
-        return mask.block_mask(start.to(device, non_blocking=True), first=first)
+    def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> BlockMask:
+        return mask.block_mask(start.to(device, non_blocking=True), query_offset=query_offset)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: BlockMask) -> Tensor:  # type: ignore[override]
-        return self._flex(q, k, v, block_mask=form, enable_gqa=q.shape[1] != k.shape[1])
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: BlockMask) -> Tensor:  # type: ignore[override]
+        return self._flex(q, k, v, block_mask=attn_mask, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,11 +1,11 @@
 """Scaled dot-product attention as an explicit pair of functions, forward and backward.
 
-An operator that autograd and the compiler cannot see into has to know its own backward. PyTorch's fused kernels come as
-such pairs; the ones that ``torch.nn.functional.scaled_dot_product_attention`` would choose are called here, and where
-there is none (no fused kernel takes an explicit mask on CUDA, for one) the textbook formulas are.
+A custom operator is opaque to autograd, so it must define its own backward. PyTorch's fused kernels come as such pairs:
+this module calls the one that ``torch.nn.functional.scaled_dot_product_attention`` would choose, and the textbook
+formulas if there is none (on CUDA, for example, no fused kernel takes an explicit mask).
 
-Shapes: q, out (N, H, Q, K); k, v (N, G, S, K) with G dividing H; ``lse`` (N, H, Q), the natural logarithm of the sum of
-the exponentials of each query's scores. With ``bias`` None attention is causal and Q = S.
+Shapes: q, out (N, H, Q, K); k, v (N, G, S, K), G divides H; ``lse`` (N, H, Q), the log-sum-exp of each query's scores.
+If ``bias`` is None, attention is causal and Q = S.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend
 
 aten = torch.ops.aten
 
-CUDNN_TOKENS = 128
-"""cuDNN serves rows of a multiple of this: it builds a plan for each length and keeps it, and a ladder that grows token
-by token has thousands of lengths."""
+CUDNN_MULTIPLE = 128
+"""Only rows of a multiple of this many tokens go to cuDNN: it builds and caches a plan per length, and a curriculum
+that grows the window token by token has thousands of lengths."""
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
         v: values.
         bias: (Q, S), 0 where a query sees a key and -inf elsewhere; None for causal attention.
     """
-    q, k, v = (_dense_heads(x) for x in (q, k, v))
+    q, k, v = (_contiguous_heads(x) for x in (q, k, v))
     backend, scale = _backend(q, k, v, bias), q.shape[-1] ** -0.5
     if backend == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, bias is None, attn_mask=bias)
@@ -51,14 +51,14 @@ def backward(
     grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v for the gradient ``grad`` of the output."""
-    grad, q, k, v, out = (_dense_heads(x) for x in (grad, *qkv, out))
+    grad, q, k, v, out = (_contiguous_heads(x) for x in (grad, *qkv, out))
     backend, scale, length = _backend(q, k, v, bias), q.shape[-1] ** -0.5, q.shape[2]
     if backend == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, bias is None, attn_mask=bias
         )
     if backend == "cudnn":
-        unused = torch.empty((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout of 0
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout seed and offset
         return aten._scaled_dot_product_cudnn_attention_backward(
             *(grad, q, k, v, out, lse.contiguous().reshape(lse.shape + _cudnn_lse_tail(q.device)), unused, unused),
             *(None, None, None, length, length, 0.0, True),
@@ -79,7 +79,7 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
         return "cpu" if q.device.type == "cpu" else "textbook"
     grouped = q.shape[1] != k.shape[1]
     choice = SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=grouped))
-    if choice == SDPBackend.CUDNN_ATTENTION and q.shape[2] % CUDNN_TOKENS and torch.backends.cuda.flash_sdp_enabled():
+    if choice == SDPBackend.CUDNN_ATTENTION and q.shape[2] % CUDNN_MULTIPLE and torch.backends.cuda.flash_sdp_enabled():
         choice = SDPBackend.FLASH_ATTENTION
     if choice == SDPBackend.CUDNN_ATTENTION:
         return "cudnn"
@@ -90,26 +90,26 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
 
 @lru_cache
 def _cudnn_lse_tail(device: torch.device) -> tuple[int, ...]:
-    """Returns what follows (N, H, Q) in the shape of cuDNN's lse: a 1 or nothing, by the version of PyTorch."""
+    """Returns the dimensions of cuDNN's lse after (N, H, Q): (1,) or (), depending on the PyTorch version."""
     x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
     _, lse, *_ = aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, True)
     return tuple(lse.shape[3:])
 
 
-def _dense_heads(x: Tensor) -> Tensor:
+def _contiguous_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _pad(x: Tensor) -> Tensor:
-    """Flash attention on CUDA takes heads of a multiple of 8 features; zeros change no score."""
+    """Pads heads with zeros to a multiple of 8 features, for FlashAttention on CUDA; the scores do not change."""
     return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 
 
-# --- the textbook ----------------------------------------------------------------------------------------------------
+# --- textbook formulas -----------------------------------------------------------------------------------------------
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns the scores of one head, in the type that sums are kept in (N, Q, S)."""
+    """Returns the scores of one head (N, Q, S), in the accumulation type."""
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     if bias is None:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
@@ -118,30 +118,30 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _textbook(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One head at a time, which bounds the memory that the scores take."""
-    exact = torch.promote_types(q.dtype, torch.float32)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=exact)
+    """Computes one head at a time, to bound the memory of the scores."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=dtype)
     group = q.shape[1] // k.shape[1]
     for h in range(q.shape[1]):
-        scores = _scores(q[:, h].to(exact), k[:, h // group].to(exact), bias)
+        scores = _scores(q[:, h].to(dtype), k[:, h // group].to(dtype), bias)
         lse[:, h] = scores.logsumexp(-1)
-        out[:, h] = (scores.softmax(-1) @ v[:, h // group].to(exact)).to(q.dtype)
+        out[:, h] = (scores.softmax(-1) @ v[:, h // group].to(dtype)).to(q.dtype)
     return out, lse
 
 
 def _textbook_backward(
     grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients from the probabilities ``exp(scores - lse)`` (arXiv 2205.14135, algorithm 4)."""
-    exact = lse.dtype
-    grads = tuple(torch.zeros_like(x, dtype=exact) for x in qkv)
+    """Computes the gradients from the probabilities ``exp(scores - lse)`` (arXiv 2205.14135, algorithm 4)."""
+    dtype = lse.dtype
+    grads = tuple(torch.zeros_like(x, dtype=dtype) for x in qkv)
     group = qkv[0].shape[1] // qkv[1].shape[1]
     for h in range(qkv[0].shape[1]):
         g = h // group
-        q, k, v = qkv[0][:, h].to(exact), qkv[1][:, g].to(exact), qkv[2][:, g].to(exact)
-        d_out = grad[:, h].to(exact)
+        q, k, v = qkv[0][:, h].to(dtype), qkv[1][:, g].to(dtype), qkv[2][:, g].to(dtype)
+        d_out = grad[:, h].to(dtype)
         p = (_scores(q, k, bias) - lse[:, h, :, None]).exp()
-        delta = (d_out * out[:, h].to(exact)).sum(-1, keepdim=True)
+        delta = (d_out * out[:, h].to(dtype)).sum(-1, keepdim=True)
         d_scores = p * (d_out @ v.transpose(-1, -2) - delta) * q.shape[-1] ** -0.5
         grads[0][:, h] = d_scores @ k
         grads[1][:, g] += d_scores.transpose(-1, -2) @ q

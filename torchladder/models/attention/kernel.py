@@ -1,12 +1,14 @@
-"""What a kernel is, and which one to use where.
+"""The contract of an attention kernel, and the choice of one for a run.
 
-A kernel turns ``start`` (see ``torchladder.mask``) into its own form once per batch, and every layer of the model
-attends with that form.
+Once per batch a kernel prepares ``start`` (see ``torchladder.mask``) into its own attention mask; every layer of the
+model then computes attention with it. A kernel is one class, in a module of this package or in a plugin (docs/mask.md).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,113 +18,136 @@ from torch import Tensor
 from torchladder import mask
 from torchladder.registry import ConfigError, Registry
 
-UNIFORM = frozenset({"causal", "chunk"})
-"""Masks that cut a row into chunks of one width, together as well as alone."""
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""``(q (B, H, T, K), k (B, G, S, K), v (B, G, S, K), attn_mask) -> (B, H, T, K)``, as ``AttentionKernel.attention``."""
 
-SEGMENTS = frozenset({"causal", "document", "chunk", "sliding"})
-"""Masks that make segments under one window, in any mix."""
+UNIFORM_CHUNKS = frozenset({"causal", "chunk"})
+"""Masks that cut a row into chunks of one width, alone or composed."""
 
 
-class AttentionKernel(ABC):
-    """Attention under the masks of a run.
+@dataclass(frozen=True)
+class AttentionSetup:
+    """What a run needs from its kernel.
 
-    Args:
+    Attributes:
         masks: names of the masks that ``start`` is composed of.
         device: where attention runs.
         training: whether gradients are needed.
-
-    Attributes:
-        why: one phrase for the start-up report: why this kernel serves the run.
-
-    Raises:
-        ConfigError: the kernel cannot express the masks, or cannot run on the device.
+        tokens_per_rank: tokens of a row on each context-parallel rank; None without context parallelism.
     """
 
-    name: ClassVar[str]
-    expresses: ClassVar[frozenset[str] | None] = None
-    """The masks that the kernel can compute; None for any ``start``, a plugin's mask included."""
+    masks: tuple[str, ...]
+    device: torch.device
+    training: bool = True
+    tokens_per_rank: int | None = None
 
-    def __init__(self, masks: list[str], device: torch.device, training: bool) -> None:
-        self.why = "as configured"
-        beyond = [name for name in masks if self.expresses is not None and name not in self.expresses]
-        if beyond:
-            raise ConfigError(
-                f"kernel {self.name!r} cannot express the mask {beyond[0]!r}, only "
-                f"{', '.join(sorted(self.expresses or []))}. Use flex (CUDA), sdpa, dense or auto."
-            )
-        self.check(device, training)
 
-    def check(self, device: torch.device, training: bool) -> None:  # noqa: B027 - most kernels run everywhere
-        """Raises ConfigError where the kernel cannot run."""
+class AttentionKernel(ABC):
+    """Attention under the mask ``start``.
 
-    def check_context_parallel(self, tokens: int) -> None:
-        """Raises ConfigError where queries cannot be the last ``tokens`` of the keys, as with ranks that share rows."""
-        raise ConfigError(
-            f"kernel {self.name!r} cannot share rows among ranks (parallelism.context_parallel_degree): "
-            "use sdpa, flex, dense or auto."
-        )
+    Attributes:
+        masks: names of the masks that the kernel can compute; None for any ``start``, a plugin's mask included.
+        devices: device types that the kernel runs on; None for all.
+        context_parallel: whether queries may be the last T of S keys, as context parallelism needs.
+        saved_ops: operators whose results selective activation checkpointing keeps, as ``namespace::name``.
+        auto_priority: ``auto`` asks kernels with a higher priority first.
+        name: the kernel's name in the registry.
+        reason: why this kernel was chosen, for the startup log.
+    """
+
+    masks: ClassVar[frozenset[str] | None] = None
+    devices: ClassVar[frozenset[str] | None] = None
+    context_parallel: ClassVar[bool] = False
+    saved_ops: ClassVar[frozenset[str]] = frozenset()
+    auto_priority: ClassVar[int] = 0
+
+    name: str
+    reason: str
+
+    @classmethod
+    def auto_reason(cls, setup: AttentionSetup) -> str | None:
+        """Returns why ``auto`` takes this kernel for a run, or None to leave it to the next one.
+
+        Called only for setups that ``masks``, ``devices`` and ``context_parallel`` allow.
+        """
+        return None
+
+    @classmethod  # noqa: B027 - most kernels have no further limits
+    def check(cls, setup: AttentionSetup) -> None:
+        """Checks limits beyond ``masks``, ``devices`` and ``context_parallel``.
+
+        Raises:
+            ConfigError: the kernel cannot serve the run.
+        """
 
     @abstractmethod
-    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Any:
-        """Returns the kernel's form of a mask.
+    def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> Any:
+        """Returns the attention mask that ``attention`` takes.
 
         Args:
             start: (B, T) int32 on the CPU.
             device: where attention runs.
-            first: the token that queries begin at; the keys are all T. Above 0 only after ``check_context_parallel``.
+            query_offset: position of the first query, above 0 only under context parallelism; there are always T keys.
         """
 
     @staticmethod
     @abstractmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, form: Any) -> Tensor:
-        """Returns attention (B, H, T, K) of ``q`` (B, H, T, K) over ``k`` and ``v`` (B, G, S, K); G divides H.
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any) -> Tensor:
+        """Returns the attention output (B, H, T, K).
 
-        Queries are the last T of S tokens, all of them unless ranks share rows.
+        Args:
+            q: (B, H, T, K), the last T of S positions; T = S without context parallelism.
+            k: (B, G, S, K), G divides H.
+            v: (B, G, S, K).
+            attn_mask: what ``prepare`` returned.
         """
 
 
-registry: Registry[AttentionKernel] = Registry(
-    "kernel", facts={"masks": "names", "device": "where attention runs", "training": "whether gradients are needed"}
-)
+registry: Registry[AttentionKernel] = Registry("kernel")
 register = registry.register
 
 
 def build_kernel(
-    name: str, masks: list[str], device: torch.device | str, training: bool = True, share: int | None = None
+    name: str, masks: list[str], device: torch.device | str, training: bool = True, tokens_per_rank: int | None = None
 ) -> AttentionKernel:
-    """Returns the kernel of that name, or for ``auto`` the one that suits the device and the masks.
-
-    Args:
-        name: a registered kernel, or ``auto``.
-        masks: names of the masks that ``start`` will be composed of.
-        device: where attention will run.
-        training: whether gradients will be needed.
-        share: tokens of a row that each rank holds, None for all.
+    """Returns the kernel ``name``, or for ``auto`` the first by priority that takes the run; see ``AttentionSetup``.
 
     Raises:
-        ConfigError: an unknown name, or a kernel that cannot do it.
+        ConfigError: an unknown name, or a kernel that cannot serve the run.
     """
-    device = torch.device(device)
-    for known in masks:
-        mask.registry.get(known)
-    chosen, why = (name, "as configured") if name != "auto" else _choose(masks, device, share is not None)
-    made = registry.get(chosen)(masks=masks, device=device, training=training)
-    made.why = why
-    if share is not None:
-        made.check_context_parallel(share)
-    return made
+    for mask_name in masks:
+        mask.registry.get(mask_name)
+    setup = AttentionSetup(tuple(masks), torch.device(device), training, tokens_per_rank)
+    name, reason = _choose(setup) if name == "auto" else (name, "as configured")
+    kernel: Any = registry.get(name)
+    if (mismatch := _mismatch(kernel, setup)) is not None:
+        raise ConfigError(f"kernel {name!r} {mismatch}. Use flex (CUDA), sdpa, dense or auto.")
+    kernel.check(setup)
+    built: AttentionKernel = kernel()
+    built.name, built.reason = name, reason
+    return built
 
 
-def _choose(masks: list[str], device: torch.device, shared: bool) -> tuple[str, str]:
-    if shared and UNIFORM.issuperset(masks):
-        return "sdpa", f"ranks share rows, and it takes each whole chunk of {' + '.join(masks)} as plain attention"
-    if UNIFORM.issuperset(masks):
-        return "fold", f"{' + '.join(masks)} cuts rows into chunks of one width, each a row of plain causal attention"
-    if device.type == "cuda":
-        return "flex", f"it takes any mask ({' + '.join(masks)}), and one compiled graph serves every window"
-    return "sdpa", f"it takes any mask ({' + '.join(masks)}) and trains on {device.type}, where flex cannot"
+def _choose(setup: AttentionSetup) -> tuple[str, str]:
+    """Returns the kernel that ``auto`` takes, and why."""
+    kernels: dict[str, Any] = {name: registry.get(name) for name in registry.names()}
+    for name, kernel in sorted(kernels.items(), key=lambda item: -item[1].auto_priority):
+        if _mismatch(kernel, setup) is None and (reason := kernel.auto_reason(setup)) is not None:
+            return name, reason
+    raise ConfigError(f"no kernel computes the masks {', '.join(setup.masks)} on {setup.device.type}.")
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, form: None = None) -> Tensor:
-    """Attends with full causal attention: what a model does where no kernel is given."""
+def _mismatch(kernel: type[AttentionKernel], setup: AttentionSetup) -> str | None:
+    """Returns why the kernel's class attributes rule the setup out, None if they allow it."""
+    if kernel.masks is not None and (unknown := [name for name in setup.masks if name not in kernel.masks]):
+        return f"does not support the mask {unknown[0]!r}, only {', '.join(sorted(kernel.masks))}"
+    if kernel.devices is not None and setup.device.type not in kernel.devices:
+        return f"runs on {', '.join(sorted(kernel.devices))}, not on {setup.device.type}"
+    if setup.tokens_per_rank is not None and not kernel.context_parallel:
+        return "does not support context parallelism (parallelism.context_parallel_degree)"
+    return None
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None) -> Tensor:
+    """Computes causal attention over the whole row: the default of a model that is built without a kernel."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that were read, so that a row that goes on is read from where it ended."""
+"""Keys and values of the tokens read so far, so that decoding computes only the new tokens of a row."""
 
 from __future__ import annotations
 
@@ -11,70 +11,74 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PREFILL_CHUNK = 256
-"""Tokens that a row is read by at once, and by which memory grows: few logits exist at a time."""
+"""Tokens per forward pass while a prompt is read, which bounds the logits in memory; the cache grows by as many."""
 
 
 @dataclass(frozen=True)
 class DecodeMask:
-    """The next tokens of some rows, as attention sees them.
+    """The attention mask of the next tokens of each row.
 
     Attributes:
-        places: (B, t) int64, where each token stands in its row.
-        sees: (B, 1, t, S) bool, which of the first S tokens of its row each one sees.
-        layers: the number of the layer that attends next.
+        positions: (B, t) int64, the position of each token in its row.
+        visible: (B, 1, t, S) bool, which of the first S positions of its row each token sees.
+        layers: yields the index of the layer that calls attention next.
     """
 
-    places: Tensor
-    sees: Tensor
+    positions: Tensor
+    visible: Tensor
     layers: Iterator[int] = field(default_factory=count)
 
 
 class KVCache:
-    """What each layer keeps of the rows of a batch; it is given to a model as a kernel's attention is.
+    """The keys and values of each layer, for the rows of one batch. A model takes ``attention`` as its kernel's.
 
-    Layers are told apart by the order in which they attend, which is the same in every forward pass.
+    Layers are identified by the order in which they call ``attention``, the same in every forward pass.
     """
 
     def __init__(self) -> None:
         self._layers: list[tuple[Tensor, Tensor]] = []
 
     def clear(self) -> None:
-        """Forgets the rows."""
+        """Removes all rows."""
         self._layers = []
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: DecodeMask) -> Tensor:
-        """Returns attention (B, H, t, K) of a stretch over its rows so far, itself included; keeps its keys."""
-        layer, length = next(form.layers), form.sees.shape[-1]
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: DecodeMask) -> Tensor:
+        """Returns the attention output (B, H, t, K) of the new tokens over all tokens of their rows.
+
+        Args:
+            q: (B, H, t, K).
+            k: (B, G, t, K), added to the cache.
+            v: (B, G, t, K), added to the cache.
+            attn_mask: what ``decode_mask`` returned.
+        """
+        layer, length = next(attn_mask.layers), attn_mask.visible.shape[-1]
         if layer == len(self._layers):
-            self._layers.append((_memory(k), _memory(v)))
-        keys, values = (_room(kept, length) for kept in self._layers[layer])
+            empty = (k.shape[0], k.shape[1], 0, k.shape[3])
+            self._layers.append((k.new_zeros(empty), v.new_zeros(empty)))
+        keys, values = (_grow(cached, length) for cached in self._layers[layer])
         self._layers[layer] = keys, values
         rows = torch.arange(len(k), device=k.device)[:, None]
-        keys[rows, :, form.places] = k.transpose(1, 2)
-        values[rows, :, form.places] = v.transpose(1, 2)
-        whole = keys[:, :, :length], values[:, :, :length]
-        return F.scaled_dot_product_attention(q, *whole, attn_mask=form.sees, enable_gqa=q.shape[1] != k.shape[1])
+        keys[rows, :, attn_mask.positions] = k.transpose(1, 2)
+        values[rows, :, attn_mask.positions] = v.transpose(1, 2)
+        k, v = keys[:, :, :length], values[:, :, :length]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask.visible, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def decode_mask(start: Tensor, first: Tensor, tokens: int) -> DecodeMask:
-    """Returns the form of the next tokens of some rows.
+    """Returns the mask of the next ``tokens`` tokens of each row.
 
     Args:
-        start: (T) int32, the mask of the longest row, each query's first key.
-        first: (B) int64, where the tokens begin in each row.
-        tokens: how many there are. Rows that have fewer fill up with any: no token sees what comes after it.
+        start: (T) int32, the mask of the longest row, the first key of each query.
+        first: (B) int64, the position of the first new token of each row.
+        tokens: new tokens per row. Pad rows that have fewer with any token: no token sees later ones.
     """
-    places = first[:, None] + torch.arange(tokens, device=first.device)  # (B, t)
-    keys = torch.arange(int(places.max()) + 1, device=first.device)
-    sees = (start[places][..., None] <= keys) & (keys <= places[..., None])  # (B, t, S)
-    return DecodeMask(places, sees[:, None])
+    positions = first[:, None] + torch.arange(tokens, device=first.device)  # (B, t)
+    keys = torch.arange(int(positions.max()) + 1, device=first.device)
+    visible = (start[positions][..., None] <= keys) & (keys <= positions[..., None])  # (B, t, S)
+    return DecodeMask(positions, visible[:, None])
 
 
-def _memory(x: Tensor) -> Tensor:
-    return x.new_zeros(*x.shape[:2], 0, x.shape[3])
-
-
-def _room(kept: Tensor, length: int) -> Tensor:
-    """Returns memory for so many tokens, with what was kept."""
-    more = -(-length // PREFILL_CHUNK) * PREFILL_CHUNK - kept.shape[2]
-    return F.pad(kept, (0, 0, 0, more)) if more > 0 else kept
+def _grow(cached: Tensor, length: int) -> Tensor:
+    """Returns the cache with room for at least ``length`` tokens."""
+    more = -(-length // PREFILL_CHUNK) * PREFILL_CHUNK - cached.shape[2]
+    return F.pad(cached, (0, 0, 0, more)) if more > 0 else cached

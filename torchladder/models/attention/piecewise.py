@@ -1,4 +1,4 @@
-"""Attention over the pieces of a mask, as an operator that the compiler takes as a whole."""
+"""Attention over the pieces of a mask, as a custom operator that the compiler does not trace into."""
 
 from __future__ import annotations
 
@@ -10,58 +10,63 @@ from torch import Tensor
 from torchladder.models.attention import fused_sdpa
 from torchladder.models.attention.attention_pieces import AttentionPiece
 
-Tokens = tuple[int, int]
 
-
-def operator(name: str, layout: Callable[[Tensor, int, Tokens], Sequence[AttentionPiece]]) -> Callable[..., Tensor]:
-    """Returns attention over pieces as an operator that the compiler takes as a whole: no mask recompiles anything.
+def piecewise_attention(
+    name: str, layout: Callable[[Tensor, int, int, int], Sequence[AttentionPiece]]
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Returns attention over pieces, ``(q, k, v, attn_mask) -> out``, as an operator: no mask recompiles anything.
 
     Args:
         name: of the operator in ``torch.ops.torchladder``; its backward is ``<name>_backward``.
-        layout: (form, batch, (queries, keys)) -> pieces, where the form is a tensor on the CPU. Queries are the last
-            of the keys; pieces name them by the place of their own key.
+        layout: ``(attn_mask, batch, number of keys, position of the first query) -> pieces``; ``attn_mask`` is a tensor
+            on the CPU.
     """
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, form: Tensor) -> tuple[Tensor, Tensor]:
-        return _forward(q, k, v, layout(form, q.shape[0], (q.shape[2], k.shape[2])))
+    def forward(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return _forward(q, k, v, layout(attn_mask, q.shape[0], k.shape[2], k.shape[2] - q.shape[2]))
 
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, form: Tensor
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, attn_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(grad, (q, k, v), out, lse, layout(form, q.shape[0], (q.shape[2], k.shape[2])))
+        pieces = layout(attn_mask, q.shape[0], k.shape[2], k.shape[2] - q.shape[2])
+        return _backward(grad, (q, k, v), out, lse, pieces)
 
     qkv = "Tensor q, Tensor k, Tensor v"
-    attend = torch.library.custom_op(
-        f"torchladder::{name}", forward, mutates_args=(), schema=f"({qkv}, Tensor form) -> (Tensor, Tensor)"
+    attention = torch.library.custom_op(
+        f"torchladder::{name}", forward, mutates_args=(), schema=f"({qkv}, Tensor attn_mask) -> (Tensor, Tensor)"
     )
-    attend_backward = torch.library.custom_op(
+    attention_backward = torch.library.custom_op(
         f"torchladder::{name}_backward",
         backward,
         mutates_args=(),
-        schema=f"(Tensor grad, {qkv}, Tensor out, Tensor lse, Tensor form) -> (Tensor, Tensor, Tensor)",
+        schema=f"(Tensor grad, {qkv}, Tensor out, Tensor lse, Tensor attn_mask) -> (Tensor, Tensor, Tensor)",
     )
-    attend.register_fake(lambda q, k, v, form: (_like(q), _lse(q)))
-    attend_backward.register_fake(lambda grad, q, k, v, out, lse, form: (_like(q), _like(k), _like(v)))
+    attention.register_fake(lambda q, k, v, attn_mask: (_empty_like(q), _empty_lse(q)))
+    attention_backward.register_fake(
+        lambda grad, q, k, v, out, lse, attn_mask: (_empty_like(q), _empty_like(k), _empty_like(v))
+    )
 
-    def setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]
+    ) -> None:
         ctx.save_for_backward(*inputs, *output)
 
     def differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, form, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-        return (*attend_backward(grad, q, k, v, out, lse, form), None)
+        q, k, v, attn_mask, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+        return (*attention_backward(grad, q, k, v, out, lse, attn_mask), None)
 
-    attend.register_autograd(differentiate, setup_context=setup)
-    return lambda q, k, v, form: attend(q, k, v, form)[0]
+    attention.register_autograd(differentiate, setup_context=setup_context)
+    return lambda q, k, v, attn_mask: attention(q, k, v, attn_mask)[0]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[AttentionPiece]) -> tuple[Tensor, Tensor]:
-    out, lse = _like(q), _lse(q)
+    out, lse = _empty_like(q), _empty_lse(q)
     for piece in pieces:
-        queries = _queries(piece, q, k)
-        qkv = (_cut(q, piece, queries), _cut(k, piece, piece.keys), _cut(v, piece, piece.keys))
-        some, its_lse = fused_sdpa.forward(*qkv, _on(piece.bias, q))
-        _place(out, piece, some, queries)
-        _place(lse[..., None], piece, its_lse[..., None], queries)
+        queries = _query_slice(piece, q, k)
+        qkv = (_gather(q, piece, queries), _gather(k, piece, piece.keys), _gather(v, piece, piece.keys))
+        piece_out, piece_lse = fused_sdpa.forward(*qkv, _bias_like(piece.bias, q))
+        _scatter(out, piece, piece_out, queries)
+        _scatter(lse[..., None], piece, piece_lse[..., None], queries)
     return out, lse
 
 
@@ -69,57 +74,58 @@ def _backward(
     grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, pieces: Sequence[AttentionPiece]
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv
-    # Blocks that see keys before themselves share keys: their gradients add up, in the type that sums are kept in.
-    # Where queries are not all there are, keys before them may be seen by none.
-    shared = any(piece.bias is not None for piece in pieces) or q.shape[2] < k.shape[2]
-    exact = lse.dtype if shared else q.dtype
-    grads = _like(q), _like(k, exact), _like(v, exact)
-    if shared:
+    # Masked blocks may share keys, whose gradients are then accumulated, in the accumulation type. If queries are only
+    # the last positions, no piece may write the gradient of some keys before them.
+    accumulate = any(piece.bias is not None for piece in pieces) or q.shape[2] < k.shape[2]
+    dtype = lse.dtype if accumulate else q.dtype
+    grads = _empty_like(q), _empty_like(k, dtype), _empty_like(v, dtype)
+    if accumulate:
         grads[1].zero_()
         grads[2].zero_()
     for piece in pieces:
-        queries = _queries(piece, q, k)
-        cuts = (_cut(q, piece, queries), _cut(k, piece, piece.keys), _cut(v, piece, piece.keys))
-        its_grad, its_out, its_lse = (_cut(x, piece, queries) for x in (grad, out, lse[..., None]))
-        some = fused_sdpa.backward(its_grad, cuts, its_out, its_lse[..., 0], _on(piece.bias, q))
-        _place(grads[0], piece, some[0], queries)
-        for whole, part in zip(grads[1:], some[1:], strict=True):
-            _place(whole, piece, part, piece.keys, add=shared)
+        queries = _query_slice(piece, q, k)
+        piece_qkv = (_gather(q, piece, queries), _gather(k, piece, piece.keys), _gather(v, piece, piece.keys))
+        piece_grad, piece_out, piece_lse = (_gather(x, piece, queries) for x in (grad, out, lse[..., None]))
+        bias = _bias_like(piece.bias, q)
+        piece_grads = fused_sdpa.backward(piece_grad, piece_qkv, piece_out, piece_lse[..., 0], bias)
+        _scatter(grads[0], piece, piece_grads[0], queries)
+        for whole, part in zip(grads[1:], piece_grads[1:], strict=True):
+            _scatter(whole, piece, part, piece.keys, add=accumulate)
     return grads[0], grads[1].to(q.dtype), grads[2].to(q.dtype)
 
 
-def _queries(piece: AttentionPiece, q: Tensor, k: Tensor) -> slice:
-    """Returns where the queries of a piece are among those that there are."""
-    before = k.shape[2] - q.shape[2]
-    return slice(piece.queries.start - before, piece.queries.stop - before)
+def _query_slice(piece: AttentionPiece, q: Tensor, k: Tensor) -> slice:
+    """Returns the queries of a piece as indices into ``q``, whose first query is at position S - T."""
+    offset = k.shape[2] - q.shape[2]
+    return slice(piece.queries.start - offset, piece.queries.stop - offset)
 
 
-def _cut(x: Tensor, piece: AttentionPiece, tokens: slice) -> Tensor:
-    """Returns a piece of (B, H, T, K), its segments folded into the batch; a view where that can be one."""
+def _gather(x: Tensor, piece: AttentionPiece, tokens: slice) -> Tensor:
+    """Returns a piece of (B, H, T, K) with its segments folded into the batch; a view if possible."""
     part = x.transpose(1, 2)[piece.rows, tokens]  # (b, t, H, K)
     width = tokens.stop - tokens.start if piece.bias is not None else piece.width
     return part.reshape(-1, width, *part.shape[2:]).transpose(1, 2)
 
 
-def _place(x: Tensor, piece: AttentionPiece, part: Tensor, tokens: slice, add: bool = False) -> None:
-    """Writes, or adds, a piece to where ``_cut`` would take it from."""
-    to = x.transpose(1, 2)[piece.rows, tokens]
-    part = part.transpose(1, 2).reshape(to.shape)
+def _scatter(x: Tensor, piece: AttentionPiece, part: Tensor, tokens: slice, add: bool = False) -> None:
+    """Writes or adds a piece to where ``_gather`` takes it from."""
+    target = x.transpose(1, 2)[piece.rows, tokens]
+    part = part.transpose(1, 2).reshape(target.shape)
     if add:
-        to += part
+        target += part
     else:
-        to.copy_(part)
+        target.copy_(part)
 
 
-def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for (B, H, T, K) laid out as (B, T, H, K), as projections make and take it."""
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns memory for (B, H, T, K), laid out as (B, T, H, K) like the output of a projection."""
     return torch.empty_like(x.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _lse(q: Tensor) -> Tensor:
-    exact = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=exact).transpose(1, 2)
+def _empty_lse(q: Tensor) -> Tensor:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=dtype).transpose(1, 2)
 
 
-def _on(bias: Tensor | None, q: Tensor) -> Tensor | None:
+def _bias_like(bias: Tensor | None, q: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(q.device, torch.promote_types(q.dtype, torch.float32))

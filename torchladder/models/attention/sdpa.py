@@ -1,46 +1,37 @@
-"""Fused causal attention over the pieces that a mask falls into: fast on any device, and the way to train on a CPU."""
+"""SDPA over the pieces of a mask: any mask on any device, and the kernel to train with on a CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from torchladder import mask
 from torchladder.models.attention import attention_pieces
-from torchladder.models.attention.kernel import UNIFORM, AttentionKernel, register
-from torchladder.models.attention.piecewise import operator
+from torchladder.models.attention.kernel import UNIFORM_CHUNKS, AttentionKernel, AttentionSetup, register
+from torchladder.models.attention.piecewise import piecewise_attention
 
-_fold = operator("fold", lambda width, batch, tokens: attention_pieces.uniform(batch, tokens[1], int(width)))
-_sdpa = operator("sdpa", lambda start, batch, tokens: attention_pieces.of(start, tokens[1] - tokens[0]))
-
-
-@register("fold")
-class FoldKernel(AttentionKernel):
-    """Chunks of one width: ``(B, T)`` folds to ``(B * T / w, w)`` and is plain causal attention there."""
-
-    name = "fold"
-    expresses = UNIFORM
-
-    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Tensor:
-        return torch.tensor(mask.fold(start))  # stays on the CPU, where the operator reads it
-
-    @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, form: Tensor) -> Tensor:
-        return _fold(q, k, v, form)
+_sdpa = piecewise_attention(
+    "sdpa", lambda start, batch, keys, query_offset: attention_pieces.mask_pieces(start, query_offset)
+)
 
 
 @register("sdpa")
 class SdpaKernel(AttentionKernel):
-    """Any mask: plain causal attention per segment where there are segments, masked blocks of queries elsewhere."""
+    """Any mask: plain causal attention for whole segments, masked blocks of queries for the rest."""
 
-    name = "sdpa"
+    context_parallel = True
+    saved_ops = frozenset({"torchladder::sdpa"})
+    auto_priority = 10
 
-    def check_context_parallel(self, tokens: int) -> None:
-        """Any stretch of a row will do."""
+    @classmethod
+    def auto_reason(cls, setup: AttentionSetup) -> str | None:
+        masks = " + ".join(setup.masks)
+        if setup.tokens_per_rank is not None and UNIFORM_CHUNKS.issuperset(setup.masks):
+            return f"supports context parallelism, and computes each whole chunk of {masks} as plain causal attention"
+        return f"computes any mask ({masks}) and trains on {setup.device.type}, where flex cannot"
 
-    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> Tensor:
+    def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> Tensor:
         return start.cpu().to(torch.int32)  # the operator reads it to lay out its pieces
 
     @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, form: Tensor) -> Tensor:
-        return _sdpa(q, k, v, form)
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+        return _sdpa(q, k, v, attn_mask)

@@ -1,4 +1,4 @@
-"""Segments under one window, on flat (B·T) rows: PyTorch's own varlen kernel and the flash-attn package's."""
+"""PyTorch's variable-length attention (``torch.nn.attention.varlen``): segments under one window, on flat rows."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from torchladder import mask
-from torchladder.models.attention.kernel import SEGMENTS, AttentionKernel, register
-from torchladder.registry import ConfigError
+from torchladder.models.attention.kernel import AttentionKernel, register
 
-GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""Whether this PyTorch's varlen_attn takes fewer key-value heads than query heads (2.12 and later)."""
+SUPPORTS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether this version's varlen_attn takes fewer key-value heads than query heads (PyTorch 2.12 and later)."""
 
 
 @dataclass(frozen=True)
 class VarlenMask:
-    """The form that varlen kernels eat.
+    """The arguments of a varlen kernel.
 
     Attributes:
-        cu_seqlens: (segments + 1,) int32 on the device, where each segment begins in the flat batch.
+        cu_seqlens: (segments + 1,) int32 on the device, where each segment begins in the flattened batch.
         max_seqlen: tokens in the longest segment.
-        left: keys a query may see before itself, or -1 where nothing narrows a segment.
+        left: number of keys before itself that a query may see; -1 for all of its segment.
     """
 
     cu_seqlens: Tensor
@@ -33,68 +32,38 @@ class VarlenMask:
     left: int
 
 
-class SegmentKernel(AttentionKernel):
-    """What varlen kernels have in common."""
-
-    expresses = SEGMENTS
-
-    def check(self, device: torch.device, training: bool) -> None:
-        if device.type != "cuda":
-            raise ConfigError(f"kernel {self.name!r} needs CUDA, not {device.type}. Use sdpa, fold or auto.")
-
-    def derive(self, start: Tensor, device: torch.device, first: int = 0) -> VarlenMask:
-        form = mask.varlen(start)
-        left = -1 if form.window >= form.max_seqlen else form.window - 1
-        return VarlenMask(form.cu_seqlens.to(device, non_blocking=True), form.max_seqlen, left)
-
-
 @register("varlen")
-class VarlenKernel(SegmentKernel):
+class VarlenKernel(AttentionKernel):
     """Documents, chunks and a sliding window, by ``torch.nn.attention.varlen``."""
 
-    name = "varlen"
+    masks = frozenset({"causal", "document", "chunk", "sliding"})
+    devices = frozenset({"cuda"})
+    saved_ops = frozenset({"torch_attn::_varlen_attn"})
+
+    def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> VarlenMask:
+        segments = mask.varlen(start)
+        left = -1 if segments.window >= segments.max_seqlen else segments.window - 1
+        return VarlenMask(segments.cu_seqlens.to(device, non_blocking=True), segments.max_seqlen, left)
 
     @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, form: VarlenMask) -> Tensor:
-        grouped: dict[str, Any] = {}
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: VarlenMask) -> Tensor:
+        gqa: dict[str, Any] = {}
         if q.shape[1] != k.shape[1]:
-            if GROUPED:
-                grouped = {"enable_gqa": True}
+            if SUPPORTS_GQA:
+                gqa = {"enable_gqa": True}
             else:
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        bounds, longest = form.cu_seqlens, form.max_seqlen
-        flat = (_flat(q), _flat(k), _flat(v))
-        out: Any = varlen_attn(*flat, bounds, bounds, longest, longest, window_size=(form.left, 0), **grouped)
-        return _unflat(out, q)
+        bounds, longest = attn_mask.cu_seqlens, attn_mask.max_seqlen
+        qkv = (flatten_batch(q), flatten_batch(k), flatten_batch(v))
+        out: Any = varlen_attn(*qkv, bounds, bounds, longest, longest, window_size=(attn_mask.left, 0), **gqa)
+        return unflatten_batch(out, q)
 
 
-@register("flash")
-class FlashKernel(SegmentKernel):
-    """As varlen, by the flash-attn package (arXiv 2307.08691)."""
-
-    name = "flash"
-
-    def __init__(self, masks: list[str], device: torch.device, training: bool) -> None:
-        super().__init__(masks, device, training)
-        try:
-            from flash_attn import flash_attn_varlen_func
-        except ImportError as error:
-            raise ConfigError(
-                "kernel 'flash' needs the flash-attn package: pip install 'torchladder[flash]'. "
-                "The kernel varlen expresses the same masks without it."
-            ) from error
-        self._flash: Any = flash_attn_varlen_func
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: VarlenMask) -> Tensor:  # type: ignore[override]
-        bounds, longest = form.cu_seqlens, form.max_seqlen
-        flat = (_flat(q), _flat(k), _flat(v))
-        out = self._flash(*flat, bounds, bounds, longest, longest, causal=True, window_size=(form.left, 0))
-        return _unflat(out, q)
+def flatten_batch(x: Tensor) -> Tensor:
+    """Returns (B, H, T, K) as (B * T, H, K)."""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(0, 1)  # (B * T, H, K)
-
-
-def _unflat(out: Tensor, q: Tensor) -> Tensor:
-    return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)  # (B, H, T, K)
+def unflatten_batch(out: Tensor, q: Tensor) -> Tensor:
+    """Returns (B * T, H, K) in the shape of q, (B, H, T, K)."""
+    return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Everything at once on one GPU: FSDP2 over a mesh of one, flex attention, compiled blocks, recomputation, float8.
+"""All of it on one GPU: FSDP2 over a mesh of one, flex, compiled blocks, activation checkpointing, float8.
 
 python -m pytest tests/gpu
 """
@@ -35,7 +35,7 @@ NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9,
 
 @pytest.fixture(scope="module")
 def one():
-    """The layout of a single rank that is sharded all the same."""
+    """A mesh of a single rank to which FSDP2 is applied."""
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     yield Mesh(Degrees(1, 1, 1, 1), data=init_device_mesh("cuda", (1,), mesh_dim_names=("shard",)))
     dist.destroy_process_group()
@@ -46,27 +46,27 @@ def batch(window):
     tokens = torch.randint(512, (2, LENGTH), generator=generator).to(CUDA)
     positions = torch.arange(LENGTH, dtype=torch.int32).repeat(2, 1)
     positions[1, 300:] -= 300
-    return tokens, mask.compose(*(mask.registry.get(name)(positions, window) for name in MASKS))
+    return tokens, mask.from_names(MASKS, positions, window)
 
 
 def train(mesh, offload=False, **settings):
-    """Returns the losses of a short ladder, and how many graphs were compiled for it."""
+    """Returns the losses over a few windows, and the number of graphs compiled for them."""
     torch._dynamo.reset()
     counters.clear()
     kernel = attention.build_kernel("flex", MASKS, CUDA)
     with torch.device("meta"):
-        model = models.Llama(CONFIG, kernel.attend, LENGTH)
-    how = ParallelizeConfig(ParallelismConfig(), offload=offload, **settings)
-    parallelize.parallelize(model, model.parallel_plan(), mesh, how)
+        model = models.Llama(CONFIG, kernel.attention, LENGTH)
+    config = ParallelizeConfig(ParallelismConfig(), offload=offload, **settings)
+    parallelize.parallelize_model(model, model.parallel_plan(), mesh, config, kernel.saved_ops)
     parallelize.materialize(model, CUDA, offload)
     model.init_weights(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    if after := float8.after_step(model, how.float8):
+    if after := float8.post_optimizer_hook(model, config.float8):
         optimizer.register_step_post_hook(after)
     losses = []
     for window in WINDOWS:
         tokens, start = batch(window)
-        loss = model(tokens, kernel.derive(start, CUDA), tokens.roll(-1, dims=1)) / tokens.numel()
+        loss = model(tokens, kernel.prepare(start, CUDA), tokens.roll(-1, dims=1)) / tokens.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -75,20 +75,24 @@ def train(mesh, offload=False, **settings):
     return losses, counters["stats"]["unique_graphs"]
 
 
-def test_compiling_and_recomputing_change_no_loss(one):
+def test_compiling_and_activation_checkpointing_change_no_loss(one):
     plain, _ = train(one)
-    for settings in ({"compile": COMPILED}, {"recompute": BY_OP}, {"compile": COMPILED, "recompute": BY_OP}):
+    for settings in (
+        {"compile": COMPILED},
+        {"activation_checkpoint": BY_OP},
+        {"compile": COMPILED, "activation_checkpoint": BY_OP},
+    ):
         losses, graphs = train(one, **settings)
         assert losses[0] == pytest.approx(plain[0], rel=1e-5), settings
-        assert losses == pytest.approx(plain, rel=1e-3), settings  # Adam's first steps enlarge the last bits
+        assert losses == pytest.approx(plain, rel=1e-3), settings  # Adam's first steps amplify rounding
         if "compile" in settings:
-            assert graphs == 2  # one for all blocks over the whole ladder, one for the loss
+            assert graphs == 2  # one for all blocks and windows, one for the loss
     assert plain[-1] < plain[0]
 
 
 def test_half_precision_follows_full(one):
     full, _ = train(one)
-    half, _ = train(one, precision=HALF, compile=COMPILED, recompute=BY_OP)
+    half, _ = train(one, precision=HALF, compile=COMPILED, activation_checkpoint=BY_OP)
     assert half == pytest.approx(full, rel=0.02)
 
 
@@ -113,8 +117,8 @@ def test_offloaded_weights_give_the_same_losses(one):
 def test_float8_with_all_the_rest(one, config):
     made = Float8Config(enable=True, **config)
     made.check(CUDA, torch.bfloat16)
-    half, _ = train(one, precision=HALF, compile=COMPILED, recompute=BY_OP)
-    losses, graphs = train(one, precision=HALF, compile=COMPILED, recompute=BY_OP, float8=made)
+    half, _ = train(one, precision=HALF, compile=COMPILED, activation_checkpoint=BY_OP)
+    losses, graphs = train(one, precision=HALF, compile=COMPILED, activation_checkpoint=BY_OP, float8=made)
     assert losses == pytest.approx(half, rel=0.03)
     assert losses != half
     assert graphs == 2
@@ -132,12 +136,12 @@ def test_flex_attends_with_the_last_queries_of_a_row(first):
     shapes = [(2, heads, tokens, 64) for heads, tokens in ((4, LENGTH - first), (2, LENGTH), (2, LENGTH))]
     found = []
     for name in ("flex", "dense"):
-        kernel = attention.build_kernel(name, MASKS, CUDA, share=256)
+        kernel = attention.build_kernel(name, MASKS, CUDA, tokens_per_rank=256)
         q, k, v = (
             torch.randn(shape, device=CUDA, generator=generator.manual_seed(i)) for i, shape in enumerate(shapes)
         )
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        out = kernel.attend(*inputs, kernel.derive(start, CUDA, first))
+        out = kernel.attention(*inputs, kernel.prepare(start, CUDA, first))
         found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for ours, reference in zip(*found, strict=True):
         assert (ours - reference).norm() / reference.norm() < 0.005

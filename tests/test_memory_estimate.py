@@ -1,4 +1,4 @@
-"""What a layout takes, counted on ranks that do not exist, against what tensors really take."""
+"""The memory and traffic estimate of a layout on a fake process group, against real tensors and arithmetic."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torchladder import config, models
 from torchladder.commands import plan as command
 from torchladder.distributed import fake_ranks
-from torchladder.models.attention import sdpa
+from torchladder.models.attention.sdpa import SdpaKernel
 from torchladder.registry import ConfigError
 from torchladder.training import run_plan as plans
 from torchladder.training.memory_estimate import MemoryEstimator
@@ -23,20 +23,20 @@ WEIGHTS = 2 * 32_000 * 2048 + 2048 + 4 * (2048 * (2 * 2048 + 2 * 256 + 3 * 5632)
 TENSOR, CONTEXT = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
 
 
-def footprint(ranks, *argv):
+def estimate(ranks, *argv):
     plan = plans.make_plan(config.load([*LLAMA, "--training.local_batch_size", "1", *argv]), ranks)
-    with fake_ranks.ranks(ranks):
+    with fake_ranks.fake_process_group(ranks):
         made = MemoryEstimator(plan)
         return made, made.memory(), made.traffic()
 
 
 def test_activations_on_meta_are_those_of_a_real_block():
     shape = models.LlamaConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
-    form = torch.zeros(2, 64, dtype=torch.int32)
+    attn_mask = torch.zeros(2, 64, dtype=torch.int32)
     found = {}
     for device in ("meta", "cpu"):
         with torch.device(device):
-            model = models.Llama(shape, sdpa.SdpaKernel.attend, 64)
+            model = models.Llama(shape, SdpaKernel.attention, 64)
             x = torch.empty(2, 64, 32, requires_grad=True)
         kept = {}
 
@@ -45,59 +45,55 @@ def test_activations_on_meta_are_those_of_a_real_block():
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-            model.layers["0"](x, form)
+            model.layers["0"](x, attn_mask)
         weights = sum(parameter.numel() * 4 for parameter in model.layers["0"].parameters())
-        found[device] = sum(storage.nbytes() for storage in kept.values()) - weights - form.nbytes
+        found[device] = sum(storage.nbytes() for storage in kept.values()) - weights - attn_mask.nbytes
         if device == "meta":
-            counted = fake_ranks.activations(model.layers["0"], x, form)
+            counted = fake_ranks.activation_bytes(model.layers["0"], x, attn_mask, SdpaKernel.saved_ops)
     assert counted["none"] == found["meta"] == found["cpu"]
     assert counted["full"] == x.nbytes
     assert counted["full"] < counted["op"] < counted["none"]
 
 
-def test_memory_is_shared_by_all_degrees():
-    _, one, none = footprint(1)
+def test_all_degrees_divide_the_memory():
+    _, one, none = estimate(1)
     assert one.parameters == 4 * WEIGHTS
     assert not any(dataclasses.astuple(none))
     for argv in ([], [TENSOR, "2"], [CONTEXT, "4"], [TENSOR, "4", CONTEXT, "2"]):
-        made, memory, _ = footprint(64, *argv)
-        # Shards are padded to whole rows, and the norms are whole on tensor-parallel ranks.
+        made, memory, _ = estimate(64, *argv)
+        # Shards are padded to whole rows, and norms are replicated on tensor-parallel ranks.
         assert memory.parameters == pytest.approx(one.parameters / 64, rel=0.01)
         assert memory.optimizer == 2 * memory.parameters == 2 * memory.gradients
         assert made.memory(made.layout).total == pytest.approx(memory.total, rel=0.01)
     copies = "--parallelism.data_parallel_replicate_degree"
-    assert footprint(64, copies, "4")[1].parameters == pytest.approx(one.parameters / 16, rel=0.01)
+    assert estimate(64, copies, "4")[1].parameters == pytest.approx(one.parameters / 16, rel=0.01)
 
 
-def test_shared_layers_and_rows_keep_fewer_activations():
-    _, alone, _ = footprint(8)
-    _, tensor, _ = footprint(8, TENSOR, "4")
-    _, rows, _ = footprint(8, CONTEXT, "4")
+def test_tensor_and_context_parallelism_and_checkpointing_save_activations():
+    _, alone, _ = estimate(8)
+    _, tensor, _ = estimate(8, TENSOR, "4")
+    _, rows, _ = estimate(8, CONTEXT, "4")
     assert alone.activations / 4 < tensor.activations < alone.activations / 2
     assert alone.activations / 4 < rows.activations < alone.activations / 2
-    modes = [
-        footprint(8, "--activation_checkpoint.mode", mode)[1].activations for mode in ("none", "selective", "full")
-    ]
+    modes = [estimate(8, "--activation_checkpoint.mode", mode)[1].activations for mode in ("none", "selective", "full")]
     assert modes == sorted(modes, reverse=True)
     assert len(set(modes)) == 3
 
 
-def test_what_is_sent():
-    _, _, shard = footprint(8, "--training.global_batch_size", "16")  # 2 micro-batches
-    # Two gathers in bfloat16, one reduction in float32, of seven eighths, for each micro-batch.
+def test_traffic():
+    _, _, shard = estimate(8, "--training.global_batch_size", "16")  # 2 micro-batches
+    # Per micro-batch, two all-gathers in bfloat16 and one reduce-scatter in float32 of seven eighths.
     assert shard.shard == 2 * (2 + 2 + 4) * WEIGHTS * 7 // 8
-    _, _, copies = footprint(
-        8, "--parallelism.data_parallel_replicate_degree", "2", "--training.global_batch_size", "8"
-    )
+    _, _, copies = estimate(8, "--parallelism.data_parallel_replicate_degree", "2", "--training.global_batch_size", "8")
     assert copies.replicate == 2 * 4 * (WEIGHTS // 4) // 2
-    _, _, rows = footprint(8, CONTEXT, "8", "--training.global_batch_size", "1")
-    # The first rank gives its 1,024 keys and values of 4 heads of 64 to seven others, in 4 layers, and gets gradients.
+    _, _, rows = estimate(8, CONTEXT, "8", "--training.global_batch_size", "1")
+    # Rank 0 sends its 1,024 keys and values of 4 heads of 64 to seven others, in 4 layers, and receives gradients.
     assert rows.context == 2 * 4 * 7 * 1024 * 2 * 4 * 64 * 2
     short = ["--curriculum.name", "constant", "--curriculum.window", "1024"]
-    assert footprint(8, CONTEXT, "8", "--training.global_batch_size", "1", *short)[2].context == 0
+    assert estimate(8, CONTEXT, "8", "--training.global_batch_size", "1", *short)[2].context == 0
 
 
-def test_a_layout_that_does_not_fit_names_those_that_do(capsys):
+def test_the_error_for_a_layout_that_does_not_fit_lists_those_that_do(capsys):
     argv = [*LLAMA, "--world-size", "256", "--training.global_batch_size", "1024"]
     with pytest.raises(ConfigError, match="do not fit 10GiB") as error:
         command.run([*argv, "--gpu-memory", "10GiB"])
@@ -113,6 +109,6 @@ def test_a_layout_that_does_not_fit_names_those_that_do(capsys):
 
 
 @pytest.mark.parametrize("argv", [["--gpu-memory", "80"], ["--gpu-memory", "lots"], ["--world-size", "0"]])
-def test_what_is_no_size(argv):
+def test_invalid_memory_sizes(argv):
     with pytest.raises(ConfigError, match=argv[0]):
         command.run([*LLAMA, *argv])

@@ -1,4 +1,4 @@
-"""Rows shared by ranks: the same attention and gradients as of whole rows, and no key sent that no query reaches."""
+"""Context parallelism: attention and gradients equal those of whole rows, and only keys that a query sees are sent."""
 
 import layouts
 import pytest
@@ -19,23 +19,23 @@ LENGTH, RANKS = 64, 4
 POSITIONS = torch.arange(LENGTH, dtype=torch.int32).repeat(2, 1)
 POSITIONS[1, 20:] -= 20
 MASKS = {
-    "chunks that stretches hold": (("chunk",), 16, 0),
-    "chunks that divide them": (("chunk",), 8, 0),
-    "chunks of two stretches": (("chunk",), 32, 16 + 16),
-    "chunks across": (("chunk",), 24, 16 + 8 + 0),
+    "chunks equal to slices": (("chunk",), 16, 0),
+    "chunks that divide slices": (("chunk",), 8, 0),
+    "chunks of two slices": (("chunk",), 32, 16 + 16),
+    "chunks across slices": (("chunk",), 24, 16 + 8 + 0),
     "causal": (("causal",), 64, 16 + 32 + 48),
     "sliding": (("sliding",), 5, 4 + 4 + 4),
     "documents": (("document",), 64, 16 + 32 + 48),
     "documents and a window": (("document", "sliding"), 9, 8 + 8 + 8),
 }
-"""name -> masks, window, and the keys per row that ranks 1 to 3 need of others together"""
+"""name -> masks, window, and the keys per row that ranks 1 to 3 receive in total"""
 
 
 def start_of(names, window):
-    return mask.compose(*(mask.registry.get(name)(POSITIONS, window) for name in names))
+    return mask.from_names(names, POSITIONS, window)
 
 
-def attend(ranks):
+def compare_with_whole_rows(ranks):
     share = context_parallel.ContextShard(mesh.build(Degrees(1, 1, RANKS, 1), ranks.rank, "cpu"), LENGTH)
     sent, calls = [], []
     send = context_parallel.dist.all_to_all_single
@@ -49,29 +49,29 @@ def attend(ranks):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, LENGTH, 8) for heads in (4, 2, 2, 4)]
     q, k, v, grad = (torch.randn(shape, generator=generator) for shape in shapes)
-    here = slice(share.first, share.first + share.tokens)
+    here = slice(share.offset, share.offset + share.tokens)
     for name, (names, window, keys) in MASKS.items():
         start = start_of(names, window)
         whole = [x.clone().requires_grad_() for x in (q, k, v)]
         dense = attention.build_kernel("dense", list(names), CPU)
-        expected = dense.attend(*whole, dense.derive(start, CPU))
+        expected = dense.attention(*whole, dense.prepare(start, CPU))
         expected.backward(grad)
         for kernel in ("sdpa", "dense"):
             calls.clear(), sent.clear()
-            kernel = attention.build_kernel(kernel, list(names), CPU, share=share.tokens)
+            kernel = attention.build_kernel(kernel, list(names), CPU, tokens_per_rank=share.tokens)
             own = [x[:, :, here].clone().requires_grad_() for x in (q, k, v)]
-            out = share.attend(kernel.attend)(*own, share.form(kernel.derive, start, CPU))
+            out = share.wrap_attention(kernel.attention)(*own, share.prepare_mask(kernel.prepare, start, CPU))
             out.backward(grad[:, :, here])
             torch.testing.assert_close(out, expected[:, :, here], atol=1e-6, rtol=1e-5)
             for mine, x in zip(own, whole, strict=True):
                 torch.testing.assert_close(mine.grad, x.grad[:, :, here], atol=1e-5, rtol=1e-5)
-            # There and back: keys and values forward, their gradients backward; not at all where none are needed.
+            # Keys and values in forward, their gradients in backward; no call at all if no keys are needed.
             assert len(calls) == (2 if keys else 0), name
             assert ranks.sum(sum(sent)) == 2 * keys, name
 
 
-def test_attention_over_shared_rows_equals_that_over_whole_ones():
-    layouts.launch(attend, RANKS)
+def test_context_parallel_attention_equals_attention_over_whole_rows():
+    layouts.launch(compare_with_whole_rows, RANKS)
 
 
 @st.composite
@@ -86,11 +86,11 @@ def starts(draw):
 
 
 @given(starts(), st.data())
-def test_pieces_of_the_last_queries_hold_what_those_see(start, data):
+def test_pieces_of_the_last_queries_cover_what_they_see(start, data):
     length = start.shape[1]
     begin = data.draw(st.integers(0, length - 1))
     seen = torch.zeros(2, length, length, dtype=torch.int32)
-    for piece in attention_pieces.of(start, begin):
+    for piece in attention_pieces.mask_pieces(start, begin):
         keys = piece.keys.stop - piece.keys.start
         if piece.bias is not None:
             part = piece.bias == 0
@@ -108,8 +108,8 @@ def test_pieces_of_the_last_queries_hold_what_those_see(start, data):
 def test_the_block_mask_of_the_last_queries(names, first):
     positions = torch.arange(512, dtype=torch.int32).repeat(2, 1)
     positions[1, 200:] -= 200
-    start = mask.compose(*(mask.registry.get(name)(positions, 100) for name in names))
-    ours = mask.block_mask(start, first=first)
+    start = mask.from_names(names, positions, 100)
+    ours = mask.block_mask(start, query_offset=first)
 
     def sees(b, h, q, k):
         return (start[b, q + first] <= k) & (k <= q + first)
@@ -125,10 +125,10 @@ def test_the_block_mask_of_the_last_queries(names, first):
                 assert named[0] == named[1]
 
 
-def test_kernels_that_cannot_share_rows_say_so():
-    with pytest.raises(ConfigError, match="kernel 'fold' cannot share rows"):
-        attention.build_kernel("fold", ["chunk"], CPU, share=128)
+def test_kernels_without_context_parallelism_refuse_it():
+    with pytest.raises(ConfigError, match="kernel 'fold' does not support context parallelism"):
+        attention.build_kernel("fold", ["chunk"], CPU, tokens_per_rank=128)
     with pytest.raises(ConfigError, match="blocks of 128 tokens, and 100"):
-        attention.build_kernel("flex", ["chunk"], CPU, training=False, share=100)
-    assert attention.build_kernel("auto", ["chunk"], CPU, share=100).name == "sdpa"
+        attention.build_kernel("flex", ["chunk"], CPU, training=False, tokens_per_rank=100)
+    assert attention.build_kernel("auto", ["chunk"], CPU, tokens_per_rank=100).name == "sdpa"
     assert attention.build_kernel("auto", ["chunk"], CPU).name == "fold"
