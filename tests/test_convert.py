@@ -151,7 +151,7 @@ def test_a_tokenizer_that_a_run_has_trained_goes_along(trained, tmp_path):
     out = root / "run" / "checkpoint" / "step-2-hf"
     own = _tokenizer(config.load(words))
     assert own.vocab_size == 400
-    assert tokenizer.load(str(out)).fingerprint == own.fingerprint
+    assert tokenizer.load_tokenizer(str(out)).fingerprint == own.fingerprint
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     for piece in (text[:200], "  two spaces, a\n\ttab and é", "the ladder"):
         assert theirs(piece, add_special_tokens=False)["input_ids"] == own.encode(piece)
@@ -180,10 +180,10 @@ def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind
     texts = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
     here = tmp_path / "here"
     here.mkdir()
-    made = tokenizer.train_tokenizer.train(texts, tokenizer.train_tokenizer.Training(kind="byte-bpe", vocab_size=400))
+    made = tokenizer.train_tokenizer(texts, tokenizer.TokenizerTrainingConfig(kind="byte-bpe", vocab_size=400))
     bpe = made["tokenizer.json"].replace(b"<|end_of_text|>", b"<|stop|>")
     if kind == "sentencepiece":
-        made = tokenizer.train_tokenizer.train(texts, tokenizer.train_tokenizer.Training(kind="bpe", vocab_size=400))
+        made = tokenizer.train_tokenizer(texts, tokenizer.TokenizerTrainingConfig(kind="bpe", vocab_size=400))
         (here / "tokenizer.model").write_bytes(made["tokenizer.model"])
         (here / "tokenizer.json").write_bytes(bpe)
         words = ["--tokenizer.path", str(here / "tokenizer.model")]

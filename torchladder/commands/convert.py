@@ -17,6 +17,7 @@ from torchladder import checkpoint, models
 from torchladder.checkpoint import checksums
 from torchladder.config import Config
 from torchladder.data import tokenizer
+from torchladder.data.tokenizer import tokenizer_files
 from torchladder.inference import hf_export
 from torchladder.inference.trained_model import tokenizer_of
 from torchladder.models.hf import conversion, hf_config
@@ -103,9 +104,9 @@ def _sections(source: Folder, output: Path, vocab_size: int | None) -> dict[str,
         "training": {"seq_len": length},
         "checkpoint": {"enable": True, "initial_load_path": str(output.resolve() / "checkpoint" / "step-0")},
     }
-    if files & {*tokenizer.tokenizer_files.NAMES}:
-        name = next(name for name in tokenizer.tokenizer_files.NAMES if name in files)
-        kind = tokenizer.tokenizer_files.kind((source.path / name).read_bytes())
+    name = next((name for name in tokenizer_files.file_names() if name in files), None)
+    if name is not None:
+        kind = tokenizer_files.recognize_kind((source.path / name).read_bytes())
         sections["tokenizer"] = {"name": kind, "path": str(output.resolve() / "tokenizer" / name)}
     if window is not None and window < length:
         sections["attention"] = {"masks": ["sliding"]}
@@ -147,7 +148,7 @@ def _tokenizer(arguments: argparse.Namespace, config: Config) -> tuple[tokenizer
     if arguments.tokenizer == "none":
         return None, {}
     if arguments.tokenizer:
-        found = tokenizer.load(arguments.tokenizer)
+        found = tokenizer.load_tokenizer(arguments.tokenizer)
         return found, hf_export.exported_tokenizer_files(found, arguments.tokenizer)
     try:
         reads = tokenizer_of(arguments.source, config)

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from torchladder.commands.prepare import add_tokenizer, load_tokenizer
 from torchladder.data import tokenizer
-from torchladder.data.dataloader import Tokenizer
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.prepare import metadata
 from torchladder.data.prepare.metadata import Metadata
+from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError
 
 SAMPLE = 200
@@ -117,7 +117,7 @@ def _recorded(about: Metadata | None) -> Tokenizer | None:
     if not name or (name != "bytes" and not Path(name).expanduser().exists()):
         return None
     try:
-        return tokenizer.load(name)
+        return tokenizer.load_tokenizer(name)
     except ConfigError:
         return None
 

@@ -73,7 +73,7 @@ def add_tokenizer(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def load_tokenizer(arguments: argparse.Namespace) -> tokenizer.Tokenizer:
     """Returns the tokenizer that the options name."""
-    return tokenizer.load(arguments.tokenizer, arguments.bos_token, arguments.eos_token)
+    return tokenizer.load_tokenizer(arguments.tokenizer, arguments.bos_token, arguments.eos_token)
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:

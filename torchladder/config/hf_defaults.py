@@ -63,8 +63,8 @@ def _path(settings: RawSettings, argv: list[str]) -> str:
 
 def _tokenizer(folder: Folder) -> dict[str, Any]:
     """Returns the section of the folder's tokenizer, empty where it has none."""
-    found = [folder.path / name for name in tokenizer_files.NAMES if (folder.path / name).is_file()]
-    return {"name": tokenizer_files.kind(found[0].read_bytes()), "path": str(found[0])} if found else {}
+    found = [folder.path / name for name in tokenizer_files.file_names() if (folder.path / name).is_file()]
+    return {"name": tokenizer_files.recognize_kind(found[0].read_bytes()), "path": str(found[0])} if found else {}
 
 
 def _sliding(window: int, settings: RawSettings, argv: list[str]) -> dict[str, Any]:

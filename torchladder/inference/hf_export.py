@@ -76,13 +76,11 @@ def exported_tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dic
     Raises:
         ConfigError: nothing is there.
     """
-    own = {} if tokenizer is None else tokenizer.file()
-    file = tokenizer_files.find(path) if path else None
-    if file is None or file.name not in tokenizer_files.NAMES:
+    own = {} if tokenizer is None else tokenizer.files()
+    file, known = tokenizer_files.find_file(path) if path else None, tokenizer_files.file_names()
+    if file is None or file.name not in known:
         return own
-    before = tokenizer_files.NAMES[
-        : tokenizer_files.NAMES.index(file.name)
-    ]  # would be found in its place, and is of another tokenizer
+    before = known[: known.index(file.name)]  # would be found in its place, and is of another tokenizer
     names = [name for name in ASSETS if name not in before and (file.parent / name).is_file()]
     return {name: (file.parent / name).read_bytes() for name in names}
 

@@ -34,7 +34,7 @@ def settings_of(path: Path, seq_len: int | None = None) -> Config:
     """
     if (path / CONFIG).is_file():
         own = [] if seq_len is None else ["--training.seq_len", str(seq_len)]
-        if not any((path / name).is_file() for name in tokenizer_files.NAMES):
+        if not any((path / name).is_file() for name in tokenizer_files.file_names()):
             own += ["--tokenizer.name", "none"]
         return settings.load(["--model.hf_assets_path", str(path), *own])
     if not checkpoint.complete(path):

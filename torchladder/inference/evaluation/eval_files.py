@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchladder import data
 from torchladder.config import Config
-from torchladder.data.corpus import Corpus, SourceConfig, SourceLoader
-from torchladder.data.disk_cache import DEFAULT, build_once
-from torchladder.data.text import file_formats, sources
+from torchladder.data.corpus import Corpus, SourceLoader
+from torchladder.data.disk_cache import DEFAULT_FOLDER, build_once
+from torchladder.data.file_patterns import match_files
+from torchladder.data.source_config import SourceConfig
+from torchladder.data.text import file_formats
 from torchladder.data.text.document_reader import DocumentReader, OnError
 from torchladder.data.text.file_formats import FileSlice
 from torchladder.inference.evaluation.eval_weights import EvalWeights
@@ -67,7 +69,7 @@ class EvalFiles:
         config = weights.config
         run = repr((config.tokenizer, config.data, weights.tokenizer))
         if run not in self._opened:
-            cache = data.cache_path(getattr(config.data, "cache_folder", DEFAULT))
+            cache = data.cache_path(getattr(config.data, "cache_folder", DEFAULT_FOLDER))
             bos = getattr(config.data, "bos", False) if self.bos is None else self.bos
             opener = SourceLoader(self._tokenizer(weights), cache, validation_fraction=0.0, bos=bos)
             self._opened[run] = [self._open(path, opener, weights) for path in self.paths]
@@ -85,22 +87,23 @@ class EvalFiles:
     def _key(self, config: Config) -> str:
         if self.text_key is not None:
             return self.text_key
-        keys = {source.text_key for source in getattr(config.data, "sources", []) if not source.is_tokens}
-        return keys.pop() if len(keys) == 1 else SourceConfig.text_key
+        sources = getattr(config.data, "sources", [])
+        keys = {getattr(source, "text_key", "text") for source in sources if not source.is_tokens}
+        return keys.pop() if len(keys) == 1 else "text"
 
     def _open(self, path: Path, opener: SourceLoader, weights: EvalWeights) -> EvalDocuments:
         source = SourceConfig(path=str(path))
         if source.is_tokens:
             return EvalDocuments(path, opener.open(source, "train"), None)
         text_key = self._key(weights.config)
-        source = replace(source, text_key=text_key, on_error=self.on_error)
+        source = SourceConfig(path=str(path), text_key=text_key, on_error=self.on_error)
         corpus = opener.open(source, "train")
 
         def count(target: Path) -> None:
-            texts = DocumentReader(text_key, self.on_error).read(FileSlice(path, 0, None, path.stat().st_size))
+            texts = DocumentReader(text_key, self.on_error).read(FileSlice.whole(path))
             target.write_text(str(sum(len(text.encode()) for _, text in texts)))
 
-        size = build_once(opener.cache / "sizes" / source.raw().stamp(), count)
+        size = build_once(opener.cache / "sizes" / source.text_source().stamp(), count)
         return EvalDocuments(path, corpus, int(size.read_text()))
 
 
@@ -112,18 +115,11 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[str, Path] = {}
     for pattern in patterns:
-        for match in sources.matches(pattern):
-            inside = [match]
-            if match.is_dir():
-                inside = [
-                    file for file in sorted(match.rglob("*")) if file_formats.known(file) or file.suffix == ".bin"
-                ]
-                inside = [file for file in inside if file.is_file()]
-            if not inside:
-                raise ConfigError(
-                    f"{pattern!r} names no text file. Known: {file_formats.names()}; tokens are named as *.bin."
-                )
-            for file in inside:
-                one = file.with_suffix(".bin") if file.suffix == ".idx" else file
-                found.setdefault(os.path.abspath(one), Path(os.path.normpath(one)))
+        for file in match_files(pattern, _is_readable, file_formats.TEXT_FILES):
+            one = file.with_suffix(".bin") if file.suffix == ".idx" else file
+            found.setdefault(os.path.abspath(one), Path(os.path.normpath(one)))
     return list(found.values())
+
+
+def _is_readable(file: Path) -> bool:
+    return file_formats.is_text_file(file) or file.suffix in (".bin", ".idx")

@@ -16,6 +16,7 @@ import torch
 
 from torchladder import data, models
 from torchladder.data.packing.spans import Spans
+from torchladder.data.unlabeled_tokens import PADDING, split_labels
 from torchladder.inference.evaluation.eval_files import EvalDocuments
 from torchladder.inference.evaluation.eval_slices import EvalSlices
 from torchladder.inference.evaluation.eval_weights import EvalWeights
@@ -27,9 +28,6 @@ from torchladder.registry import ConfigError
 
 FORMAT = 1
 """Raised when the same weights and documents would give other numbers, so that they are evaluated again."""
-
-NOBODY = ~0
-"""Stands where a row has ended: token 0, which nobody is to predict."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,16 +147,15 @@ def score(restored: LoadedModel, job: EvalJob, budget: int, read: Callable[[int]
         lengths = batch.ends - batch.begins
         rows, longest = len(lengths), int(lengths[0])
         places = np.arange(longest + 1)
-        content = np.full((rows, longest + 1), NOBODY, dtype=np.int64)  # the last one only a label
+        content = np.full((rows, longest + 1), PADDING, dtype=np.int64)  # the last one only a label
         content[places <= lengths[:, None]] = corpus.read(Spans(batch.documents, batch.begins, batch.ends + 1))
-        tokens = content ^ (content >> 63)  # one that nobody is to predict is ~token
-        if tokens.max() >= vocab_size:
-            raise ConfigError(f"{job.documents.path} holds token {tokens.max()}, the model has {vocab_size}.")
-        labels = content[:, 1:].copy()
-        labels[(labels < 0) | (places[:-1] < batch.seen[:, None])] = data.IGNORED
+        if (most := np.maximum(content, ~content).max()) >= vocab_size:
+            raise ConfigError(f"{job.documents.path} holds token {most}, the model has {vocab_size}.")
+        tokens, labels = split_labels(torch.from_numpy(content))
+        labels[torch.from_numpy(places[:-1] < batch.seen[:, None])] = data.IGNORED
         form = kernel.derive(start[:longest].expand(rows, longest), restored.device)
-        inputs, wanted = (torch.from_numpy(x).to(restored.device) for x in (tokens[:, :-1].copy(), labels))
+        inputs, wanted = tokens.to(restored.device), labels.to(restored.device)
         losses = restored.model.losses(inputs, form, wanted)  # (rows, longest)
-        scores.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORED).sum(0))
+        scores.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORED).sum(0).numpy())
         read(int(lengths.sum()))
     return scores
