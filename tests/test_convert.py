@@ -192,7 +192,7 @@ def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind
         (here / "tokenizer_config.json").write_text('{"eos_token": "<|stop|>"}')
         words = ["--tokenizer.path", str(here / "mine.json")]
     else:
-        monkeypatch.setattr(tokenizer.ByteTokenizer, "file", lambda self: {"tokenizer.json": bpe})
+        monkeypatch.setattr(tokenizer.ByteTokenizer, "files", lambda self: {"tokenizer.json": bpe})
         monkeypatch.setitem(tokenizer.registry._parts, "mine", tokenizer.ByteTokenizer)
         words = []
     run = config.load(["--tokenizer.name", kind, *words])

@@ -202,11 +202,13 @@ def test_two_sources_of_one_name_are_refused(register, name):
     assert sources.token_formats["indexed"].suffixes == (".bin", ".idx")
 
 
-def test_a_parameter_is_no_key_of_all_sources(monkeypatch):
-    monkeypatch.setattr(sources.text_sources, "_parts", dict(sources.text_sources._parts))
+def test_parameters_with_reserved_names_are_refused(monkeypatch):
+    monkeypatch.setattr(sources.registry, "_parts", dict(sources.registry._parts))
     sources.register_text("heavy")(lambda weight: None)
-    with pytest.raises(ConfigError, match="'heavy' has a parameter 'weight'"):
-        SourceConfig(name="heavy")
+    sources.register_text("cached")(lambda cache: None)
+    for name, key in (("heavy", "weight"), ("cached", "cache")):
+        with pytest.raises(ConfigError, match=f"{name}': the parameter name '{key}' is reserved"):
+            SourceConfig(name=name)
 
 
 def test_entries_are_values():

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torchladder.data import tokenizer
-from torchladder.data.tokenizer import tokenizer_training
+from torchladder.data.tokenizer import tokenizer_files, tokenizer_registry, tokenizer_training
 from torchladder.data.tokenizer.tiktoken import _split_long
 from torchladder.registry import ConfigError
 
@@ -344,3 +344,51 @@ def test_the_sample_reads_so_many_characters_of_the_texts():
 
 def test_a_run_on_tokens_needs_no_tokenizer():
     assert tokenizer.registry.get("none")() is None
+
+
+# --- a kind of one's own ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_kind(monkeypatch):
+    """A tokenizer of a plugin: its file is the line that the vocabulary consists of."""
+    monkeypatch.setattr(tokenizer.registry, "_parts", dict(tokenizer.registry._parts))
+    monkeypatch.setitem(tokenizer_registry.tokenizer_formats, "letters", None)
+
+    @tokenizer.register("letters", "letters.txt", lambda content: content.startswith(b"LETTERS "))
+    def letters(path: str, upper: bool = False) -> tokenizer.Tokenizer:
+        return Letters(tokenizer_files.find_file(path).read_text().split()[1], upper)
+
+    class Letters(tokenizer.Tokenizer):
+        def __init__(self, alphabet: str, upper: bool) -> None:
+            self.alphabet, self.bos, self.eos = alphabet.upper() if upper else alphabet, None, len(alphabet)
+            self.vocab_size, self.fingerprint = len(alphabet) + 1, f"letters {alphabet} {upper}"
+
+        def encode(self, text: str) -> list[int]:
+            return [self.alphabet.index(letter) for letter in text]
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(self.alphabet[token] for token in ids if token < self.eos)
+
+
+def test_a_kind_of_a_plugin_is_recognized_by_its_file(own_kind, tmp_path):
+    (tmp_path / "letters.txt").write_text("LETTERS abc\n")
+    assert tokenizer_files.file_names() == ["letters.txt", "tokenizer.json", "tokenizer.model"]
+    assert tokenizer_files.recognize_kind(b"LETTERS xyz") == "letters"
+    for name in (tmp_path, tmp_path / "letters.txt"):
+        loaded = tokenizer.load_tokenizer(str(name))
+        assert (loaded.encode("cab"), loaded.fingerprint) == ([2, 0, 1], "letters abc False")
+    with pytest.raises(ConfigError, match="is a letters tokenizer with its own bos and eos"):
+        tokenizer.load_tokenizer(str(tmp_path), eos_token="x")
+    with pytest.raises(ConfigError, match=r'looks like a file for tokenizer\.name = "letters"'):
+        tokenizer.tiktoken(str(tmp_path))
+
+
+def test_what_is_no_tokenizer_lists_the_kinds(tmp_path):
+    (tmp_path / "x").write_text("nothing of that kind")
+    with pytest.raises(ConfigError, match=r"known kind\. Known: huggingface, sentencepiece, tiktoken"):
+        tokenizer.load_tokenizer(str(tmp_path / "x"))
+    with pytest.raises(ConfigError, match="'none' is no tokenizer"):
+        tokenizer.load_tokenizer("none")
+    with pytest.raises(ConfigError, match="bytes tokenizer with its own"):
+        tokenizer.load_tokenizer("bytes", bos_token="x")

@@ -525,7 +525,7 @@ def test_a_damaged_checkpoint_is_passed_over(root, tmp_path, capsys):
 
 
 def test_a_tokenizer_that_has_changed_is_refused(root, tmp_path, monkeypatch):
-    monkeypatch.setattr("torchladder.data.tokenizer.Bytes.fingerprint", "other")
+    monkeypatch.setattr("torchladder.data.tokenizer.ByteTokenizer.fingerprint", "other")
     with pytest.raises(ConfigError, match="was trained with the tokenizer bytes, and its settings give other now"):
         evaluate(root, output=tmp_path / "a.csv")
 

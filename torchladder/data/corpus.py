@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from torchladder.data import sources
 from torchladder.data.disk_cache import DEFAULT_FOLDER, cache_path
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.packing.spans import Spans
 from torchladder.data.prepare.cached_tokens import prepare
 from torchladder.data.source_config import SourceConfig
-from torchladder.data.sources import TokenShard, held_out, token_sources
+from torchladder.data.sources import TokenShard, held_out
 from torchladder.data.tokenizer import Tokenizer
 from torchladder.data.tokenizer import registry as tokenizers
 from torchladder.registry import ConfigError
@@ -104,10 +105,10 @@ class SourceLoader:
         if source.is_tokens:
             eos = self.tokenizer.eos if self.tokenizer else None
             section = replace(source, name=source.kind)
-            shards = token_sources.build(section, files=source.files(self.exclude), eos=eos, cache=self.cache)
+            shards = sources.registry.build(section, files=source.files(self.exclude), eos=eos, cache=self.cache)
             return Corpus(source.title, shards, vocab_size)
         if self.tokenizer is None:
-            raise ConfigError(f"the source {source.title} is text: it needs a tokenizer.")
+            raise ConfigError(f"the source {source.title} is raw text: it needs a tokenizer.")
         prepared = prepare(source.text_source(), self.tokenizer, self.cache, self.validation_fraction, self.bos)
         return Corpus(source.title, [IndexedTokens(getattr(prepared, split))], vocab_size)
 

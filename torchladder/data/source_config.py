@@ -59,7 +59,7 @@ class SourceConfig:
         """
         name, paths = settings.get("name"), as_list(settings.get("path") or [])
         kind = str(name or sources.detect_source([path for path in paths if isinstance(path, str)]))
-        made = SourceConfig.subclass(kind)
+        made = _subclass(kind, sources.registry.get(kind))
         known = [field.name for field in dataclasses.fields(made)]
         for key in settings:
             if key not in known:
@@ -69,18 +69,9 @@ class SourceConfig:
         return made
 
     @staticmethod
-    def subclass(kind: str) -> type[SourceConfig]:
-        """Returns the subclass for a registered source.
-
-        Raises:
-            ConfigError: there is none, or a parameter of it has the name of a key that every source has.
-        """
-        return _subclass(kind, sources.registry_of(kind).get(kind))
-
-    @staticmethod
     def subclasses() -> dict[str, type[SourceConfig]]:
         """Returns the subclasses of all registered sources by name."""
-        return {kind: SourceConfig.subclass(kind) for kind in sources.source_names()}
+        return {kind: _subclass(kind, sources.registry.get(kind)) for kind in sources.registry.names()}
 
     @property
     def title(self) -> str:
@@ -90,7 +81,7 @@ class SourceConfig:
     @property
     def is_tokens(self) -> bool:
         """Whether the source is tokens already, and not text."""
-        return self.kind in sources.token_sources.names()
+        return self.kind in sources.token_formats
 
     def files(self, exclude: Iterable[str] = ()) -> list[Path]:
         """Returns the files of a source of tokens, except those that a pattern of ``exclude`` names.
@@ -110,7 +101,7 @@ class SourceConfig:
         Raises:
             ConfigError: as the source.
         """
-        return sources.text_sources.build(dataclasses.replace(self, name=self.kind))
+        return sources.registry.build(dataclasses.replace(self, name=self.kind))
 
     def check(self, exclude: Iterable[str] = ()) -> set[str]:
         """Looks for the source's files without reading them; returns the patterns of ``exclude`` that name one.
@@ -135,14 +126,13 @@ class SourceConfig:
 
 @cache
 def _subclass(kind: str, component: Any) -> type[SourceConfig]:
-    fields = sources.registry_of(kind).config_fields(kind)
-    if kind in sources.token_sources.names() and "files" in inspect.signature(component).parameters:
+    fields, parameters = sources.registry.config_fields(kind), inspect.signature(component).parameters
+    runtime = () if kind in sources.token_formats else sources.registry.facts
+    for key in parameters:
+        if key in SourceConfig.__dataclass_fields__ or key in runtime:
+            raise ConfigError(f"data source {kind!r}: the parameter name {key!r} is reserved. Rename it.")
+    if "files" in parameters:
         fields.insert(0, ("path", str | list[str], dataclasses.field(metadata={"help": PATH_HELP})))
-    for key, *_ in fields:
-        if key in SourceConfig.__dataclass_fields__:
-            raise ConfigError(
-                f"data source {kind!r} has a parameter {key!r}, which is a key of every source: rename it."
-            )
     return dataclasses.make_dataclass(
         "SourceConfig", fields, bases=(SourceConfig,), frozen=True, kw_only=True, namespace={"kind": kind}
     )

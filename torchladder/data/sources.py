@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from torchladder.data.file_patterns import match_paths
-from torchladder.registry import Component, ConfigError, Registry, unknown_name
+from torchladder.registry import Component, ConfigError, Registry
 
 
 class Document(NamedTuple):
@@ -93,82 +93,48 @@ class TokenShard(Protocol):
 
 
 class TokenFormat(NamedTuple):
-    """Files of a token source, for entries without a name.
-
-    Attributes:
-        suffixes: of its files; empty for any.
-        recognize: whether a file with such a suffix is of this format; None if the suffix decides.
-    """
+    """Which files are of a source of tokens: its suffixes (empty: any) and, if these do not suffice, its content."""
 
     suffixes: tuple[str, ...]
     recognize: Callable[[Path], bool] | None
 
 
-text_sources: Registry[TextSource] = Registry("text source")
-token_sources: Registry[Sequence[TokenShard]] = Registry(
-    "token source",
+registry: Registry[Any] = Registry(
+    "data source",
     facts={
         "files": "the files that the key path names, without excluded ones",
         "eos": "the token that ends a document, None without a tokenizer",
         "cache": "folder for files that are built once",
     },
 )
+register_text = registry.register
+"""``register_text(name)`` decorates what returns a ``TextSource``."""
 token_formats: dict[str, TokenFormat] = {}
-
-
-def register_text(name: str) -> Callable[[Component], Component]:
-    """Returns a decorator that registers a source of text: it returns a ``TextSource``.
-
-    Raises:
-        ConfigError: the name is taken.
-    """
-    return _register(text_sources, token_sources, name)
+"""The sources of tokens; all others are text."""
 
 
 def register_tokens(
     name: str, suffixes: tuple[str, ...] = (), recognize: Callable[[Path], bool] | None = None
 ) -> Callable[[Component], Component]:
-    """Returns a decorator that registers a source of tokens: it returns a sequence of ``TokenShard``.
+    """Returns a decorator for what returns a sequence of ``TokenShard``.
 
     The parameters ``files``, ``eos`` and ``cache`` are runtime arguments; a source with ``files`` has the key ``path``.
 
     Args:
         name: of the source.
         suffixes: of its files. A folder is searched for them, and a path with one needs no name.
-        recognize: whether a file with such a suffix is of this format, where several formats share the suffix.
+        recognize: whether a file with such a suffix is of this format, if several formats share the suffix.
 
     Raises:
         ConfigError: the name is taken.
     """
 
     def add(component: Component) -> Component:
-        _register(token_sources, text_sources, name)(component)
+        registry.register(name)(component)
         token_formats[name] = TokenFormat(suffixes, recognize)
         return component
 
     return add
-
-
-def _register(registry: Registry[Any], other: Registry[Any], name: str) -> Callable[[Component], Component]:
-    if name in other.names():
-        raise ConfigError(f"data source {name!r} is registered twice, as a {registry.kind} and as a {other.kind}.")
-    return registry.register(name)
-
-
-def source_names() -> list[str]:
-    """Returns the names of all sources."""
-    return sorted([*text_sources.names(), *token_sources.names()])
-
-
-def registry_of(name: str) -> Registry[Any]:
-    """Returns the registry that a source is in.
-
-    Raises:
-        ConfigError: no source has that name.
-    """
-    if name not in source_names():
-        raise unknown_name("data source", name, source_names())
-    return token_sources if name in token_sources.names() else text_sources
 
 
 def detect_source(paths: Sequence[str]) -> str:

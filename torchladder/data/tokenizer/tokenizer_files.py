@@ -61,16 +61,14 @@ def load_tokenizer(name: str, bos_token: str = "", eos_token: str = "") -> Token
         kind = recognize_kind(find_file(name).read_bytes())
         settings["path"] = name
     if not kind:
-        raise ConfigError(f"{name!r} is no tokenizer file of a known kind. Known: {', '.join(tokenizer_formats)}.")
+        known = ", ".join(sorted(tokenizer_formats))
+        raise ConfigError(f"{name!r} is no tokenizer file of a known kind. Known: {known}.")
     parameters = registry.parameters(kind)
     if settings.keys() - parameters:
-        raise ConfigError(
-            f"{name!r} is a {kind} tokenizer, which defines its own bos and eos: drop --bos-token and --eos-token."
-        )
+        raise ConfigError(f"{name!r} is a {kind} tokenizer with its own bos and eos: drop --bos-token and --eos-token.")
     defaults = {key: parameter.default for key, parameter in parameters.items()}
-    tokenizer = registry.build(
-        SimpleNamespace(name=kind, **(defaults | settings)), texts=lambda: iter(()), cache=cache_path()
-    )
+    section = SimpleNamespace(name=kind, **(defaults | settings))
+    tokenizer = registry.build(section, texts=lambda: iter(()), cache=cache_path())
     if tokenizer is None:
         raise ConfigError(f"{name!r} is no tokenizer: name a file, a folder or bytes.")
     return tokenizer

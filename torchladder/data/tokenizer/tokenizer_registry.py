@@ -56,12 +56,7 @@ class Tokenizer(ABC):
 
 
 class TokenizerFormat(NamedTuple):
-    """The file of a kind of tokenizer.
-
-    Attributes:
-        file_name: its name in a folder.
-        recognize: whether a file's content is of this kind; true for at most one kind.
-    """
+    """The file of a kind of tokenizer: its name in a folder, and whether a content is of this kind (and of no other)."""
 
     file_name: str
     recognize: Callable[[bytes], bool]
@@ -77,12 +72,7 @@ tokenizer_formats: dict[str, TokenizerFormat] = {}
 def register(
     name: str, file_name: str = "", recognize: Callable[[bytes], bool] | None = None
 ) -> Callable[[Component], Component]:
-    """Returns a decorator that registers a kind of tokenizer.
-
-    Args:
-        name: of the kind.
-        file_name: name of its file in a folder.
-        recognize: whether the content of a file is of this kind; None for a kind without a file.
+    """Returns a decorator that registers a kind of tokenizer; one without a file has no ``recognize``.
 
     Raises:
         ConfigError: the name is taken.
