@@ -56,7 +56,7 @@ class Tokenizer(ABC):
 
 
 class TokenizerFormat(NamedTuple):
-    """The file of a kind of tokenizer: its name in a folder, and whether a content is of this kind (and of no other)."""
+    """The file of a kind of tokenizer: its name in a folder, and whether content is of this kind (and no other)."""
 
     file_name: str
     recognize: Callable[[bytes], bool]
