@@ -118,7 +118,7 @@ def test_a_run_moves_to_another_layout(moved, one, other):
 EVERYTHING = [
     *("--training.steps", "5", "--training.seq_len", "32", "--training.global_batch_size", "4"),
     *("--checkpoint.interval", "1", "--checkpoint.async_mode", "async", "--checkpoint.keep_latest_k", "0"),
-    *("--data.phases", "{ from_step = 1, rope_theta = 5e3 }", "{ from_step = 3, window = 16, lr_factor = 0.5 }"),
+    *("--phases", "{ from_step = 1, rope_theta = 5e3 }", "{ from_step = 3, window = 16, lr_factor = 0.5 }"),
     *("--validation.freq", "2", "--validation.steps", "1"),
     *("--samples.prompts", "import ", "--samples.freq", "2", "--samples.max_new_tokens", "2"),
 ]

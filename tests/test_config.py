@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tomli
@@ -169,8 +170,9 @@ def test_help_explains_every_key(capsys):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     for section, field in config.fields(config.config_type({}, [])).items():
-        for key in config.fields(field.kind):
-            assert f"--{section}.{key}" in shown, f"--help lacks {section}.{key}"
+        keys = [f"{section}.{key}" for key in config.fields(field.kind)] if section != "phases" else [section]
+        for key in keys:
+            assert f"--{key}" in shown, f"--help lacks {key}"
 
 
 @pytest.mark.parametrize("section", config.COMPONENTS)
@@ -179,3 +181,44 @@ def test_every_setting_of_every_part_is_documented(section):
     ours = [name for name in registry.names() if registry.get(name).__module__.startswith("torchladder.")]
     silent = [f"{part}.{key}" for part in ours for key in registry.parameters(part) if not registry.docs(part).get(key)]
     assert not silent
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "words"),
+    [
+        ("[data]\nphases = [{ from_step = 1, window = 4 }]", [], ["data.phases", "[[phases]]"]),
+        ("[experimental]\ncustom_import = 'mine'", [], ["experimental.custom_import", "job.plugins"]),
+        ("[resilience]\nnorm_deviations = 6.0", [], ["resilience.norm_deviations", "resilience.sigma_factor"]),
+        ("[[phases]]\nfrom_share = 0.5\nwindow = 4", [], ["phases.from_share", "phases.from_fraction"]),
+        ("", ["--data.phases", "{ from_step = 1, window = 4 }"], ["the command line", "[[phases]]"]),
+        ("", ["--resilience.norm_deviations=6"], ["resilience.sigma_factor"]),
+    ],
+)
+def test_a_renamed_key_has_its_new_name_in_the_error(write, text, argv, words):
+    with pytest.raises(ConfigError) as error:
+        load(write(text, "a.toml"), *argv)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_phases_are_an_array_of_tables_that_the_command_line_and_other_files_replace(write):
+    write("[[phases]]\nfrom_step = 0\nwindow = 4\n\n[[phases]]\nfrom_step = 2\nlr_factor = 0.5", "base.toml")
+    inherits = write('[job]\nextends = "base.toml"', "b.toml")
+    assert [phase.from_step for phase in load(inherits).phases] == [0, 2]
+    replaces = write('[job]\nextends = "base.toml"\n[[phases]]\nfrom_step = 1\nwindow = 8', "c.toml")
+    assert [phase.from_step for phase in load(replaces).phases] == [1]
+    assert [phase.from_step for phase in load(inherits, "--phases", "{ from_step = 3, window = 9 }").phases] == [3]
+    again = write(load(inherits).to_toml(), "d.toml")
+    assert load(again).phases == load(inherits).phases
+    with pytest.raises(ConfigError, match=r"write \[\[phases\]\] above each entry"):
+        load(write("[phases]\nfrom_step = 1", "e.toml"))
+
+
+def test_load_file_is_a_file_with_overrides(write):
+    file = Path(write("[training]\nsteps = 7"))
+    made = config.load_file(file, {"training.seq_len": 64, "model.flavor": "debug"})
+    assert (made.training.steps, made.training.seq_len, made.model.flavor) == (7, 64, "debug")
+    with pytest.raises(ConfigError, match=r"unknown key in \[training\]"):
+        config.load_file(file, {"training.sequence": 64})
+    with pytest.raises(ConfigError, match=r"curriculum\.stages is required"):
+        config.load_file(None, {"curriculum.name": "stages"})

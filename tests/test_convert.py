@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's as they come, through commands and runs: converted, trained on, given back."""
+"""Hugging Face folders through commands and runs: converted, trained from, exported."""
 
 import json
 import os
@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from torchladder import commands, config, data, train
-from torchladder.checkpoint import CheckpointConfig
+from torchladder.checkpoint import CheckpointConfig, checksums, step_folders
 from torchladder.commands import convert, evaluate, generate
 from torchladder.data import tokenizer
 from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.inference import hf_export
 from torchladder.inference.evaluation import ResultTable
-from torchladder.models.hf.hf_folder import Folder
+from torchladder.inference.trained_model import TrainedModel
+from torchladder.models.hf.hf_folder import HFFolder
 from torchladder.registry import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -94,25 +95,25 @@ def test_a_run_starts_from_a_folder_and_ends_in_one(folders, tmp_path, capsys):
     assert (model.dtype, model.config.eos_token_id) == (torch.bfloat16, 1)
     assert transformers.AutoTokenizer.from_pretrained(out)("the ladder")["input_ids"]
 
-    # The same by way of a converted checkpoint, whose config.toml the run extends.
-    assert convert.run(["from-hf", str(folders / "llama"), "--output", str(tmp_path / "ours")]) == 0
-    by_file = ["--job.config_file", str(tmp_path / "ours" / "config.toml"), "--training.steps", "3"]
+    # The same from a converted checkpoint and its config.toml.
+    assert convert.run(["from-hf", str(folders / "llama"), "--output", str(tmp_path / "converted")]) == 0
+    by_file = ["--job.config_file", str(tmp_path / "converted" / "config.toml"), "--training.steps", "3"]
     assert train.main(argv(folders, tmp_path / "two", *by_file)) == 0
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
     whole = [*by_file, "--checkpoint.no_initial_load_model_only"]
     assert train.main(argv(folders, tmp_path / "three", *whole)) == 2
     assert "holds weights alone" in capsys.readouterr().err
 
-    # The checkpoint beside the folder gives the same folder, and the run goes on from it, not from where it began.
+    # The checkpoint converts to the same folder, and the run continues from it instead of from its initial weights.
     step = tmp_path / "one" / "checkpoint" / "step-3"
     assert convert.run(["to-hf", str(step), "--output", str(tmp_path / "back"), "--dtype", "bfloat16"]) == 0
     assert (tmp_path / "back" / "config.json").read_text() == (out / "config.json").read_text()
-    for name in Folder(out).tensors:
-        assert torch.equal(Folder(tmp_path / "back").read(name), Folder(out).read(name)), name
+    for name in HFFolder(out).tensors:
+        assert torch.equal(HFFolder(tmp_path / "back").read_tensor(name), HFFolder(out).read_tensor(name)), name
     assert train.main(argv(folders, tmp_path / "one", *straight, "--training.steps", "4")) == 0
     assert len(losses(tmp_path / "one")) == 4
 
-    # Greedy text: theirs from the folder, ours from the checkpoint and from the folder.
+    # Greedy text is the same: in transformers, from the checkpoint and from the folder.
     assert convert.run(["to-hf", str(step), "--output", str(tmp_path / "whole")]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "whole")
@@ -146,21 +147,21 @@ def files_in(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_a_tokenizer_that_a_run_has_trained_goes_along(trained, tmp_path):
+def test_a_tokenizer_that_a_run_has_trained_is_exported(trained, tmp_path):
     root, words, text = trained
     out = root / "run" / "checkpoint" / "step-2-hf"
     own = _tokenizer(config.load(words))
     assert own.vocab_size == 400
     assert tokenizer.load_tokenizer(str(out)).fingerprint == own.fingerprint
-    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    exported = transformers.AutoTokenizer.from_pretrained(out)
     for piece in (text[:200], "  two spaces, a\n\ttab and é", "the ladder"):
-        assert theirs(piece, add_special_tokens=False)["input_ids"] == own.encode(piece)
+        assert exported(piece, add_special_tokens=False)["input_ids"] == own.encode(piece)
     step = str(root / "run" / "checkpoint" / "step-2")
     assert convert.run(["to-hf", step, "--output", str(tmp_path / "back")]) == 0
     assert files_in(tmp_path / "back") == files_in(out)
 
 
-def test_a_checkpoint_has_its_tokenizer_whatever_becomes_of_the_texts(trained, tmp_path, capsys):
+def test_a_checkpoint_keeps_its_tokenizer_when_the_texts_are_gone(trained, tmp_path, capsys):
     root, _, text = trained
     step = shutil.copytree(root / "run" / "checkpoint" / "step-2", tmp_path / "elsewhere" / "step-2")
     (root / "text.txt").rename(root / "away")
@@ -198,13 +199,16 @@ def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind
     run = config.load(["--tokenizer.name", kind, *words])
     own = _tokenizer(run)
     for name, content in hf_export.checkpoint_assets(
-        run, hf_export.tokenizer_files(own, getattr(run.tokenizer, "path", ""))
+        run, hf_export.exported_tokenizer_files(own, getattr(run.tokenizer, "path", ""))
     ).items():
         file = tmp_path / "step-1" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     shutil.rmtree(here)
-    assert _tokenizer(hf_export.run_config(tmp_path / "step-1")).fingerprint == own.fingerprint
+    for name in (step_folders.METADATA, step_folders.RUN, checksums.SUMS):
+        (tmp_path / "step-1" / name).write_text("{}")
+    monkeypatch.setattr(TrainedModel, "tokenizer_fingerprint", own.fingerprint)
+    assert TrainedModel.open(tmp_path / "step-1").build_tokenizer().fingerprint == own.fingerprint
 
 
 def test_another_tokenizer_than_the_runs_is_refused(tmp_path, monkeypatch):
@@ -219,18 +223,18 @@ def test_another_tokenizer_than_the_runs_is_refused(tmp_path, monkeypatch):
         generate.run(["--checkpoint", step, "--prompt", "x"])
 
 
-def test_a_run_that_was_killed_before_it_had_its_folder_makes_it_when_it_is_started_again(trained, tmp_path, capsys):
+def test_a_run_that_was_killed_before_its_export_makes_it_when_restarted(trained, tmp_path, capsys):
     root, words, _ = trained
     run, dump = tmp_path / "run", ["--job.dump_folder", str(tmp_path / "run")]
     shutil.copytree(root / "run", run)
     out = run / "checkpoint" / "step-2-hf"
-    expected, told = files_in(out), (run / "metrics.jsonl").read_bytes()
+    expected, metrics = files_in(out), (run / "metrics.jsonl").read_bytes()
     (out / "model.safetensors").unlink()
     out.rename(out.with_name("step-2-hf.partial"))  # as far as it came
     assert train.main([*words, *dump]) == 0
     assert files_in(out) == expected
     assert not out.with_name("step-2-hf.partial").exists()
-    assert (run / "metrics.jsonl").read_bytes() == told  # nothing was trained
+    assert (run / "metrics.jsonl").read_bytes() == metrics  # nothing was trained
 
     (out / "model.safetensors").write_bytes(b"of a run that this one branched off from")
     os.utime(run / "checkpoint" / "step-2" / "SHA256SUMS")  # saved again since
@@ -249,7 +253,7 @@ def test_a_run_that_was_killed_before_it_had_its_folder_makes_it_when_it_is_star
 
 
 @pytest.mark.parametrize("context", [12, 50])
-def test_an_evaluation_gives_the_loss_that_they_give_under_a_sliding_window(tmp_path, context):
+def test_the_loss_under_a_sliding_window_is_that_of_transformers(tmp_path, context):
     """A Mistral without a tokenizer, on tokens: documents shorter and longer than its window and than the context."""
     torch.manual_seed(0)
     other = transformers.MistralForCausalLM(
@@ -278,13 +282,13 @@ def test_an_evaluation_gives_the_loss_that_they_give_under_a_sliding_window(tmp_
 
 
 def test_a_vocabulary_grows_and_shrinks_again(folders, tmp_path):
-    size = Folder(folders / "llama").config["vocab_size"]
+    size = HFFolder(folders / "llama").config["vocab_size"]
     straight = ["--model.hf_assets_path", str(folders / "llama"), "--checkpoint.initial_load_in_hf"]
     ends = ["--training.steps", "1", "--optimizer.lr", "1e-9", "--checkpoint.last_save_in_hf"]
     more = ["--model.vocab_size", str(size + 5)]
     assert train.main(argv(folders, tmp_path / "run", *straight, *ends, *more)) == 0
-    grown = Folder(tmp_path / "run" / "checkpoint" / "step-1-hf")
-    rows = grown.read("lm_head.weight")
+    grown = HFFolder(tmp_path / "run" / "checkpoint" / "step-1-hf")
+    rows = grown.read_tensor("lm_head.weight")
     assert (grown.config["vocab_size"], len(rows)) == (size + 5, size + 5)
     torch.testing.assert_close(rows[size:], rows[:size].mean(dim=0).expand(5, -1), atol=1e-6, rtol=0)
     step = str(tmp_path / "run" / "checkpoint" / "step-1")
@@ -303,23 +307,30 @@ def test_mistral_keeps_its_window(folders, tmp_path, capsys):
     assert other.attention.masks == ["document"]
     assert "sliding window of 16" in capsys.readouterr().out
 
-    assert convert.run(["from-hf", str(folders / "mistral"), "--output", str(tmp_path / "ours")]) == 0
+    assert convert.run(["from-hf", str(folders / "mistral"), "--output", str(tmp_path / "converted")]) == 0
     assert (
         convert.run(
-            ["to-hf", str(tmp_path / "ours/checkpoint/step-0"), "--output", str(tmp_path / "back"), "--seq-len", "4096"]
+            [
+                "to-hf",
+                str(tmp_path / "converted/checkpoint/step-0"),
+                "--output",
+                str(tmp_path / "back"),
+                "--seq-len",
+                "4096",
+            ]
         )
         == 0
     )
-    back = Folder(tmp_path / "back").config
+    back = HFFolder(tmp_path / "back").config
     assert (back["sliding_window"], back["max_position_embeddings"], back["bos_token_id"]) == (16, 4096, 0)
     assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")).__name__ == "MistralForCausalLM"
 
 
-def test_the_rows_and_the_theta_of_phases_are_said(folders, tmp_path):
+def test_the_row_length_and_the_rope_theta_of_phases_are_exported(folders, tmp_path):
     straight = ["--model.hf_assets_path", str(folders / "llama"), "--checkpoint.initial_load_in_hf"]
-    phases = ["--data.phases", "{ from_step = 0, rope_theta = 5e5 }", "--training.steps", "1"]
+    phases = ["--phases", "{ from_step = 0, rope_theta = 5e5 }", "--training.steps", "1"]
     assert train.main(argv(folders, tmp_path, *straight, *phases, "--checkpoint.last_save_in_hf")) == 0
-    written = Folder(tmp_path / "checkpoint" / "step-1-hf").config
+    written = HFFolder(tmp_path / "checkpoint" / "step-1-hf").config
     assert (written["rope_theta"], written["max_position_embeddings"]) == (5e5, 64)
 
 
@@ -327,7 +338,7 @@ def test_the_rows_and_the_theta_of_phases_are_said(folders, tmp_path):
     ("more", "words"),
     [
         (["--model.n_layers", "3"], ["model.n_layers = 2", "3"]),
-        (["--model.rope_theta", "1e6"], ["model.rope_theta", "data.phases"]),
+        (["--model.rope_theta", "1e6"], ["model.rope_theta", "[[phases]]"]),
         (["--model.vocab_size", "10"], ["model.vocab_size", "10"]),
         (["--model.name", "qwen3"], ["model.name = 'qwen3'", "llama"]),
         (["--model.flavor", "1b"], ["model.dim = 32", "2048"]),
@@ -340,26 +351,26 @@ def test_settings_that_contradict_the_folder_are_refused(folders, tmp_path, caps
     assert all(word in shown for word in words)
 
 
-def test_a_run_that_has_no_folder_to_start_from_says_so():
+def test_a_run_without_a_folder_to_start_from_is_refused():
     with pytest.raises(ConfigError, match=r"model\.hf_assets_path or checkpoint\.initial_load_path"):
         config.load(["--checkpoint.enable", "--checkpoint.initial_load_in_hf"])
     with pytest.raises(SystemExit):
         config.load(["--checkpoint.last_save_in_hf"])
     with pytest.raises(ConfigError, match=r"last_save_in_hf needs checkpoint\.enable"):
         CheckpointConfig(last_save_in_hf=True)
-    with pytest.raises(ConfigError, match="no Hugging Face folder"):
+    with pytest.raises(ConfigError, match="not a Hugging Face folder"):
         config.load(["--model.hf_assets_path", "/nowhere"])
 
 
-def test_commands_refuse_what_cannot_be(folders, tmp_path, monkeypatch, capsys):
-    assert convert.run(["from-hf", str(folders / "llama"), "--output", str(tmp_path / "ours")]) == 0
-    back = ["convert", "to-hf", str(tmp_path / "ours" / "checkpoint" / "step-0"), "--output", str(tmp_path / "a")]
+def test_commands_refuse_invalid_arguments(folders, tmp_path, monkeypatch, capsys):
+    assert convert.run(["from-hf", str(folders / "llama"), "--output", str(tmp_path / "converted")]) == 0
+    back = ["convert", "to-hf", str(tmp_path / "converted" / "checkpoint" / "step-0"), "--output", str(tmp_path / "a")]
     for words, message in (
-        (["convert", "from-hf", str(tmp_path), "--output", str(tmp_path / "a")], "is no Hugging Face folder"),
-        (["convert", "from-hf", str(folders / "llama"), "--output", str(tmp_path)], "is there already; --overwrite"),
+        (["convert", "from-hf", str(tmp_path), "--output", str(tmp_path / "a")], "is not a Hugging Face folder"),
+        (["convert", "from-hf", str(folders / "llama"), "--output", str(tmp_path)], "exists already; --overwrite"),
         (["convert", "from-hf", str(folders / "llama"), "--output", str(folders), "--overwrite"], "would replace"),
         (["convert", "from-hf", str(folders / "llama"), "--output", __file__, "--overwrite"], "is a file"),
-        (["convert", "to-hf", str(tmp_path), "--output", str(tmp_path / "a")], "is no complete checkpoint"),
+        (["convert", "to-hf", str(tmp_path), "--output", str(tmp_path / "a")], "is not a complete checkpoint"),
         ([*back, "--vocab-size", "0"], "--vocab-size 0: must be 1 or more"),
         ([*back, "--seq-len", "-3"], "--seq-len -3: must be 1 or more"),
         ([*back, "--vocab-size", "100"], "--vocab-size 100: the tokenizer has"),
@@ -370,22 +381,22 @@ def test_commands_refuse_what_cannot_be(folders, tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_folder_without_a_tokenizer_says_so(folders, tmp_path, monkeypatch, capsys):
-    folder, ours = tmp_path / "bare", tmp_path / "ours"
+def test_a_folder_without_a_tokenizer_is_an_error_for_text(folders, tmp_path, monkeypatch, capsys):
+    folder, converted = tmp_path / "bare", tmp_path / "converted"
     shutil.copytree(folders / "llama", folder, ignore=shutil.ignore_patterns("tokenizer*"))
-    assert convert.run(["from-hf", str(folder), "--output", str(ours)]) == 0
+    assert convert.run(["from-hf", str(folder), "--output", str(converted)]) == 0
     for words, message in (
-        (["generate", "--checkpoint", str(folder), "--prompt", "a"], f"{folder} has no tokenizer to read the prompts"),
+        (["generate", "--checkpoint", str(folder), "--prompt", "a"], f"{folder} has no tokenizer for the prompts"),
         (["evaluate", str(folder), "--files", str(folders / "text.txt")], "text.txt is raw text: it needs a tokenizer"),
-        (["generate", "--checkpoint", str(ours / "checkpoint" / "step-0"), "--prompt", "a"], f"of {ours}"),
+        (["generate", "--checkpoint", str(converted / "checkpoint" / "step-0"), "--prompt", "a"], f"of {converted}"),
     ):
         monkeypatch.setattr(sys, "argv", ["torchladder", *words])
         assert commands.main() == 2
         assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_page_is_true(folders, tmp_path, monkeypatch, capsys):
-    page = (ROOT / "docs" / "interchange.md").read_text()
+def test_the_examples_of_the_page_work(folders, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "huggingface.md").read_text()
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "Llama-3.2-1B").symlink_to(folders / "llama")
     monkeypatch.chdir(tmp_path)
@@ -401,8 +412,8 @@ def test_the_page_is_true(folders, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "checkpoint" / "step-1-hf").is_dir()
     names = {}
     exec(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], names)
-    assert names["River"].hugging_face.hf_name("norm.weight") == "model.last_norm.weight"
-    assert names["River"].hugging_face.hf_name("layers.3.attention.q_proj.weight").startswith("model.layers.3.")
+    assert names["River"].hf_adapter.hf_name("norm.weight") == "model.last_norm.weight"
+    assert names["River"].hf_adapter.hf_name("layers.3.attention.q_proj.weight").startswith("model.layers.3.")
 
 
 MEASURED = """
@@ -410,16 +421,16 @@ import resource, sys
 from pathlib import Path
 import torch
 from torchladder import models
-from torchladder.models.hf import conversion, hf_config, hf_folder
-from torchladder.models.hf.hf_config import HFMetadata
+from torchladder.models.hf import conversion, hf_folder
+from torchladder.models.hf.adapter import HFMetadata
 
-source, out, hf_folder.SHARD_BYTES = Path(sys.argv[1]), Path(sys.argv[2]), 2 << 20
-kept = hf_folder.Folder(source)
+source, out, hf_folder.MAX_SHARD_BYTES = Path(sys.argv[1]), Path(sys.argv[2]), 2 << 20
+kept = hf_folder.HFFolder(source)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-conversion.to_checkpoint(kept, out / "step-0")
+conversion.hf_to_checkpoint(kept, out / "step-0")
 model = models.LlamaConfig(dim=256, n_layers=40, n_heads=8, ffn_dim=512, vocab_size=1024)
 (out / "back").mkdir()
-conversion.from_checkpoint(out / "step-0", out / "back", ("llama", model), HFMetadata(64))
+conversion.checkpoint_to_hf(out / "step-0", out / "back", ("llama", model), HFMetadata(64))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
@@ -430,7 +441,8 @@ def test_converting_holds_a_shard_and_not_the_model(tmp_path):
     make = MEASURED.split("kept =")[0] + (
         "from torchladder.models.hf import hf_weights\n"
         "config = models.LlamaConfig(dim=256, n_layers=40, n_heads=8, ffn_dim=512, vocab_size=1024)\n"
-        "hf_weights.save(models.Llama(config, seq_len=8), source, HFMetadata(64), torch.float32, first=True)\n"
+        "model = models.Llama(config, seq_len=8)\n"
+        "hf_weights.save_hf_weights(model, source, HFMetadata(64), torch.float32, is_writer=True)\n"
     )
     for code in (make, MEASURED):
         done = subprocess.run(

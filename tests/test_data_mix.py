@@ -16,7 +16,6 @@ from torchladder.data import IGNORED, SourceConfig
 from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.data.mixing.domains import Shares
 from torchladder.data.mixing.mixture import Interleave
-from torchladder.data.mixing.phases import Phase, Timetable
 from torchladder.registry import ConfigError
 
 DEFAULTS = {key: parameter.default for key, parameter in data.registry.parameters("rows").items()}
@@ -40,7 +39,7 @@ def folder(tmp_path_factory):
 
 def load(folder, names="ab", **changes):
     facts = dict(seq_len=T, split="train", tokenizer=None, dp_rank=0, dp_degree=1, local_batch_size=2)
-    facts |= {"global_batch_size": G, "steps": None}
+    facts |= {"global_batch_size": G, "steps": None, "weight_changes": {}}
     facts |= {key: changes.pop(key) for key in list(changes) if key in facts}
     weights = changes.pop("weights", [1.0] * len(names))
     sources = [
@@ -48,7 +47,7 @@ def load(folder, names="ab", **changes):
         for name, weight in zip(names, weights, strict=True)
     ]
     base = {**DEFAULTS, "sources": sources, "validation_sources": [], "cache_folder": str(folder / "cache")}
-    base |= {"exclude": [], "domains": {}, "languages": {}, "phases": []}
+    base |= {"exclude": [], "domains": {}, "languages": {}}
     return data.registry.build(SimpleNamespace(name="rows", **{**base, **changes}), **facts)
 
 
@@ -118,7 +117,7 @@ def test_an_epoch_reads_every_token_once(folder, packing):
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize(("degree", "local"), [(2, 2), (8, 1)])
 def test_ranks_and_workers_change_nothing(folder, packing, degree, local):
-    settings = {"packing": packing, "phases": [Phase(from_step=2, weights=[1, 5])], "steps": 100}
+    settings = {"packing": packing, "weight_changes": {2: [1, 5]}, "steps": 100}
     one = take(load(folder, local_batch_size=8, **settings), 5)
     ranks = [load(folder, dp_rank=d, dp_degree=degree, local_batch_size=local, **settings) for d in range(degree)]
     parts = [[take(rank, G // degree // local) for rank in ranks] for _ in range(5)]
@@ -186,7 +185,7 @@ def test_sources_go_on_where_they_were(shares, lengths):
 
 
 def test_rows_before_a_phase_are_as_without_it(folder):
-    plain, phased = load(folder), load(folder, steps=50, phases=[Phase(from_step=3, weights={"a": 0, "b": 1})])
+    plain, phased = load(folder), load(folder, steps=50, weight_changes={3: {"a": 0, "b": 1}})
     for ours, without in zip(take(phased, 12), take(plain, 12), strict=True):
         assert torch.equal(ours, without)
     tokens = take(phased, 8)[0]
@@ -199,7 +198,7 @@ def test_rows_before_a_phase_are_as_without_it(folder):
 
 
 def test_a_phase_without_weights_leaves_the_rows_alone(folder):
-    plain, phased = load(folder), load(folder, steps=50, phases=[Phase(from_step=3, window=5)])
+    plain, phased = load(folder), load(folder, steps=50, weight_changes={3: None})
     assert phased.fingerprint() == plain.fingerprint()
     for ours, without in zip(take(phased, 20), take(plain, 20), strict=True):
         assert torch.equal(ours, without)
@@ -208,12 +207,7 @@ def test_a_phase_without_weights_leaves_the_rows_alone(folder):
 @given(st.integers(0, 12), st.integers(0, 3))
 @settings(max_examples=8, deadline=None)
 def test_resuming_in_any_phase_equals_running_through(folder, step, packing):
-    phases = [
-        Phase(from_step=2, weights=[1, 9]),
-        Phase(from_tokens=700, weights=[1, 0]),
-        Phase(from_share=0.9, window=3),
-    ]
-    settings = {"phases": phases, "steps": 20, "packing": PACKINGS[packing % 3]}
+    settings = {"weight_changes": {2: [1, 9], 6: [1, 0], 18: None}, "steps": 20, "packing": PACKINGS[packing % 3]}
     through, sought = load(folder, **settings), load(folder, **settings)
     take(through, 4 * step) if step else None
     sought.seek(step * G)
@@ -221,53 +215,26 @@ def test_resuming_in_any_phase_equals_running_through(folder, step, packing):
         assert torch.equal(ours, theirs)
 
 
-def test_phases_begin_at_steps_tokens_and_shares():
-    phases = [Phase(from_step=0, window=4), Phase(from_tokens=1001, window=5), Phase(from_share=0.29, window=6)]
-    table = Timetable(phases, 100, tokens_per_step=100)
-    assert table.starts == [0, 11, 29]
-    assert [table("window", step) for step in (0, 10, 11, 28, 29, 99)] == [4, 4, 5, 5, 6, 6]
-    assert table("lr_factor", 50, 1.0) == 1.0
-    assert table.history("window") == {0: 4, 11: 5, 29: 6}
-
-
 @pytest.mark.parametrize(
-    ("phases", "message"),
+    ("weights", "message"),
     [
-        ([dict(window=3)], "set one of from_step, from_tokens, from_share"),
-        ([dict(from_step=1, from_share=0.5, window=3)], "set one of"),
-        ([dict(from_step=1)], "changes nothing"),
-        ([dict(from_step=-1, window=3)], "outside of the run"),
-        ([dict(from_share=1.0, window=3)], "outside of the run"),
-        ([dict(from_step=1, window=0)], "window = 0"),
-        ([dict(from_step=1, lr_factor=0.0)], "lr_factor = 0.0"),
-        ([dict(from_step=1, rope_theta=float("inf"))], "rope_theta = inf"),
-        ([dict(from_step=5, window=3), dict(from_step=5, window=4)], "each begins after the one before"),
-        ([dict(from_step=50, window=3)], "begins at step 50, but the run has 20 steps"),
-        ([dict(from_step=1, weights=[1, 2, 3])], "there are 2 sources"),
-        ([dict(from_step=1, weights={"a": 1})], "weights do not name b; 0 leaves a source out"),
-        (
-            [dict(from_step=1, weights={"a": 1, "bb": 1})],
-            "unknown source in the weights of a phase 'bb'. Did you mean 'b'",
-        ),
-        ([dict(from_step=1, weights=[0, 0])], "weights are"),
-        ([dict(from_step=1, weights=[1, -1])], "above 0"),
+        ([1, 2, 3], "there are 2 sources"),
+        ({"a": 1}, "source_weights lacks b; a weight of 0 leaves a source out"),
+        ({"a": 1, "bb": 1}, "unknown source in phases.source_weights 'bb'. Did you mean 'b'"),
+        ([0, 0], "weights are"),
+        ([1, -1], "above 0"),
     ],
 )
-def test_phases_that_cannot_be(folder, phases, message):
+def test_weights_of_a_phase_that_do_not_fit_the_sources(folder, weights, message):
     with pytest.raises(ConfigError, match=message):
-        load(folder, steps=20, phases=[Phase(**phase) for phase in phases])
-
-
-def test_a_share_needs_the_steps_of_the_run(folder):
-    with pytest.raises(ConfigError, match="the steps of the run are not known here"):
-        load(folder, phases=[Phase(from_share=0.5, window=3)])
+        load(folder, steps=20, weight_changes={1: weights})
 
 
 # --- how much there is -----------------------------------------------------------------------------------------------
 
 
 def test_usage_tells_tokens_and_epochs_of_each_phase(folder):
-    loader = load(folder, steps=40, phases=[Phase(from_step=10, weights=[0, 1]), Phase(from_step=30, weights=[1, 1])])
+    loader = load(folder, steps=40, weight_changes={10: [0, 1], 30: [1, 1]})
     tokens = [corpus.tokens for corpus in loader._supply.corpora]
     found = loader.usage()
     assert [(one.step, one.steps, one.source) for one in found] == [
@@ -414,8 +381,7 @@ def test_the_loader_mixes_by_domains(folder):
 
 def test_excluded_sources_are_gone(folder):
     full = load(folder, "ac")
-    phases = [Phase(from_step=2, weights={"a": 1, "b": 5, "c": 1})]
-    loader = load(folder, "abc", exclude=["b"], steps=9, phases=phases)
+    loader = load(folder, "abc", exclude=["b"], steps=9, weight_changes={2: {"a": 1, "b": 5, "c": 1}})
     assert [corpus.label for corpus in loader._supply.corpora] == ["a", "c"]
     assert torch.equal(next(loader).tokens, next(full).tokens)
     with pytest.raises(ConfigError, match=r"unknown source or file of tokens in data\.exclude 'bb'"):
@@ -428,16 +394,16 @@ def test_excluded_sources_are_gone(folder):
 
 
 def test_the_fingerprint_names_what_differs(folder):
-    base = load(folder, steps=50, phases=[Phase(from_step=9, weights=[1, 3])]).fingerprint()
+    base = load(folder, steps=50, weight_changes={9: [1, 3]}).fingerprint()
     for key, changes in {
-        "phases": {"phases": [Phase(from_step=10, weights=[1, 3])]},
+        "phases": {"weight_changes": {10: [1, 3]}},
         "weights": {"weights": [2.0, 1.0]},
         "packing": {"packing": "pad"},
         "labels_across_documents": {"labels_across_documents": False},
         "repeat": {"repeat": False, "steps": None},
         "seed": {"seed": 1},
     }.items():
-        settings = {"steps": 50, "phases": [Phase(from_step=9, weights=[1, 3])], **changes}
+        settings = {"steps": 50, "weight_changes": {9: [1, 3]}, **changes}
         changed = load(folder, **settings).fingerprint()
         assert {name for name in base if changed[name] != base[name]} == {key}
 
@@ -445,5 +411,5 @@ def test_the_fingerprint_names_what_differs(folder):
 def test_a_source_that_no_phase_reads_is_an_error(folder):
     with pytest.raises(ConfigError, match="source b is never read"):
         load(folder, weights=[1.0, 0.0])
-    late = load(folder, weights=[1.0, 0.0], steps=9, phases=[Phase(from_step=4, weights=[1, 1])])
+    late = load(folder, weights=[1.0, 0.0], steps=9, weight_changes={4: [1, 1]})
     assert late.usage()[1].tokens == 0

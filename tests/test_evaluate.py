@@ -1,4 +1,4 @@
-"""Loss on files: against each token scored alone, and what the command keeps, skips and refuses."""
+"""Loss on files: against each token alone, and what the command keeps, skips and refuses."""
 
 import csv
 import dataclasses
@@ -26,11 +26,11 @@ from torchladder.commands import evaluate as command
 from torchladder.data.corpus import Corpus
 from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.inference import evaluation
-from torchladder.inference.evaluation import EvalJob, EvalSlices, EvalWeights, ResultTable
+from torchladder.inference.evaluation import EvalJob, EvalSlices, ResultTable
 from torchladder.inference.evaluation.eval_files import EvalDocuments
+from torchladder.inference.evaluation.position_losses import PositionLosses, position_buckets
 from torchladder.inference.evaluation.result_table import COLUMNS
-from torchladder.inference.evaluation.scores import Scores, buckets
-from torchladder.inference.trained_model import LoadedModel
+from torchladder.inference.trained_model import LoadedModel, TrainedModel
 from torchladder.models.attention.dense import DenseKernel
 from torchladder.models.attention.sdpa import SdpaKernel
 from torchladder.registry import ConfigError
@@ -42,46 +42,46 @@ lengths = st.lists(st.integers(0, 30), max_size=8)
 cuts = st.integers(1, 12).flatmap(lambda context: st.tuples(st.just(context), st.integers(1, context)))
 
 
-# --- windows and scores -----------------------------------------------------------------------------------------------
+# --- slices and losses ------------------------------------------------------------------------------------------------
 
 
 @given(lengths, cuts, st.integers(1, 60))
 def test_every_token_but_the_first_is_predicted_once(lengths, cut, budget):
     context, stride = cut
-    windows = EvalSlices(context, stride)
+    slices = EvalSlices(context, stride)
     predicted, read = Counter(), 0
-    for batch in windows.batches(np.array(lengths, dtype=np.int64), budget):
+    for batch in slices.batches(np.array(lengths, dtype=np.int64), budget):
         sizes = batch.ends - batch.begins
         assert 1 <= sizes.min() <= sizes.max() == sizes[0] <= context
         assert len(sizes) == 1 or sizes[0] * len(sizes) <= budget
         read += int(sizes.sum())
-        for document, begin, end, seen in zip(*batch, strict=True):
-            assert begin == 0 or seen == context - stride  # so much is before the first token that is asked for
-            predicted.update((document, token + 1) for token in range(begin + seen, end))
+        for document, begin, end, overlap in zip(*batch, strict=True):
+            assert begin == 0 or overlap == context - stride  # the context of the first token that it predicts
+            predicted.update((document, token + 1) for token in range(begin + overlap, end))
     assert predicted == Counter({(i, token): 1 for i, length in enumerate(lengths) for token in range(1, length)})
-    assert windows.tokens(np.array(lengths, dtype=np.int64)) == read
+    assert slices.count_tokens(np.array(lengths, dtype=np.int64)) == read
 
 
-def test_windows_of_like_length_are_read_together_within_a_buffer(monkeypatch):
-    monkeypatch.setattr("torchladder.inference.evaluation.eval_slices.BUFFER", 4)
+def test_slices_of_similar_length_are_batched(monkeypatch):
+    monkeypatch.setattr("torchladder.inference.evaluation.eval_slices.SORTED_SLICES", 4)
     batches = EvalSlices(8, 8).batches(np.array([2, 9, 3, 9, 5, 5, 5, 2]), 16)
     assert [(batch.ends - batch.begins).tolist() for batch in batches] == [[8, 8], [2, 1], [4, 4, 4, 1]]
 
 
 @given(st.integers(1, 300))
 def test_buckets_cover_each_position_once(context):
-    covered = [position for first, last in buckets(context) for position in range(first, last + 1)]
+    covered = [position for first, last in position_buckets(context) for position in range(first, last + 1)]
     assert covered == list(range(context))
-    assert buckets(16) == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
+    assert position_buckets(16) == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
 
 
 def test_nothing_has_no_loss_and_much_has_infinite_perplexity():
-    scores = Scores(4)
-    assert (scores.total().mean, scores.total().perplexity, scores.total().bits_per_byte(3)) == (None, None, None)
-    scores.add(np.array([2000.0, 1.0]), np.array([1, 1]))
-    assert scores.total().mean == 1000.5
-    assert scores.total().perplexity == math.inf
-    assert scores.total(1, 3) == (1.0, 1)
+    losses = PositionLosses(4)
+    assert (losses.total().mean, losses.total().perplexity, losses.total().bits_per_byte(3)) == (None, None, None)
+    losses.add(np.array([2000.0, 1.0]), np.array([1, 1]))
+    assert losses.total().mean == 1000.5
+    assert losses.total().perplexity == math.inf
+    assert losses.total(1, 3) == (1.0, 1)
 
 
 # --- against each token alone -----------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def tiny(tmp_path_factory):
 def job_of(settings, documents, context, stride, path=Path("memory.bin")):
     corpus = Corpus("memory", [Shard(documents)])
     return EvalJob(
-        EvalWeights(Path(), 1, settings, "", Path()),
+        TrainedModel(Path(), settings, {"step": 1}),
         EvalDocuments(path, corpus, None),
         EvalSlices(context, stride),
         "",
@@ -121,7 +121,7 @@ def job_of(settings, documents, context, stride, path=Path("memory.bin")):
 
 
 def alone(model, start, documents, context, stride):
-    """Yields (position, loss) of each token, from the logits of the tokens before it in its window, one at a time."""
+    """Yields (position, loss) of each token, from the logits of the tokens before it in its slice, one at a time."""
     for document in documents:
         scored = 1
         for begin in range(0, len(document), stride):
@@ -143,8 +143,8 @@ def alone(model, start, documents, context, stride):
     st.booleans(),
     st.integers(0, 100),
 )
-def test_scores_are_those_of_each_token_alone(tiny, documents, cut, budget, name, window, tied, seed):
-    """Documents of no, one and many tokens, some of which nobody is to predict, under several masks."""
+def test_losses_are_those_of_each_token_alone(tiny, documents, cut, budget, name, window, tied, seed):
+    """Documents of no, one and many tokens, some of which are not predicted, under several masks."""
     context, stride = cut
     shape = dataclasses.replace(SHAPE, tie_embeddings=tied)
     slow = models.Llama(shape, DenseKernel.attend, seq_len=context)
@@ -154,19 +154,19 @@ def test_scores_are_those_of_each_token_alone(tiny, documents, cut, budget, name
     start = mask.registry.get(name)(torch.arange(context, dtype=torch.int32)[None], window)[0]
     job = job_of(tiny, documents, context, stride)
     read = []
-    scores = evaluation.score(LoadedModel(fast, start, torch.device("cpu")), job, budget, read.append)
+    losses = evaluation.compute_losses(LoadedModel(fast, start, torch.device("cpu")), job, budget, read.append)
     with torch.no_grad():
         expected = list(alone(slow, start, documents, context, stride))
-    for first, last in (None, None), *buckets(context):
-        total = scores.total() if first is None else scores.total(first, last)
+    for first, last in (None, None), *position_buckets(context):
+        total = losses.total() if first is None else losses.total(first, last)
         some = [loss for position, loss in expected if first is None or first <= position <= last]
         assert total.tokens == len(some)
         assert total.loss == pytest.approx(sum(some), rel=1e-5, abs=1e-5)
     assert sum(read) == job.tokens
-    assert sum(scores.total(*one).tokens for one in buckets(context)) == scores.total().tokens
+    assert sum(losses.total(*one).tokens for one in position_buckets(context)) == losses.total().tokens
 
 
-def test_a_model_without_a_way_of_its_own_gives_the_same_losses(monkeypatch):
+def test_the_default_losses_of_a_model_are_the_same(monkeypatch):
     model = models.Llama(SHAPE, DenseKernel.attend, seq_len=9)
     model.init_weights(0)
     tokens, labels = torch.randint(V, (3, 9)), torch.randint(V, (3, 9))
@@ -175,7 +175,7 @@ def test_a_model_without_a_way_of_its_own_gives_the_same_losses(monkeypatch):
     losses = models.Model.losses(model, tokens, form, labels)
     assert (losses.shape, losses.dtype, losses.requires_grad) == ((3, 9), torch.float32, False)
     assert (losses[1, 2:] == 0).all()
-    monkeypatch.setattr("torchladder.models.loss.FEWEST", 4)
+    monkeypatch.setattr("torchladder.models.loss.MIN_CHUNK", 4)
     monkeypatch.setattr("torchladder.models.loss.LOGITS_ON_CPU", 1)
     torch.testing.assert_close(model.losses(tokens, form, labels), losses)
     torch.testing.assert_close(model(tokens, form, labels).detach(), losses.sum())
@@ -184,9 +184,9 @@ def test_a_model_without_a_way_of_its_own_gives_the_same_losses(monkeypatch):
 
 def test_a_token_that_the_model_does_not_have_is_named(tiny):
     model = models.Llama(SHAPE, SdpaKernel.attend, seq_len=4)
-    restored = LoadedModel(model, torch.zeros(4, dtype=torch.int32), torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"memory\.bin holds token 11, the model has 11"):
-        evaluation.score(restored, job_of(tiny, [[1, V, 2]], 4, 4), 100, len)
+    loaded_model = LoadedModel(model, torch.zeros(4, dtype=torch.int32), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"memory\.bin has token 11, the model's vocabulary is 11"):
+        evaluation.compute_losses(loaded_model, job_of(tiny, [[1, V, 2]], 4, 4), 100, len)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_rows_come_back_as_they_were(tmp_path, suffix):
     assert ResultTable(table.path).rows() == rows
 
 
-def test_csv_says_what_is_not_finite_and_json_has_no_word_for_it(tmp_path):
+def test_csv_has_nan_and_json_has_null(tmp_path):
     for suffix, expected in (".csv", "nan"), (".jsonl", "None"):
         table = ResultTable(tmp_path / f"results{suffix}")
         table.add([row(loss=math.nan, perplexity=math.inf)])
@@ -269,12 +269,12 @@ def test_processes_add_to_one_file_at_once(tmp_path, suffix):
     [
         ("a.csv", "step,loss\n1,2\n", "line 1 has the columns step, loss, not time"),
         ("a.csv", "step,los\n", "unknown column 'los'. Did you mean 'loss'"),
-        ("a.csv", "my only line", "has no end"),
+        ("a.csv", "my only line", "its only line is incomplete"),
         ("a.csv", ",".join(COLUMNS) + "\n1,2\n", "line 2 has 2 values, not 17"),
         ("a.jsonl", '{"step": 1}\n', "line 1 has the columns step, not time"),
-        ("a.jsonl", "[]\n", "line 1 holds no object"),
-        ("a.jsonl", "hello\n", "no table of evaluations"),
-        ("a.txt", "", "go to .csv or .jsonl"),
+        ("a.jsonl", "[]\n", "line 1 is not an object"),
+        ("a.jsonl", "hello\n", "not a table of evaluations"),
+        ("a.txt", "", "must end in .csv or .jsonl"),
     ],
 )
 def test_a_file_that_holds_something_else_is_refused_and_kept(tmp_path, name, content, message):
@@ -334,7 +334,7 @@ def root(tmp_path_factory):
         "--attention.masks", "document", "chunk", "--optimizer.lr", "1e-2", "--data.packing", "pad",
         "--data.sources", sources[1], "--data.validation_sources", sources[1], "--data.no_labels_across_documents",
         "--data.cache_folder", str(root / "cache"), "--validation.freq", "1", "--validation.steps", "-1",
-        "--data.phases", "{ from_step = 1, rope_theta = 20 }",
+        "--phases", "{ from_step = 1, rope_theta = 20 }",
         "--checkpoint.enable", "--checkpoint.interval", "1", "--metrics.no_enable_tensorboard")  # fmt: skip
     return root
 
@@ -377,21 +377,21 @@ def test_each_checkpoint_goes_out_with_the_rope_theta_of_its_step(root, tmp_path
         assert json.loads((out / "config.json").read_text())["rope_theta"] == theta
 
 
-def test_what_is_in_the_output_is_not_evaluated_again(root, tmp_path, monkeypatch, capsys):
+def test_finished_evaluations_are_skipped(root, tmp_path, monkeypatch, capsys):
     output = tmp_path / "results.jsonl"
     first = evaluate(root, output=output, models=("run/checkpoint/step-1",))
     loaded = []
-    load = EvalWeights.load
-    monkeypatch.setattr(EvalWeights, "load", lambda weights, *of: loaded.append(weights.step) or load(weights, *of))
+    load = TrainedModel.load
+    monkeypatch.setattr(TrainedModel, "load", lambda trained, *of: loaded.append(trained.step) or load(trained, *of))
     both = evaluate(root, output=output)
     assert loaded == [2]
     assert both[0] == first[0]
     content = output.read_bytes()
     evaluate(root, output=output, models=("run/checkpoint",))
     assert (loaded, output.read_bytes()) == ([2], content)
-    assert "2 of 2 evaluations are done already" in capsys.readouterr().err
+    assert "2 of 2 evaluations are already finished" in capsys.readouterr().err
 
-    # By position later: the rows of all positions stay the ones that they are. A cut line is made anew.
+    # By position later: the rows of all positions do not change. An incomplete line is evaluated again.
     more = evaluate(root, "--by-position", output=output)
     assert more[:2] == both
     assert [row["first_position"] for row in more[2:]] == [0, 1, 2, 4, 8, 16, 32] * 2
@@ -412,17 +412,17 @@ def test_what_is_in_the_output_is_not_evaluated_again(root, tmp_path, monkeypatc
     assert len(evaluate(root, files=(tmp_path / "val.jsonl",), **step)) == len(more) + 4
 
 
-def test_what_another_process_has_done_meanwhile_is_not_added_twice(root, tmp_path, monkeypatch):
+def test_rows_that_another_process_adds_meanwhile_are_not_added_twice(root, tmp_path, monkeypatch):
     output = tmp_path / "results.csv"
-    score, calls = evaluation.score, []
+    compute, calls = evaluation.compute_losses, []
 
-    def score_late(*of):
+    def compute_late(*of):
         calls.append(1)
         if len(calls) == 1:
             evaluate(root, output=output)  # all of it, while the first is in hand
-        return score(*of)
+        return compute(*of)
 
-    monkeypatch.setattr(evaluation, "score", score_late)
+    monkeypatch.setattr(evaluation, "compute_losses", compute_late)
     rows = evaluate(root, output=output)
     assert len(calls) == 3  # the other's two and the one in hand, not the second one again
     assert [row["step"] for row in rows] == [1, 2]
@@ -451,7 +451,7 @@ def test_batches_change_nothing(root, tmp_path):
         assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in sizes[0]], rel=1e-6)
 
 
-def test_a_hugging_face_folder_gives_what_its_checkpoint_gives(root, tmp_path, capsys):
+def test_a_hugging_face_folder_has_the_loss_of_its_checkpoint(root, tmp_path, capsys):
     pytest.importorskip("safetensors")
     tokenizers = pytest.importorskip("tokenizers")
     part = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -475,10 +475,10 @@ def test_a_hugging_face_folder_gives_what_its_checkpoint_gives(root, tmp_path, c
     for bos in ("--no-bos", "--bos"):
         assert command.run([str(out), str(tmp_path / "hf"), *ask, bos]) == 0
         found.append([ResultTable(folder / "evaluation.csv").rows()[-1] for folder in (out, tmp_path / "hf")])
-        ours, theirs = found[-1]
-        assert (ours["step"], theirs["step"]) == (1, None)
-        assert ours["tokens"] == theirs["tokens"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        run_row, hf_row = found[-1]
+        assert (run_row["step"], hf_row["step"]) == (1, None)
+        assert run_row["tokens"] == hf_row["tokens"]
+        assert run_row["loss"] == pytest.approx(hf_row["loss"], rel=1e-6)
     assert found[1][0]["tokens"] == found[0][0]["tokens"] + 1
     assert len(ResultTable(tmp_path / "hf" / "evaluation.csv").rows()) == 2
     # Without --context a row of the model's own length.
@@ -487,7 +487,7 @@ def test_a_hugging_face_folder_gives_what_its_checkpoint_gives(root, tmp_path, c
     assert ResultTable(tmp_path / "hf" / "evaluation.csv").rows()[-1]["context"] == 64
 
 
-def test_tokens_are_read_as_they_are_and_nothing_is_not_nan(root, tmp_path, capsys):
+def test_files_of_tokens_and_files_without_labels(root, tmp_path, capsys):
     for name, documents in {"some": [[104, 105], [], [7], [1] * 200], "none": [[1], [], [2]]}.items():
         with IndexedWriter(tmp_path / name, np.dtype(np.uint16)) as writer:
             for document in documents:
@@ -505,7 +505,7 @@ def test_tokens_are_read_as_they_are_and_nothing_is_not_nan(root, tmp_path, caps
     assert "none.bin has no token to predict" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_passed_over(root, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped(root, tmp_path, capsys):
     shutil.copytree(root / "run", tmp_path / "run")
     (tmp_path / "run" / "evaluation.csv").unlink(missing_ok=True)
     step = tmp_path / "run" / "checkpoint" / "step-1"
@@ -515,7 +515,7 @@ def test_a_damaged_checkpoint_is_passed_over(root, tmp_path, capsys):
     file.write_bytes(content)
     rows = evaluate(tmp_path, code=1, files=(root / "val.jsonl",))
     assert [row["step"] for row in rows] == [2]
-    assert "step-1 is damaged and passed over" in capsys.readouterr().err
+    assert "step-1 is damaged: " in capsys.readouterr().err
     with pytest.raises(ConfigError, match="is damaged"):
         command.run([str(step), "--files", str(root / "val.jsonl")])
     (step / "run.json").write_text("{")
@@ -524,15 +524,32 @@ def test_a_damaged_checkpoint_is_passed_over(root, tmp_path, capsys):
     assert [row["step"] for row in evaluate(tmp_path, code=1, files=(root / "val.jsonl",))] == [2]
 
 
-def test_a_tokenizer_that_has_changed_is_refused(root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["val.jsonl", "tokens.bin"])
+def test_a_tokenizer_that_has_changed_is_refused(root, tmp_path, monkeypatch, name):
+    with IndexedWriter(tmp_path / "tokens", np.dtype(np.uint16)) as writer:
+        writer.add([1, 2, 3])
     monkeypatch.setattr("torchladder.data.tokenizer.ByteTokenizer.fingerprint", "other")
-    with pytest.raises(ConfigError, match="was trained with the tokenizer bytes, and its settings give other now"):
-        evaluate(root, output=tmp_path / "a.csv")
+    with pytest.raises(ConfigError, match="was trained with bytes, and its settings now build other"):
+        evaluate(root, files=[root / name if name == "val.jsonl" else tmp_path / name], output=tmp_path / "a.csv")
 
 
-def test_a_context_beyond_the_runs_is_said_once(root, tmp_path, capsys):
+def test_files_of_tokens_need_no_tokenizer(root, tmp_path, monkeypatch):
+    with IndexedWriter(tmp_path / "tokens", np.dtype(np.uint16)) as writer:
+        writer.add([1, 2, 3])
+
+    def fail(*_):
+        raise ConfigError("no such file")
+
+    monkeypatch.setattr("torchladder.data.build_tokenizer", fail)
+    rows = evaluate(root, files=[tmp_path / "tokens.bin"], output=tmp_path / "a.csv")
+    assert [row["tokens"] for row in rows] == [2, 2]
+    with pytest.raises(ConfigError, match=r"the tokenizer of .*: no such file"):
+        evaluate(root, output=tmp_path / "b.csv")
+
+
+def test_a_context_longer_than_the_rows_is_reported_once(root, tmp_path, capsys):
     evaluate(root, "--context", "100", files=("long.txt", "val.jsonl"), output=tmp_path / "a.csv")
-    assert capsys.readouterr().err.count("context 100: longer than the rows of the training (64)") == 1
+    assert capsys.readouterr().err.count("context 100: longer than the rows in training (64)") == 1
 
 
 def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monkeypatch):
@@ -561,7 +578,7 @@ def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monke
     (line,) = figures[2].axes[0].lines
     assert line.get_label() == "8 files, context 16"
     assert line.get_ydata().tolist() == [pytest.approx(sum(2 * n * (1 + n) for n in range(8)) / 36)]
-    # Files of one name are told apart.
+    # Files of the same name have different labels.
     plots.evaluations([rows[0] | {"file": f"{folder}/val.jsonl"} for folder in ("de", "en")], tmp_path / "a.png")
     assert [line.get_label() for line in figures[3].axes[0].lines] == [
         "de/val.jsonl, context 16",
@@ -571,32 +588,32 @@ def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monke
         plots.evaluations([], tmp_path / "a.png")
 
 
-def test_a_log_says_how_far_it_is(root, capsys):
+def test_logs_report_progress(root, capsys):
     job = job_of(config.load(["--model.flavor", "debug"]), [[1] * 9], 4, 4, Path("a.bin"))
-    with command._Report([job, job], every=0.0) as report:
-        report.begin(job)
-        report.add(6)
-        report.skip([job])
+    with command._EvalProgress([job, job], interval=0.0) as progress:
+        progress.begin(job)
+        progress.advance(6)
+        progress.skip([job])
     err = capsys.readouterr().err
-    assert "a.bin, context 4: 10 tokens to go" in err
+    assert "a.bin, context 4: 10 tokens left" in err
 
 
-def test_too_little_memory_is_said(root, tmp_path, monkeypatch):
+def test_too_little_memory_is_an_error(root, tmp_path, monkeypatch):
     def exhaust(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(evaluation, "score", exhaust)
+    monkeypatch.setattr(evaluation, "compute_losses", exhaust)
     with pytest.raises(ConfigError, match="--batch-tokens 16384 and a context of 64 need more memory than cpu has"):
         evaluate(root, output=tmp_path / "a.csv")
 
 
-def test_interrupted_the_command_says_so(root, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_ends_the_command(root, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "score", interrupt)
+    monkeypatch.setattr(evaluation, "compute_losses", interrupt)
     assert evaluate(root, code=130, output=tmp_path / "a.csv") == []
-    assert "the same command continues" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
 
 
 VAL = ["--files", "{root}/val.jsonl"]
@@ -607,7 +624,7 @@ VAL = ["--files", "{root}/val.jsonl"]
     [
         (["{root}/run", "--files", "{root}/nothing.jsonl"], "no file matches"),
         (["{root}/run", "--files", "{root}/run/config.toml"], "names no text file. Known: .jsonl"),
-        (["{root}/run", "--files", "{root}/empty"], "names no text file"),
+        (["{root}/run", "--files", "{root}/empty"], "names no text file. Known: .jsonl"),
         (["{root}/run", *VAL, "--text-key", "bodi"], "Did you mean 'body'"),
         (["{root}/run", *VAL, "--context", "0"], "a context of 0 tokens"),
         (["{root}/run", *VAL, "--context", "8", "4", "--stride", "5"], "from 1 to the context (4)"),
@@ -615,14 +632,14 @@ VAL = ["--files", "{root}/val.jsonl"]
         (["{root}/run", *VAL, "--stride", "0"], "a stride of 0"),
         (["{root}/run", *VAL, "--batch-tokens", "0"], "--batch-tokens 0"),
         (["{root}/run", *VAL, "--bos"], "no bos token"),
-        (["{root}/run", *VAL, "--output", "{root}/a.xlsx"], "go to .csv or .jsonl"),
+        (["{root}/run", *VAL, "--output", "{root}/a.xlsx"], "must end in .csv or .jsonl"),
         (["{root}/run", *VAL, "--plot", "{root}/a.gif"], "a picture ends in"),
-        (["{root}", *VAL], "is no run with a complete checkpoint"),
+        (["{root}", *VAL], "is not a run with a complete checkpoint"),
     ],
 )
-def test_what_cannot_be_is_refused_before_a_model_is_loaded(root, argv, message, monkeypatch, capsys):
+def test_invalid_arguments_are_refused_before_a_model_is_loaded(root, argv, message, monkeypatch, capsys):
     (root / "empty" / "folder.txt").mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr(LoadedModel, "load", None)
+    monkeypatch.setattr(TrainedModel, "load", None)
     monkeypatch.setattr("sys.argv", ["torchladder", "evaluate", *(word.format(root=root) for word in argv)])
     assert commands.main() == 2
     assert message in " ".join(capsys.readouterr().err.split())

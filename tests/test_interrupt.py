@@ -8,7 +8,7 @@ import time
 import pytest
 from runs import lines, losses, run, start, validations
 
-from torchladder import checkpoint, train
+from torchladder import checkpoint, metrics, train
 from torchladder.checkpoint import checksums
 from torchladder.data.row_loader import RowLoader
 from torchladder.resilience.interrupt import Interrupt, Interrupted
@@ -19,7 +19,7 @@ RUN = [
     *("--training.steps", str(STEPS), "--validation.freq", "3", "--checkpoint.enable", "--checkpoint.interval", "2"),
     *("--training.local_batch_size", "2", "--training.global_batch_size", "4", "--training.seq_len", "64"),
     *("--samples.prompts", "import ", "def ", "--samples.freq", "3", "--samples.max_new_tokens", "4"),
-    *("--data.phases", "{ from_step = 4, window = 16 }", "--lr_scheduler.warmup_steps", "2"),
+    *("--phases", "{ from_step = 4, window = 16 }", "--lr_scheduler.warmup_steps", "2"),
     *("--metrics.disable_progress_bar", "--checkpoint.async_mode", "async"),
 ]
 
@@ -45,17 +45,17 @@ def kill_in(monkeypatch, owner, name, call, number=signal.SIGTERM):
 
 
 MOMENTS = {
-    "first rows": (trainer.Lifeline, "read", 1, 0),
+    "first rows": (trainer.FaultTolerance, "read", 1, 0),
     "first step": (trainer.Trainer, "forward_backward", 1, 1),
     "step": (trainer.Trainer, "forward_backward", 6, 3),
-    "first validation": (trainer.Trainer, "validate", 1, 0),
-    "validation": (trainer.Trainer, "validate", 2, 3),
-    "last validation": (trainer.Trainer, "validate", 3, 6),
+    "first validation": (trainer.Trainer, "_validate", 1, 0),
+    "validation": (trainer.Trainer, "_validate", 2, 3),
+    "last validation": (trainer.Trainer, "_validate", 3, 6),
     "samples": (samples, "generate", 2, 3),
     "last samples": (samples, "generate", 3, 6),
     "save": (checkpoint.Checkpointer, "save", 1, 2),
     "checksums of a save": (checksums, "verify", 1, None),
-    "report": (trainer.Trainer, "_report", 5, 5),
+    "report": (metrics.MetricsProcessor, "log", 5, 5),
 }
 
 
@@ -107,7 +107,7 @@ def test_a_wait_for_data_is_broken_off(whole, tmp_path, monkeypatch):
 
 
 def test_a_signal_while_the_run_is_being_built(tmp_path, monkeypatch):
-    kill_in(monkeypatch, trainer.Trainer, "_model", 1)
+    kill_in(monkeypatch, trainer.Trainer, "_build_model", 1)
     assert train.main(["--job.dump_folder", str(tmp_path), "--job.config_file", str(tmp_path / "none")]) == 2
     with pytest.raises(FileNotFoundError):
         run(tmp_path, *RUN, code=75)  # nothing to read: no step was taken
@@ -158,12 +158,12 @@ def _parent(pid: str) -> int:
         return -1
 
 
-def test_the_note_is_left_by_signal_and_clock():
-    with Interrupt(max_minutes=1000) as asked:
-        assert not asked.wanted
+def test_signals_and_the_time_limit_are_recorded():
+    with Interrupt(max_minutes=1000) as interrupt:
+        assert not interrupt.requested
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert asked.wanted
-        assert asked.reason == "SIGUSR2"
-        with pytest.raises(Interrupted), asked.breaks():
+        assert interrupt.requested
+        assert interrupt.reason == "SIGUSR2"
+        with pytest.raises(Interrupted), interrupt.interruptible():
             raise AssertionError("the signal came before")
-    assert Interrupt(max_minutes=1e-12).wanted
+    assert Interrupt(max_minutes=1e-12).requested

@@ -9,7 +9,6 @@ import torchladder
 
 ROOT = Path(torchladder.__file__).parent
 
-VOCABULARY = ["registry", "mask"]  # in order: mask may import registry
 PARTS = [
     "curriculum",
     "data",
@@ -24,7 +23,7 @@ PARTS = [
 ]
 LAYERS = [
     ["registry"],
-    ["mask"],
+    ["mask", "schedule"],
     PARTS,
     ["config"],
     ["inference"],
@@ -100,9 +99,17 @@ def test_the_curriculum_knows_no_tensors():
     assert "torch" not in {name.split(".")[0] for name in _all_imports(source)}
 
 
-def test_data_knows_no_masks_or_windows():
-    for path in (ROOT / "data").rglob("*.py"):
-        assert not imported_rooms(path) & {"mask", "curriculum"}
+SCHEDULED = {"window", "windows", "lr", "lr_factor", "learning_rate", "rope_theta", "theta", "curriculum"}
+"""What changes from step to step and is none of the data's business."""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_data_knows_no_masks_windows_or_learning_rates(path):
+    assert not imported_rooms(path) & {"mask", "curriculum", "schedule"}
+    named = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        named |= {getattr(node, key, None) for key in ("id", "attr", "arg", "name")}
+    assert not named & SCHEDULED
 
 
 def _all_imports(source: str) -> set[str]:

@@ -23,7 +23,8 @@ def test_every_shipped_config_makes_a_plan(name):
     plan = plans.make_plan(load(name), ranks=8 if name.startswith("llama") else 1)
     assert plan.parameters > 0
     assert 0 <= plan.saved < 1
-    assert all(1 <= plan.window(step) <= plan.config.training.seq_len for step in (0, plan.steps // 2, plan.steps - 1))
+    windows = [plan.schedule.window(step) for step in (0, plan.steps // 2, plan.steps - 1)]
+    assert all(1 <= window <= plan.config.training.seq_len for window in windows)
 
 
 def test_flops_are_the_sum_over_all_steps():
@@ -31,10 +32,9 @@ def test_flops_are_the_sum_over_all_steps():
     row = torch.arange(plan.config.training.seq_len, dtype=torch.int32)[None]
     with torch.device("meta"):
         model = models.registry.build(plan.config.model, attend=None, seq_len=row.shape[1])
-    rows = plan.batch.rows
-    expected = sum(
-        model.flops(rows * row.shape[1], rows * mask.pairs(mask.chunk(row, plan.window(step)))) for step in range(7)
-    )
+    rows = plan.batch.global_batch_size
+    starts = [mask.chunk(row, plan.schedule.window(step)) for step in range(7)]
+    expected = sum(model.flops(rows * row.shape[1], rows * mask.pairs(start)) for start in starts)
     assert plan.flops == expected
     assert plan.flops_full_context == 7 * model.flops(rows * row.shape[1], rows * mask.pairs(mask.causal(row, 1)))
     assert plan.saved == pytest.approx(1 - expected / plan.flops_full_context)
@@ -45,9 +45,9 @@ def test_llama1b_dm8_is_skyladders():
     assert plan.tokens_per_step == 1_048_576
     assert plan.parameters == 1_100_048_384
     assert plan.full_at == 65_280
-    assert [plan.window(step) for step in (0, 1000, 65_279, 65_280, 99_999)] == [32, 157, 8191, 8192, 8192]
+    assert [plan.schedule.window(step) for step in (0, 1000, 65_279, 65_280, 99_999)] == [32, 157, 8191, 8192, 8192]
     assert plan.saved == pytest.approx(0.0939, abs=0.0001)
-    assert (plan.batch.local, plan.batch.accumulation) == (4, 4)
+    assert (plan.batch.micro_batch_size, plan.batch.accumulation) == (4, 4)
 
 
 def test_json_is_one_object(capsys):
@@ -70,7 +70,7 @@ def test_the_picture_is_written(tmp_path, capsys):
     [
         (["--training.global_batch_size", "7"], ["global_batch_size = 7", "local_batch_size 4", "4 or 8"]),
         (["--curriculum.initial_window", "999"], ["curriculum.initial_window = 999", "256"]),
-        (["--attention.masks", "document"], ["chunk", "sliding", "moves the window"]),
+        (["--attention.masks", "document"], ["chunk", "sliding", "sets a window"]),
         (["--model.flavor", "debgu"], ["debgu", "debug"]),
         (["--parallelism.data_parallel_replicate_degree", "3"], ["3", "data_parallel_replicate_degree 1"]),
     ],
@@ -125,14 +125,14 @@ def test_running_out_is_an_error_before_the_run(pairs):
 
 def test_the_plan_tells_each_phase(pairs, capsys):
     phases = [
-        "{ from_step = 5, weights = { web = 3, math = 1 }, window = 4 }",
-        "{ from_share = 0.5, rope_theta = 5e4 }",
+        "{ from_step = 5, source_weights = { web = 3, math = 1 }, window = 4 }",
+        "{ from_fraction = 0.5, rope_theta = 5e4 }",
     ]
-    argv = [*pairs, "--data.phases", *phases]
+    argv = [*pairs, "--phases", *phases]
     assert command.run([*argv, "--json", "--at", "4,5,19"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(phase["step"], phase["steps"]) for phase in found["phases"]] == [(0, 5), (5, 5), (10, 10)]
-    assert found["phases"][2]["sets"] == {"weights": {"web": 3, "math": 1}, "window": 4, "rope_theta": 5e4}
+    assert found["phases"][2]["sets"] == {"source_weights": {"web": 3, "math": 1}, "window": 4, "rope_theta": 5e4}
     assert [one["tokens"] for phase in found["phases"] for one in phase["sources"]] == [160, 160, 240, 80, 480, 160]
     assert found["phases"][2]["sources"][1]["epochs_before"] == pytest.approx(240 / 500)
     assert found["windows"]["4"] > 4 == found["windows"]["5"] == found["windows"]["19"]
@@ -143,7 +143,7 @@ def test_the_plan_tells_each_phase(pairs, capsys):
 
 
 def test_the_plan_needs_no_data(capsys):
-    phases = ["--data.phases", "{ from_step = 5, weights = [2] }"]
+    phases = ["--phases", "{ from_step = 5, source_weights = [2] }"]
     argv = ["--job.config_file", str(CONFIGS / "llama120m_doc.toml"), "--training.local_batch_size", "32"]
     assert command.run([*argv, *phases]) == 0
     shown = capsys.readouterr().out
@@ -160,12 +160,12 @@ def test_the_plan_needs_no_data(capsys):
             ["--curriculum.initial_window", "16", "--attention.masks", "causal"],
             ["phases"],
         ),
-        ("{ from_step = 5, rope_theta = 5e4 }", ["--model.positional_embedding", "none"], ["no rotary positions"]),
+        ("{ from_step = 5, rope_theta = 5e4 }", ["--model.positional_embedding", "none"], ["rotary positions"]),
         ("{ from_step = 20, window = 8 }", [], ["begins at step 20", "20 steps"]),
     ],
 )
 def test_phases_that_cannot_be(pairs, phase, argv, words):
     with pytest.raises(ConfigError) as error:
-        plans.make_plan(config.load([*pairs, *argv, "--data.phases", phase]))
+        plans.make_plan(config.load([*pairs, *argv, "--phases", phase]))
     for word in words:
         assert word in str(error.value)

@@ -9,16 +9,17 @@ from hypothesis import strategies as st
 from runs import lines, losses, run
 from torch import nn
 
-from torchladder import checkpoint
+from torchladder import checkpoint, optim
 from torchladder.data.row_skipping import RowSkipper
 from torchladder.registry import ConfigError
 from torchladder.resilience.bad_steps import (
-    HISTORY,
-    MIN_HISTORY,
+    HISTORY_STEPS,
+    MIN_HISTORY_STEPS,
     BadStepDetector,
     BadStepError,
     ResilienceConfig,
     RollBack,
+    StepOutcome,
     backward_seed,
 )
 from torchladder.training import trainer
@@ -45,29 +46,38 @@ class Thing:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_step_leaves_weights_and_optimizer_as_they_were(kind, bad):
     thing, plain = Thing(**kind), Thing(**kind)
-    guard = BadStepDetector(ResilienceConfig("skip"), thing.optimizer, CPU)
+    detector = BadStepDetector(ResilienceConfig("skip"), CPU, optim.is_fused(thing.optimizer))
     for step, value in enumerate([0.1, bad, 0.3, bad, 0.2], start=1):
         before = thing.bits()
         thing.gradients(value)
-        guard.update(step, (4 * step, 4 * step + 3), torch.tensor(value), [])
+        outcome = step_of(detector, step, value)
+        if optim.accepts_step(thing.optimizer, outcome.bad):
+            thing.optimizer.step()
+        detector.record(outcome)
         if math.isfinite(value):
             plain.gradients(value)
             plain.optimizer.step()
         else:
             assert all(torch.equal(one, other) for one, other in zip(thing.bits(), before, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(thing.bits(), plain.bits(), strict=True))
-    guard.settle()
-    assert guard.bad_steps == 2
+    detector.flush()
+    assert detector.num_bad == 2
+
+
+def step_of(detector, step, norm, losses=()):
+    """A step as the trainer records it."""
+    norm = torch.tensor(norm)
+    return StepOutcome(step, (4 * step, 4 * step + 3), detector.check(norm), norm, list(losses))
 
 
 def reference(norms: list[float], deviations: float) -> list[bool]:
-    """What judge does, slowly."""
+    """What check does, slowly."""
     good: list[float] = []
     bad = []
     for norm in norms:
-        last = good[-HISTORY:]
+        last = good[-HISTORY_STEPS:]
         far = False
-        if len(last) >= MIN_HISTORY:
+        if len(last) >= MIN_HISTORY_STEPS:
             mean = sum(last) / len(last)
             far = norm > mean + deviations * math.sqrt(sum((value - mean) ** 2 for value in last) / len(last))
         bad.append(far or not math.isfinite(norm))
@@ -75,19 +85,19 @@ def reference(norms: list[float], deviations: float) -> list[bool]:
     return bad
 
 
-@given(st.integers(0, 2**31), st.floats(1.5, 6.0), st.integers(0, 3 * HISTORY))
+@given(st.integers(0, 2**31), st.floats(1.5, 6.0), st.integers(0, 3 * HISTORY_STEPS))
 def test_norms_are_judged_like_the_slow_reference_and_across_a_resume(number, deviations, stop):
     random = torch.Generator().manual_seed(number)
-    norms = torch.randn(3 * HISTORY, generator=random, dtype=torch.float64).exp().tolist()
+    norms = torch.randn(3 * HISTORY_STEPS, generator=random, dtype=torch.float64).exp().tolist()
     norms[number % len(norms)] = math.nan
-    config, optimizer = ResilienceConfig("skip", deviations), Thing().optimizer
-    guard, found = BadStepDetector(config, optimizer, CPU), []
+    config = ResilienceConfig("skip", deviations)
+    detector, found = BadStepDetector(config, CPU, fused=True), []
     for step, norm in enumerate(norms):
         if step == stop:
-            state = guard.state()
-            guard = BadStepDetector(config, optimizer, CPU)
-            guard.load(state)
-        found.append(bool(guard.check(torch.tensor(norm, dtype=torch.float64))))
+            state = detector.state_dict()
+            detector = BadStepDetector(config, CPU, fused=True)
+            detector.load_state_dict(state)
+        found.append(bool(detector.check(torch.tensor(norm, dtype=torch.float64))))
     assert found == reference(norms, deviations)
 
 
@@ -102,33 +112,38 @@ def test_a_loss_that_is_not_finite_reaches_every_gradient():
     assert weight.grad.isnan().all()
 
 
-def guard_after(policy: str, **settings) -> BadStepDetector:
-    guard = BadStepDetector(ResilienceConfig(policy, **settings), Thing().optimizer, CPU)
+def detector_after(policy: str, **settings) -> BadStepDetector:
+    detector = BadStepDetector(ResilienceConfig(policy, **settings), CPU, fused=True)
     for step in (1, 2, 3):
-        norm = torch.tensor(math.nan if step == 2 else 1.0)
-        guard.update(step, (4 * step, 4 * step + 3), norm, [((8, 9), norm)])
-    return guard
+        norm = math.nan if step == 2 else 1.0
+        detector.record(step_of(detector, step, norm, [((8, 9), torch.tensor(norm))]))
+    return detector
 
 
-def test_what_is_told_and_what_follows(caplog):
-    with pytest.raises(BadStepError, match="step 2 was bad: rows 8 to 11"):
-        guard_after("stop").settle()
+def test_what_is_reported_and_what_follows(caplog):
+    with pytest.raises(BadStepError, match="bad step 2: rows 8 to 11"):
+        detector_after("stop").flush()
     assert "bad step 2: gradient norm nan, rows 8 to 11 (1 so far)" in caplog.text
-    assert "the loss is nan on the rows 8, 9" in caplog.text
+    assert "the loss is nan on rows 8, 9" in caplog.text
     with pytest.raises(RollBack) as back:
-        guard_after("rollback").settle()
+        detector_after("rollback").flush()
     assert back.value.rows == [(8, 11)]
-    guard = guard_after("skip", max_bad_steps=1)
-    guard.settle()
-    guard.settle()  # each is seen once
-    assert guard.bad_steps == 1
-    guard.update(4, (16, 19), torch.tensor(math.inf), [])
-    with pytest.raises(BadStepError, match="2 bad steps between two checkpoints"):
-        guard.settle()
+    detector = detector_after("skip", max_bad_steps=1)
+    detector.flush()
+    detector.flush()  # each is seen once
+    assert detector.num_bad == 1
+    detector.record(step_of(detector, 4, math.inf))
+    with pytest.raises(BadStepError, match="2 bad steps since the last checkpoint"):
+        detector.flush()
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"), [({"norm_deviations": -1.0}, "norm_deviations"), ({"max_bad_steps": 0}, "max_bad_steps")]
+    ("settings", "words"),
+    [
+        ({"sigma_factor": -1.0}, "sigma_factor"),
+        ({"sigma_factor": math.inf}, "sigma_factor"),
+        ({"max_bad_steps": 0}, "max_bad_steps"),
+    ],
 )
 def test_settings_that_cannot_be(settings, words):
     with pytest.raises(ConfigError, match=words):
@@ -136,8 +151,9 @@ def test_settings_that_cannot_be(settings, words):
 
 
 def test_skip_on_a_gpu_needs_a_fused_optimizer():
+    fused = optim.is_fused(Thing(foreach=True).optimizer)
     with pytest.raises(ConfigError, match="fused"):
-        BadStepDetector(ResilienceConfig("skip"), Thing(foreach=True).optimizer, torch.device("meta"))
+        BadStepDetector(ResilienceConfig("skip"), torch.device("meta"), fused)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -196,8 +212,8 @@ def test_stop_saves_nothing_bad(tmp_path, monkeypatch, caplog):
     poison(monkeypatch)
     run(tmp_path, *RUN, code=1)
     assert checkpoint.steps(tmp_path / "checkpoint") == [3]
-    assert "step 5 was bad: rows 16 to 19" in caplog.text
-    assert "the loss is nan on the rows 18, 19" in caplog.text
+    assert "bad step 5: rows 16 to 19" in caplog.text
+    assert "the loss is nan on rows 18, 19" in caplog.text
 
 
 def test_rollback_leaves_the_rows_out_and_equals_a_run_without_them(tmp_path, monkeypatch):
@@ -221,13 +237,13 @@ def test_skip_goes_on_as_if_the_step_had_not_been(tmp_path, monkeypatch):
         poison(patch)
         run(tmp_path / "skip", *RUN, "--resilience.on_bad_step", "skip")
     with monkeypatch.context() as patch:
-        update = BadStepDetector.update
+        steps = []
 
-        def left_out(self, step, *rest):
-            if step != 5:
-                update(self, step, *rest)
+        def all_but_the_fifth(optimizer, bad):
+            steps.append(bad)
+            return len(steps) != 5
 
-        patch.setattr(BadStepDetector, "update", left_out)
+        patch.setattr(optim, "accepts_step", all_but_the_fifth)
         run(tmp_path / "none", *RUN)
     assert losses(tmp_path / "skip") == losses(tmp_path / "none")
 
@@ -235,4 +251,4 @@ def test_skip_goes_on_as_if_the_step_had_not_been(tmp_path, monkeypatch):
 def test_a_bad_first_step_has_nothing_to_go_back_to(tmp_path, monkeypatch, caplog):
     poison(monkeypatch, row=2)
     run(tmp_path, *RUN, "--resilience.on_bad_step", "rollback", code=1)
-    assert "nothing to go back to" in caplog.text
+    assert "no checkpoint yet to roll back to" in caplog.text

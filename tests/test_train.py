@@ -223,10 +223,10 @@ def test_the_last_checkpoint_may_hold_weights_alone_in_another_type(tmp_path, ca
 
 
 PHASES = [
-    "--data.phases",
+    "--phases",
     "{ from_step = 0, rope_theta = 5000.0 }",
     "{ from_step = 5, rope_theta = 20000.0, lr_factor = 0.5 }",
-    "{ from_share = 0.5, rope_theta = 1e6, window = 32 }",
+    "{ from_fraction = 0.5, rope_theta = 1e6, window = 32 }",
 ]
 
 
@@ -254,7 +254,7 @@ def test_other_phases_are_another_run(tmp_path, capsys):
     saving = ["--checkpoint.enable", "--training.steps", "2", "--checkpoint.interval", "2"]
     run(tmp_path, *saving, *PHASES[:2])
     for changed, word in (
-        (["--data.phases", "{ from_step = 0, rope_theta = 6000.0 }"], "phases.rope_theta"),
+        (["--phases", "{ from_step = 0, rope_theta = 6000.0 }"], "phases.rope_theta"),
         ([*PHASES[:2], "{ from_step = 1, window = 9 }"], "phases.window"),
     ):
         assert train.main([*DEBUG, "--job.dump_folder", str(tmp_path), *saving, *changed]) == 2

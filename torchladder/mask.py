@@ -11,7 +11,7 @@ A *window* of ``w`` counts the query itself. ``dense`` is the slow definition; t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,17 @@ def compose(*starts: Tensor) -> Tensor:
     for other in starts[1:]:
         start = torch.maximum(start, other)
     return start
+
+
+def from_names(names: Sequence[str], positions: Tensor, window: int) -> Tensor:
+    """Returns the ``start`` (B, T) int32 of registered masks, composed.
+
+    Args:
+        names: of the masks, one at least.
+        positions: (B, T) int32, 0 at the first token of each document.
+        window: tokens a query may attend to, itself included.
+    """
+    return compose(*(registry.get(name)(positions, window) for name in names))
 
 
 def _indices(positions: Tensor) -> Tensor:

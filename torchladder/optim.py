@@ -1,7 +1,8 @@
-"""What moves the weights: optimizers with parameter groups, and the learning rate as a pure function of the step.
+"""Optimizers, and learning-rate schedules as pure functions of the step.
 
-An optimizer is a registered part: a frozen dataclass of settings that makes a ``torch.optim.Optimizer`` when called
-with a model. The learning rate of a step is the peak times ``factor(step)``: warm-up, plateau, decay, nothing to save.
+An optimizer is a registered frozen dataclass of settings that returns a ``torch.optim.Optimizer`` when called with a
+model. The learning rate of a step is the peak times ``LRSchedulerConfig.factor(step)``: warmup, plateau, decay. It has
+no state to save.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchladder.registry import ConfigError, Registry
 
@@ -21,18 +22,19 @@ logger = logging.getLogger(__name__)
 
 Builder = Callable[[nn.Module], torch.optim.Optimizer]
 Decay = Callable[[float, float], float]
-"""``(progress in [0, 1], min_lr_factor) -> factor``, from 1 at progress 0 to min_lr_factor at progress 1"""
+"""``(progress in [0, 1], min_lr_factor) -> factor``: 1 at progress 0, min_lr_factor at progress 1."""
 
 registry: Registry[Builder] = Registry("optimizer")
 register = registry.register
 
-schedules: Registry[float] = Registry(
-    "decay type", facts={"progress": "share of the decay that is behind", "floor": "lr_scheduler.min_lr_factor"}
+decays: Registry[float] = Registry(
+    "decay type",
+    facts={"progress": "completed fraction of the decay", "min_lr_factor": "where the decay ends"},
 )
 
 
 def build(section: Any, model: nn.Module) -> torch.optim.Optimizer:
-    """Returns the optimizer of a model, from the section ``[optimizer]``."""
+    """Builds the optimizer of a model from the section ``[optimizer]``."""
     return registry.build(section)(model)
 
 
@@ -45,29 +47,29 @@ class AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101).
 
     Raises:
-        ConfigError: a setting that cannot be.
+        ConfigError: a setting is out of range.
     """
 
     lr: float = 8e-4
-    """Peak learning rate; [lr_scheduler] gives its course."""
+    """Peak learning rate; [lr_scheduler] scales it at each step."""
 
     beta1: float = 0.9
-    """How slowly the mean of the gradients forgets."""
+    """Decay rate of the first moment (Adam's β₁)."""
 
     beta2: float = 0.95
-    """How slowly the mean of the squared gradients forgets."""
+    """Decay rate of the second moment (Adam's β₂)."""
 
     eps: float = 1e-8
-    """Added to the root of the squared gradients' mean."""
+    """Added to the denominator for numerical stability."""
 
     weight_decay: float = 0.1
-    """Share of a weight that is taken away, times the learning rate, each step."""
+    """Decoupled weight decay."""
 
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
-    """One kernel for all weights, a few, or one after the other; fused where torch has it for the device."""
+    """PyTorch's implementation of the step; fused falls back to foreach where the device has no fused kernel."""
 
     decay_matrices_only: bool = True
-    """Decay matrices, embeddings among them, and leave vectors (norms, biases) alone; otherwise decay everything."""
+    """Apply weight decay to matrices (embeddings included) but not to vectors (norms, biases)."""
 
     def __post_init__(self) -> None:
         for key in ("lr", "eps", "weight_decay"):
@@ -79,7 +81,7 @@ class AdamW:
 
     def __call__(self, model: nn.Module) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        _require(bool(parameters), "the model has no parameters to train.")
+        _require(bool(parameters), "the model has no trainable parameters.")
         groups = self.groups(parameters)
         options = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
         return self.make(groups, **options, **self.kernel(parameters))
@@ -88,15 +90,15 @@ class AdamW:
         return torch.optim.AdamW(groups, **options)
 
     def groups(self, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-        """Returns the parameters in groups of one weight decay each."""
-        # A matrix is whatever has two dimensions or more, by its global shape where it is sharded.
+        """Returns one parameter group per weight decay."""
+        # DTensor.ndim is that of the global shape.
         decayed = [parameter for parameter in parameters if parameter.ndim >= 2 or not self.decay_matrices_only]
-        kept = [parameter for parameter in parameters if parameter.ndim < 2 and self.decay_matrices_only]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        others = [parameter for parameter in parameters if parameter.ndim < 2 and self.decay_matrices_only]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
     def kernel(self, parameters: list[nn.Parameter]) -> dict[str, bool]:
-        """Returns torch's flags for the implementation, after a step that shows whether it runs here."""
+        """Returns torch's flags for the implementation; tries one fused step to see whether the device supports it."""
         flags = {"fused": False, "foreach": False}
         if self.implementation == "for-loop":
             return flags
@@ -105,11 +107,11 @@ class AdamW:
             problem = next(filter(None, (self._problem(*kind) for kind in kinds)), None)
             if problem is None:
                 return flags | {"fused": True}
-            logger.warning("optimizer.implementation: fused does not run here, taking foreach (%s)", problem)
+            logger.warning("optimizer.implementation: fused is not supported here, using foreach (%s)", problem)
         return flags | {"foreach": True}
 
     def _problem(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Returns why a fused step fails for such weights, None where it runs."""
+        """Returns why a fused step fails for such parameters, None if it works."""
         weight = nn.Parameter(torch.zeros(2, device=device, dtype=dtype))
         weight.grad = torch.zeros_like(weight)
         try:
@@ -121,7 +123,7 @@ class AdamW:
 
 @register("Adam")
 class Adam(AdamW):
-    """Adam; weight decay is part of the gradient (arXiv 1412.6980)."""
+    """Adam with weight decay as L2 regularization (arXiv 1412.6980)."""
 
     def make(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
         return torch.optim.Adam(groups, **options)
@@ -130,62 +132,61 @@ class Adam(AdamW):
 # --- the learning rate -----------------------------------------------------------------------------------------------
 
 
-@schedules.register("constant")
-def constant(progress: float, floor: float) -> float:
-    """Stays at the peak."""
+@decays.register("constant")
+def constant(progress: float, min_lr_factor: float) -> float:
+    """No decay."""
     return 1.0
 
 
-@schedules.register("linear")
-def linear(progress: float, floor: float) -> float:
-    """Falls by the same amount each step."""
-    return 1 - (1 - floor) * progress
+@decays.register("linear")
+def linear(progress: float, min_lr_factor: float) -> float:
+    """Linear decay."""
+    return 1 - (1 - min_lr_factor) * progress
 
 
-@schedules.register("cosine")
-def cosine(progress: float, floor: float) -> float:
-    """Falls along half a period of the cosine (arXiv 1608.03983)."""
-    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+@decays.register("cosine")
+def cosine(progress: float, min_lr_factor: float) -> float:
+    """Cosine decay (arXiv 1608.03983)."""
+    return min_lr_factor + (1 - min_lr_factor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-@schedules.register("exponential")
-def exponential(progress: float, floor: float) -> float:
-    """Falls by the same factor each step; needs a min_lr_factor above 0."""
-    return floor**progress
+@decays.register("exponential")
+def exponential(progress: float, min_lr_factor: float) -> float:
+    """Exponential decay; needs min_lr_factor > 0."""
+    return min_lr_factor**progress
 
 
-@schedules.register("sqrt")
-@schedules.register("one_minus_sqrt")
-def one_minus_sqrt(progress: float, floor: float) -> float:
-    """Falls fast, then ever slower: lr = A - (A - B) · sqrt(x), the 1 - sqrt cool-down (arXiv 2405.18392)."""
-    return 1 - (1 - floor) * math.sqrt(progress)
+@decays.register("sqrt")
+def sqrt(progress: float, min_lr_factor: float) -> float:
+    """The 1 - sqrt cooldown (arXiv 2405.18392): 1 - (1 - min_lr_factor) · sqrt(progress)."""
+    return 1 - (1 - min_lr_factor) * math.sqrt(progress)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LRSchedulerConfig:
-    """The course of the learning rate: warm-up, plateau, decay.
+    """Learning-rate schedule: linear warmup, plateau, decay.
 
     Raises:
-        ConfigError: a setting that cannot be.
+        ConfigError: a setting is out of range.
     """
 
     warmup_steps: int = 200
-    """Steps of the linear climb: step s of the first ones has (s + 1) / warmup_steps of the peak."""
+    """Steps of linear warmup: step s, from 0, has (s + 1) / warmup_steps of the peak."""
 
     total_steps: int | None = None
-    """Step at which the decay is over; left out: training.steps."""
+    """Step at which the decay ends (default: training.steps)."""
 
     decay_ratio: float | None = None
-    """Share of all steps that the decay takes, at the end; left out: it begins right after the warm-up."""
+    """Fraction of all steps that the final decay takes (default: it begins right after the warmup)."""
 
     decay_type: str = "linear"
-    """Curve of the decay: linear, sqrt or one_minus_sqrt, cosine, exponential, constant, or a plugin's."""
+    """Shape of the decay: linear, sqrt (the 1 - sqrt cooldown), cosine, exponential, constant, or a plugin's."""
 
     min_lr_factor: float = 0.0
-    """Share of the peak that the decay ends at."""
+    """Learning rate at the end of the decay, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        schedules.get(self.decay_type)
+        decays.get(self.decay_type)
         for key, least in (("warmup_steps", 0), ("total_steps", 1)):
             value = getattr(self, key)
             _require(value is None or value >= least, f"lr_scheduler.{key} = {value}: must be {least} or more.")
@@ -194,47 +195,64 @@ class LRSchedulerConfig:
             _require(value is None or 0 <= value <= 1, f"lr_scheduler.{key} = {value}: must be from 0 to 1.")
         _require(
             self.decay_type != "exponential" or self.min_lr_factor > 0,
-            "lr_scheduler.min_lr_factor = 0: an exponential decay never gets there; set one above 0.",
+            "lr_scheduler.min_lr_factor = 0: an exponential decay never reaches 0; set a value above 0.",
         )
 
     def factor(self, step: int, steps: int) -> float:
-        """Returns the learning rate of a step as a share of its peak.
+        """Returns the learning rate of a step as a fraction of the peak.
 
         Args:
-            step: optimizer step from 0.
-            steps: optimizer steps of the whole run, the total where total_steps says nothing.
+            step: optimizer step, from 0.
+            steps: optimizer steps of the run, the default of total_steps.
         """
         total = self.total_steps or steps
         length = total - self.warmup_steps if self.decay_ratio is None else round(total * self.decay_ratio)
-        # The end of the decay belongs to step `total`, which is never taken: no step is spent at a rate of 0.
+        # The decay ends at step `total`, one past the last: no step is spent at a rate of 0.
         begin = total - length
         progress = min(max(step - begin, 0) / length, 1.0) if length > 0 else 0.0
-        decay: Decay = schedules.get(self.decay_type)
-        # A product, so that a short trial run may lie within its warm-up.
+        decay: Decay = decays.get(self.decay_type)
+        # A product, so that a short run may end within its warmup.
         return min((step + 1) / max(self.warmup_steps, 1), 1.0) * decay(progress, self.min_lr_factor)
 
 
-class LRSchedule:
-    """Sets the learning rate of an optimizer for a step; it remembers the peaks and nothing else.
+class LRScheduler:
+    """Sets the learning rate of an optimizer; remembers the peaks and nothing else.
 
     Args:
-        config: the course.
-        optimizer: fresh, each group with its peak as ``lr``: a later load of old groups does not change the peaks.
-        steps: optimizer steps of the whole run.
+        optimizer: fresh, each group's ``lr`` being its peak; loading a checkpoint later does not change the peaks.
     """
 
-    def __init__(self, config: LRSchedulerConfig, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        self.config = config
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self.steps = steps
         self.peaks = [group["lr"] for group in optimizer.param_groups]
 
-    def set(self, step: int, scale: float = 1.0) -> float:
-        """Sets the rate for a step, times ``scale``, before ``optimizer.step``; returns the first group's."""
-        factor = self.config.factor(step, self.steps) * scale
+    def set_factor(self, factor: float) -> float:
+        """Sets the learning rate of every group to its peak times ``factor``; returns that of the first group."""
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         return self.optimizer.param_groups[0]["lr"]
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether every group steps in a fused kernel, which can skip a step without a device synchronization."""
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
+def accepts_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
+    """Returns whether to call ``optimizer.step()``, for a step that may turn out to be bad.
+
+    A fused optimizer reads ``found_inf`` on the device, as under ``torch.amp.GradScaler``: at 1 it changes neither
+    weights nor state, and the host does not wait to find out. On a CPU the host knows anyway. A GPU optimizer that is
+    not fused steps in any case: ``resilience.on_bad_step`` then is stop or rollback, which discard the result.
+
+    Args:
+        optimizer: the optimizer.
+        bad: () 1 for a bad step, else 0; on the device.
+    """
+    if is_fused(optimizer):
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        return True
+    return bad.device.type != "cpu" or not bad
 
 
 def _require(condition: bool, message: str) -> None:

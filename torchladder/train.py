@@ -1,4 +1,4 @@
-"""``python -m torchladder.train``: settings, ranks, plan, run."""
+"""``python -m torchladder.train``: reads the settings, joins the ranks, plans and trains."""
 
 from __future__ import annotations
 
@@ -25,59 +25,59 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one training; returns the exit code: 0 finished, 75 asked to end before, 1 failed, 2 settings or inputs."""
+    """Runs one training; returns the exit code: 0 finished, 75 interrupted, 1 failed, 2 bad settings."""
     try:
         config = settings.load(sys.argv[1:] if argv is None else argv)
-        with interrupt.Interrupt(config.job.max_minutes) as asked:
-            return run(config, asked)
+        with interrupt.Interrupt(config.job.max_minutes) as interruption:
+            return run(config, interruption)
     except ConfigError as error:
         processes.report(error)
         return settings.fail(error)
 
 
-def run(config: settings.Config, asked: interrupt.Interrupt) -> int:
-    """Trains, unless the run is over already; returns the exit code."""
+def run(config: settings.Config, interruption: interrupt.Interrupt) -> int:
+    """Trains, unless the run has finished already; returns the exit code."""
     try:
-        with asked.breaks():
+        with interruption.interruptible():
             plan = plans.make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
             if config.debug.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
             ranks = processes.join(config.comm, Path(config.job.dump_folder))
             init_logger(ranks.rank)
-            trainer = Trainer(plan, ranks, asked)
+            trainer = Trainer(plan, ranks, interruption)
         return interrupt.FINISHED if trainer.train() else interrupt.REQUEUE
-    except interrupt.Interrupted as why:
-        logger.warning("ending before the first step: %s", why)
+    except interrupt.Interrupted as reason:
+        logger.warning("ending before the first step: %s", reason)
         return interrupt.REQUEUE
     except (checkpoint.SaveError, bad_steps.BadStepError) as error:
         logger.error("%s", error)
         return interrupt.FAILED
     except RuntimeError as error:
         if dist.is_initialized() and missing_ranks.is_rank_failure(error):
-            _call_the_roll()
+            _report_missing_ranks()
         raise
     finally:
         processes.leave()
 
 
-def _call_the_roll() -> None:
-    """Names the ranks that a failed collective waited for."""
+def _report_missing_ranks() -> None:
+    """Logs the ranks that a failed collective was waiting for."""
     try:
         missing = missing_ranks.find_missing_ranks(dist.get_rank(), dist.get_world_size())
     except RuntimeError:
-        logger.error("a collective failed, and the store is gone too: the machine of rank 0 may be down")
+        logger.error("a collective failed and the store is unreachable: the machine of rank 0 may be down")
         return
     if missing:
         names = ", ".join(map(str, missing))
-        logger.error("no answer from rank %s: dead, hung, or failed by an error of its own", names)
+        logger.error("no answer from rank %s: dead, hung, or ended by an error of its own", names)
 
 
 def process_code(code: int) -> int:
-    """Returns what this process is to end with.
+    """Returns the exit code of this process.
 
-    torchrun takes every code but 0 for a failure, and starts the run again. So under torchrun an interrupted run ends
-    with 0, and says 75 in the file that TORCHLADDER_EXIT_FILE names, for whoever called torchrun.
+    torchrun takes every code but 0 for a failure and restarts the run. So under torchrun an interrupted run exits with
+    0, and leaves its 75 in the file that TORCHLADDER_EXIT_FILE names, for whoever started torchrun.
     """
     file = os.environ.get("TORCHLADDER_EXIT_FILE")
     if file and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -86,10 +86,10 @@ def process_code(code: int) -> int:
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process with a code.
+    """Exits this process.
 
-    Under torchrun at once: threads of libraries can abort a process while Python shuts down, rarely, and torchrun would
-    take a rank that has finished for one that has failed.
+    Under torchrun without Python's shutdown: threads of libraries abort it now and then, and torchrun would take a rank
+    that has finished for one that has failed.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         logging.shutdown()

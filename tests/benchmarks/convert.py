@@ -1,9 +1,9 @@
-"""Peak memory of converting a model to a checkpoint and back, against its size and that of its largest tensor.
+"""Peak memory of converting a model to a checkpoint and back, beside its size and that of its largest tensor.
 
 python -m tests.benchmarks.convert [MiB of the embedding] [blocks]
 
-Each direction runs in a process of its own. Memory is what it had at most (VmHWM, with pages of mapped files) beyond
-what it had after its imports. Linux only.
+Each direction runs in its own process. Memory is the peak (VmHWM, with pages of mapped files) minus the memory after
+all imports. Linux only.
 """
 
 import subprocess
@@ -15,7 +15,7 @@ import torch
 
 from torchladder import models
 from torchladder.models.hf import conversion, hf_folder, hf_weights
-from torchladder.models.hf.hf_config import HFMetadata
+from torchladder.models.hf.adapter import HFMetadata
 
 DIM, FFN = 1024, 3072
 
@@ -32,16 +32,16 @@ def peak() -> float:
 
 def convert(direction: str, root: Path, shape: models.LlamaConfig) -> None:
     """Converts in this process and prints the peak in MiB."""
-    hf_folder.SHARD_BYTES = 16 << 20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    hf_folder.MAX_SHARD_BYTES = 16 << 20
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak()
     if direction == "from-hf":
-        conversion.to_checkpoint(hf_folder.Folder(root / "source"), root / "step-0")
-    elif direction == "from-hf, 1,000 rows more":
-        conversion.to_checkpoint(hf_folder.Folder(root / "source"), root / "step-1", shape.vocab_size + 1000)
+        conversion.hf_to_checkpoint(hf_folder.HFFolder(root / "source"), root / "step-0")
+    elif direction == "from-hf, 1,000 new rows":
+        conversion.hf_to_checkpoint(hf_folder.HFFolder(root / "source"), root / "step-1", shape.vocab_size + 1000)
     else:
         (root / "back").mkdir()
-        conversion.from_checkpoint(root / "step-0", root / "back", ("llama", shape), HFMetadata(64))
+        conversion.checkpoint_to_hf(root / "step-0", root / "back", ("llama", shape), HFMetadata(64))
     print(round(peak() - before))
 
 
@@ -50,11 +50,13 @@ def main(mib: int = 64, blocks: int = 20) -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         (root / "source").mkdir()
-        hf_folder.SHARD_BYTES = 16 << 20
-        hf_weights.save(models.Llama(shape, seq_len=8), root / "source", HFMetadata(64), torch.bfloat16, first=True)
+        hf_folder.MAX_SHARD_BYTES = 16 << 20
+        hf_weights.save_hf_weights(
+            models.Llama(shape, seq_len=8), root / "source", HFMetadata(64), torch.bfloat16, is_writer=True
+        )
         size = sum(file.stat().st_size for file in (root / "source").glob("*.safetensors")) >> 20
         print(f"model of {size:,} MiB in shards of 16 MiB, largest tensor {mib} MiB; peak beyond the start:")
-        for direction in ("from-hf", "from-hf, 1,000 rows more", "to-hf"):
+        for direction in ("from-hf", "from-hf, 1,000 new rows", "to-hf"):
             command = [sys.executable, "-m", "tests.benchmarks.convert", direction, place, str(mib), str(blocks)]
             found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             print(f"  {direction:26} {found.strip():>5} MiB")

@@ -16,18 +16,18 @@ from torchladder.checkpoint.checkpoint_config import CheckpointConfig
 from torchladder.checkpoint.checkpointer import Checkpointer
 from torchladder.checkpoint.checksums import find_corruption
 from torchladder.checkpoint.group import SaveError
-from torchladder.checkpoint.identity import check
-from torchladder.checkpoint.step_folders import RUN, complete, finished, read_run, steps
+from torchladder.checkpoint.run_state import RUN_STATE_FILE, RunState, check_fingerprints
+from torchladder.checkpoint.step_folders import complete, finished, steps
 
 __all__ = [
-    "RUN",
+    "RUN_STATE_FILE",
     "CheckpointConfig",
     "Checkpointer",
+    "RunState",
     "SaveError",
-    "check",
+    "check_fingerprints",
     "complete",
     "find_corruption",
     "finished",
-    "read_run",
     "steps",
 ]

@@ -106,10 +106,6 @@ class CheckpointConfig:
             if name not in EXCLUDABLE:
                 raise unknown_name("entry of checkpoint.exclude_from_loading", name, EXCLUDABLE)
 
-    def keeps(self, step: int) -> bool:
-        """Whether the checkpoint of a step stays when newer ones have come."""
-        return self.keep_latest_k == 0 or (self.keep_every > 0 and step % self.keep_every == 0)
-
     def _at_least(self, key: str, least: int) -> None:
         if not getattr(self, key) >= least:
             raise ConfigError(f"checkpoint.{key} = {getattr(self, key)}: must be {least} or more.")

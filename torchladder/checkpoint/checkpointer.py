@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch import nn
 from torchladder.checkpoint import selection, state, step_folders
 from torchladder.checkpoint.checkpoint_config import CheckpointConfig
 from torchladder.checkpoint.group import CheckpointGroup, SaveError
+from torchladder.checkpoint.run_state import RUN_STATE_FILE, RunState
 from torchladder.checkpoint.saver import PendingSave, Saver
 from torchladder.checkpoint.selection import Check
 from torchladder.registry import ConfigError
@@ -49,8 +49,8 @@ class Checkpointer:
         self.optimizer = optimizer
         self.files = files or {}
         self.steps = steps
-        self.team = CheckpointGroup()
-        self.saver = Saver(config, self.team, next(model.parameters()).device)
+        self.group = CheckpointGroup()
+        self.saver = Saver(config, self.group, next(model.parameters()).device)
         self.saved = -1
         """The step of the last checkpoint that was begun or loaded."""
         self.failures = 0
@@ -81,12 +81,11 @@ class Checkpointer:
             return False
         return last or asked or step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
 
-    def save(self, step: int, run: dict[str, Any], last: bool = False, must: bool = False) -> None:
-        """Saves the state after ``step`` steps; ``run`` goes into ``run.json``.
+    def save(self, run: RunState, last: bool = False, must: bool = False) -> None:
+        """Saves model, optimizer and the state of the run.
 
         Args:
-            step: optimizer steps behind the run.
-            run: what the run needs to go on, beside model and optimizer.
+            run: where the run stands.
             last: the run is over; last_save_model_only holds, and it must succeed.
             must: it must succeed, and be complete when this returns.
 
@@ -94,8 +93,8 @@ class Checkpointer:
             SaveError: max_failures saves in a row have failed.
         """
         self.wait()
-        run = run | {"excluded": self.config.exclude_from_loading}
-        files = {step_folders.RUN: (json.dumps(run, indent=2) + "\n").encode(), **self.files}
+        step, run = run.step, replace(run, excluded=self.config.exclude_from_loading)
+        files = {RUN_STATE_FILE: run.to_json().encode(), **self.files}
         job = PendingSave(step_folders.path_of(self.folder, step), step, files)
         self.saved, self._since = step, time.monotonic()
         if self.config.async_mode != "disabled" and not (last or must):
@@ -121,8 +120,8 @@ class Checkpointer:
         """Lets what is being written come to its end, whatever that is; ``wait`` tells more."""
         self.saver.close()
 
-    def load(self, check: Check, newest: bool = False) -> dict[str, Any] | None:
-        """Loads the checkpoint to continue from and returns its ``run.json``; None where the run starts anew.
+    def load(self, check: Check, newest: bool = False) -> RunState | None:
+        """Loads the checkpoint to continue from and returns its run state; None if the run starts from scratch.
 
         Args:
             check: raises ConfigError where the ``run.json`` is of another run; asked before anything is loaded.
@@ -136,23 +135,23 @@ class Checkpointer:
             return None
         load_step = -1 if newest or selection.restarted() else config.load_step
         if load_step == -1 and not newest and self._finished():
-            run = step_folders.read_run(step_folders.path_of(self.folder, step_folders.steps(self.folder)[-1]))
+            run = RunState.read(step_folders.path_of(self.folder, step_folders.steps(self.folder)[-1]))
             check(run)  # another run is told so, even when there is nothing to do
             return run
-        path = selection.newest_intact(self.folder, load_step, check, self.team)
+        path = selection.newest_intact(self.folder, load_step, check, self.group)
         if path is not None:
             run = self._restore(path, model_only=False)
-            if run["step"] != step_folders.read_run(path)["step"]:
+            if run.step != RunState.read(path).step:
                 raise ConfigError(
                     "checkpoint.exclude_from_loading = ['train_state'] begins at step 0, and this run's own folder "
                     f"{self.folder} has later ones: start in another folder, with checkpoint.initial_load_path."
                 )
-            self.saved = -1 if run.get("pending") else run["step"]
+            self.saved = -1 if run.post_step_pending else run.step
             return run
         if not config.initial_load_path or config.initial_load_in_hf:  # the trainer knows Hugging Face's form
             return None
         path, model_only = Path(config.initial_load_path), config.initial_load_model_only
-        wrong = selection.find_error(path, (lambda run: None) if model_only else check, self.team)
+        wrong = selection.find_error(path, (lambda run: None) if model_only else check, self.group)
         if wrong is not None:
             raise ConfigError(
                 f"checkpoint.initial_load_path = {str(path)!r}: no intact checkpoint is there. What is wrong: {wrong}."
@@ -161,20 +160,20 @@ class Checkpointer:
         return None if model_only else run
 
     def _finished(self) -> bool:
-        return self.steps is not None and self.team.broadcast(step_folders.finished(self.folder, self.steps))
+        return self.steps is not None and self.group.broadcast(step_folders.finished(self.folder, self.steps))
 
-    def _restore(self, path: Path, model_only: bool) -> dict[str, Any]:
+    def _restore(self, path: Path, model_only: bool) -> RunState:
         """Loads what is not excluded; a checkpoint that was saved under the same exclusions is this run's own."""
-        run = step_folders.read_run(path)
-        excluded = set(self.config.exclude_from_loading) - set(run["excluded"])
-        weights_only = model_only or run["step"] == 0 or "optimizer" in excluded
-        state.restore(path, self.model, None if weights_only else self.optimizer, self.team)
-        if self.team.rank == 0:
+        run = RunState.read(path)
+        excluded = set(self.config.exclude_from_loading) - set(run.excluded)
+        weights_only = model_only or run.step == 0 or "optimizer" in excluded
+        state.restore(path, self.model, None if weights_only else self.optimizer, self.group)
+        if self.group.rank == 0:
             logger.info("loaded %s%s", path, " (weights only)" if weights_only else "")
         if "train_state" in excluded:
-            run["step"] = 0
+            run = replace(run, step=0)
         if "dataloader" in excluded:
-            run["row"] = 0
+            run = replace(run, row=0)
         return run
 
     def _state(self, step: int, last: bool) -> state.State:
@@ -193,7 +192,7 @@ class Checkpointer:
             most = self.config.max_failures
             if self.failures >= most:
                 raise SaveError(f"{self.failures} saves in a row failed (checkpoint.max_failures): {error}") from error
-            if self.team.rank == 0:
+            if self.group.rank == 0:
                 logger.warning(
                     "checkpoint: step %d is not saved (failure %d of %d): %s", step, self.failures, most, error
                 )

@@ -19,23 +19,23 @@ class CheckpointGroup:
     """All ranks, over a group of their own on the CPU: a save in a thread never meets the collectives of training."""
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self.rank = dist.get_rank() if self.group is not None else 0
-        self.size = dist.get_world_size() if self.group is not None else 1
+        self.process_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.rank = dist.get_rank() if self.process_group is not None else 0
+        self.size = dist.get_world_size() if self.process_group is not None else 1
 
     def gather(self, value: T) -> list[T]:
         """Returns every rank's value, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=self.process_group)
         return values
 
     def broadcast(self, value: T) -> T:
         """Returns rank 0's value on every rank."""
         return self.gather(value)[0]
 
-    def together(self, work: Callable[[], T]) -> list[T]:
+    def run_all(self, work: Callable[[], T]) -> list[T]:
         """Does something on every rank and returns what each of them made.
 
         Raises:
@@ -56,10 +56,10 @@ class CheckpointGroup:
             raise SaveError("; ".join(problems))
         return [made for made, _ in results]  # type: ignore[misc]
 
-    def first(self, work: Callable[[], object]) -> None:
+    def run_on_rank0(self, work: Callable[[], object]) -> None:
         """Does something on rank 0 while the others wait for it.
 
         Raises:
             SaveError: on every rank, when it failed.
         """
-        self.together(lambda: work() if self.rank == 0 else None)
+        self.run_all(lambda: work() if self.rank == 0 else None)

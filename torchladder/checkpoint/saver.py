@@ -43,16 +43,16 @@ class Saver:
 
     Args:
         config: the section [checkpoint].
-        team: the ranks.
+        group: the ranks.
         device: where the state lives.
 
     Raises:
         ConfigError: pinned memory is asked for where there is no CUDA.
     """
 
-    def __init__(self, config: CheckpointConfig, team: CheckpointGroup, device: torch.device) -> None:
+    def __init__(self, config: CheckpointConfig, group: CheckpointGroup, device: torch.device) -> None:
         self.config = config
-        self.team = team
+        self.group = group
         self._copying: Future[State] | None = None
         self._writing: Future[None] | None = None
         pinned = config.async_mode == "async_with_pinned_mem"
@@ -118,15 +118,15 @@ class Saver:
         """
         partial = step_folders.partial_of(job.path)
         try:
-            self.team.first(lambda: step_folders.begin(job.path))
-            parts = self.team.together(lambda: self._write_tensors(partial, state))
+            self.group.run_on_rank0(lambda: step_folders.begin(job.path))
+            parts = self.group.run_all(lambda: self._write_tensors(partial, state))
             sums = {name: digest for part in parts for name, digest in part.items()}
-            self.team.first(lambda: self._complete(job, sums))
+            self.group.run_on_rank0(lambda: self._complete(job, sums))
         except SaveError:
-            if self.team.rank == 0:
+            if self.group.rank == 0:
                 step_folders.discard(partial)
             raise
-        if self.team.rank == 0:
+        if self.group.rank == 0:
             logger.info("saved %s", job.path)
             step_folders.prune(job.path.parent, job.step, self.config.keep_latest_k, self.config.keep_every)
 
@@ -136,7 +136,7 @@ class Saver:
     def _write_tensors(self, partial: Path, state: State) -> dict[str, str]:
         """Writes this rank's share and reads it back; returns its sums."""
         writer = checksums.ChecksumWriter(partial)
-        dcp.save(state, storage_writer=writer, process_group=self.team.group)
+        dcp.save(state, storage_writer=writer, process_group=self.group.process_group)
         checksums.verify(partial, writer.sums)
         return writer.sums
 

@@ -6,19 +6,19 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torchladder.checkpoint import checksums, step_folders
 from torchladder.checkpoint.group import CheckpointGroup
+from torchladder.checkpoint.run_state import RUN_STATE_FILE, RunState
 from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
 
-Check = Callable[[dict[str, Any]], None]
+Check = Callable[[RunState], None]
 """Raises ConfigError where the ``run.json`` of a checkpoint is of another run."""
 
 
-def newest_intact(folder: Path, load_step: int, check: Check, team: CheckpointGroup) -> Path | None:
+def newest_intact(folder: Path, load_step: int, check: Check, group: CheckpointGroup) -> Path | None:
     """Returns the newest intact checkpoint, or the one of ``load_step``; None where there are none at all.
 
     A damaged or incomplete one is reported, and the one before is taken.
@@ -26,16 +26,16 @@ def newest_intact(folder: Path, load_step: int, check: Check, team: CheckpointGr
     Raises:
         ConfigError: the one that the settings name, or every one, is damaged, or it is of another run.
     """
-    found = team.broadcast(step_folders.named(folder))
+    found = group.broadcast(step_folders.named(folder))
     if load_step != -1 and load_step not in found:
         known = ", ".join(map(str, found)) or "none"
         raise ConfigError(f"checkpoint.load_step = {load_step}: {folder} has the steps {known}.")
     for step in [load_step] if load_step != -1 else reversed(found):
         path = step_folders.path_of(folder, step)
-        wrong = find_error(path, check, team)
+        wrong = find_error(path, check, group)
         if wrong is None:
             return path
-        if team.rank == 0:
+        if group.rank == 0:
             logger.warning("checkpoint: %s is damaged and passed over: %s", path, wrong)
     if not found:
         return None
@@ -45,7 +45,7 @@ def newest_intact(folder: Path, load_step: int, check: Check, team: CheckpointGr
     )
 
 
-def find_error(path: Path, check: Check, team: CheckpointGroup) -> str | None:
+def find_error(path: Path, check: Check, group: CheckpointGroup) -> str | None:
     """Returns what is wrong with a checkpoint, on every rank alike, None where it is intact.
 
     Each rank reads its share of the files; what takes long comes after the question whether it is of this run.
@@ -55,22 +55,20 @@ def find_error(path: Path, check: Check, team: CheckpointGroup) -> str | None:
     """
     try:
         sums = checksums.read(path)
-        missing = [name for name in (step_folders.METADATA, step_folders.RUN) if name not in sums]
+        missing = [name for name in (step_folders.METADATA, RUN_STATE_FILE) if name not in sums]
         missing += [name for name in sums if not (path / name).is_file()]
         wrong = (
-            f"{missing[0]} is missing"
-            if missing
-            else checksums.file_error(path, step_folders.RUN, sums[step_folders.RUN])
+            f"{missing[0]} is missing" if missing else checksums.file_error(path, RUN_STATE_FILE, sums[RUN_STATE_FILE])
         )
     except (OSError, ValueError) as error:
         wrong = f"{checksums.SUMS}: {getattr(error, 'strerror', None) or error}"
-    wrong = next(filter(None, team.gather(wrong)), None)
+    wrong = next(filter(None, group.gather(wrong)), None)
     if wrong is not None:
         return wrong
-    check(step_folders.read_run(path))
-    mine = sorted(sums)[team.rank :: team.size]
+    check(RunState.read(path))
+    mine = sorted(sums)[group.rank :: group.size]
     problems = (checksums.file_error(path, name, sums[name]) for name in mine)
-    return next(filter(None, team.gather(next(filter(None, problems), None))), None)
+    return next(filter(None, group.gather(next(filter(None, problems), None))), None)
 
 
 def restarted() -> bool:

@@ -31,7 +31,7 @@ def has_optimizer(path: Path) -> bool:
     return any(key.startswith("optimizer") for key in metadata)
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, team: CheckpointGroup) -> None:
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, group: CheckpointGroup) -> None:
     """Loads a model, and its optimizer where one is given; settings of the optimizer stay the run's own.
 
     Raises:
@@ -43,11 +43,11 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
             "checkpoint.initial_load_path, or set checkpoint.exclude_from_loading = ['optimizer']."
         )
     state = collect(model, optimizer)
-    dcp.load(state, checkpoint_id=path, process_group=team.group)
+    dcp.load(state, checkpoint_id=path, process_group=group.process_group)
     if optimizer is None:
         set_model_state_dict(model, state["model"])
         return
     settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    for params, own in zip(optimizer.param_groups, settings, strict=True):
+        params.update(own)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from torchladder.checkpoint.checksums import SUMS
+from torchladder.checkpoint.run_state import RUN_STATE_FILE, RunState
 
 logger = logging.getLogger(__name__)
-
-RUN = "run.json"
-"""The file of a checkpoint that says where the run is: step, next row, fingerprints, versions."""
 
 SETTINGS = "config.toml"
 """The file of a checkpoint with the settings of the run that saved it."""
@@ -31,7 +27,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 def complete(path: Path) -> bool:
     """Whether a folder has what every checkpoint has; whether its files are intact is for ``checksums.problems``."""
-    return all((path / name).is_file() for name in (METADATA, RUN, SUMS))
+    return all((path / name).is_file() for name in (METADATA, RUN_STATE_FILE, SUMS))
 
 
 def named(folder: Path) -> list[int]:
@@ -45,19 +41,13 @@ def steps(folder: Path) -> list[int]:
     return [step for step in named(folder) if complete(path_of(folder, step))]
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """Returns what a checkpoint says of its run."""
-    run: dict[str, Any] = json.loads((path / RUN).read_text(encoding="utf-8"))
-    return run
-
-
 def finished(folder: Path, total: int) -> bool:
     """Whether the newest checkpoint is that of a run's last step, with nothing left to do after it."""
     found = steps(folder)
     if not found or found[-1] < total:
         return False
     try:
-        return not read_run(path_of(folder, found[-1])).get("pending", False)
+        return not RunState.read(path_of(folder, found[-1])).post_step_pending
     except (OSError, ValueError):
         return False
 

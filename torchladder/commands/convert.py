@@ -1,9 +1,8 @@
-"""Turns a Hugging Face folder into a checkpoint to start from, and a run's checkpoint into such a folder."""
+"""Converts a Hugging Face folder to a checkpoint to train from, or a checkpoint to a Hugging Face folder."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import warnings
 from dataclasses import replace
@@ -14,144 +13,141 @@ import tomli_w
 import torch
 
 from torchladder import checkpoint, models
-from torchladder.checkpoint import checksums
-from torchladder.config import Config
+from torchladder.checkpoint import checksums, step_folders
+from torchladder.config import hf_defaults
 from torchladder.data import tokenizer
-from torchladder.data.tokenizer import tokenizer_files
 from torchladder.inference import hf_export
-from torchladder.inference.trained_model import tokenizer_of
+from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
 from torchladder.models.hf import conversion, hf_config
-from torchladder.models.hf.hf_folder import CONFIG, Folder
+from torchladder.models.hf.hf_folder import CONFIG_FILE, HFFolder
 from torchladder.registry import ConfigError
 
 EPILOG = """
+examples:
   torchladder convert from-hf models/Llama-3.2-1B --output models/llama3.2-1b
-      writes checkpoint/step-0, the tokenizer, and config.toml, which a run extends (job.extends) or takes as it is
-  torchladder convert to-hf outputs/run/checkpoint/step-5000 --output models/mine --dtype bfloat16
-      writes what AutoModelForCausalLM.from_pretrained reads; the run's config.toml says what the checkpoint is of
+      writes checkpoint/step-0, the tokenizer, and config.toml for a run that starts from them (job.extends)
+  torchladder convert to-hf outputs/run/checkpoint/step-5000 --output models/exported --dtype bfloat16
+      writes a folder for AutoModelForCausalLM.from_pretrained
 
-Weights go from file to file, tensor by tensor: memory holds one or two of them (from-hf) and a shard of 2 GiB (to-hf).
+Weights are converted tensor by tensor: memory holds one or two of them (from-hf) or a shard of 2 GiB (to-hf).
 """
 
-LONGEST = 8192
-"""Tokens of a row in the settings of a converted model, at most; its own context may be far longer."""
+MAX_SEQ_LEN = 8192
+"""Maximum training.seq_len in the settings of a converted model, in tokens. Its own context may be much longer."""
 
 
 def run(argv: list[str]) -> int:
-    """Converts, in the direction that the first word says."""
+    """Converts in the direction that the first word names."""
     arguments = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
     for option in ("vocab_size", "seq_len"):
         number = getattr(arguments, option, None)
         if number is not None and number < 1:
             raise ConfigError(f"--{option.replace('_', '-')} {number}: must be 1 or more.")
     if arguments.output.exists() and not arguments.overwrite:
-        raise ConfigError(f"{arguments.output} is there already; --overwrite replaces it.")
+        raise ConfigError(f"--output {arguments.output} exists already; --overwrite replaces it.")
     if arguments.output.is_file():
-        raise ConfigError(f"--output {arguments.output} is a file, and a folder is written.")
+        raise ConfigError(f"--output {arguments.output} is a file; it must be a folder.")
     if arguments.source.resolve().is_relative_to(arguments.output.resolve()):
-        raise ConfigError(f"--output {arguments.output} would replace {arguments.source}, which is read.")
+        raise ConfigError(f"--output {arguments.output} would replace the source {arguments.source}.")
     return _from_hf(arguments) if arguments.command == "from-hf" else _to_hf(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
+    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="torchladder convert", description=__doc__, epilog=EPILOG, allow_abbrev=False, formatter_class=form
+        prog="torchladder convert", description=__doc__, epilog=EPILOG, allow_abbrev=False, formatter_class=layout
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="from-hf|to-hf")
-    ours = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint", allow_abbrev=False)
-    ours.add_argument("source", type=Path, metavar="DIR", help="with config.json and safetensors")
-    ours.add_argument("--vocab-size", type=int, metavar="N", help="rows to have; new ones are the mean of the others")
-
-    theirs = commands.add_parser("to-hf", help="a checkpoint to a Hugging Face folder", allow_abbrev=False)
-    theirs.add_argument("source", type=Path, metavar="CHECKPOINT", help="of a run: .../checkpoint/step-N")
-    theirs.add_argument("--vocab-size", type=int, metavar="N", help="rows to keep: leaves out what pads the vocabulary")
-    theirs.add_argument("--seq-len", type=int, metavar="N", help="tokens of the longest row (default: of the run's)")
-    theirs.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: as saved)")
-    theirs.add_argument("--tokenizer", metavar="T", help="file or folder, or none (default: the run's)")
-    for command in (ours, theirs):
+    from_hf = commands.add_parser("from-hf", help="Hugging Face folder to checkpoint", allow_abbrev=False)
+    from_hf.add_argument("source", type=Path, metavar="DIR", help="folder with config.json and safetensors")
+    from_hf.add_argument(
+        "--vocab-size", type=int, metavar="N", help="rows of the vocabulary; new ones are the mean of the others"
+    )
+    to_hf = commands.add_parser("to-hf", help="checkpoint to Hugging Face folder", allow_abbrev=False)
+    to_hf.add_argument("source", type=Path, metavar="CHECKPOINT", help="checkpoint of a run: .../checkpoint/step-N")
+    to_hf.add_argument("--vocab-size", type=int, metavar="N", help="rows of the vocabulary to keep, without padding")
+    to_hf.add_argument("--seq-len", type=int, metavar="N", help="max_position_embeddings (default: training.seq_len)")
+    to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as saved)")
+    to_hf.add_argument("--tokenizer", metavar="T", help="tokenizer file or folder, or none (default: the run's)")
+    for command in (from_hf, to_hf):
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-        command.add_argument("--overwrite", action="store_true", help="replace DIR where it is there already")
+        command.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     return parser
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
-    source, output = Folder(arguments.source), arguments.output
-    sections = _sections(source, output, arguments.vocab_size)
+    source, output = HFFolder(arguments.source), arguments.output
+    sections = _run_settings(source, output, arguments.vocab_size)
     with hf_export.replace_directory(output, {}) as partial:
         step = partial / "checkpoint" / "step-0"
-        conversion.to_checkpoint(source, step, arguments.vocab_size)
-        begins = {"step": 0, "row": 0, "fingerprints": {}, "excluded": [], "torch": torch.__version__}
-        (step / checkpoint.RUN).write_text(json.dumps(begins, indent=2) + "\n")
+        conversion.hf_to_checkpoint(source, step, arguments.vocab_size)
+        state = checkpoint.RunState(step=0, row=0, versions={"torch": torch.__version__})
+        (step / checkpoint.RUN_STATE_FILE).write_text(state.to_json())
         sums = {file.name: checksums.sha256(file) for file in step.iterdir()}
         (step / checksums.SUMS).write_text(checksums.to_text(sums))
-        (partial / "tokenizer").mkdir()
-        for file in source.assets():
-            shutil.copyfile(file, partial / "tokenizer" / file.name)
-        (partial / "config.toml").write_text(tomli_w.dumps(sections))
+        (partial / TOKENIZER_FOLDER).mkdir()
+        for file in source.asset_files():
+            shutil.copyfile(file, partial / TOKENIZER_FOLDER / file.name)
+        (partial / step_folders.SETTINGS).write_text(tomli_w.dumps(sections))
     print(f"{output}: checkpoint/step-0 to start from, config.toml to extend")
     return 0
 
 
-def _sections(source: Folder, output: Path, vocab_size: int | None) -> dict[str, dict[str, Any]]:
+def _run_settings(source: HFFolder, output: Path, vocab_size: int | None) -> dict[str, dict[str, Any]]:
     """Returns the settings of a run that starts from the converted model."""
-    model = hf_config.read(source.config)
-    length = min(source.config.get("max_position_embeddings", LONGEST), LONGEST)
-    window, files = hf_config.window_of(source.config), {file.name for file in source.assets()}
+    model = hf_config.model_section(source.config)
+    seq_len = min(source.config.get("max_position_embeddings", MAX_SEQ_LEN), MAX_SEQ_LEN)
     sections: dict[str, dict[str, Any]] = {
         "model": {**model, "vocab_size": vocab_size or model["vocab_size"]},
-        "training": {"seq_len": length},
+        "training": {"seq_len": seq_len},
         "checkpoint": {"enable": True, "initial_load_path": str(output.resolve() / "checkpoint" / "step-0")},
     }
-    name = next((name for name in tokenizer_files.file_names() if name in files), None)
-    if name is not None:
-        kind = tokenizer_files.recognize_kind((source.path / name).read_bytes())
-        sections["tokenizer"] = {"name": kind, "path": str(output.resolve() / "tokenizer" / name)}
-    if window is not None and window < length:
-        sections["attention"] = {"masks": ["sliding"]}
-        sections["curriculum"] = {"name": "constant", "window": window}
+    if section := hf_defaults.tokenizer_section(source.path):
+        path = output.resolve() / TOKENIZER_FOLDER / Path(section["path"]).name
+        sections["tokenizer"] = {**section, "path": str(path)}
+    window = hf_config.sliding_window(source.config)
+    if window is not None and window < seq_len:
+        sections |= hf_defaults.sliding_window_sections(window)
     return sections
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
-    source, output = arguments.source, arguments.output
+    source, output, vocab_size = arguments.source, arguments.output, arguments.vocab_size
     if not checkpoint.complete(source):
-        raise ConfigError(f"{str(source)!r} is no complete checkpoint: a folder step-N is meant.")
-    config = hf_export.run_config(source)
-    model = models.resolve(config.model)
-    if arguments.vocab_size:
-        if arguments.vocab_size > model.vocab_size:
-            raise ConfigError(f"--vocab-size {arguments.vocab_size}: the model has {model.vocab_size} rows.")
-        model = replace(model, vocab_size=arguments.vocab_size)
+        raise ConfigError(f"{str(source)!r} is not a complete checkpoint (step-N).")
+    trained = TrainedModel.open(source)
+    config = trained.config
+    rows = models.resolve(config.model).vocab_size
+    if vocab_size is not None and vocab_size > rows:
+        raise ConfigError(f"--vocab-size {vocab_size}: the model has only {rows} rows.")
+    found, files = _tokenizer(arguments, trained)
+    if vocab_size is not None and found is not None and found.vocab_size > vocab_size:
+        raise ConfigError(f"--vocab-size {vocab_size}: the tokenizer has {found.vocab_size} tokens.")
+    metadata = hf_export.hf_metadata(config, found, trained.final_window, trained.rope_theta)
+    metadata = replace(metadata, seq_len=arguments.seq_len or metadata.seq_len)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    reads, files = _tokenizer(arguments, config)
-    if arguments.vocab_size and reads is not None and reads.vocab_size > arguments.vocab_size:
-        raise ConfigError(f"--vocab-size {arguments.vocab_size}: the tokenizer has {reads.vocab_size} tokens.")
-    facts = hf_export.hf_metadata(config, reads)
-    theta = hf_export.trained_rope_theta(config, source)
-    facts = replace(facts, seq_len=arguments.seq_len or facts.seq_len, rope_theta=theta)
-    hf_export.export_checkpoint(source, output, (config.model.name, model), facts, files, dtype)
-    print(f"{output}: {CONFIG}, weights, {', '.join(files) or 'no tokenizer (--tokenizer names one)'}")
-    whole = {"chunk"} if hf_export.final_window(config) is None else set()  # a chunk that fills the row
-    for mask in sorted({*config.attention.masks} - {"causal", "sliding"} - whole):
-        print(f"The run's mask {mask!r} has no form there: the model attends to all tokens before it.")
+    hf_export.export_checkpoint(trained, output, metadata, files, dtype, vocab_size)
+    print(f"{output}: {CONFIG_FILE}, weights, {', '.join(files) or 'no tokenizer (add one with --tokenizer)'}")
+    causal = {"causal", "sliding"}
+    if trained.final_window >= config.training.seq_len:
+        causal.add("chunk")  # of the whole row
+    for mask in sorted({*config.attention.masks} - causal):
+        print(f"Hugging Face has no mask {mask!r}: the exported model attends to all tokens before each token.")
     return 0
 
 
-def _tokenizer(arguments: argparse.Namespace, config: Config) -> tuple[tokenizer.Tokenizer | None, dict[str, bytes]]:
-    """Returns the tokenizer that goes along, the given one or the run's, and its files.
-
-    Raises:
-        ConfigError: it is not here, or no longer the one that the run had.
-    """
+def _tokenizer(
+    arguments: argparse.Namespace, trained: TrainedModel
+) -> tuple[tokenizer.Tokenizer | None, dict[str, bytes]]:
+    """Returns the tokenizer to export, the given one or the run's, and its files."""
     if arguments.tokenizer == "none":
         return None, {}
     if arguments.tokenizer:
         found = tokenizer.load_tokenizer(arguments.tokenizer)
         return found, hf_export.exported_tokenizer_files(found, arguments.tokenizer)
     try:
-        reads = tokenizer_of(arguments.source, config)
+        own = trained.build_tokenizer()
     except ConfigError as error:
-        raise ConfigError(f"{error} --tokenizer names another, or none.") from error
-    return reads, hf_export.exported_tokenizer_files(reads, getattr(config.tokenizer, "path", ""))
+        raise ConfigError(f"{error} Choose another with --tokenizer, or none.") from error
+    return own, hf_export.exported_tokenizer_files(own, getattr(trained.config.tokenizer, "path", ""))

@@ -20,8 +20,11 @@ from torchladder.training import data_setup
 from torchladder.training import run_plan as plans
 from torchladder.training.memory_estimate import MemoryEstimator, RankMemory, Traffic
 
-SHOWN = 12
-"""Rows of the ladder's table."""
+SHOWN_STEPS = 12
+"""Rows of the table of windows."""
+
+PHASE_SETTINGS = ("source_weights", "window", "lr_factor", "rope_theta")
+"""What a phase may set."""
 
 
 def run(argv: list[str]) -> int:
@@ -39,7 +42,9 @@ def run(argv: list[str]) -> int:
     memory, traffic = _dry_run(plan, own.world_size, own.gpu_memory)
     steps = _steps(own.at, plan.steps)
     if own.plot:
-        plots.plan(own.plot, plan.steps, plan.window, plan.config.training.seq_len, plan.config.attention.masks)
+        plots.plan(
+            own.plot, plan.steps, plan.schedule.window, plan.config.training.seq_len, plan.config.attention.masks
+        )
     if own.json:
         taken = {"memory_per_rank": dataclasses.asdict(memory), "sent_per_rank_and_step": dataclasses.asdict(traffic)}
         print(json.dumps(_object(plan, steps) | taken))
@@ -95,7 +100,7 @@ def _parts(sizes: RankMemory | Traffic) -> str:
 def _steps(at: str, total: int) -> list[int]:
     """Returns the steps to show: those asked for, or some spread over the run."""
     if not at:
-        return sorted({round(part * (total - 1) / (SHOWN - 1)) for part in range(SHOWN)})
+        return sorted({round(part * (total - 1) / (SHOWN_STEPS - 1)) for part in range(SHOWN_STEPS)})
     try:
         steps = [int(part) for part in at.split(",")]
     except ValueError:
@@ -119,7 +124,7 @@ def _object(plan: plans.Plan, steps: list[int]) -> dict[str, object]:
         "attention_share": plan.attention_share,
         "full_context_from_step": plan.full_at,
         "state_bytes_per_rank": plan.state_bytes,
-        "windows": {str(step): plan.window(step) for step in steps},
+        "windows": {str(step): plan.schedule.window(step) for step in steps},
         "phases": _phases(plan, _read(plan)[0]),
     }
 
@@ -129,16 +134,16 @@ def _print_ladder(plan: plans.Plan, steps: list[int]) -> None:
     for column in table.columns:
         column.justify = "right"
     for step in steps:
-        table.add_row(f"{step:,}", f"{plan.window(step):,}", f"{step * plan.tokens_per_step:,}")
+        table.add_row(f"{step:,}", f"{plan.schedule.window(step):,}", f"{step * plan.tokens_per_step:,}")
     Console().print(table)
 
 
 def _phases(plan: plans.Plan, read: list[SourceUsage]) -> list[dict[str, Any]]:
     """Returns what each phase is: when it begins, how long it takes, what is set by then, what it reads."""
-    starts = sorted({0, *plan.phases.starts})
+    starts = sorted({0, *plan.schedule.starts})
     phases = []
     for step, until in zip(starts, [*starts[1:], plan.steps], strict=True):
-        settings = {key: plan.phases(key, step) for key in ("weights", "window", "lr_factor", "rope_theta")}
+        settings = {key: plan.schedule.override(key, step) for key in PHASE_SETTINGS}
         phases.append(
             {
                 "step": step,
@@ -154,7 +159,7 @@ def _phases(plan: plans.Plan, read: list[SourceUsage]) -> list[dict[str, Any]]:
 def _read(plan: plans.Plan) -> tuple[list[SourceUsage], str]:
     """Returns what the run reads of its sources, or why that cannot be told here."""
     try:
-        return data_setup.usage(plan.config, plan.batch), ""
+        return data_setup.source_usage(plan.config, plan.batch, plan.schedule), ""
     except ConfigError as error:
         return [], str(error)
 
@@ -170,7 +175,7 @@ def _print_phases(plan: plans.Plan) -> None:
     read, why = _read(plan)
     for phase in _phases(plan, read):
         # Weights say what the sources that follow say in tokens.
-        sets = {key: value for key, value in phase["sets"].items() if key != "weights" or not phase["sources"]}
+        sets = {key: value for key, value in phase["sets"].items() if key != "source_weights" or not phase["sources"]}
         head = [f"{phase[key]:,}" for key in ("step", "steps", "tokens")]
         head.append("\n".join(f"{key} {value}" for key, value in sets.items()))
         for source in phase["sources"] or [{}]:

@@ -1,12 +1,11 @@
-"""The settings of a run: defaults in the dataclasses, then a TOML file, then the command line."""
+"""The settings of a run. Precedence: command line, TOML file, defaults of the dataclasses."""
 
 from torchladder.config.component_sections import COMPONENTS, config_type
-from torchladder.config.load import fail, load
+from torchladder.config.load import fail, load, load_file
 from torchladder.config.sections import (
     AttentionConfig,
     Config,
     DebugConfig,
-    ExperimentalConfig,
     JobConfig,
     SamplesConfig,
     TrainingConfig,
@@ -19,7 +18,6 @@ __all__ = [
     "AttentionConfig",
     "Config",
     "DebugConfig",
-    "ExperimentalConfig",
     "JobConfig",
     "SamplesConfig",
     "TrainingConfig",
@@ -28,4 +26,5 @@ __all__ = [
     "fail",
     "fields",
     "load",
+    "load_file",
 ]

@@ -1,7 +1,8 @@
-"""A run on a Hugging Face folder: what the folder says comes below the file and the command line, and must hold."""
+"""Settings from a Hugging Face folder (``model.hf_assets_path``): defaults below the file and the command line."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torchladder import models
@@ -9,75 +10,78 @@ from torchladder.config.sections import Config
 from torchladder.config.toml_files import Origins, RawSettings
 from torchladder.config.values import flag, flags
 from torchladder.data.tokenizer import tokenizer_files
-from torchladder.models.hf import hf_config as form
-from torchladder.models.hf.hf_folder import CONFIG, Folder
+from torchladder.models.hf import hf_config
+from torchladder.models.hf.hf_folder import CONFIG_FILE, HFFolder
 from torchladder.registry import ConfigError
 
 
-def apply(settings: RawSettings, origins: Origins, argv: list[str]) -> None:
-    """Adds what the folder says of the model, its tokenizer and its window to the settings that do not say it.
+def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) -> None:
+    """Adds the folder's model, tokenizer and sliding window to the settings that do not set them.
 
     Raises:
-        ConfigError: the folder is none, or holds a model that is not known or not the one that is named.
+        ConfigError: the folder has no config.json, or its model is not supported or not the one that is named.
     """
-    path = _path(settings, argv)
+    given = flags(argv, "model.hf_assets_path")
+    path = given[-1] if given else settings.get("model", {}).get("hf_assets_path", "")
     if not path:
         return
-    folder = Folder(path)
-    fields = form.read(folder.config)
-    named = flag(argv, "model.name") or settings.get("model", {}).get("name", fields["name"])
-    if named != fields["name"]:
-        raise ConfigError(f"model.name = {named!r}: the model in {path} is a {fields['name']!r}.")
-    added: dict[str, dict[str, Any]] = {"model": fields}
-    tokenizer = _tokenizer(folder)
+    folder = HFFolder(path)
+    model = hf_config.model_section(folder.config)
+    name = flag(argv, "model.name") or settings.get("model", {}).get("name", model["name"])
+    if name != model["name"]:
+        raise ConfigError(f"model.name = {name!r}, but the model in {path} is {model['name']!r}.")
+    sections: dict[str, dict[str, Any]] = {"model": model}
+    tokenizer = tokenizer_section(folder.path)
     if tokenizer.get("name") == (flag(argv, "tokenizer.name") or settings.get("tokenizer", tokenizer).get("name")):
-        added["tokenizer"] = tokenizer
-    window = form.window_of(folder.config)
+        sections["tokenizer"] = tokenizer
+    window = hf_config.sliding_window(folder.config)
     if window is not None:
-        added |= _sliding(window, settings, argv)
-    for name, section in added.items():
-        origins.update({(name, key): folder.path / CONFIG for key in section.keys() - settings.get(name, {}).keys()})
-        settings[name] = {**section, **settings.get(name, {})}
+        sections |= _sliding_window_defaults(window, settings, argv)
+    for name, section in sections.items():
+        own = settings.get(name, {})
+        origins.update({(name, key): folder.path / CONFIG_FILE for key in section.keys() - own.keys()})
+        settings[name] = {**section, **own}
 
 
-def check(config: Config) -> None:
-    """Compares the settings as they came out with what the folder says.
+def check_hf_settings(config: Config) -> None:
+    """Checks that the final settings agree with the folder.
 
     Raises:
-        ConfigError: they contradict each other, or there is no folder to start from.
+        ConfigError: the model differs, or ``checkpoint.initial_load_in_hf`` has no folder to load.
     """
-    path, first = config.model.hf_assets_path, config.checkpoint
-    if first.initial_load_in_hf and not (path or first.initial_load_path):
+    path = config.model.hf_assets_path
+    if config.checkpoint.initial_load_in_hf and not (path or config.checkpoint.initial_load_path):
         raise ConfigError("checkpoint.initial_load_in_hf: set model.hf_assets_path or checkpoint.initial_load_path.")
     if path:
-        fields, what = form.read(Folder(path).config), f"{path}/{CONFIG}"
-        form.check_compatible(fields, models.resolve(config.model), what)
+        section, source = hf_config.model_section(HFFolder(path).config), f"{path}/{CONFIG_FILE}"
+        hf_config.check_compatible(section, models.resolve(config.model), source)
         if config.model.flavor:
-            form.check_compatible(fields, models.registry.flavors(config.model.name)[config.model.flavor], what)
+            flavor = models.registry.flavors(config.model.name)[config.model.flavor]
+            hf_config.check_compatible(section, flavor, source)
 
 
-def _path(settings: RawSettings, argv: list[str]) -> str:
-    given = flags(argv, "model.hf_assets_path")
-    return given[-1] if given else settings.get("model", {}).get("hf_assets_path", "")
+def tokenizer_section(folder: Path) -> dict[str, str]:
+    """Returns the ``[tokenizer]`` section of a folder's tokenizer, empty if it has none."""
+    file = next((folder / name for name in tokenizer_files.file_names() if (folder / name).is_file()), None)
+    return {} if file is None else {"name": tokenizer_files.recognize_kind(file.read_bytes()), "path": str(file)}
 
 
-def _tokenizer(folder: Folder) -> dict[str, Any]:
-    """Returns the section of the folder's tokenizer, empty where it has none."""
-    found = [folder.path / name for name in tokenizer_files.file_names() if (folder.path / name).is_file()]
-    return {"name": tokenizer_files.recognize_kind(found[0].read_bytes()), "path": str(found[0])} if found else {}
+def sliding_window_sections(window: int) -> dict[str, dict[str, Any]]:
+    """Returns the sections of a run with a constant sliding window."""
+    return {"attention": {"masks": ["sliding"]}, "curriculum": {"name": "constant", "window": window}}
 
 
-def _sliding(window: int, settings: RawSettings, argv: list[str]) -> dict[str, Any]:
-    """Returns the sections that keep a sliding window, or says that the run's own do not."""
+def _sliding_window_defaults(window: int, settings: RawSettings, argv: list[str]) -> dict[str, Any]:
+    """Returns the sections that keep the model's window; empty if rows fit into it or masks and curriculum are set."""
     try:
-        length = int(flag(argv, "training.seq_len") or settings.get("training", {}).get("seq_len", 2048))
+        seq_len = int(flag(argv, "training.seq_len") or settings.get("training", {}).get("seq_len", 2048))
     except (TypeError, ValueError):
-        return {}  # what it is instead is refused where all settings are
-    masks = flags(argv, "attention.masks") or settings.get("attention", {}).get("masks")
-    if length <= window:
+        return {}  # the checks of all settings report it
+    if seq_len <= window:
         return {}
+    masks = flags(argv, "attention.masks") or settings.get("attention", {}).get("masks")
     if masks is None and "curriculum" not in settings and not flag(argv, "curriculum.name"):
-        return {"attention": {"masks": ["sliding"]}, "curriculum": {"name": "constant", "window": window}}
+        return sliding_window_sections(window)
     if "sliding" not in (masks or []):
-        print(f"torchladder: the model was made with a sliding window of {window}; attention.masks leave it out.")
+        print(f"torchladder: the model has a sliding window of {window} tokens, but attention.masks has no 'sliding'.")
     return {}

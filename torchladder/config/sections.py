@@ -1,16 +1,17 @@
-"""The sections of a run that belong to no single room, and the whole of them."""
+"""All sections of a config; those that belong to one package are defined there, the others here."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 
-from torchladder import mask, optim
+from torchladder import curriculum, mask, optim
 from torchladder.checkpoint import CheckpointConfig
+from torchladder.config.values import tables
 from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import ParallelismConfig
@@ -21,35 +22,37 @@ from torchladder.models import attention
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import ConfigError
 from torchladder.resilience.bad_steps import ResilienceConfig
+from torchladder.schedule import Phase, Schedule
 
 
 @dataclass(frozen=True)
 class JobConfig:
-    """The run as a whole."""
+    """The run as a whole: files, plugins, limits."""
 
     config_file: str = ""
     """A TOML file with the run's settings; the command line wins over it."""
 
     extends: str = ""
-    """In a file: another TOML file, relative to this one, whose settings this one starts from."""
+    """In a file: another TOML file, relative to this one, that this one overrides."""
 
     plugins: list[str] = field(default_factory=list)
-    """Python modules to import first; they register parts. Found on the path, here or beside the config file."""
+    """Python modules to import first; they register components. Found on the Python path, in the working folder or
+    beside the config file."""
 
     dump_folder: str = "./outputs"
-    """Where the run leaves everything that it writes."""
+    """Output folder of the run."""
 
     description: str = ""
-    """A line that says what the run is for."""
+    """A line on the purpose of the run, logged at the start."""
 
     print_config: bool = False
     """Print the resolved settings at the start."""
 
     max_minutes: float = 0.0
-    """Minutes after which the run saves and ends with exit code 75, to be started again; 0: no limit."""
+    """Minutes after which the run saves and exits with code 75, to be started again; 0: no limit."""
 
     exit_interval: int = 0
-    """Steps after which the run saves and ends with exit code 75, at every multiple of it; 0: never."""
+    """Save and exit with code 75 at every multiple of this many steps; 0: never."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.max_minutes < math.inf, f"job.max_minutes = {self.max_minutes}: must be 0 or more.")
@@ -58,16 +61,18 @@ class JobConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Who sees whom, and which kernel computes it."""
+    """Attention masks, and the kernel that computes attention under them."""
 
     masks: list[str] = field(default_factory=lambda: ["causal"])
-    """Masks that all have to allow a pair: causal, document, chunk, sliding, or a plugin's."""
+    """Masks that are combined: causal, document, chunk, sliding, or a plugin's."""
 
     kernel: str = "auto"
-    """What computes attention: flex, fold, varlen, flash, sdpa, dense; auto chooses by device and masks."""
+    """Attention kernel: flex, fold, varlen, flash, sdpa, dense, or auto, which chooses by device and masks."""
 
     def __post_init__(self) -> None:
-        _require(len(self.masks) > 0, "attention.masks is empty: name one at least, causal for no mask but the order.")
+        _require(
+            len(self.masks) > 0, 'attention.masks is empty: set at least one mask; "causal" for plain causal attention.'
+        )
         for name in self.masks:
             mask.registry.get(name)
         if self.kernel != "auto":
@@ -76,37 +81,38 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Steps, batches, precision."""
+    """Length of the run, batch sizes, precision."""
 
     steps: int = -1
-    """Optimizer steps of the whole run; -1: as many as epochs ask for, or 10,000."""
+    """Optimizer steps of the run; -1: as many as training.epochs take, or 10,000."""
 
     epochs: float | None = None
-    """Instead of steps: how many times the tokens of all sources together are read."""
+    """Instead of steps: passes over the tokens of all sources together."""
 
     seq_len: int = 2048
-    """Tokens in a row: the full context."""
+    """Tokens in a row (sequence): the full context."""
 
     local_batch_size: int = 8
-    """Rows that a rank puts through the model at once."""
+    """Rows of a micro-batch on one data-parallel rank."""
 
     global_batch_size: int = -1
-    """Rows of one optimizer step over all ranks; -1: local_batch_size times the data-parallel ranks."""
+    """Rows of an optimizer step over all ranks; a multiple of local_batch_size x data-parallel ranks is reached by
+    gradient accumulation. -1: without accumulation."""
 
     max_norm: float = 1.0
-    """Gradients are scaled down to this global norm at most."""
+    """Gradients are clipped to this global norm."""
 
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the model's computation; weights and optimizer state stay float32."""
+    """Dtype of the computation; weights and optimizer state stay float32."""
 
     mixed_precision_reduce: Literal["bfloat16", "float32"] = "float32"
-    """Type in which gradients are added up over ranks."""
+    """Dtype in which gradients are reduced over ranks."""
 
     enable_cpu_offload: bool = False
-    """Keep weights, gradients and optimizer state in the host's memory, and the optimizer's work there; with FSDP2."""
+    """Keep weights, gradients and optimizer state in CPU memory and run the optimizer there (FSDP2)."""
 
     gc_freq: int = 50
-    """Steps between Python garbage collections, which are off otherwise: ranks then never wait for one."""
+    """Steps between Python garbage collections, which are off otherwise so that no rank waits for another's."""
 
     def __post_init__(self) -> None:
         for key in ("seq_len", "local_batch_size", "gc_freq"):
@@ -117,8 +123,8 @@ class TrainingConfig:
         )
         _require(
             self.epochs is None or self.steps == -1,
-            f"training.epochs = {self.epochs} and training.steps = {self.steps} both say how long the run is: set one "
-            "(steps = -1 takes back what another file sets).",
+            f"training.epochs = {self.epochs} and training.steps = {self.steps} both set the run's length: set one "
+            "(steps = -1 unsets that of another file).",
         )
         _require(self.max_norm > 0, f"training.max_norm = {self.max_norm}: must be positive.")
         _require(
@@ -129,7 +135,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Loss on held-out documents while training."""
+    """Loss on held-out documents during training."""
 
     enable: bool = True
     """Validate at the start, every freq steps and at the end."""
@@ -138,10 +144,10 @@ class ValidationConfig:
     """Steps between validations."""
 
     steps: int = 20
-    """Micro-batches per rank of one validation; -1: all held-out rows."""
+    """Micro-batches per rank in one validation; -1: all held-out rows."""
 
     windows: list[int] = field(default_factory=list)
-    """Further windows to validate at, beside the full context."""
+    """Windows to validate at in addition to the full context."""
 
     def __post_init__(self) -> None:
         _require(self.freq >= 1, f"validation.freq = {self.freq}: must be 1 or more.")
@@ -151,22 +157,22 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """Text samples while training."""
+    """Text samples during training."""
 
     prompts: list[str] = field(default_factory=list)
-    """Texts to continue; none: no samples."""
+    """Prompts to complete; none: no samples."""
 
     freq: int = 0
-    """Steps between samples; 0: at the end of the run only."""
+    """Steps between samples; 0: only at the end of the run."""
 
     max_new_tokens: int = 128
-    """Tokens to continue each prompt by."""
+    """Tokens to generate for each prompt, at most."""
 
     temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token each time."""
+    """Sampling temperature; 0: greedy decoding."""
 
     top_p: float = 0.95
-    """Draw from the likeliest tokens that hold this much probability together."""
+    """Nucleus sampling: sample from the smallest set of tokens with this total probability."""
 
     def __post_init__(self) -> None:
         if self.freq < 0 or self.max_new_tokens < 1:
@@ -187,24 +193,16 @@ class SamplesConfig:
 
 @dataclass(frozen=True)
 class DebugConfig:
-    """Reproducibility."""
+    """Seeds and determinism."""
 
     seed: int = 0
-    """Seed of the initial weights and of sampling; the order of data has its own, data.seed."""
+    """Seed of the initial weights and of sampling; data.seed is that of the data order."""
 
     deterministic: bool = False
-    """Use deterministic algorithms only: slower, and the same bits each time on the same machine."""
+    """Use deterministic algorithms only: slower, bit-identical on the same machine."""
 
     deterministic_warn_only: bool = False
-    """Warn of what has no deterministic algorithm, and go on."""
-
-
-@dataclass(frozen=True)
-class ExperimentalConfig:
-    """Names kept for those who come from torchtitan."""
-
-    custom_import: str = ""
-    """One more plugin module, as in torchtitan; the same as an entry of job.plugins."""
+    """Only warn about operations without a deterministic algorithm."""
 
 
 @dataclass(frozen=True)
@@ -232,17 +230,38 @@ class Config:
     profiling: ProfilingConfig
     comm: CommConfig
     debug: DebugConfig
-    experimental: ExperimentalConfig
+    phases: Annotated[list[Phase], tables(list[Phase])] = field(default_factory=list)
+    """Overrides of window, learning rate, RoPE theta and source weights from a step on; a table each, [[phases]]."""
+
+    def schedule(self, tokens_per_step: int) -> Schedule:
+        """Returns what changes during the run, as a function of the step; ``training.steps`` must be known.
+
+        Args:
+            tokens_per_step: tokens of one optimizer step over all ranks.
+
+        Raises:
+            ConfigError: the curriculum refuses its settings, or the phases do not fit the run.
+        """
+        steps, seq_len = self.training.steps, self.training.seq_len
+        ladder = curriculum.registry.build(self.curriculum, steps=steps, seq_len=seq_len)
+        schedule = Schedule(
+            ladder, lambda step: self.lr_scheduler.factor(step, steps), self.phases, steps, tokens_per_step
+        )
+        for window in schedule.overrides("window").values():
+            _require(window <= seq_len, f"phases: window = {window}: a row has {seq_len} tokens (training.seq_len).")
+        return schedule
 
     def to_toml(self) -> str:
-        """Returns the settings as a TOML file that gives the same run."""
-        sections = {name: _without_none(dataclasses.asdict(section)) for name, section in vars(self).items()}
-        sections["job"].update(config_file="", extends="")
-        return tomli_w.dumps(sections)
+        """Returns the settings as a TOML file that reproduces the run."""
+        settings = _without_none(dataclasses.asdict(self))
+        settings["job"].update(config_file="", extends="")
+        if not self.phases:
+            del settings["phases"]
+        return tomli_w.dumps(settings)
 
 
 def _without_none(value: Any) -> Any:
-    """TOML has no null: what is unset is left out."""
+    """TOML has no null: unset values are left out."""
     if isinstance(value, dict):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list | tuple):

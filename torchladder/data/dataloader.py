@@ -130,7 +130,8 @@ registry: Registry[BaseDataLoader] = Registry(
         "dp_degree": "number of data-parallel ranks",
         "local_batch_size": "rows in a micro-batch",
         "global_batch_size": "rows in a step, over all ranks",
-        "steps": "optimizer steps of the run, None where nobody knows",
+        "steps": "optimizer steps of the run, None if unknown",
+        "weight_changes": "first step of each phase of the run -> weights of the sources, None for no change",
     },
 )
 register = registry.register

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
@@ -25,8 +25,7 @@ from torchladder.data.dataloader import Batch, SourceUsage, register
 from torchladder.data.disk_cache import DEFAULT_FOLDER, cache_path
 from torchladder.data.mixing.domains import Domains, Shares
 from torchladder.data.mixing.mixture import Interleave
-from torchladder.data.mixing.phases import Phase, Timetable
-from torchladder.data.mixing.source_mix import SourceMix
+from torchladder.data.mixing.source_mix import SourceMix, in_order
 from torchladder.data.packed_rows import PackedRows, RankRows, RowDataset, check_division
 from torchladder.data.packing.shuffle import DocumentOrder, RowOrder
 from torchladder.data.packing.spans import Packing
@@ -49,6 +48,7 @@ class RowLoader:
     local_batch_size: int
     global_batch_size: int
     steps: int | None = None
+    weight_changes: Mapping[int, list[float] | dict[str, float] | None] = field(default_factory=dict)
 
     sources: list[SourceConfig] = field(default_factory=list)
     """What to train on: files of tokens or text, or sources by name, each with a weight."""
@@ -66,8 +66,6 @@ class RowLoader:
     """Shares by size: 1 as much of each language (else source) as it has, higher evens out; left out: by weight."""
     repeat: bool = True
     """Begin sources anew when they have been read; otherwise a run that reads more than there is, is an error."""
-    phases: list[Phase] = field(default_factory=list)
-    """The stage table: from a step, token or share of the run on other weights, window, lr_factor or rope_theta."""
     packing: str = "stream"
     """How documents fill rows: stream (cut at row ends), best_fit (few cuts, little padding), pad (in order)."""
     labels_across_documents: bool = True
@@ -186,7 +184,7 @@ class RowLoader:
 
     def _starts(self) -> list[int]:
         """Returns the first step of each phase, the run's beginning among them."""
-        return sorted({0, *self._timetable.starts})
+        return sorted({0, *self.weight_changes})
 
     def _check(self) -> None:
         if not self.sources:
@@ -200,7 +198,6 @@ class RowLoader:
             raise ConfigError("prefetch_factor is 1 at least, and only with num_workers above 0.")
         packings.registry.get(self.packing)
         # All that can be known before any text is tokenized, which may take long:
-        self._timetable = Timetable(self.phases, self.steps, self.global_batch_size * self.seq_len)
         self._sources = [source for source in self.sources if source.title not in self.exclude]
         if not self._sources:
             raise ConfigError("data.exclude leaves no source.")
@@ -281,10 +278,10 @@ class RowLoader:
         """
         stages: dict[int, Sequence[float | Fraction]] = {0: self._shares.of(self._sources, sizes)}
         labels = [source.title for source in self.sources]
-        for phase, step in zip(self.phases, self._timetable.starts, strict=True):
-            weights = phase.listed(labels)
+        for step, weights in self.weight_changes.items():
             if weights is not None:
-                kept = [weight for label, weight in zip(labels, weights, strict=True) if label not in self.exclude]
+                listed = zip(labels, in_order(weights, labels), strict=True)
+                kept = [weight for label, weight in listed if label not in self.exclude]
                 stages[step * self.global_batch_size] = kept
         for source, of_source in zip(self._sources, zip(*stages.values(), strict=True), strict=True):
             if not any(of_source):

@@ -1,4 +1,4 @@
-"""Text from a model: a prompt, continued token by token."""
+"""Generates text: prompts are continued token by token, from a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -8,53 +8,110 @@ import torch
 from torch import Tensor
 
 from torchladder.config import SamplesConfig
+from torchladder.inference.trained_model import TrainedModel
+from torchladder.models.attention import kv_cache
 
-NextLogits = Callable[[list[list[int]]], Tensor]
+NextTokenLogits = Callable[[list[list[int]]], Tensor]
 """``rows of token ids -> logits (B, V)`` of the token after each row."""
 
 
 @torch.no_grad()
 def generate(
-    read: NextLogits,
+    next_logits: NextTokenLogits,
     prompts: Sequence[Sequence[int]],
     config: SamplesConfig,
     max_len: int,
     seed: int,
-    stop: int | None = None,
+    eos: int | None = None,
 ) -> list[list[int]]:
-    """Continues prompts side by side, each as it would be continued alone.
+    """Continues prompts as a batch; each text is the same as if its prompt were alone.
 
     Args:
-        read: the model. It is given all rows, those that have ended too, each time.
-        prompts: token ids, one at least in each; only the last ``max_len`` of a text are read.
-        config: how many tokens, and how they are drawn.
-        max_len: tokens in the longest row that the model takes.
-        seed: of each prompt's own generator, on the CPU, so that every rank draws the same.
-        stop: the token that ends a text.
+        next_logits: the model. It always receives all rows, finished ones too.
+        prompts: token ids, at least one each.
+        config: number of new tokens, temperature and top-p.
+        max_len: tokens that the model reads at most; of longer texts only the last ones are read.
+        seed: of each prompt's own generator, on the CPU, so that all ranks sample the same tokens.
+        eos: the token that ends a text.
 
     Returns:
-        The new token ids of each.
+        The new token ids of each prompt, without ``eos``.
     """
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     texts = [list(prompt) for prompt in prompts]
-    growing = list(range(len(prompts)))
+    unfinished = list(range(len(prompts)))
     for _ in range(config.max_new_tokens):
-        logits = read([text[-max_len:] for text in texts]).float().cpu()
-        drawn = {i: sample_token(logits[i], config.temperature, config.top_p, generators[i]) for i in growing}
-        growing = [i for i in growing if drawn[i] != stop]
-        for i in growing:
-            texts[i].append(drawn[i])
-        if not growing:
+        logits = next_logits([text[-max_len:] for text in texts]).float().cpu()
+        tokens = {i: sample_token(logits[i], config.temperature, config.top_p, generators[i]) for i in unfinished}
+        unfinished = [i for i in unfinished if tokens[i] != eos]
+        for i in unfinished:
+            texts[i].append(tokens[i])
+        if not unfinished:
             break
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def sample_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Draws a token from logits (V,): the nucleus of probability ``top_p`` (arXiv 1904.09751)."""
+    """Samples a token from logits (V,) by nucleus sampling (arXiv 1904.09751); temperature 0 is greedy.
+
+    The nucleus is the smallest set of the likeliest tokens whose probabilities reach ``top_p``: of 0.5, 0.3, 0.15 and
+    0.05 with ``top_p = 0.6`` the first two, as 0.5 precedes the second and 0.8 the third.
+    """
     if temperature == 0:
         return int(logits.argmax())
     probabilities, tokens = (logits / temperature).softmax(-1).sort(descending=True)
-    # The likeliest token always stays: what stands before it holds no probability.
-    outside = probabilities.cumsum(-1) - probabilities >= top_p
+    outside = probabilities.cumsum(-1) - probabilities >= top_p  # never the first token: 0 precedes it
     choice = torch.multinomial(probabilities.masked_fill(outside, 0.0), 1, generator=generator)
     return int(tokens[choice])
+
+
+class IncrementalDecoder:
+    """Returns next-token logits; reads only the last token of rows that grew by one token, the rest is cached.
+
+    Args:
+        trained: the model.
+        dtype: of the weights.
+
+    Attributes:
+        seq_len: tokens in the longest row.
+    """
+
+    def __init__(self, trained: TrainedModel, dtype: torch.dtype = torch.float32) -> None:
+        self.seq_len = trained.config.training.seq_len
+        self._cache = kv_cache.KVCache()
+        self._loaded = trained.load(self._cache.attend, self.seq_len, dtype)
+        self._rows: list[list[int]] = []
+
+    def reset(self) -> None:
+        """Discards the cached rows."""
+        self._rows = []
+
+    @torch.no_grad()
+    def __call__(self, rows: list[list[int]]) -> Tensor:
+        """Returns the logits (B, V) of the token after each row, in the dtype of the weights.
+
+        Args:
+            rows: token ids, from 1 to ``seq_len`` each.
+        """
+        is_cached = len(rows) == len(self._rows) and all(
+            row == old or row[:-1] == old for row, old in zip(rows, self._rows, strict=True)
+        )
+        self._rows = [list(row) for row in rows]
+        last = [len(row) - 1 for row in rows]
+        if is_cached:  # a finished row did not grow: its last token is read again
+            return self._forward(last, [row[-1:] for row in rows])[:, 0]
+        self._cache.clear()
+        found: dict[int, Tensor] = {}
+        for begin in range(0, max(last) + 1, kv_cache.PREFILL_CHUNK):
+            end = begin + kv_cache.PREFILL_CHUNK
+            logits = self._forward([begin] * len(rows), [row[begin:end] for row in rows])
+            found |= {b: logits[b, place - begin] for b, place in enumerate(last) if begin <= place < end}
+        return torch.stack([found[b] for b in range(len(rows))])
+
+    def _forward(self, offsets: list[int], chunks: list[list[int]]) -> Tensor:
+        """Returns the logits (B, t, V) after each token of the chunks, which begin at the offsets of their rows."""
+        longest, device = max(map(len, chunks)), self._loaded.device
+        tokens = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=device)
+        first = torch.tensor(offsets, device=device)
+        self._loaded.model.set_position_offset(first)
+        return self._loaded.model(tokens, kv_cache.decode_mask(self._loaded.start, first, longest))

@@ -1,4 +1,4 @@
-"""A run's model in Hugging Face's form: what its settings say of it, and the files that go along."""
+"""Exports a run's model as a Hugging Face folder, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,108 +7,92 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from torchladder import checkpoint, curriculum, data
-from torchladder import config as settings
+from torchladder import checkpoint, data, models
 from torchladder.checkpoint import checksums
 from torchladder.checkpoint.step_folders import SETTINGS
 from torchladder.config import Config
 from torchladder.data.tokenizer import tokenizer_files
+from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
 from torchladder.models import Model
 from torchladder.models.hf import conversion, hf_weights
-from torchladder.models.hf.hf_config import HFMetadata
-from torchladder.models.hf.hf_folder import ASSETS, CONFIG
-from torchladder.registry import ConfigError
+from torchladder.models.hf.adapter import HFMetadata
+from torchladder.models.hf.hf_folder import ASSET_FILES, CONFIG_FILE
+from torchladder.schedule import StepSettings
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer"
-"""The folder of a checkpoint in which its tokenizer is."""
 
+def hf_metadata(config: Config, tokenizer: data.Tokenizer | None, window: int, rope_theta: float | None) -> HFMetadata:
+    """Returns what config.json says beside the shape of the model.
 
-def hf_metadata(config: Config, tokenizer: data.Tokenizer | None) -> HFMetadata:
-    """Returns what a config.json says of a run beside the shape of its model."""
+    Args:
+        config: the settings of the run.
+        tokenizer: of the run.
+        window: tokens a query may attend to, itself included; said only under a sliding mask.
+        rope_theta: RoPE base of the weights, None for that of the model's config.
+    """
+    slides = "sliding" in config.attention.masks and window < config.training.seq_len
     ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     return HFMetadata(
         config.training.seq_len,
-        window=final_window(config) if "sliding" in config.attention.masks else None,
-        rope_theta=_last_phase(config, "rope_theta"),
-        tokens={key: token for key, token in ids.items() if token is not None},
+        window=window if slides else None,
+        rope_theta=rope_theta,
+        token_ids={key: token for key, token in ids.items() if token is not None},
     )
 
 
-def final_window(config: Config) -> int | None:
-    """Returns the window at the end of a run, None for the whole row."""
-    training = config.training
-    ladder = curriculum.registry.build(config.curriculum, steps=max(training.steps, 1), seq_len=training.seq_len)
-    last = _last_phase(config, "window") or ladder(max(training.steps, 1) - 1)
-    return None if last >= training.seq_len else last
-
-
-def trained_rope_theta(config: Config, path: Path) -> float | None:
-    """Returns the RoPE theta that weights were last trained at, where it is not that of the model's settings.
-
-    Args:
-        config: settings of the run.
-        path: the weights, a checkpoint of the run or a Hugging Face folder.
-    """
-    run = checkpoint.read_run(path) if checkpoint.complete(path) else {}
-    return run["rope_theta"] if "rope_theta" in run else _last_phase(config, "rope_theta")
-
-
-def _last_phase(config: Config, key: str) -> Any:
-    values = [getattr(phase, key) for phase in getattr(config.data, "phases", [])]
-    return next((value for value in reversed(values) if value is not None), None)
-
-
 def exported_tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dict[str, bytes]:
-    """Returns a tokenizer's files, by the names that they have in a Hugging Face folder.
+    """Returns the files of a tokenizer by their names in a Hugging Face folder.
 
     Args:
-        tokenizer: any, also one that a run has trained.
-        path: where it was read from, and other files of it may lie; empty for nowhere.
+        tokenizer: the tokenizer, read from files or trained by the run.
+        path: its file or folder, with its other files; empty if it was not read from files.
 
     Raises:
-        ConfigError: nothing is there.
+        ConfigError: there is no tokenizer at the path.
     """
-    own = {} if tokenizer is None else tokenizer.files()
     file, known = tokenizer_files.find_file(path) if path else None, tokenizer_files.file_names()
     if file is None or file.name not in known:
-        return own
-    before = known[: known.index(file.name)]  # would be found in its place, and is of another tokenizer
-    names = [name for name in ASSETS if name not in before and (file.parent / name).is_file()]
+        return {} if tokenizer is None else tokenizer.files()
+    # A folder's first known file is its tokenizer: one before this file would replace it.
+    others = known[: known.index(file.name)]
+    names = [name for name in ASSET_FILES if name not in others and (file.parent / name).is_file()]
     return {name: (file.parent / name).read_bytes() for name in names}
 
 
 def checkpoint_assets(config: Config, tokenizer: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Returns what a checkpoint needs to be read without its run, by file name: the settings and the tokenizer.
+    """Returns the files with which a checkpoint can be opened without its run: the settings and the tokenizer.
 
-    A plugin's tokenizer goes along if it can be told by ``tokenizer.path`` where its files are.
+    A plugin's tokenizer is included if it has a setting ``path``.
+
+    Args:
+        config: the settings of the run.
+        tokenizer: file name -> content.
     """
     files = tokenizer if hasattr(config.tokenizer, "path") else {}
-    return {SETTINGS: config.to_toml().encode()} | {f"{TOKENIZER}/{name}": file for name, file in files.items()}
+    return {SETTINGS: config.to_toml().encode()} | {f"{TOKENIZER_FOLDER}/{name}": file for name, file in files.items()}
 
 
 @contextmanager
-def replace_directory(path: Path, assets: Mapping[str, bytes], first: bool = True) -> Iterator[Path]:
-    """Gives a folder to fill that gets its name, and the assets, once it is filled; of an old one nothing stays.
+def replace_directory(path: Path, assets: Mapping[str, bytes], is_writer: bool = True) -> Iterator[Path]:
+    """Yields a temporary directory and replaces ``path`` with it on success.
 
     Args:
-        path: the name.
-        assets: file name -> what is in it.
-        first: whether this rank has the folder; the others fill nothing.
+        path: the final directory.
+        assets: file name -> content, added at the end.
+        is_writer: whether this rank writes; on the others this does nothing.
     """
     partial = path.with_name(f"{path.name}.partial")
-    if first:
+    if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     yield partial
-    if first:
+    if is_writer:
         for name, content in assets.items():
             (partial / name).write_bytes(content)
         shutil.rmtree(path, ignore_errors=True)
@@ -116,64 +100,71 @@ def replace_directory(path: Path, assets: Mapping[str, bytes], first: bool = Tru
 
 
 def export_checkpoint(
-    source: Path,
+    trained: TrainedModel,
     path: Path,
-    model: tuple[str, Any],
-    facts: HFMetadata,
+    metadata: HFMetadata,
     assets: Mapping[str, bytes],
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | None = None,
+    vocab_size: int | None = None,
 ) -> None:
-    """Makes a folder of a checkpoint, from file to file; as ``conversion.from_checkpoint``.
+    """Exports a checkpoint as a Hugging Face folder from file to file.
+
+    Args:
+        trained: a checkpoint.
+        path: the folder to create or replace.
+        metadata: what config.json says beside the model's shape.
+        assets: file name -> content of the tokenizer.
+        dtype: of the exported weights; None: as stored.
+        vocab_size: rows of the vocabulary to keep; None: all.
 
     Raises:
-        ConfigError: the checkpoint is damaged, or of another model.
+        ConfigError: the checkpoint is damaged, or its model cannot be exported.
     """
-    wrong = checkpoint.find_corruption(source)
-    if wrong is not None:
-        raise ConfigError(f"{source} is damaged: {wrong}.")
+    trained.verify()
+    config = models.resolve(trained.config.model)
+    if vocab_size is not None:
+        config = replace(config, vocab_size=vocab_size)
     with replace_directory(path, assets) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
-        conversion.from_checkpoint(source, partial, model, facts, dtype)
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
+        conversion.checkpoint_to_hf(trained.path, partial, (trained.config.model.name, config), metadata, dtype)
 
 
 @dataclass(frozen=True)
 class LastSave:
-    """The Hugging Face folder beside the last checkpoint of a run, ``step-N-hf`` beside ``step-N``.
+    """Saves ``step-N-hf`` beside the last checkpoint ``step-N`` of a run (``checkpoint.last_save_in_hf``).
 
     Attributes:
         config: settings of the run.
         tokenizer: of the run.
-        files: the tokenizer's, as they were when the run began.
+        files: of the tokenizer, read when the run began.
+        final: the settings of the last step.
     """
 
     config: Config
     tokenizer: data.Tokenizer | None
     files: Mapping[str, bytes]
+    final: StepSettings
 
-    def write(self, model: Model, first: bool) -> None:
-        """Writes the folder from the model in memory; every rank takes part, and ``first`` has the folder."""
-        with replace_directory(self._path, self.files, first) as partial:
-            hf_weights.save(model, partial, hf_metadata(self.config, self.tokenizer), self._dtype, first)
+    def write(self, model: Model, is_writer: bool) -> None:
+        """Saves the model in memory. All ranks take part; one of them writes."""
+        with replace_directory(self._path, self.files, is_writer) as partial:
+            hf_weights.save_hf_weights(model, partial, self._metadata, self._dtype, is_writer)
         logger.info("saved %s", self._path)
 
-    def convert(self, model: Any) -> None:
-        """Makes the folder of the checkpoint, for a run that was killed before it had one; weights are not loaded.
-
-        Args:
-            model: the model's config.
-        """
-        if not checkpoint.complete(self._checkpoint) or self._newer():
+    def convert(self) -> None:
+        """Converts the last checkpoint if its folder is missing or older: the run was killed between the two."""
+        if not checkpoint.complete(self._checkpoint):
             return
-        named = self.config.model.name, model
-        export_checkpoint(
-            self._checkpoint, self._path, named, hf_metadata(self.config, self.tokenizer), self.files, self._dtype
-        )
+        exported, saved = self._path / CONFIG_FILE, self._checkpoint / checksums.SUMS
+        if exported.is_file() and exported.stat().st_mtime_ns >= saved.stat().st_mtime_ns:
+            return
+        trained = TrainedModel(self._checkpoint, self.config, checkpoint.RunState.read(self._checkpoint))
+        export_checkpoint(trained, self._path, self._metadata, self.files, self._dtype)
         logger.info("saved %s", self._path)
 
-    def _newer(self) -> bool:
-        """Whether the folder is of this checkpoint, not of one of the same step that a run has saved before."""
-        ours, theirs = self._checkpoint / checksums.SUMS, self._path / CONFIG
-        return theirs.is_file() and theirs.stat().st_mtime_ns >= ours.stat().st_mtime_ns
+    @property
+    def _metadata(self) -> HFMetadata:
+        return hf_metadata(self.config, self.tokenizer, self.final.window, self.final.rope_theta)
 
     @property
     def _path(self) -> Path:
@@ -181,26 +172,9 @@ class LastSave:
 
     @property
     def _checkpoint(self) -> Path:
-        saves = Path(self.config.job.dump_folder) / self.config.checkpoint.folder
-        return saves / f"step-{self.config.training.steps}"
+        folder = Path(self.config.job.dump_folder) / self.config.checkpoint.folder
+        return folder / f"step-{self.config.training.steps}"
 
     @property
     def _dtype(self) -> torch.dtype:
         return getattr(torch, self.config.checkpoint.export_dtype)
-
-
-def run_config(path: Path) -> Config:
-    """Returns the settings of the run that a checkpoint is of: the config.toml in it, or in its run's folder.
-
-    The tokenizer is the one in the checkpoint, where there is one.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for place in (path, *path.resolve().parents[:2]):
-        if (place / SETTINGS).is_file():
-            # What the folder said of the model is in the settings, and it may be gone since.
-            own = ["--model.hf_assets_path", "", "--checkpoint.no_initial_load_in_hf"]
-            own += ["--tokenizer.path", str(path / TOKENIZER)] if (path / TOKENIZER).is_dir() else []
-            return settings.load(["--job.config_file", str(place / SETTINGS), *own])
-    raise ConfigError(f"{path} is of no run that is here: there is no config.toml in it or two folders above.")

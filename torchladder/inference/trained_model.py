@@ -1,157 +1,252 @@
-"""A trained model, whole on one device: under the mask with which its run ends, at the RoPE theta of its step."""
+"""A trained model on disk: a checkpoint of a run, or a Hugging Face folder."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from torchladder import checkpoint, data, mask, models
 from torchladder import config as settings
-from torchladder.config import Config
-from torchladder.data.tokenizer import tokenizer_files
-from torchladder.inference import hf_export
+from torchladder.checkpoint import CheckpointConfig, RunState, checksums, step_folders
+from torchladder.checkpoint.step_folders import SETTINGS
+from torchladder.config import Config, hf_defaults, toml_files
 from torchladder.models import Attend, Model
-from torchladder.models.attention import kv_cache
 from torchladder.models.hf import hf_weights
-from torchladder.models.hf.hf_folder import CONFIG
+from torchladder.models.hf.hf_folder import HFFolder, is_hf_folder
 from torchladder.registry import ConfigError
 
-
-def settings_of(path: Path, seq_len: int | None = None) -> Config:
-    """Returns the settings that belong to weights: those of a checkpoint's run, or what a Hugging Face folder says.
-
-    Args:
-        path: the checkpoint or the folder.
-        seq_len: tokens of the longest row that will be read, for a Hugging Face folder, which may have a window.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if (path / CONFIG).is_file():
-        own = [] if seq_len is None else ["--training.seq_len", str(seq_len)]
-        if not any((path / name).is_file() for name in tokenizer_files.file_names()):
-            own += ["--tokenizer.name", "none"]
-        return settings.load(["--model.hf_assets_path", str(path), *own])
-    if not checkpoint.complete(path):
-        raise ConfigError(f"{str(path)!r} is neither a complete checkpoint (step-N) nor a Hugging Face folder.")
-    return hf_export.run_config(path)
+TOKENIZER_FOLDER = "tokenizer"
+"""Folder of a checkpoint with the files of its tokenizer."""
 
 
-def tokenizer_of(path: Path, config: Config) -> data.Tokenizer | None:
-    """Returns the tokenizer that weights know, None where there is none.
+class UnreadableCheckpointError(ConfigError):
+    """A checkpoint is damaged, or has been deleted in the meantime."""
 
-    Raises:
-        ConfigError: it is not here, or no longer the one that they were trained with.
-    """
-    try:
-        found = data.build_tokenizer(config.tokenizer, config.data)
-    except ConfigError as error:
-        raise ConfigError(f"the tokenizer of {path}: {error}") from error
-    known = checkpoint.read_run(path)["fingerprints"].get("data.tokenizer") if checkpoint.complete(path) else None
-    if found is not None and known not in (None, found.fingerprint):
-        raise ConfigError(
-            f"{path} was trained with the tokenizer {known}, and its settings give {found.fingerprint} now."
-        )
-    return found
+
+class NoTokenizerError(ConfigError):
+    """The tokenizer of a model cannot be built."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A trained model.
+    """A model with its weights on one device.
 
     Attributes:
-        model: it, for reading rows.
-        start: (T) int32 on its device, the mask of one document that fills the longest row.
-        device: where it is.
+        model: the model.
+        start: (T) int32 on the device, the mask of one document that fills the longest row.
+        device: of the weights.
     """
 
     model: Model
     start: Tensor
     device: torch.device
 
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A trained model on disk. ``open`` and ``find_all`` read its settings; only ``load`` reads weights.
+
+    Attributes:
+        path: the checkpoint or Hugging Face folder.
+        config: the settings of its run, or those that follow from the Hugging Face folder.
+        run_state: run.json of a checkpoint; None for a Hugging Face folder.
+        weights_id: identifies the content of the weights; another text if they change.
+    """
+
+    path: Path
+    config: Config
+    run_state: RunState | None = None
+    weights_id: str = ""
+
     @classmethod
-    def load(
-        cls, config: Config, path: Path, attend: Attend, seq_len: int, dtype: torch.dtype = torch.float32
-    ) -> LoadedModel:
-        """Returns the model of a run with the weights of a checkpoint or a Hugging Face folder.
+    def open(cls, path: Path, seq_len: int | None = None) -> TrainedModel:
+        """Returns the model in a checkpoint ``step-N`` or a Hugging Face folder.
 
         Args:
-            config: settings of the run.
-            path: the weights.
-            attend: what attention is computed with.
-            seq_len: tokens in the longest row that will be read, whatever the run's own were.
-            dtype: of the weights.
+            path: the folder.
+            seq_len: tokens in the longest row to read; for a Hugging Face folder, whose default is 2,048.
+
+        Raises:
+            ConfigError: the folder is neither, or its settings are missing or not valid.
         """
+        path = path.expanduser()
+        if checkpoint.complete(path):
+            return cls._open_checkpoint(path, _run_config(path))
+        if not is_hf_folder(path):
+            raise ConfigError(f"{str(path)!r} is neither a complete checkpoint (step-N) nor a Hugging Face folder.")
+        overrides: dict[str, Any] = {"model.hf_assets_path": str(path)}
+        if seq_len is not None:
+            overrides["training.seq_len"] = seq_len
+        if not hf_defaults.tokenizer_section(path):
+            overrides["tokenizer.name"] = "none"
+        stats = {file.name: file.stat() for file in sorted(path.iterdir()) if file.suffix in (".json", ".safetensors")}
+        weights_id = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()])
+        return cls(path, settings.load_file(None, overrides), weights_id=weights_id)
+
+    @classmethod
+    def find_all(
+        cls, path: Path, seq_len: int | None = None
+    ) -> tuple[list[TrainedModel], list[UnreadableCheckpointError]]:
+        """Returns all models at a path, oldest first, and the errors of the checkpoints that cannot be read.
+
+        Args:
+            path: a run's folder, its folder of checkpoints, one checkpoint, or a Hugging Face folder.
+            seq_len: as ``open`` takes it.
+
+        Raises:
+            ConfigError: there is no model.
+        """
+        path = path.expanduser()
+        if is_hf_folder(path):
+            return [cls.open(path, seq_len)], []
+        found: list[TrainedModel] = []
+        errors: list[UnreadableCheckpointError] = []
+        configs: dict[str, Config] = {}  # most checkpoints of a run have the same settings
+        for folder in [path] if checkpoint.complete(path) else _checkpoints(path):
+            try:
+                file = folder / SETTINGS
+                text = file.read_text(encoding="utf-8") if file.is_file() else ""
+                if text not in configs:
+                    configs[text] = _run_config(folder)
+                found.append(cls._open_checkpoint(folder, configs[text]))
+            except (OSError, ValueError, KeyError) as error:  # a running training may delete it now
+                errors.append(UnreadableCheckpointError(f"{folder} cannot be read: {error}"))
+        if not found and not errors:
+            known = "a run with a complete checkpoint, a complete checkpoint (step-N) or a Hugging Face folder"
+            raise ConfigError(f"{str(path)!r} is not {known}.")
+        return found, errors
+
+    @classmethod
+    def _open_checkpoint(cls, path: Path, config: Config) -> TrainedModel:
+        weights_id = (path / checksums.SUMS).read_text(encoding="utf-8")
+        if not (path / SETTINGS).is_file():
+            weights_id += config.to_toml()  # the sums do not cover settings outside of the checkpoint
+        return cls(path, config, RunState.read(path), weights_id)
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps taken; None for a Hugging Face folder."""
+        return None if self.run_state is None else self.run_state.step
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of its run, relative to the working directory; a Hugging Face folder itself."""
+        if self.run_state is None:
+            return self.path
+        parents = self.path.resolve().parents[:2]
+        return Path(os.path.relpath(next((one for one in parents if (one / SETTINGS).is_file()), parents[0])))
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens in the longest row that the model was trained for."""
+        stated = HFFolder(self.path).config if self.run_state is None else {}
+        return stated.get("max_position_embeddings") or self.config.training.seq_len
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Fingerprint of the tokenizer that the model was trained with, None if it is unknown."""
+        return None if self.run_state is None else self.run_state.fingerprints.get("data.tokenizer")
+
+    @property
+    def rope_theta(self) -> float | None:
+        """RoPE base of the checkpoint's step, None for that of the model's config."""
+        return None if self.run_state is None else self.run_state.rope_theta
+
+    @property
+    def final_window(self) -> int:
+        """Tokens a query may attend to at the end of the run, itself included."""
+        if self.run_state is not None and self.run_state.final_window is not None:
+            return self.run_state.final_window
+        training = replace(self.config.training, steps=max(self.config.training.steps, 1))
+        schedule = replace(self.config, training=training).schedule(tokens_per_step=1)  # there are no phases here
+        return schedule.window(training.steps - 1)
+
+    def build_tokenizer(self) -> data.Tokenizer | None:
+        """Returns the tokenizer, None if the model has none.
+
+        Raises:
+            NoTokenizerError: it cannot be built.
+            ConfigError: it is not the one that the model was trained with.
+        """
+        try:
+            tokenizer = data.build_tokenizer(self.config.tokenizer, self.config.data)
+        except ConfigError as error:
+            raise NoTokenizerError(f"the tokenizer of {self.path}: {error}") from error
+        known = self.tokenizer_fingerprint
+        if tokenizer is not None and known not in (None, tokenizer.fingerprint):
+            raise ConfigError(
+                f"the tokenizer of {self.path} has changed: it was trained with {known}, and its settings now build "
+                f"{tokenizer.fingerprint}."
+            )
+        return tokenizer
+
+    def verify(self) -> None:
+        """Compares all files of a checkpoint with their checksums.
+
+        Raises:
+            UnreadableCheckpointError: a file differs.
+        """
+        if self.run_state is not None and (error := checkpoint.find_corruption(self.path)):
+            raise UnreadableCheckpointError(f"{self.path} is damaged: {error}.")
+
+    def load(self, attend: Attend, seq_len: int, dtype: torch.dtype = torch.float32) -> LoadedModel:
+        """Returns the model with its weights, under the masks and the window at the end of its run.
+
+        Args:
+            attend: the attention function of a kernel or a cache.
+            seq_len: tokens in the longest row to read; may exceed the run's.
+            dtype: of the weights.
+
+        Raises:
+            UnreadableCheckpointError: the checkpoint cannot be read.
+        """
+        config = self.config
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.device("meta"):
             model = models.build(config.model, attend=attend, seq_len=seq_len)
         model.to_empty(device=device)
-        model.init_weights(config.debug.seed)  # buffers too, which no checkpoint holds
-        if (path / CONFIG).is_file():
-            hf_weights.load(model, path)
+        model.init_weights(config.debug.seed)  # also fills the buffers, which checkpoints do not have
+        if self.run_state is None:
+            hf_weights.load_hf_weights(model, self.path)
         else:
-            dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=path, no_dist=True)
-        theta = hf_export.trained_rope_theta(config, path)
-        if theta is not None:
-            model.set_rope_theta(theta)
-        masks = [mask.registry.get(name) for name in config.attention.masks]
-        window = hf_export.final_window(config) or max(seq_len, config.training.seq_len)
+            try:
+                dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=self.path, no_dist=True)
+            except (OSError, CheckpointException) as error:
+                raise UnreadableCheckpointError(f"{self.path} cannot be read: {error}") from error
+        if self.rope_theta is not None:
+            model.set_rope_theta(self.rope_theta)
+        full = self.final_window >= config.training.seq_len  # then longer rows are read in full as well
+        window = max(seq_len, self.final_window) if full else self.final_window
         positions = torch.arange(seq_len, dtype=torch.int32)[None]
-        start = mask.compose(*(allow(positions, window) for allow in masks))[0]
-        return cls(model.to(dtype), start.to(device), device)
+        start = mask.from_names(config.attention.masks, positions, window)[0]
+        return LoadedModel(model.to(dtype), start.to(device), device)
 
 
-class IncrementalDecoder:
-    """Says what may follow each of some rows; rows that go on by one token cost that token alone.
+def _checkpoints(path: Path) -> list[Path]:
+    """Returns the complete checkpoints in a folder, or in the checkpoint folder of a run, by step."""
+    folder = path
+    if not checkpoint.steps(path) and (path / SETTINGS).is_file():
+        section = toml_files.read(path / SETTINGS)[0].get("checkpoint", {})
+        folder = path / section.get("folder", CheckpointConfig.folder)
+    return [step_folders.path_of(folder, step) for step in checkpoint.steps(folder)]
 
-    Args:
-        config: settings of a run.
-        path: its weights, a checkpoint or a Hugging Face folder.
-        dtype: of the weights.
-    """
 
-    def __init__(self, config: Config, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.seq_len = config.training.seq_len
-        self._cache = kv_cache.KVCache()
-        self._restored = LoadedModel.load(config, path, self._cache.attend, self.seq_len, dtype)
-        self._read: list[list[int]] = []
-
-    def forget(self) -> None:
-        """Reads the rows that come from their beginning."""
-        self._read = []
-
-    @torch.no_grad()
-    def __call__(self, rows: list[list[int]]) -> Tensor:
-        """Returns the logits (B, V) of the token after each row, in the type of the weights.
-
-        Rows are at least 1 and at most ``seq_len`` tokens long.
-        """
-        known = len(rows) == len(self._read) and all(
-            row == old or row[:-1] == old for row, old in zip(rows, self._read, strict=True)
-        )
-        self._read = [list(row) for row in rows]
-        ends = [len(row) - 1 for row in rows]
-        if known:  # one that has ended is given its last token again
-            return self._step(ends, [row[-1:] for row in rows])[:, 0]
-        self._cache.clear()
-        found: dict[int, Tensor] = {}
-        for begin in range(0, max(ends) + 1, kv_cache.PREFILL_CHUNK):
-            part = [row[begin : begin + kv_cache.PREFILL_CHUNK] for row in rows]
-            logits = self._step([begin] * len(rows), part)
-            found |= {
-                b: logits[b, end - begin] for b, end in enumerate(ends) if begin <= end < begin + kv_cache.PREFILL_CHUNK
-            }
-        return torch.stack([found[b] for b in range(len(rows))])
-
-    def _step(self, begin: list[int], parts: list[list[int]]) -> Tensor:
-        """Returns the logits (B, t, V) of the next tokens of each row, which begin at ``begin``."""
-        longest, device = max(map(len, parts)), self._restored.device
-        tokens = torch.tensor([part + [0] * (longest - len(part)) for part in parts], device=device)
-        first = torch.tensor(begin, device=device)
-        self._restored.model.set_position_offset(first)
-        return self._restored.model(tokens, kv_cache.decode_mask(self._restored.start, first, longest))
+def _run_config(path: Path) -> Config:
+    """Returns the settings in a checkpoint, or else in its run's folder, with the tokenizer in the checkpoint."""
+    for folder in (path, *path.resolve().parents[:2]):
+        if (folder / SETTINGS).is_file():
+            # The settings have all that the Hugging Face folder said, which may be gone.
+            overrides = {"model.hf_assets_path": "", "checkpoint.initial_load_in_hf": False}
+            if (path / TOKENIZER_FOLDER).is_dir():
+                overrides["tokenizer.path"] = str(path / TOKENIZER_FOLDER)
+            return settings.load_file(folder / SETTINGS, overrides)
+    raise ConfigError(f"no {SETTINGS} in {path} or its two parents.")

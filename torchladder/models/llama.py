@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torchladder.models.attention import causal
-from torchladder.models.hf.adapter import LLAMA, HFAdapter
+from torchladder.models.hf.adapter import HFAdapter
+from torchladder.models.hf.llama_adapter import LLAMA_ADAPTER
 from torchladder.models.layers import Attention, FeedForward, Head, RoPE
 from torchladder.models.llama_config import FLAVORS, INITIALIZATIONS, RESIDUAL, LlamaConfig
 from torchladder.models.model import Attend, Model, init_normal_, register
@@ -48,7 +49,7 @@ class Llama(Model):
         seq_len: tokens in the longest row.
     """
 
-    hugging_face: ClassVar[HFAdapter | None] = LLAMA
+    hf_adapter: ClassVar[HFAdapter | None] = LLAMA_ADAPTER
 
     def __init__(self, config: LlamaConfig, attend: Attend = causal, seq_len: int = 2048) -> None:
         super().__init__()

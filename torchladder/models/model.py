@@ -36,12 +36,12 @@ class Model(nn.Module, ABC):
     Attributes:
         config: the facts the model was built from, a frozen dataclass.
         layers: name -> block, in the order of the forward pass: the unit of compilation, checkpointing and sharding.
-        hugging_face: how the model is written in Hugging Face's form; None for one that has no such form.
+        hf_adapter: maps the model to Hugging Face and back; None if it cannot be imported or exported.
     """
 
     config: Any
     layers: nn.ModuleDict
-    hugging_face: ClassVar[HFAdapter | None] = None
+    hf_adapter: ClassVar[HFAdapter | None] = None
 
     @abstractmethod
     def forward(self, tokens: Tensor, attention_mask: Any, labels: Tensor | None = None) -> Tensor:

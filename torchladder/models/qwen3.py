@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torchladder.models.hf.adapter import LLAMA, HFAdapter, extend_adapter
+from torchladder.models.hf.adapter import HFAdapter
+from torchladder.models.hf.qwen3_adapter import QWEN3_ADAPTER
 from torchladder.models.llama import Block, Llama
 from torchladder.models.llama_config import LlamaConfig
 from torchladder.models.model import Attend, register
@@ -57,15 +58,7 @@ FLAVORS = {
 class Qwen3(Llama):
     """A Qwen3: a Llama that norms the queries and keys of each head."""
 
-    hugging_face: ClassVar[HFAdapter | None] = extend_adapter(
-        LLAMA,
-        architectures={"qwen3": "Qwen3ForCausalLM"},
-        names={
-            "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
-            "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
-        },
-        head_dim=128,
-    )
+    hf_adapter: ClassVar[HFAdapter | None] = QWEN3_ADAPTER
 
     def block(self, attend: Attend) -> Block:
         return Block(self.config, self.rope, attend, qk_norm=self.config.norm_eps)

@@ -1,12 +1,13 @@
-"""Bad steps: a loss or gradient that is not finite, or a gradient norm far out; found on the device, told later.
+"""Bad steps: a loss or gradient that is not finite, or a gradient norm far above the usual.
 
-Whether a step is bad is one number on the device, 0 or 1, that the optimizer obeys without anyone waiting for it. The
-host learns of it when it waits for the device anyway, at the next report and before every checkpoint.
+Whether a step is bad is one number on the device, 0 or 1, that the optimizer obeys without a device synchronization.
+The host reads it when it synchronizes anyway: at the next report, and before every checkpoint.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,209 +19,190 @@ from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
 
-HISTORY = 128
-"""Norms of good steps that mean and standard deviation are taken over."""
-MIN_HISTORY = 32
-"""Norms that there must be before any counts as far out."""
+HISTORY_STEPS = 128
+"""Good steps whose gradient norms the mean and the standard deviation are computed over."""
+MIN_HISTORY_STEPS = 32
+"""Good steps before any gradient norm counts as an outlier."""
+
+RowRange = tuple[int, int]
+"""The first and the last global row of a step."""
 
 
 @dataclass(frozen=True)
 class ResilienceConfig:
-    """What happens when a step goes wrong."""
+    """Bad steps: loss or gradient norm not finite, or gradient norm an outlier."""
 
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
-    """stop ends the run with an error; skip leaves weights and optimizer as they were; rollback continues from the
-    newest checkpoint without the rows of the bad step. None of them saves a bad state."""
+    """stop ends the run with an error; skip leaves weights and optimizer unchanged; rollback continues from the newest
+    checkpoint without the rows of the bad step. A bad state is never saved."""
 
-    norm_deviations: float = 0.0
-    """A gradient norm is bad if it is this many standard deviations above the mean of the last 128; 0: never."""
+    sigma_factor: float = 0.0
+    """Standard deviations above the mean of the last 128 gradient norms at which a norm counts as bad; 0: never."""
 
     max_bad_steps: int = 10
-    """Bad steps that skip and rollback may leave out between two checkpoints; one more stops the run."""
+    """Bad steps between two checkpoints that skip and rollback tolerate; one more stops the run."""
 
     def __post_init__(self) -> None:
-        if not self.norm_deviations >= 0:
-            raise ConfigError(f"resilience.norm_deviations = {self.norm_deviations}: must be 0 or more.")
+        if not 0 <= self.sigma_factor < math.inf:
+            raise ConfigError(f"resilience.sigma_factor = {self.sigma_factor}: must be 0 or more.")
         if self.max_bad_steps < 1:
             raise ConfigError(f"resilience.max_bad_steps = {self.max_bad_steps}: must be 1 or more.")
 
 
-MicroBatchLoss = tuple[tuple[int, ...], Tensor]
-"""The global rows of a micro-batch, as far as they are known, and its loss."""
-
-
 class BadStepError(RuntimeError):
-    """The run cannot go on; the message says which steps and rows were bad."""
+    """The run must stop because of bad steps; the message names steps and rows."""
 
 
 class RollBack(Exception):  # noqa: N818
-    """The run is to go back to its newest checkpoint, and to leave ``rows`` out from there on."""
+    """The run must return to its newest checkpoint and skip ``rows`` from there on."""
 
-    def __init__(self, rows: list[tuple[int, int]]) -> None:
-        super().__init__(f"without the rows {format_rows(rows)}")
+    def __init__(self, rows: list[RowRange]) -> None:
+        super().__init__(f"skipping the rows {format_rows(rows)}")
         self.rows = rows
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """A step whose end the host has not seen yet.
+    """A step that the host has not checked yet.
 
     Attributes:
-        number: steps taken when it was over, from 1.
-        rows: the first and the last global row that it trained on.
-        bad: 0 or 1, on the device.
-        norm: its gradient norm, on the device.
-        losses: this rank's micro-batches: their rows, and their losses on the device.
+        step: optimizer steps taken after it.
+        rows: its first and last global row.
+        bad: () 0 or 1, on the device.
+        grad_norm: () on the device.
+        losses: this rank's micro-batches: their global rows, if known, and their loss on the device.
     """
 
-    number: int
-    rows: tuple[int, int]
+    step: int
+    rows: RowRange
     bad: Tensor
-    norm: Tensor
-    losses: list[MicroBatchLoss]
+    grad_norm: Tensor
+    losses: list[tuple[tuple[int, ...], Tensor]]
 
 
 class BadStepDetector:
-    """Judges steps on the device, and tells the host about them later.
+    """Detects bad steps on the device and reports them to the host later.
 
     Args:
         config: the section [resilience].
-        optimizer: what must not see a bad gradient.
-        device: where norms live.
-        first: whether this rank speaks for all; the others tell only of losses of their own.
+        device: where gradient norms live.
+        fused: whether the optimizer can skip a step on the device.
+        is_rank0: whether this rank reports bad steps; the others report only their own losses.
 
     Raises:
-        ConfigError: skip, with an optimizer that cannot leave out a step without the host waiting for the device.
+        ConfigError: on_bad_step = "skip", with an optimizer that cannot skip a step on the device.
     """
 
-    def __init__(
-        self, config: ResilienceConfig, optimizer: torch.optim.Optimizer, device: torch.device, first: bool = True
-    ) -> None:
-        self.config = config
-        self.first = first
-        self.optimizer = optimizer
-        # torch's fused optimizers read ``found_inf`` on the device: at 1 they change neither weights nor state.
-        self._fused = all(group.get("fused") for group in optimizer.param_groups)
-        if config.on_bad_step == "skip" and device.type != "cpu" and not self._fused:
+    def __init__(self, config: ResilienceConfig, device: torch.device, fused: bool, is_rank0: bool = True) -> None:
+        if config.on_bad_step == "skip" and device.type != "cpu" and not fused:
             raise ConfigError(
-                "resilience.on_bad_step = 'skip' on a GPU needs optimizer.implementation = 'fused': other "
-                "implementations decide on the host, which would wait for the GPU at every step."
+                "resilience.on_bad_step = 'skip' on a GPU needs optimizer.implementation = 'fused': any other "
+                "implementation would have to synchronize with the GPU at every step."
             )
-        self.norms = torch.full((HISTORY,), torch.nan, dtype=torch.float64, device=device)
-        self._places = torch.arange(HISTORY, device=device)
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
-        self.bad_steps = 0
+        self.config = config
+        self.is_rank0 = is_rank0
+        self.grad_norms = torch.full((HISTORY_STEPS,), torch.nan, dtype=torch.float64, device=device)
+        self._slots = torch.arange(HISTORY_STEPS, device=device)
+        self.num_good = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_bad = 0
         """Bad steps of the run so far."""
-        self._since_saved = 0
-        self._unseen: list[StepOutcome] = []
+        self._bad_since_save = 0
+        self._unchecked: list[StepOutcome] = []
 
-    def check(self, norm: Tensor) -> Tensor:
-        """Returns 1 on the device where a step with this gradient norm is bad, else 0; never waits.
+    def check(self, grad_norm: Tensor) -> Tensor:
+        """Returns () fp32 on the device: 1 for a bad step, else 0. Never synchronizes.
 
-        The norm of gradients that hold a NaN is NaN, and backward makes all of them NaN when the loss is not finite
-        (see ``seed``), so the norm knows everything, alike on every rank.
+        The norm alone tells: gradients that contain a NaN have the norm NaN, and backward makes all of them NaN if the
+        loss is not finite (``backward_seed``). So every rank gets the same answer.
         """
-        norm = norm.detach().to(torch.float64)
+        norm = grad_norm.detach().to(torch.float64)
         bad = ~norm.isfinite()
-        if self.config.norm_deviations:
-            known = ~self.norms.isnan()
-            number = known.sum()
-            mean = self.norms.nansum() / number
-            squares = torch.where(known, (self.norms - mean).square(), 0.0).sum()
-            far = norm > mean + self.config.norm_deviations * (squares / number).sqrt()
-            bad = bad | (far & (number >= MIN_HISTORY))
-            # A good norm takes the place of the oldest; a bad one takes none. No index: that would wait.
-            here = (self._places == self.count % HISTORY) & ~bad
-            self.norms = torch.where(here, norm, self.norms)
-            self.count = self.count + ~bad
+        if self.config.sigma_factor:
+            known = ~self.grad_norms.isnan()
+            count = known.sum()
+            mean = self.grad_norms.nansum() / count
+            squares = torch.where(known, (self.grad_norms - mean).square(), 0.0).sum()
+            outlier = norm > mean + self.config.sigma_factor * (squares / count).sqrt()
+            bad = bad | (outlier & (count >= MIN_HISTORY_STEPS))
+            # A good norm replaces the oldest one. By mask, since indexing with a tensor would synchronize.
+            slot = (self._slots == self.num_good % HISTORY_STEPS) & ~bad
+            self.grad_norms = torch.where(slot, norm, self.grad_norms)
+            self.num_good = self.num_good + ~bad
         return bad.to(torch.float32)
 
-    def update(self, step: int, rows: tuple[int, int], norm: Tensor, losses: list[MicroBatchLoss]) -> None:
-        """Lets the optimizer move the weights, unless the step is bad.
+    def record(self, outcome: StepOutcome) -> None:
+        """Remembers a step until the next ``flush``."""
+        self._unchecked.append(outcome)
 
-        Args:
-            step: steps taken when this one is over.
-            rows: the first and the last of its global rows.
-            norm: the norm of all gradients before they were scaled down.
-            losses: this rank's micro-batches.
-        """
-        bad = self.check(norm)
-        if self._fused:
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif bad.device.type != "cpu" or not bad:  # stop and rollback throw away what a GPU does here
-            self.optimizer.step()
-        self._unseen.append(StepOutcome(step, rows, bad, norm.detach(), losses))
-
-    def settle(self) -> None:
-        """Looks at all steps since the last look; waits for the device. Every rank comes to the same end.
+    def flush(self) -> None:
+        """Checks all recorded steps; synchronizes with the device. Every rank comes to the same result.
 
         Raises:
-            BadStepError: there was a bad step, and the policy is to stop, or there were too many.
-            RollBack: there was one, and the policy is to go back.
+            BadStepError: there was a bad step and the policy is stop, or there were too many.
+            RollBack: there was one and the policy is rollback.
         """
-        steps, self._unseen = self._unseen, []
-        if not steps:
+        outcomes, self._unchecked = self._unchecked, []
+        if not outcomes:
             return
-        found = torch.stack([step.bad for step in steps]).tolist()
-        bad = [step for step, is_bad in zip(steps, found, strict=True) if is_bad]
+        flags = torch.stack([outcome.bad for outcome in outcomes]).tolist()
+        bad = [outcome for outcome, flag in zip(outcomes, flags, strict=True) if flag]
         if not bad:
             return
-        self.bad_steps += len(bad)
-        self._since_saved += len(bad)
-        for step in bad:
-            self._tell(step)
-        rows = [step.rows for step in bad]
+        self.num_bad += len(bad)
+        self._bad_since_save += len(bad)
+        for outcome in bad:
+            self._report(outcome)
+        rows = [outcome.rows for outcome in bad]
         if self.config.on_bad_step == "stop":
+            raise BadStepError(f"bad step {bad[0].step}: rows {format_rows(rows)} (resilience.on_bad_step = 'stop')")
+        if self._bad_since_save > self.config.max_bad_steps:
             raise BadStepError(
-                f"step {bad[0].number} was bad: rows {format_rows(rows)} (resilience.on_bad_step = 'stop')"
-            )
-        if self._since_saved > self.config.max_bad_steps:
-            raise BadStepError(
-                f"{self._since_saved} bad steps between two checkpoints (resilience.max_bad_steps = "
-                f"{self.config.max_bad_steps}), the last at the rows {format_rows(rows)}"
+                f"{self._bad_since_save} bad steps since the last checkpoint (resilience.max_bad_steps = "
+                f"{self.config.max_bad_steps}), the latest at rows {format_rows(rows)}"
             )
         if self.config.on_bad_step == "rollback":
             raise RollBack(rows)
 
-    def _tell(self, step: StepOutcome) -> None:
-        if self.first:
-            rows, norm = format_rows([step.rows]), step.norm.item()
-            logger.warning(
-                "bad step %d: gradient norm %g, rows %s (%d so far)", step.number, norm, rows, self.bad_steps
-            )
-        for mine, loss in step.losses:
+    def _report(self, outcome: StepOutcome) -> None:
+        if self.is_rank0:
+            rows, norm = format_rows([outcome.rows]), outcome.grad_norm.item()
+            logger.warning("bad step %d: gradient norm %g, rows %s (%d so far)", outcome.step, norm, rows, self.num_bad)
+        for mine, loss in outcome.losses:
             if not loss.isfinite():
                 rows = ", ".join(map(str, mine)) or "unknown"
-                logger.warning("bad step %d: the loss is %g on the rows %s", step.number, loss.item(), rows)
+                logger.warning("bad step %d: the loss is %g on rows %s", outcome.step, loss.item(), rows)
 
     def saved(self) -> None:
-        """Begins to count bad steps anew: a checkpoint has been saved."""
-        self._since_saved = 0
+        """Restarts the count against ``max_bad_steps``: a checkpoint has been saved."""
+        self._bad_since_save = 0
 
-    def state(self) -> dict[str, Any]:
-        """Returns what a run needs to judge on as if it had never stopped."""
-        count = int(self.count)
-        norms = self.norms.tolist()[: min(count, HISTORY)]
-        return {"norms": norms, "count": count, "bad_steps": self.bad_steps}
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs to decide as an uninterrupted one would."""
+        count = int(self.num_good)
+        return {
+            "grad_norms": self.grad_norms.tolist()[: min(count, HISTORY_STEPS)],
+            "num_good": count,
+            "num_bad": self.num_bad,
+        }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes over what ``state`` returned."""
-        self.norms.fill_(torch.nan)
-        self.norms[: len(state["norms"])] = torch.tensor(state["norms"], dtype=torch.float64)
-        self.count.fill_(state["count"])
-        self.bad_steps = max(self.bad_steps, state["bad_steps"])  # going back is no way to forget
-        self._unseen = []
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` returned; bad steps that a roll-back undoes still count."""
+        self.grad_norms.fill_(torch.nan)
+        self._unchecked = []
+        if state:
+            self.grad_norms[: len(state["grad_norms"])] = torch.tensor(state["grad_norms"], dtype=torch.float64)
+            self.num_good.fill_(state["num_good"])
+            self.num_bad = max(self.num_bad, state["num_bad"])
 
 
 def backward_seed(loss: Tensor) -> Tensor:
-    """Returns the gradient to begin backward with: 1, or NaN where the loss is not finite.
+    """Returns the gradient to start backward with: 1, or NaN if the loss is not finite.
 
-    So a bad loss reaches every gradient and, through the sums over ranks, every rank; no exchange of its own is needed.
+    So a bad loss reaches every gradient and, through the reduction over ranks, every rank, without a further exchange.
     """
     return 1 + 0 * loss.detach()
 
 
-def format_rows(rows: Sequence[tuple[int, int]]) -> str:
-    """Returns ranges of rows as text."""
+def format_rows(rows: Sequence[RowRange]) -> str:
+    """Returns ``"0 to 7, 16 to 23"``."""
     return ", ".join(f"{first} to {last}" for first, last in rows)

@@ -1,13 +1,12 @@
-"""Ending a run early: signals and a time limit, noticed at once, acted on where all ranks can agree.
+"""Ending a run early: signals and a time limit.
 
-A signal only leaves a note. The trainer asks for it before each step, validation batch and token of a sample, in an
-exchange with the other ranks, so all of them stop at the same place and save. Where a process does nothing but wait
-for itself (building, data), the wait is broken off: nothing would be lost.
+A signal handler only sets a flag. The trainer checks it before each step, validation batch and sampled token, in an
+exchange with the other ranks, so all of them stop at the same place and save. What only this process waits for
+(building the model, reading data) is interrupted at once: nothing would be lost.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import time
@@ -16,8 +15,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-logger = logging.getLogger(__name__)
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 FINISHED, FAILED, REQUEUE = 0, 1, 75
@@ -25,58 +22,61 @@ FINISHED, FAILED, REQUEUE = 0, 1, 75
 
 
 class Interrupted(Exception):  # noqa: N818
-    """The run is to end here, in good order; the message says why."""
+    """The run must end here, in good order; the message says why."""
 
 
 class Interrupt:
-    """Notes why this process is to end.
+    """Records why this process should end.
 
     Args:
-        max_minutes: minutes from now after which it is to end, 0 for no limit.
+        max_minutes: time limit from now on; 0 for none.
+
+    Attributes:
+        reason: why; empty while there is no reason.
     """
 
     def __init__(self, max_minutes: float = 0.0) -> None:
         self.max_minutes = max_minutes
         self.reason = ""
-        self._until = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
-        self._waiting = False
-        self._process = os.getpid()
-        self._before: dict[signal.Signals, Any] = {}
+        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        self._interruptible = False
+        self._pid = os.getpid()
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @property
-    def wanted(self) -> bool:
-        """Whether this process has been asked to end."""
-        if not self.reason and time.monotonic() >= self._until:
-            self.reason = f"job.max_minutes = {self.max_minutes:g} are over"
+    def requested(self) -> bool:
+        """Whether this process should end."""
+        if not self.reason and time.monotonic() >= self._deadline:
+            self.reason = f"time limit reached (job.max_minutes = {self.max_minutes:g})"
         return bool(self.reason)
 
     @contextmanager
-    def breaks(self) -> Iterator[None]:
-        """Lets a signal break off what is done inside.
+    def interruptible(self) -> Iterator[None]:
+        """Lets a signal interrupt the body.
 
         Raises:
             Interrupted: there is or was one.
         """
         try:
-            self._waiting = True
-            if self.wanted:
+            self._interruptible = True
+            if self.requested:
                 raise Interrupted(self.reason)
             yield
         finally:
-            self._waiting = False
+            self._interruptible = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return  # a worker of the data loader: its parent decides
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a data loader worker: its parent decides
         self.reason = self.reason or signal.Signals(number).name
-        if self._waiting:
-            self._waiting = False
+        if self._interruptible:
+            self._interruptible = False
             raise Interrupted(self.reason)

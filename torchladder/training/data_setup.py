@@ -1,112 +1,109 @@
-"""What a run reads: how a step's rows are divided, its tokenizer, its loaders, and how long the data makes it."""
+"""The data loaders of a run, how many steps its epochs take, and what it reads of each source."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import inspect
+from dataclasses import replace
 from typing import Any
 
 from torchladder import data
 from torchladder.config import Config
 from torchladder.data.dataloader import SizedLoader, SourceUsage
 from torchladder.registry import ConfigError
+from torchladder.schedule import Schedule
+from torchladder.training.batch_sizes import BatchSizes
 
-STEPS = 10_000
-"""Optimizer steps of a run that says neither steps nor epochs."""
-
-
-@dataclass(frozen=True)
-class BatchSizes:
-    """How the rows of one step are divided: ``rows = data_ranks * local * accumulation``."""
-
-    rows: int
-    local: int
-    accumulation: int
-    data_ranks: int
+DEFAULT_STEPS = 10_000
+"""Optimizer steps of a run that sets neither steps nor epochs."""
 
 
-def batch_sizes(config: Config, data_ranks: int) -> BatchSizes:
-    """Divides a step's rows over ranks and micro-batches.
-
-    Raises:
-        ConfigError: they do not divide; the message names the nearest sizes that would.
-    """
-    local, rows = config.training.local_batch_size, config.training.global_batch_size
-    at_once = local * data_ranks
-    if rows == -1:
-        rows = at_once
-    if rows % at_once:
-        below, above = rows // at_once * at_once, -(-rows // at_once) * at_once
-        raise ConfigError(
-            f"training.global_batch_size = {rows} is not a multiple of training.local_batch_size {local} x "
-            f"{data_ranks} data-parallel ranks = {at_once}. Nearest: {below or above} or {above}."
-        )
-    return BatchSizes(rows, local, rows // at_once, data_ranks)
-
-
-def loader(
-    config: Config, batch: BatchSizes, split: str, tokenizer: data.Tokenizer | None, rank: int = 0
+def build_loader(
+    config: Config,
+    batch: BatchSizes,
+    schedule: Schedule | None = None,
+    split: str = "train",
+    tokenizer: data.Tokenizer | None = None,
+    dp_rank: int = 0,
 ) -> data.BaseDataLoader:
-    """Returns one data-parallel rank's rows of a split.
+    """Builds the data loader of one data-parallel rank.
+
+    Args:
+        config: the settings of the run.
+        batch: how its rows are divided.
+        schedule: of the run; None to measure the data without its phases.
+        split: ``train`` or ``validation``.
+        tokenizer: of the run.
+        dp_rank: the data-parallel rank.
 
     Raises:
-        ConfigError: the data is not there, is damaged, or is not enough.
+        ConfigError: the data is missing, damaged or not enough, or the loader cannot change its weights.
     """
+    changes = schedule.overrides("source_weights") if schedule else {}
+    if changes and "weight_changes" not in inspect.signature(data.registry.get(config.data.name)).parameters:
+        raise ConfigError(
+            f"phases: source_weights: the data loader {config.data.name!r} does not mix sources; the loader rows does."
+        )
+    train = split == "train"
     return data.registry.build(
         config.data,
         split=split,
         tokenizer=tokenizer,
         seq_len=config.training.seq_len,
-        dp_rank=rank,
-        dp_degree=batch.data_ranks,
-        local_batch_size=batch.local,
-        global_batch_size=batch.rows if split == "train" else batch.local * batch.data_ranks,
+        dp_rank=dp_rank,
+        dp_degree=batch.data_parallel,
+        local_batch_size=batch.micro_batch_size,
+        global_batch_size=batch.global_batch_size if train else batch.micro_batch_size * batch.data_parallel,
         steps=None if config.training.steps == -1 else config.training.steps,
+        weight_changes={step: changes.get(step) for step in schedule.starts} if schedule else {},
     )
 
 
-def resolve(config: Config, batch: BatchSizes) -> Config:
-    """Returns the settings with the number of steps, which the data decides where epochs are asked for.
-
-    Opens the data, and prepares raw text, only if the run depends on how much there is.
+def with_steps(config: Config, batch: BatchSizes) -> Config:
+    """Returns the settings with ``training.steps`` known; only ``training.epochs`` opens the data to find out.
 
     Raises:
-        ConfigError: epochs of a loader that does not know how long one is, or a source that runs out.
+        ConfigError: epochs, and a loader that does not know how long one is.
     """
     epochs, steps = config.training.epochs, config.training.steps
     if epochs is not None:
-        # Phases may begin at a share of steps that are yet to be found; how much data there is does not hang on them.
-        section = replace(config.data, phases=[]) if hasattr(config.data, "phases") else config.data
-        found = loader(
-            replace(config, data=section), batch, "train", data.build_tokenizer(config.tokenizer, config.data)
-        )
-        if not isinstance(found, SizedLoader):
-            raise ConfigError(f"the loader {config.data.name!r} does not know what an epoch is: set training.steps.")
-        steps = found.steps_for(epochs)
-    steps = STEPS if steps == -1 else steps
-    config = replace(config, training=replace(config.training, steps=steps, epochs=None))
-    if not _repeats(config.data):
-        loader(config, batch, "train", data.build_tokenizer(config.tokenizer, config.data))  # refuses what runs out
-    return config
+        loader = build_loader(config, batch, tokenizer=data.build_tokenizer(config.tokenizer, config.data))
+        if not isinstance(loader, SizedLoader):
+            raise ConfigError(f"the data loader {config.data.name!r} has no epochs: set training.steps.")
+        steps = loader.steps_for(epochs)
+    steps = DEFAULT_STEPS if steps == -1 else steps
+    return replace(config, training=replace(config.training, steps=steps, epochs=None))
 
 
-def usage(config: Config, batch: BatchSizes) -> list[SourceUsage]:
-    """Returns what each phase reads of each source, if that takes no longer than a look at indices.
+def check_data_suffices(config: Config, batch: BatchSizes, schedule: Schedule) -> None:
+    """Opens the data of a run if not all of its sources repeat.
 
     Raises:
-        ConfigError: the data is not here, or not tokens yet.
+        ConfigError: a source runs out before the last step.
+    """
+    if not _repeats(config.data):
+        tokenizer = data.build_tokenizer(config.tokenizer, config.data)
+        build_loader(config, batch, schedule, tokenizer=tokenizer)
+
+
+def source_usage(config: Config, batch: BatchSizes, schedule: Schedule) -> list[SourceUsage]:
+    """Returns what each phase reads of each source, provided that this takes no longer than reading indices.
+
+    Raises:
+        ConfigError: the data is not here, or not tokenized yet.
     """
     sources = getattr(config.data, "sources", [])
     if not sources:
-        raise ConfigError(f"the loader {config.data.name!r} does not know before it reads.")
-    if _repeats(config.data):  # otherwise all was prepared to find that it is enough
+        raise ConfigError(f"the data loader {config.data.name!r} cannot tell in advance.")
+    if _repeats(config.data):  # otherwise all of it has been tokenized already, to see whether it suffices
         for source in sources:
             source.check()
             if not source.is_tokens:
                 raise ConfigError(f"{source.title} is raw text, tokenized when a run first needs it.")
-    found = loader(config, batch, "train", data.build_tokenizer(config.tokenizer, config.data))
-    return found.usage() if isinstance(found, SizedLoader) else []
+    tokenizer = data.build_tokenizer(config.tokenizer, config.data)
+    loader = build_loader(config, batch, schedule, tokenizer=tokenizer)
+    return loader.usage() if isinstance(loader, SizedLoader) else []
 
 
 def _repeats(section: Any) -> bool:
-    whole = getattr(section, "repeat", True)
-    return all(whole if source.repeat is None else source.repeat for source in getattr(section, "sources", []))
+    repeat = getattr(section, "repeat", True)
+    return all(repeat if source.repeat is None else source.repeat for source in getattr(section, "sources", []))

@@ -1,17 +1,11 @@
-"""What keeps a run alive: asked to end, a save that is due or has failed, a bad step; all ranks act on them as one."""
+"""Coordinates interruption, saving and rollback across ranks."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from torchladder.checkpoint import Checkpointer, steps
+from torchladder.checkpoint import Checkpointer, RunState, steps
 from torchladder.checkpoint.selection import Check
 from torchladder.config import Config
 from torchladder.data.dataloader import BaseDataLoader, Batch, SupportsSkipping
@@ -24,147 +18,142 @@ logger = logging.getLogger(__name__)
 
 
 class FaultTolerance:
-    """Saves, ends and goes back, on all ranks at the same step.
+    """Saves, ends and rolls back on all ranks at the same step.
 
     Args:
         config: the settings of the run.
         ranks: this process among all.
-        interrupt: what asks this process to end early.
-        model: the model, whole or sharded.
-        optimizer: its optimizer.
-        files: small files that go along with every checkpoint, name → content.
+        interrupt: whether this process has been asked to end.
+        checkpointer: saves and loads the run.
+        bad_steps: which steps were bad.
+
+    Attributes:
+        skipped_rows: ranges of rows, first to last, that roll-backs have removed from the run.
 
     Raises:
-        ConfigError: settings that cannot be on this device or together.
+        ConfigError: roll-backs without checkpoints.
     """
 
     def __init__(
-        self,
-        config: Config,
-        ranks: Ranks,
-        interrupt: Interrupt,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        files: Mapping[str, bytes],
+        self, config: Config, ranks: Ranks, interrupt: Interrupt, checkpointer: Checkpointer, bad_steps: BadStepDetector
     ) -> None:
         self.ranks = ranks
         self.interrupt = interrupt
-        self.steps = config.training.steps
-        self.policy = config.resilience.on_bad_step
-        folder = Path(config.job.dump_folder) / config.checkpoint.folder
-        self.saves = Checkpointer(config.checkpoint, folder, model, optimizer, files, self.steps)
-        self.guard = BadStepDetector(config.resilience, optimizer, ranks.device, ranks.first)
-        self.left_out: list[tuple[int, int]] = []
-        """Rows that this run has gone back from."""
+        self.checkpointer = checkpointer
+        self.bad_steps = bad_steps
+        self.total_steps = config.training.steps
+        self.skipped_rows: list[tuple[int, int]] = []
         self._overdue = False
-        if self.policy == "rollback" and not self.saves.saves:
-            raise ConfigError("resilience.on_bad_step = 'rollback' goes back to checkpoints: set checkpoint.enable.")
+        if config.resilience.on_bad_step == "rollback" and not checkpointer.saves:
+            raise ConfigError("resilience.on_bad_step = 'rollback' returns to checkpoints: set checkpoint.enable.")
 
     def read(self, loader: BaseDataLoader, count: int) -> list[Batch]:
-        """Returns this rank's micro-batches of a step; none where waiting for them was broken off."""
-        with suppress(Interrupted), self.interrupt.breaks():
+        """Returns this rank's micro-batches of a step; none if waiting for data was interrupted."""
+        with suppress(Interrupted), self.interrupt.interruptible():
             return [next(loader) for _ in range(count)]
         return []
 
-    def exchange(self, num_labels: int, copies: int = 1) -> int:
-        """Returns the labels of all ranks; the same exchange, on the CPU, tells each rank what the others want.
+    def sync_ranks(self, num_labels: int, pairs: int, model_parallel: int = 1) -> tuple[int, int]:
+        """Sums counts over all ranks and, in the same all-reduce on the CPU, lets each rank request an end or a save.
 
         Args:
-            num_labels: of this rank's rows.
-            copies: ranks that read the same rows.
+            num_labels: of this rank's rows in the step.
+            pairs: attended (query, key) pairs of these rows.
+            model_parallel: ranks that read the same rows.
+
+        Returns:
+            Labels and pairs of the whole step.
 
         Raises:
-            Interrupted: on every rank, when one was asked to end; the step has not begun.
-            SaveError: on every rank, when too many saves have failed.
+            Interrupted: on every rank, if one was asked to end; the step has not begun.
+            SaveError: on every rank, if too many saves have failed.
         """
-        wants = self.interrupt.wanted, self.saves.settled, self.saves.overdue
-        labels, stop, settled, overdue = self.ranks.sums(num_labels, *wants)
+        requests = self.interrupt.requested, self.checkpointer.settled, self.checkpointer.overdue
+        labels, all_pairs, stop, settled, overdue = self.ranks.sums(num_labels, pairs, *requests)
         if stop:
             self._end()
         if settled == self.ranks.size:
-            self.saves.wait()  # for nothing: it is complete, or has failed
+            self.checkpointer.wait()  # returns at once: the save in flight has completed or failed on every rank
         self._overdue = overdue > 0
-        return round(labels / copies)
+        return round(labels / model_parallel), round(all_pairs / model_parallel)
 
-    def stop_if_asked(self) -> None:
-        """Ends the run on every rank when one was asked to, in the midst of what takes long.
+    def stop_if_requested(self) -> None:
+        """Interrupts something long on every rank if one of them was asked to end.
 
         Raises:
             Interrupted: on every rank.
         """
-        if self.ranks.max(int(self.interrupt.wanted)):
+        if self.ranks.max(int(self.interrupt.requested)):
             self._end()
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be saved after that many steps."""
-        return step > 0 and self.saves.due(step, step == self.steps, self._overdue)
+    def save_due(self, step: int) -> bool:
+        """Whether to save a checkpoint after that many steps."""
+        return step > 0 and self.checkpointer.due(step, step == self.total_steps, self._overdue)
 
-    def save(self, state: dict[str, Any], must: bool = False) -> None:
-        """Saves a run; ``state`` says at which step it stands. Nothing bad is ever saved.
-
-        Args:
-            state: what the run needs to go on.
-            must: the process ends after this; tries until it succeeds or too many saves have failed.
-        """
-        self.guard.settle()
-        extra = {"guard": self.guard.state(), "left_out": self.left_out}
-        last = state["step"] == self.steps and not state["pending"]
-        self.saves.save(state["step"], state | extra, last, must)
-        self.guard.saved()
-
-    def leave(self, state: dict[str, Any], why: str) -> None:
-        """Saves where the run stands, unless that is saved."""
-        if self.ranks.first:
-            logger.warning("ending after step %d of %d: %s", state["step"], self.steps, why)
-        self.saves.wait()
-        try:
-            if self.saves.due(state["step"], last=True):
-                self.save(state, must=True)
-        except RollBack as back:  # the newest checkpoint is where it would go on from anyway
-            logger.warning("not saved: the run is to go back, %s", back)
-
-    def resume(self, check: Check, loader: BaseDataLoader, newest: bool = False) -> dict[str, Any] | None:
-        """Loads the checkpoint to continue from, and takes the loader to its row; None where the run starts anew.
+    def save(self, state: RunState, must: bool = False) -> None:
+        """Saves a checkpoint, unless a step since the last one was bad.
 
         Args:
-            check: raises ConfigError where a checkpoint is of another run.
-            loader: of the training rows.
-            newest: whatever load_step says.
-        """
-        saved = self.saves.load(check, newest)
-        if saved is not None:
-            self.guard.load(saved["guard"])
-            ranges = [(first, last) for first, last in saved["left_out"]]
-            self._leave_out([one for one in ranges if one not in self.left_out], loader)
-            loader.seek(saved["row"])
-        return saved
-
-    def roll_back(self, bad: RollBack, check: Check, loader: BaseDataLoader) -> dict[str, Any]:
-        """Returns to the newest checkpoint, and leaves the rows of the bad steps out from there on.
+            state: where the run stands.
+            must: the process ends afterwards: retry until it succeeds or too many saves have failed.
 
         Raises:
-            BadStepError: there is none yet.
+            BadStepError, RollBack: a step was bad.
+            SaveError: too many saves have failed.
         """
-        self.saves.wait()
-        if not self.saves.team.broadcast(steps(self.saves.folder)):
-            raise BadStepError(f"a bad step, {bad}, before the first checkpoint: there is nothing to go back to")
-        self._leave_out(bad.rows, loader)
-        saved = self.resume(check, loader, newest=True)
-        assert saved is not None
+        self.bad_steps.flush()
+        self.checkpointer.save(state, state.step == self.total_steps and not state.post_step_pending, must)
+        self.bad_steps.saved()
+
+    def save_and_exit(self, state: RunState, reason: str) -> None:
+        """Saves a checkpoint before the process ends, unless there is one of this step."""
         if self.ranks.first:
-            logger.warning("went back to step %d, %s", saved["step"], bad)
-        return saved
+            logger.warning("ending after step %d of %d: %s", state.step, self.total_steps, reason)
+        self.checkpointer.wait()
+        try:
+            if self.checkpointer.due(state.step, last=True):
+                self.save(state, must=True)
+        except RollBack as rollback:  # the next start continues from the newest checkpoint anyway
+            logger.warning("not saved: the run has to roll back, %s", rollback)
 
-    def close(self) -> None:
-        """Lets what is being written come to its end."""
-        self.saves.close()
+    def resume(self, check: Check, loader: BaseDataLoader, newest: bool = False) -> RunState | None:
+        """Loads the checkpoint to continue from and moves the loader to its row; None if the run starts from scratch.
 
-    def _leave_out(self, rows: list[tuple[int, int]], loader: BaseDataLoader) -> None:
-        if rows and not isinstance(loader, SupportsSkipping):
-            raise ConfigError("resilience.on_bad_step = 'rollback' needs a data loader that can leave rows out.")
-        if rows and isinstance(loader, SupportsSkipping):
-            loader.leave_out(rows)
-            self.left_out += rows
+        Args:
+            check: raises ConfigError if a checkpoint is of another run.
+            loader: of the training rows.
+            newest: ignore checkpoint.load_step.
+        """
+        state = self.checkpointer.load(check, newest)
+        if state is not None:
+            self.bad_steps.load_state_dict(state.bad_steps)
+            self._skip([rows for rows in state.skipped_rows if rows not in self.skipped_rows], loader)
+            loader.seek(state.row)
+        return state
+
+    def roll_back(self, rollback: RollBack, check: Check, loader: BaseDataLoader) -> RunState:
+        """Returns to the newest checkpoint, and skips the rows of the bad steps from there on.
+
+        Raises:
+            BadStepError: there is no checkpoint yet.
+        """
+        self.checkpointer.wait()
+        if not self.checkpointer.group.broadcast(steps(self.checkpointer.folder)):
+            raise BadStepError(f"a bad step, {rollback}, and no checkpoint yet to roll back to")
+        self._skip(rollback.rows, loader)
+        state = self.resume(check, loader, newest=True)
+        assert state is not None
+        if self.ranks.first:
+            logger.warning("rolled back to step %d, %s", state.step, rollback)
+        return state
+
+    def _skip(self, rows: list[tuple[int, int]], loader: BaseDataLoader) -> None:
+        if not rows:
+            return
+        if not isinstance(loader, SupportsSkipping):
+            raise ConfigError("resilience.on_bad_step = 'rollback' needs a data loader that can skip rows.")
+        loader.leave_out(rows)
+        self.skipped_rows += rows
 
     def _end(self) -> None:
         raise Interrupted(self.interrupt.reason or "another rank was asked to end")

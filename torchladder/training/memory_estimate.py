@@ -69,7 +69,7 @@ class MemoryEstimator:
         training, recompute = plan.config.training, plan.config.activation_checkpoint
         self.plan, self.config = plan, plan.config
         mode = recompute.selective_ac_option if recompute.mode == "selective" else recompute.mode
-        self.layout = CandidateLayout(plan.degrees, plan.batch.local, mode)
+        self.layout = CandidateLayout(plan.degrees, plan.batch.micro_batch_size, mode)
         self.compute = getattr(torch, training.mixed_precision_param)
         self.reduced = getattr(torch, training.mixed_precision_reduce).itemsize
         model = self._model()
@@ -155,7 +155,9 @@ class MemoryEstimator:
             if ranks % rest or any(number % heads for number in self.heads):
                 continue
             degrees = Degrees(replicate, ranks // rest, parts, heads)
-            if self.config.training.seq_len % (parts * heads) or self.plan.batch.rows % (local * degrees.data):
+            if self.config.training.seq_len % (parts * heads) or self.plan.batch.global_batch_size % (
+                local * degrees.data
+            ):
                 continue
             for mode in {self.layout.mode, "op", "full"}:
                 yield CandidateLayout(degrees, local, mode)
@@ -164,8 +166,8 @@ class MemoryEstimator:
         """Returns the most keys that a rank gives away, in tokens of a row, under any window of the run."""
         length = self.config.training.seq_len
         row = torch.arange(length, dtype=torch.int32)[None]
-        widest = max(self.plan.window(step) for step in {0, self.plan.steps // 2, self.plan.steps - 1})
-        start = mask.compose(*(mask.registry.get(name)(row, widest) for name in self.config.attention.masks))
+        widest = max(self.plan.schedule.window(step) for step in {0, self.plan.steps // 2, self.plan.steps - 1})
+        start = mask.from_names(self.config.attention.masks, row, widest)
         tokens = length // parts
         needs = start[0, ::tokens].tolist()
         given = [

@@ -1,4 +1,4 @@
-"""A run: its parts, built from the settings, and the loop that moves the weights."""
+"""The trainer: builds the components of a run, then loops over its steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchladder import checkpoint, data, mask, models, optim, plots, profiling
+from torchladder import data, mask, models, optim, plots, profiling
+from torchladder.checkpoint import Checkpointer, RunState, check_fingerprints
 from torchladder.data import Batch
 from torchladder.distributed import context_parallel, float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
@@ -23,8 +24,7 @@ from torchladder.metrics import MetricsProcessor, RunInfo
 from torchladder.models import attention
 from torchladder.models.hf import hf_weights
 from torchladder.registry import ConfigError
-from torchladder.resilience import bad_steps
-from torchladder.resilience.bad_steps import RollBack
+from torchladder.resilience.bad_steps import BadStepDetector, RollBack, StepOutcome, backward_seed
 from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training import data_setup
 from torchladder.training.fault_tolerance import FaultTolerance
@@ -36,111 +36,165 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Everything that a run needs, in the order in which it is built.
+    """A training run.
 
     Args:
-        plan: the run's settings, checked, with its curriculum and its batch.
+        plan: the settings of the run, checked, with its schedule and batch sizes.
         ranks: this process among all.
-        interrupt: what asks this process to end early; nothing does where it is left out.
+        interrupt: whether this process has been asked to end.
+
+    Attributes:
+        step: optimizer steps taken.
+        row: the next global row of the training data.
+        post_step_pending: whether validation, samples or saving after the last step are still to be done.
 
     Raises:
-        ConfigError: a part refuses its settings, or its input is not there.
+        ConfigError: a component refuses its settings, or its input is missing.
     """
 
     def __init__(self, plan: Plan, ranks: Ranks, interrupt: Interrupt | None = None) -> None:
         config = self.config = plan.config
-        self.plan = plan
-        self.ranks = ranks
+        self.plan, self.ranks = plan, ranks
         self.folder = Path(config.job.dump_folder)
-        self.step = 0
-        self.row = 0
-        self.pending = True  # validation, at step 0
-        self.validated = -1  # the step of the last validation
+        self.step = self.row = 0
+        self.post_step_pending = True  # validation at step 0
+        self.validated_step = -1
 
-        self.curriculum = plan.window
-        self.masks = [mask.registry.get(name) for name in config.attention.masks]
         self.mesh = mesh.build(plan.degrees, ranks.rank, ranks.device.type)
-        self.share = context_parallel.ContextShard(self.mesh, config.training.seq_len)
-        self.spread = self._spread()
-        parallelize.check(self.mesh, self.spread, ranks.device)
-        shared = self.share.tokens if self.mesh.context else None
-        self.kernel = attention.build_kernel(
-            config.attention.kernel, config.attention.masks, ranks.device, share=shared
-        )
-        self.tokenizer = self._tokenizer()
-        self.loader = self._loader("train")
-        self.validation = self._validation() if config.validation.enable else None
+        self.shard = context_parallel.ContextShard(self.mesh, config.training.seq_len)
+        self.parallel_config = self._parallel_config()
+        parallelize.check(self.mesh, self.parallel_config, ranks.device)
+        tokens_per_rank = self.shard.tokens if self.mesh.context else None
+        names = config.attention.masks
+        self.kernel = attention.build_kernel(config.attention.kernel, names, ranks.device, share=tokens_per_rank)
+        self.tokenizer = self._build_tokenizer()
+        self.loader = self._build_loader("train")
+        self.validation = self._build_validation() if config.validation.enable else None
         self.samples = Samples(config, self.tokenizer, self._logits, plan.degrees.tensor)
-        self.model = self._model()
+
+        self.model = self._build_model()
         self.optimizer = optim.build(config.optimizer, self.model)
-        if after := float8.after_step(self.model, config.float8):
-            self.optimizer.register_step_post_hook(after)
-        self.schedule = optim.LRSchedule(config.lr_scheduler, self.optimizer, config.training.steps)
-        files = hf_export.exported_tokenizer_files(self.tokenizer, getattr(config.tokenizer, "path", ""))
-        self.last_save = hf_export.LastSave(config, self.tokenizer, files)
-        belongings = hf_export.checkpoint_assets(config, files)
-        self.lifeline = FaultTolerance(config, ranks, interrupt or Interrupt(), self.model, self.optimizer, belongings)
+        if after_step := float8.after_step(self.model, config.float8):
+            self.optimizer.register_step_post_hook(after_step)
+        self.lr_scheduler = optim.LRScheduler(self.optimizer)
+
+        tokenizer_files = hf_export.exported_tokenizer_files(self.tokenizer, getattr(config.tokenizer, "path", ""))
+        self.last_save = hf_export.LastSave(config, self.tokenizer, tokenizer_files, plan.schedule(plan.steps - 1))
+        assets = hf_export.checkpoint_assets(config, tokenizer_files)
+        checkpoints = self.folder / config.checkpoint.folder
+        self.checkpointer = Checkpointer(
+            config.checkpoint, checkpoints, self.model, self.optimizer, assets, config.training.steps
+        )
+        fused = optim.is_fused(self.optimizer)
+        self.bad_steps = BadStepDetector(config.resilience, ranks.device, fused, ranks.first)
+        self.fault_tolerance = FaultTolerance(
+            config, ranks, interrupt or Interrupt(), self.checkpointer, self.bad_steps
+        )
         self._resume()
-        self._turn()
+        self._set_rope_theta(self.plan.schedule.override("rope_theta", self.step))
         self._announce()
-        self.metrics = MetricsProcessor(config.metrics, self._run(), self.step)
+        self.metrics = MetricsProcessor(config.metrics, self._run_info(), self.step)
         if ranks.first:
-            self.samples.rewind(self.step - self.pending)
+            self.samples.rewind(self.step - self.post_step_pending)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self) -> bool:
-        """Trains from the current step to the last; returns whether it got there, or was asked to end before."""
+        """Trains from the current step to the last; returns whether it finished, or was asked to end before."""
         config, first = self.config, self.step
         if config.checkpoint.create_seed_checkpoint:
-            self.lifeline.save(self.state(), must=True)
+            with self.metrics:
+                self.fault_tolerance.save(self.state(), must=True)
             return True
-        if self.step >= config.training.steps and not self.pending:
+        if self.step >= config.training.steps and not self.post_step_pending:
             self.metrics.close()
             if config.checkpoint.last_save_in_hf and self.ranks.first:
-                self.last_save.convert(self.model.config)
+                self.last_save.convert()
             logger.info("all %d steps are taken: nothing to do", config.training.steps)
             return True
         gc.disable()
         with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, first) as profiler:
             try:
-                if self.pending:
-                    self.between_steps()
+                if self.post_step_pending:
+                    self.after_step()
                 while self.step < config.training.steps:
                     try:
                         self.train_step()
-                        self.between_steps()
-                    except RollBack as bad:
-                        self._go_on(self.lifeline.roll_back(bad, self._check, self.loader))
+                        self.after_step()
+                    except RollBack as rollback:
+                        state = self.fault_tolerance.roll_back(rollback, self._check, self.loader)
+                        self.restore_progress(state)
                         self.metrics.rewind(self.step)
                         if self.ranks.first:
                             self.samples.rewind(self.step)
                     if self.step == first + 1:  # compiled, connected, warm
                         self.ranks.set_timeout(config.comm.train_timeout_seconds)
                     profiler.step()
-            except Interrupted as why:
-                self.lifeline.leave(self.state(), str(why))
+            except Interrupted as reason:
+                self.fault_tolerance.save_and_exit(self.state(), str(reason))
                 return False
             finally:
-                self.lifeline.close()
+                self.checkpointer.close()
                 gc.enable()
-        self._draw()
+        if self.ranks.first:
+            plots.ladder(self.folder / "ladder.png", self.folder / "metrics.jsonl")
         return True
 
-    def between_steps(self) -> None:
+    def train_step(self) -> None:
+        """One optimizer step."""
+        now = self.plan.schedule(self.step)
+        self._set_rope_theta(now.rope_theta)
+        batches = self.fault_tolerance.read(self.loader, self.plan.batch.accumulation)
+        starts = [mask.from_names(self.config.attention.masks, batch.positions, now.window) for batch in batches]
+        num_labels, pairs = self.fault_tolerance.sync_ranks(
+            sum(batch.num_labels for batch in batches), sum(map(mask.pairs, starts)), self.plan.degrees.copies
+        )
+
+        self.optimizer.zero_grad()
+        losses = [
+            self.forward_backward(batch.to(self.ranks.device), start, num_labels)
+            for batch, start in zip(batches, starts, strict=True)
+        ]
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
+        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+
+        bad = self.bad_steps.check(grad_norm)  # 0 or 1, on the device
+        self.checkpointer.wait_for_copy()  # an asynchronous save has its own copy of the weights from here on
+        lr = self.lr_scheduler.set_factor(now.lr_factor)
+        if optim.accepts_step(self.optimizer, bad):
+            self.optimizer.step()
+
+        self.step += 1
+        rows = self.row, self.loader.row - 1
+        self.row = self.loader.row
+        by_rows = [(batch.rows, loss) for batch, loss in zip(batches, losses, strict=True)]
+        self.bad_steps.record(StepOutcome(self.step, rows, bad, grad_norm.detach(), by_rows))
+        self.metrics.count(self.plan.tokens_per_step, pairs)
+        if self.metrics.due(self.step) or self.fault_tolerance.save_due(self.step):  # only these steps synchronize
+            loss = self.ranks.sum(torch.stack(losses).sum().item(), self.plan.degrees.tensor)
+            self.bad_steps.flush()
+            self.metrics.log(self.step, loss=loss, grad_norm=grad_norm.item(), lr=lr, window=now.window)
+
+    def forward_backward(self, batch: Batch, start: Tensor, num_labels: int) -> Tensor:
+        """Accumulates the gradients of a micro-batch; returns its share of the step's mean loss per label."""
+        loss = self._summed_loss(batch, start) / max(num_labels, 1)
+        loss.backward(backward_seed(loss))
+        return loss.detach()
+
+    def after_step(self) -> None:
         """Does what is due after a step: validation, samples, a checkpoint."""
         config, step = self.config, self.step
         last = step == config.training.steps
-        self.pending = True
+        self.post_step_pending = True
         with self.metrics.pause():
-            if (last or step % config.validation.freq == 0) and step != self.validated:
-                self.validate()
-                self.validated = step  # not again, should samples be broken off
+            if (last or step % config.validation.freq == 0) and step != self.validated_step:
+                self._validate()
+                self.validated_step = step  # not to be repeated if sampling is interrupted
             if step and config.samples.due(step, last):
-                self.samples.draw(step, self.ranks.first)
-            self.pending = False
-            if self.lifeline.due(step):
-                self.lifeline.save(self.state())
+                self.samples.sample(step, self.ranks.first)
+            self.post_step_pending = False
+            if self.fault_tolerance.save_due(step):
+                self.fault_tolerance.save(self.state())
             if last and config.checkpoint.last_save_in_hf:
                 self.last_save.write(self.model, self.ranks.first)
             if step % config.training.gc_freq == 0:
@@ -148,104 +202,83 @@ class Trainer:
         if step and not last and config.job.exit_interval and step % config.job.exit_interval == 0:
             raise Interrupted(f"job.exit_interval = {config.job.exit_interval}")
 
-    def train_step(self) -> None:
-        """One optimizer step: pick the window, gather gradients, move the weights."""
-        window = self.curriculum(self.step)
-        self._turn()
-        batches = self.lifeline.read(self.loader, self.plan.batch.accumulation)
-        labels = sum(batch.num_labels for batch in batches)
-        num_labels = self.lifeline.exchange(labels, self.plan.degrees.copies)  # each label weighs the same
+    # --- forward passes -----------------------------------------------------------------------------------------------
 
-        self.optimizer.zero_grad()
-        losses: list[bad_steps.MicroBatchLoss] = []
-        pairs = 0
-        for batch in batches:
-            start = mask.compose(*(allow(batch.positions, window) for allow in self.masks))
-            losses.append((batch.rows, self.forward_backward(batch.to(self.ranks.device), start, num_labels)))
-            pairs += mask.pairs(start)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-        self.lifeline.saves.wait_for_copy()
-        lr = self.schedule.set(self.step, self.plan.phases("lr_factor", self.step, 1.0))
-        rows = self.row, self.loader.row - 1
-        self.lifeline.guard.update(self.step + 1, rows, norm, losses)
-        self.step, self.row = self.step + 1, self.loader.row
-        self._report(window, torch.stack([loss for _, loss in losses]).sum(), norm, lr, pairs)
-
-    def _turn(self) -> None:
-        """Gives the model the RoPE theta of the step, where the phases set one."""
-        theta = self.plan.phases("rope_theta", self.step)
-        if theta is not None:
-            self.model.set_rope_theta(theta)
-
-    def forward_backward(self, batch: Batch, start: Tensor, num_labels: int) -> Tensor:
-        """Adds the gradients of a micro-batch; returns its part of the mean loss over the step's labels."""
-        loss = self._loss(batch, start) / max(num_labels, 1)
-        loss.backward(bad_steps.backward_seed(loss))
-        return loss.detach()
-
-    def _loss(self, batch: Batch, start: Tensor) -> Tensor:
-        """Returns the loss summed over this rank's stretch of the rows."""
-        form = self.share.form(self.kernel.derive, start, self.ranks.device)
+    def _summed_loss(self, batch: Batch, start: Tensor) -> Tensor:
+        """Returns the loss summed over the labels of this rank's tokens."""
+        attn_mask = self.shard.form(self.kernel.derive, start, self.ranks.device)
         with self._precision():
-            return self.model(self.share(batch.tokens), form, self.share(batch.labels))
-
-    def validate(self) -> None:
-        """Reports the loss on held-out rows; all of its windows or none, so what is broken off is done again."""
-        if self.validation is not None:
-            for window, mean in self.validation.means().items():
-                self.metrics.validation(self.step, mean, window)
+            return self.model(self.shard(batch.tokens), attn_mask, self.shard(batch.labels))
 
     def _logits(self, tokens: Tensor) -> Tensor:
         """Returns the logits (1, T, V) of one row under plain causal attention."""
-        self.lifeline.stop_if_asked()
+        self.fault_tolerance.stop_if_requested()
         start = torch.zeros(tokens.shape, dtype=torch.int32)
         with self._precision():
             return self.model(tokens.to(self.ranks.device), self.kernel.derive(start, self.ranks.device))
 
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Computes in the run's dtype; FSDP2 casts by itself."""
+        if self.mesh.data is not None or self.parallel_config.precision.compute == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, self.parallel_config.precision.compute)
+
+    def _validate(self) -> None:
+        """Logs the validation losses: of all windows or, if interrupted, of none."""
+        if self.validation is not None:
+            for window, loss in self.validation.losses().items():
+                self.metrics.validation(self.step, loss, window)
+
+    def _set_rope_theta(self, theta: float | None) -> None:
+        if theta is not None:
+            self.model.set_rope_theta(theta)
+
     # --- state --------------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> RunState:
         """Returns what a checkpoint holds beside model and optimizer."""
-        return {
-            "step": self.step,
-            "row": self.row,
-            "pending": self.pending,
-            "validated": self.validated,
-            "rope_theta": self.plan.phases("rope_theta", max(self.step - 1, 0)),
-            "fingerprints": self._fingerprints(),
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        }
+        last = self.plan.schedule(max(self.step - 1, 0))
+        return RunState(
+            step=self.step,
+            row=self.row,
+            fingerprints=self._fingerprints(),
+            window=last.window,
+            final_window=self.plan.schedule.window(self.plan.steps - 1),
+            rope_theta=last.rope_theta,
+            post_step_pending=self.post_step_pending,
+            validated_step=self.validated_step,
+            bad_steps=self.bad_steps.state_dict(),
+            skipped_rows=self.fault_tolerance.skipped_rows,
+            versions={"torch": torch.__version__, "python": platform.python_version()},
+        )
+
+    def restore_progress(self, state: RunState) -> None:
+        """Sets step and row to those of a checkpoint."""
+        self.step, self.row = state.step, state.row
+        self.post_step_pending = state.post_step_pending or self.step == 0  # metrics at step 0 are logged again
+        self.validated_step = state.validated_step if self.step else -1
 
     def _resume(self) -> None:
-        """Continues from the newest checkpoint, if there is one and it is of this run."""
-        saved = self.lifeline.resume(self._check, self.loader)
-        if saved is not None:
-            self._go_on(saved)
+        """Continues from the newest checkpoint of this run, if any."""
+        state = self.fault_tolerance.resume(self._check, self.loader)
+        if state is not None:
+            self.restore_progress(state)
         elif self.config.checkpoint.initial_load_in_hf:
             path = self.config.checkpoint.initial_load_path or self.config.model.hf_assets_path
-            hf_weights.load(self.model, path)
+            hf_weights.load_hf_weights(self.model, path)
             logger.info("loaded the weights of %s", path)
 
-    def _go_on(self, saved: dict[str, Any]) -> None:
-        self.step, self.row = saved["step"], saved["row"]
-        self.pending = saved["pending"] or self.step == 0  # metrics that begin at step 0 begin anew
-        self.validated = saved.get("validated", -1) if self.step else -1
-
-    def _check(self, run: dict[str, Any]) -> None:
-        checkpoint.check(run["fingerprints"], self._fingerprints(), self.config.checkpoint.accept_changes)
+    def _check(self, state: RunState) -> None:
+        check_fingerprints(state.fingerprints, self._fingerprints(), self.config.checkpoint.accept_changes)
 
     def _fingerprints(self) -> dict[str, str]:
         return fingerprints(self.plan, self.model.config, self.loader)
 
     # --- building -----------------------------------------------------------------------------------------------------
 
-    def _tokenizer(self) -> data.Tokenizer | None:
-        model, tokenizer = (
-            models.registry.resolve(self.config.model),
-            data.build_tokenizer(self.config.tokenizer, self.config.data),
-        )
+    def _build_tokenizer(self) -> data.Tokenizer | None:
+        model = models.registry.resolve(self.config.model)
+        tokenizer = data.build_tokenizer(self.config.tokenizer, self.config.data)
         if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size = {model.vocab_size}: "
@@ -253,14 +286,32 @@ class Trainer:
             )
         return tokenizer
 
-    def _loader(self, split: str) -> data.BaseDataLoader:
-        return data_setup.loader(self.config, self.plan.batch, split, self.tokenizer, self.mesh.data_rank)
+    def _build_loader(self, split: str) -> data.BaseDataLoader:
+        plan = self.plan
+        return data_setup.build_loader(
+            plan.config, plan.batch, plan.schedule, split, self.tokenizer, self.mesh.data_rank
+        )
 
-    def _validation(self) -> Validation:
-        loader = self._loader("validation")
-        return Validation(self.plan, self.ranks, loader, self._loss, lambda: self.lifeline.stop_if_asked())
+    def _build_validation(self) -> Validation:
+        def stop_if_requested() -> None:
+            self.fault_tolerance.stop_if_requested()  # which is built later
 
-    def _spread(self) -> parallelize.ParallelizeConfig:
+        return Validation(self.plan, self.ranks, self._build_loader("validation"), self._summed_loss, stop_if_requested)
+
+    def _build_model(self) -> models.Model:
+        """Builds the model on meta, parallelizes it, then allocates and initializes its weights."""
+        config, training = self.config, self.config.training
+        with torch.device("meta"):
+            attend = self.shard.attend(self.kernel.attend)
+            model = models.registry.build(config.model, attend=attend, seq_len=training.seq_len)
+        if self.mesh.context:
+            model.set_position_offset(self.shard.first)
+        parallelize.parallelize(model, model.parallel_plan(), self.mesh, self.parallel_config)
+        parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
+        model.init_weights(config.debug.seed)
+        return model
+
+    def _parallel_config(self) -> parallelize.ParallelizeConfig:
         config, training = self.config, self.config.training
         return parallelize.ParallelizeConfig(
             parallelism=config.parallelism,
@@ -274,28 +325,9 @@ class Trainer:
             offload=training.enable_cpu_offload,
         )
 
-    def _model(self) -> models.Model:
-        """Makes the model on meta, spreads it, then gives it memory and its first weights."""
-        config, training = self.config, self.config.training
-        with torch.device("meta"):
-            attend = self.share.attend(self.kernel.attend)
-            model = models.registry.build(config.model, attend=attend, seq_len=training.seq_len)
-        if self.mesh.context:
-            model.set_position_offset(self.share.first)
-        parallelize.parallelize(model, model.parallel_plan(), self.mesh, self.spread)
-        parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
-        model.init_weights(config.debug.seed)
-        return model
+    # --- reporting ----------------------------------------------------------------------------------------------------
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        """Computes in the run's type; FSDP2 casts by itself."""
-        if self.mesh.data is not None or self.spread.precision.compute == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.ranks.device.type, self.spread.precision.compute)
-
-    # --- telling ------------------------------------------------------------------------------------------------------
-
-    def _run(self) -> RunInfo:
+    def _run_info(self) -> RunInfo:
         return RunInfo(
             folder=self.folder,
             steps=self.config.training.steps,
@@ -308,32 +340,19 @@ class Trainer:
         )
 
     def _announce(self) -> None:
-        """Says what the run will do, and writes its resolved settings."""
+        """Logs what the run will do, and writes its resolved settings."""
         if not self.ranks.first:
             return
         config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.toml").write_text(config.to_toml())
-        said = [config.job.description] if config.job.description else []
-        said += [*summary_lines(self.plan), f"kernel      {self.kernel.name}: {self.kernel.why}"]
-        said += [f"data        {line}" for line in self.loader.describe()]
-        said += [f"            {line}" for line in self.validation.loader.describe()] if self.validation else []
+        lines = [config.job.description] if config.job.description else []
+        lines += [*summary_lines(self.plan), f"kernel      {self.kernel.name}: {self.kernel.why}"]
+        lines += [f"data        {line}" for line in self.loader.describe()]
+        lines += [f"            {line}" for line in self.validation.loader.describe()] if self.validation else []
         if self.step:
-            said.append(f"resume      after step {self.step:,}")
-        for line in said:
+            lines.append(f"resume      after step {self.step:,}")
+        for line in lines:
             logger.info(line)
         if config.job.print_config:
             logger.info("settings:\n%s", config.to_toml())
-
-    def _report(self, window: int, loss: Tensor, norm: Tensor, lr: float, pairs: int) -> None:
-        """Counts a step, and reports the ones that are due; only those wait for the accelerator."""
-        self.metrics.count(self.plan.tokens_per_step, self.ranks.sum(pairs, self.plan.degrees.copies))
-        if self.metrics.due(self.step) or self.lifeline.due(self.step):  # totals go on from a checkpoint
-            mean = self.ranks.sum(loss.item(), self.plan.degrees.tensor)
-            self.lifeline.guard.settle()
-            self.metrics.log(self.step, loss=mean, grad_norm=norm.item(), lr=lr, window=window)
-
-    def _draw(self) -> None:
-        """Leaves the picture of loss and window."""
-        if self.ranks.first:
-            plots.ladder(self.folder / "ladder.png", self.folder / "metrics.jsonl")

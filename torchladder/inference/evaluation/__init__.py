@@ -1,23 +1,19 @@
-"""The loss of trained models on files: weights × documents → windows → scores → a table."""
+"""Evaluation: the loss of trained models on files, document by document, collected in a table."""
 
 from torchladder.inference.evaluation.eval_files import EvalFiles, expand_paths
-from torchladder.inference.evaluation.eval_jobs import EvalJob, finished_rows, label, score, unfinished
+from torchladder.inference.evaluation.eval_jobs import EvalJob, compute_losses, finished_rows, path_label, unfinished
 from torchladder.inference.evaluation.eval_slices import EvalSlices
-from torchladder.inference.evaluation.eval_weights import EvalWeights, UnreadableWeightsError, find
-from torchladder.inference.evaluation.result_table import ResultTable, Row
+from torchladder.inference.evaluation.result_table import ResultRow, ResultTable
 
 __all__ = [
     "EvalFiles",
     "EvalJob",
     "EvalSlices",
-    "EvalWeights",
+    "ResultRow",
     "ResultTable",
-    "Row",
-    "UnreadableWeightsError",
+    "compute_losses",
     "expand_paths",
-    "find",
     "finished_rows",
-    "label",
-    "score",
+    "path_label",
     "unfinished",
 ]

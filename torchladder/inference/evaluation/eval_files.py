@@ -1,4 +1,4 @@
-"""Files as a model reads them: text tokenized once, or tokens as they are."""
+"""Opens files to evaluate on: text is tokenized once into the cache, files of tokens are read as they are."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from torchladder.data.source_config import SourceConfig
 from torchladder.data.text import file_formats
 from torchladder.data.text.document_reader import DocumentReader, OnError
 from torchladder.data.text.file_formats import FileSlice
-from torchladder.inference.evaluation.eval_weights import EvalWeights
-from torchladder.inference.trained_model import tokenizer_of
-from torchladder.registry import ConfigError
+from torchladder.inference.trained_model import NoTokenizerError, TrainedModel
 
 
 @dataclass(frozen=True, eq=False)
 class EvalDocuments:
-    """A file as tokens.
+    """The documents of a file as tokens.
 
     Attributes:
-        path: the file, as it was named.
+        path: the file, as the user gave it.
         corpus: its tokens.
-        bytes: of its texts in UTF-8; None where it holds tokens.
+        bytes: of its text in UTF-8; None for a file of tokens.
     """
 
     path: Path
@@ -38,16 +36,16 @@ class EvalDocuments:
 
 @dataclass(frozen=True)
 class EvalFiles:
-    """Files to evaluate on, turned into tokens once for each tokenizer, in the cache of the runs.
+    """Files to evaluate on, tokenized once per tokenizer.
 
     Attributes:
-        paths: of text or tokens.
-        text_key: the text's key or column; None takes the one of the run's sources, where they agree on one.
-        on_error: what a document that cannot be read does.
-        bos: whether documents of text begin with the tokenizer's bos; None does what the run did.
+        paths: files of text or tokens.
+        text_key: key or column of the text; None: that of the run's sources if they have a single one.
+        on_error: what to do with a document that cannot be read.
+        bos: whether documents of text begin with the tokenizer's bos; None: as in the run.
 
     Raises:
-        ConfigError: a file is not there, or of no known kind.
+        ConfigError: a file is missing or of an unknown kind.
     """
 
     paths: Sequence[Path]
@@ -60,64 +58,59 @@ class EvalFiles:
         for path in self.paths:
             SourceConfig(path=str(path)).check()
 
-    def of(self, weights: EvalWeights) -> list[EvalDocuments]:
-        """Returns the files as a model reads them.
+    def open_for(self, trained: TrainedModel) -> list[EvalDocuments]:
+        """Returns the files as tokens of a model's tokenizer.
 
         Raises:
-            ConfigError: a document cannot be read, a text has no tokenizer, or not the one that the model knows.
+            ConfigError: a document cannot be read, the tokenizer is missing and a file is text, or the tokenizer is
+                not the one that the model was trained with.
         """
-        config = weights.config
-        run = repr((config.tokenizer, config.data, weights.tokenizer))
-        if run not in self._opened:
+        config = trained.config
+        key = repr((config.tokenizer, config.data, trained.tokenizer_fingerprint))
+        if key not in self._opened:
             cache = data.cache_path(getattr(config.data, "cache_folder", DEFAULT_FOLDER))
             bos = getattr(config.data, "bos", False) if self.bos is None else self.bos
-            opener = SourceLoader(self._tokenizer(weights), cache, validation_fraction=0.0, bos=bos)
-            self._opened[run] = [self._open(path, opener, weights) for path in self.paths]
-        return self._opened[run]
+            try:
+                tokenizer = trained.build_tokenizer()
+            except NoTokenizerError:
+                if not all(SourceConfig(path=str(path)).is_tokens for path in self.paths):
+                    raise
+                tokenizer = None  # tokens can be read without one
+            loader = SourceLoader(tokenizer, cache, validation_fraction=0.0, bos=bos)
+            self._opened[key] = [self._open(path, loader, config) for path in self.paths]
+        return self._opened[key]
 
-    def _tokenizer(self, weights: EvalWeights) -> data.Tokenizer | None:
-        """Returns the tokenizer; none where there is none and all files are tokens."""
-        try:
-            return tokenizer_of(weights.path, weights.config)
-        except ConfigError:
-            if all(SourceConfig(path=str(path)).is_tokens for path in self.paths):
-                return None
-            raise
-
-    def _key(self, config: Config) -> str:
-        if self.text_key is not None:
-            return self.text_key
-        sources = getattr(config.data, "sources", [])
-        keys = {getattr(source, "text_key", "text") for source in sources if not source.is_tokens}
-        return keys.pop() if len(keys) == 1 else "text"
-
-    def _open(self, path: Path, opener: SourceLoader, weights: EvalWeights) -> EvalDocuments:
+    def _open(self, path: Path, loader: SourceLoader, config: Config) -> EvalDocuments:
         source = SourceConfig(path=str(path))
         if source.is_tokens:
-            return EvalDocuments(path, opener.open(source, "train"), None)
-        text_key = self._key(weights.config)
+            return EvalDocuments(path, loader.open(source, "train"), None)
+        text_key = self.text_key
+        if text_key is None:
+            texts = [source for source in getattr(config.data, "sources", []) if not source.is_tokens]
+            keys = {getattr(source, "text_key", "text") for source in texts}
+            text_key = keys.pop() if len(keys) == 1 else "text"
         source = SourceConfig(path=str(path), text_key=text_key, on_error=self.on_error)
-        corpus = opener.open(source, "train")
+        corpus = loader.open(source, "train")
 
-        def count(target: Path) -> None:
+        def count_bytes(target: Path) -> None:
             texts = DocumentReader(text_key, self.on_error).read(FileSlice.whole(path))
             target.write_text(str(sum(len(text.encode()) for _, text in texts)))
 
-        size = build_once(opener.cache / "sizes" / source.text_source().stamp(), count)
+        size = build_once(loader.cache / "sizes" / source.text_source().stamp(), count_bytes)
         return EvalDocuments(path, corpus, int(size.read_text()))
 
 
 def expand_paths(patterns: Sequence[str]) -> list[Path]:
-    """Returns the files that paths, folders (to the bottom) and globs name, each once, a pair of tokens by its .bin.
+    """Returns the files that paths, folders (recursively) and globs name, each once; a .idx stands for its .bin.
 
     Raises:
-        ConfigError: a pattern names none.
+        ConfigError: a pattern matches no file.
     """
     found: dict[str, Path] = {}
     for pattern in patterns:
         for file in match_files(pattern, _is_readable, file_formats.TEXT_FILES):
-            one = file.with_suffix(".bin") if file.suffix == ".idx" else file
-            found.setdefault(os.path.abspath(one), Path(os.path.normpath(one)))
+            file = file.with_suffix(".bin") if file.suffix == ".idx" else file
+            found.setdefault(os.path.abspath(file), Path(os.path.normpath(file)))
     return list(found.values())
 
 

@@ -1,4 +1,4 @@
-"""What there is to evaluate, what of it is done, and the doing."""
+"""Evaluations: one model on one file at one context, which of them are finished, and computing the losses."""
 
 from __future__ import annotations
 
@@ -19,143 +19,137 @@ from torchladder.data.packing.spans import Spans
 from torchladder.data.unlabeled_tokens import PADDING, split_labels
 from torchladder.inference.evaluation.eval_files import EvalDocuments
 from torchladder.inference.evaluation.eval_slices import EvalSlices
-from torchladder.inference.evaluation.eval_weights import EvalWeights
-from torchladder.inference.evaluation.result_table import Key, ResultTable, Row, key
-from torchladder.inference.evaluation.scores import Scores, Total, buckets
-from torchladder.inference.trained_model import LoadedModel
+from torchladder.inference.evaluation.position_losses import PositionLosses, position_buckets
+from torchladder.inference.evaluation.result_table import ResultRow, ResultTable, RowKey, row_key
+from torchladder.inference.trained_model import LoadedModel, TrainedModel
 from torchladder.models import attention
 from torchladder.registry import ConfigError
 
-FORMAT = 1
-"""Raised when the same weights and documents would give other numbers, so that they are evaluated again."""
+FINGERPRINT_VERSION = 1
+"""Increment it when the same weights and documents lead to other numbers, so that they are evaluated again."""
 
 
 @dataclass(frozen=True, eq=False)
 class EvalJob:
-    """Some weights on one file at one context.
+    """The evaluation of a model on a file at a context.
 
     Attributes:
-        weights: the weights.
+        trained: the model.
         documents: the file.
-        windows: how its documents are cut.
-        dtype: of the weights, as the model computes with them.
-        by_position: whether the result says what tokens cost by position.
-        table: where the result goes.
+        slices: how its documents are cut.
+        dtype: of the weights.
+        by_position: whether to report the loss by position, too.
+        table: where the result is written.
     """
 
-    weights: EvalWeights
+    trained: TrainedModel
     documents: EvalDocuments
-    windows: EvalSlices
+    slices: EvalSlices
     dtype: str
     by_position: bool
     table: ResultTable
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that the result follows from, and of the file's name."""
-        of = [FORMAT, self.weights.stamp, self.documents.path.name, self.documents.corpus.fingerprint()]
-        of += [self.windows.context, self.windows.stride, self.dtype]
-        return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
+        """A hash of all that determines the result, and of the file's name."""
+        content = [FINGERPRINT_VERSION, self.trained.weights_id]
+        content += [self.documents.path.name, self.documents.corpus.fingerprint()]
+        content += [self.slices.context, self.slices.stride, self.dtype]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     @cached_property
     def tokens(self) -> int:
         """Tokens that the model reads."""
-        return self.windows.tokens(self.documents.corpus.lengths)
+        return self.slices.count_tokens(self.documents.corpus.lengths)
 
     @property
-    def keys(self) -> list[Key]:
-        """What the rows of the result are of."""
+    def row_keys(self) -> list[RowKey]:
+        """The keys of the result's rows: all positions, then each bucket."""
         return [(self.fingerprint, first) for first in (None, *(first for first, _ in self._buckets))]
 
-    def rows(self, scores: Scores) -> list[Row]:
-        """Returns the rows of the result: of all positions, and of each bucket."""
-        about: Row = {
+    def rows(self, losses: PositionLosses) -> list[ResultRow]:
+        """Returns the rows of the result: all positions, then each bucket."""
+        common: ResultRow = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "checkpoint": label(self.weights.path),
-            "step": self.weights.step,
-            "file": label(self.documents.path),
-            "context": self.windows.context,
-            "stride": self.windows.stride,
+            "checkpoint": path_label(self.trained.path),
+            "step": self.trained.step,
+            "file": path_label(self.documents.path),
+            "context": self.slices.context,
+            "stride": self.slices.stride,
             "dtype": self.dtype,
+            "documents": None,
+            "bytes": None,
+            "bits_per_byte": None,
             "fingerprint": self.fingerprint,
         }
-        size, whole = self.documents.bytes, scores.total()
-        of_all = {
-            "documents": len(self.documents.corpus.lengths),
-            "bytes": size,
-            "bits_per_byte": whole.bits_per_byte(size),
-        }
-        rows = [about | _place(None, None) | _figures(whole) | of_all]
-        for place in self._buckets:
-            rows.append(about | _place(*place) | _figures(scores.total(*place)) | dict.fromkeys(of_all))
+        rows = []
+        for first, last in [(None, None), *self._buckets]:
+            total = losses.total(first or 0, last)
+            rows.append(
+                common
+                | {"first_position": first, "last_position": last, "tokens": total.tokens}
+                | {"loss": total.mean, "perplexity": total.perplexity}
+                | {"total_loss": total.loss if total.tokens else None}
+            )
+        size = self.documents.bytes
+        rows[0] |= {"documents": len(self.documents.corpus.lengths), "bytes": size}
+        rows[0] |= {"bits_per_byte": losses.total().bits_per_byte(size)}
         return rows
 
     @property
     def _buckets(self) -> list[tuple[int, int]]:
-        return buckets(self.windows.context) if self.by_position else []
+        return position_buckets(self.slices.context) if self.by_position else []
 
 
-def _place(first: int | None, last: int | None) -> Row:
-    return {"first_position": first, "last_position": last}
-
-
-def _figures(total: Total) -> Row:
-    return {
-        "tokens": total.tokens,
-        "loss": total.mean,
-        "perplexity": total.perplexity,
-        "total_loss": total.loss if total.tokens else None,
-    }
-
-
-def label(path: Path) -> str:
-    """Returns a path as one line of text."""
+def path_label(path: Path) -> str:
+    """Returns a path as one line of valid text."""
     return os.fsencode(path).decode("utf-8", "replace").replace("\n", " ")
 
 
 def unfinished(jobs: Sequence[EvalJob]) -> list[EvalJob]:
-    """Returns the jobs whose tables do not hold all of their rows."""
-    known = {table: {key(row) for row in table.rows()} for table in {job.table for job in jobs}}
-    return [job for job in jobs if not known[job.table].issuperset(job.keys)]
+    """Returns the jobs whose tables lack some of their rows."""
+    known = {table: {row_key(row) for row in table.rows()} for table in {job.table for job in jobs}}
+    return [job for job in jobs if not known[job.table].issuperset(job.row_keys)]
 
 
-def finished_rows(jobs: Sequence[EvalJob]) -> list[Row]:
-    """Returns the rows of jobs that their tables hold, in the order of the jobs."""
-    known = {table: {key(row): row for row in table.rows()} for table in {job.table for job in jobs}}
-    rows = (known[job.table].get(one) for job in jobs for one in job.keys)
+def finished_rows(jobs: Sequence[EvalJob]) -> list[ResultRow]:
+    """Returns the rows of jobs that are in their tables, in the order of the jobs."""
+    known = {table: {row_key(row): row for row in table.rows()} for table in {job.table for job in jobs}}
+    rows = (known[job.table].get(key) for job in jobs for key in job.row_keys)
     return [row for row in rows if row is not None]
 
 
 @torch.no_grad()
-def score(restored: LoadedModel, job: EvalJob, budget: int, read: Callable[[int], None]) -> Scores:
-    """Reads all windows of a job and adds up what each token costs.
+def compute_losses(
+    loaded: LoadedModel, job: EvalJob, batch_tokens: int, on_batch: Callable[[int], None]
+) -> PositionLosses:
+    """Returns the losses of a job by position.
 
     Args:
-        restored: the job's model.
-        job: what to read.
-        budget: places in a batch.
-        read: told the tokens of each batch that has been read.
+        loaded: the model of the job.
+        job: what to evaluate.
+        batch_tokens: tokens in a batch, with padding.
+        on_batch: called with the tokens of each finished batch.
 
     Raises:
-        ConfigError: the file holds a token that the model does not have.
+        ConfigError: the file has a token outside of the model's vocabulary.
     """
-    config, corpus = job.weights.config, job.documents.corpus
-    kernel = attention.build_kernel("sdpa", config.attention.masks, restored.device, training=False)
-    start, vocab_size = restored.start.cpu(), models.resolve(config.model).vocab_size
-    scores = Scores(job.windows.context)
-    for batch in job.windows.batches(corpus.lengths, budget):
+    config, corpus = job.trained.config, job.documents.corpus
+    kernel = attention.build_kernel("sdpa", config.attention.masks, loaded.device, training=False)
+    start, vocab_size = loaded.start.cpu(), models.resolve(config.model).vocab_size
+    sums = PositionLosses(job.slices.context)
+    for batch in job.slices.batches(corpus.lengths, batch_tokens):
         lengths = batch.ends - batch.begins
         rows, longest = len(lengths), int(lengths[0])
-        places = np.arange(longest + 1)
-        content = np.full((rows, longest + 1), PADDING, dtype=np.int64)  # the last one only a label
-        content[places <= lengths[:, None]] = corpus.read(Spans(batch.documents, batch.begins, batch.ends + 1))
+        positions = np.arange(longest + 1)
+        content = np.full((rows, longest + 1), PADDING, dtype=np.int64)  # the last column has only labels
+        content[positions <= lengths[:, None]] = corpus.read(Spans(batch.documents, batch.begins, batch.ends + 1))
         if (most := np.maximum(content, ~content).max()) >= vocab_size:
-            raise ConfigError(f"{job.documents.path} holds token {most}, the model has {vocab_size}.")
+            raise ConfigError(f"{job.documents.path} has token {most}, the model's vocabulary is {vocab_size}.")
         tokens, labels = split_labels(torch.from_numpy(content))
-        labels[torch.from_numpy(places[:-1] < batch.seen[:, None])] = data.IGNORED
-        form = kernel.derive(start[:longest].expand(rows, longest), restored.device)
-        inputs, wanted = tokens.to(restored.device), labels.to(restored.device)
-        losses = restored.model.losses(inputs, form, wanted)  # (rows, longest)
-        scores.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORED).sum(0).numpy())
-        read(int(lengths.sum()))
-    return scores
+        labels[torch.from_numpy(positions[:-1] < batch.overlaps[:, None])] = data.IGNORED
+        attn_mask = kernel.derive(start[:longest].expand(rows, longest), loaded.device)
+        losses = loaded.model.losses(tokens.to(loaded.device), attn_mask, labels.to(loaded.device))  # (rows, longest)
+        sums.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORED).sum(0).numpy())
+        on_batch(int(lengths.sum()))
+    return sums

@@ -1,4 +1,4 @@
-"""Documents to windows: what a model reads at once, and which tokens it is asked for there."""
+"""Cuts documents into slices: the tokens that a model reads at once, and those that it predicts there."""
 
 from __future__ import annotations
 
@@ -10,36 +10,39 @@ import numpy as np
 
 from torchladder.registry import ConfigError
 
-BUFFER = 1 << 14
-"""Windows that are sorted by length: neighbours of like length make a batch, and the plan stays small."""
+SORTED_SLICES = 1 << 14
+"""Slices that are sorted by length at once. Batches have slices of similar lengths, and little is kept in memory."""
 
 
 class SliceBatch(NamedTuple):
-    """Windows that are read side by side.
+    """Slices that are read as one batch.
 
     Attributes:
-        documents: (windows,) int64, the document of each.
-        begins: (windows,) int64, the first token that it reads within its document.
-        ends: (windows,) int64, one past the last token that it reads: the token there is the last to be predicted.
-        seen: (windows,) int64, at how many of its places an earlier window has predicted the next token.
+        documents: (slices,) int64, the document of each.
+        begins: (slices,) int64, its first token within the document.
+        ends: (slices,) int64, one past the last token that it reads; the token there is the last that it predicts.
+        overlaps: (slices,) int64, leading positions whose next token an earlier slice predicts.
     """
 
     documents: np.ndarray
     begins: np.ndarray
     ends: np.ndarray
-    seen: np.ndarray
+    overlaps: np.ndarray
 
 
 @dataclass(frozen=True)
 class EvalSlices:
-    """How documents are cut: every token but a document's first is predicted once.
+    """How documents are cut. Each token is predicted once, except for the first of a document.
+
+    A document of 8 tokens with a context of 4 and a stride of 2 has the slices 0-3, 2-5 and 4-6, which predict the
+    tokens 1-4, 5-6 and 7: the first two positions of the second and of the third overlap with the slice before.
 
     Attributes:
-        context: tokens that a window reads at most.
-        stride: tokens from the beginning of a window to that of the next one in the document.
+        context: tokens in a slice, at most.
+        stride: tokens from the beginning of a slice to the beginning of the next.
 
     Raises:
-        ConfigError: they cannot be.
+        ConfigError: the context is below 1, or the stride is not from 1 to the context.
     """
 
     context: int
@@ -47,50 +50,48 @@ class EvalSlices:
 
     def __post_init__(self) -> None:
         if self.context < 1:
-            raise ConfigError(f"a context of {self.context} tokens: it is 1 at least.")
+            raise ConfigError(f"a context of {self.context} tokens: must be 1 or more.")
         if not 1 <= self.stride <= self.context:
             raise ConfigError(
-                f"a stride of {self.stride} tokens: it is from 1 to the context ({self.context}), "
-                "so that no token is left out."
+                f"a stride of {self.stride} tokens: must be from 1 to the context ({self.context}); a larger one would "
+                "leave out tokens."
             )
 
-    def tokens(self, lengths: np.ndarray) -> int:
-        """Returns how many tokens all windows of documents of those lengths read."""
-        labels = _labels(lengths)
-        counts = self._counts(labels)
+    def count_tokens(self, lengths: np.ndarray) -> int:
+        """Returns the tokens in all slices of documents with these lengths."""
+        labels = _count_labels(lengths)
+        counts = self._count_slices(labels)
         return int((labels + (counts - 1).clip(0) * (self.context - self.stride)).sum())
 
-    def batches(self, lengths: np.ndarray, budget: int) -> Iterator[SliceBatch]:
-        """Yields all windows of documents, each with others of about its length.
+    def batches(self, lengths: np.ndarray, batch_tokens: int) -> Iterator[SliceBatch]:
+        """Yields all slices of the documents in batches of similar lengths, the longest slice first.
 
         Args:
             lengths: (documents,) tokens in each document.
-            budget: places in a batch, the longest window times the windows; one window may be longer.
+            batch_tokens: maximum of slices times the longest of them; a single slice may be longer.
         """
-        labels = _labels(lengths)
-        counts = self._counts(labels)
+        labels = _count_labels(lengths)
+        counts = self._count_slices(labels)
         ends = counts.cumsum()
         total = int(ends[-1]) if len(ends) else 0
-        for first in range(0, total, BUFFER):
-            window = np.arange(first, min(first + BUFFER, total))
-            document = np.searchsorted(ends, window, side="right")
-            number = window - (ends - counts)[document]
-            begin = number * self.stride
-            end = np.minimum(begin + self.context, labels[document])
-            found = SliceBatch(document, begin, end, np.where(number, self.context - self.stride, 0))
-            order = np.argsort(begin - end, kind="stable")  # longest first
-            at = 0
-            while at < len(order):
-                longest = int((end - begin)[order[at]])
-                some = order[at : at + max(budget // longest, 1)]
-                yield SliceBatch(*(part[some] for part in found))
-                at += len(some)
+        for first in range(0, total, SORTED_SLICES):
+            slices = np.arange(first, min(first + SORTED_SLICES, total))
+            documents = np.searchsorted(ends, slices, side="right")
+            number = slices - (ends - counts)[documents]  # within the document
+            begins = number * self.stride
+            stops = np.minimum(begins + self.context, labels[documents])
+            found = SliceBatch(documents, begins, stops, np.where(number, self.context - self.stride, 0))
+            order = np.argsort(begins - stops, kind="stable")  # longest first
+            while len(order):
+                rows = max(batch_tokens // int((stops - begins)[order[0]]), 1)
+                yield SliceBatch(*(column[order[:rows]] for column in found))
+                order = order[rows:]
 
-    def _counts(self, labels: np.ndarray) -> np.ndarray:
-        """Returns how many windows each document has."""
+    def _count_slices(self, labels: np.ndarray) -> np.ndarray:
+        """Returns the number of slices of each document."""
         return np.where(labels > 0, 1 - (self.context - labels).clip(max=0) // self.stride, 0)
 
 
-def _labels(lengths: np.ndarray) -> np.ndarray:
-    """Returns how many tokens of each document can be predicted: all but the first."""
+def _count_labels(lengths: np.ndarray) -> np.ndarray:
+    """Returns the tokens of each document that can be predicted: all but the first."""
     return (np.asarray(lengths, dtype=np.int64) - 1).clip(0)

@@ -1,4 +1,4 @@
-"""Results on disk, as CSV or JSON Lines: many processes add to one file, and a kill spoils nothing."""
+"""Results as CSV or JSON Lines: several processes may append to one file, and a killed one leaves it valid."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any
 
 from torchladder.registry import ConfigError, unknown_name
 
-Row = dict[str, Any]
-"""A line of the table: a value for each of ``COLUMNS``, None for none."""
+ResultRow = dict[str, Any]
+"""A line of the table: a value or None for each of ``COLUMNS``."""
 
 COLUMNS: dict[str, type] = {
     "time": str,
@@ -40,83 +40,87 @@ COLUMNS: dict[str, type] = {
     "fingerprint": str,
 }
 
-Key = tuple[str, int | None]
-"""What a row is of: the fingerprint of an evaluation, and the first position, None for all of them."""
+RowKey = tuple[str, int | None]
+"""What identifies a row: the fingerprint of the evaluation and the first position, None for all positions."""
 
 
-def key(row: Row) -> Key:
-    """Returns what a row is of."""
+def row_key(row: ResultRow) -> RowKey:
+    """Returns what identifies a row."""
     return row["fingerprint"], row["first_position"]
 
 
 class ResultTable:
-    """Rows in a file; the suffix says of which form.
+    """A file of rows; its suffix is the format.
 
     Args:
-        path: a .csv or .jsonl, made with its folder where it is not there.
+        path: a .csv or .jsonl; created with its folder if it does not exist.
 
     Raises:
-        ConfigError: another suffix, a file that cannot be written or holds something else.
+        ConfigError: another suffix, or a file that cannot be written or has other content.
     """
 
     def __init__(self, path: Path) -> None:
-        if path.suffix not in FORMS:
-            raise ConfigError(f"{path}: results go to {' or '.join(FORMS)}.")
+        if path.suffix not in FORMATS:
+            raise ConfigError(f"{path}: a table of results must end in {' or '.join(FORMATS)}.")
         self.path = path
-        self._form = FORMS[path.suffix]
+        self._format = FORMATS[path.suffix]
         with self._open() as file:
             self._read(file)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ResultRow]:
         """Returns all complete rows.
 
         Raises:
-            ConfigError: something that is no row has come into the file.
+            ConfigError: the file has a line that is not a row.
         """
         with self._open() as file:
             return self._read(file)
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Adds the rows that are not there yet, all or none, on disk when this returns.
+    def add(self, rows: Sequence[ResultRow]) -> None:
+        """Appends those of the rows that the file lacks: all or none, and on disk when this returns.
 
         Raises:
-            ConfigError: they cannot be written.
+            ConfigError: the file cannot be written.
         """
         with self._open() as file:
-            known = {key(row) for row in self._read(file)}
-            missing = [row for row in rows if key(row) not in known]
-            whole = _whole(_content(file))
-            file.truncate(whole)  # a line without an end is of a process that was killed: the lock is held here
+            known = {row_key(row) for row in self._read(file)}
+            missing = [row for row in rows if row_key(row) not in known]
+            end = _complete_bytes(_content(file))
+            file.truncate(end)  # an incomplete line is of a killed process: others wait for the lock
             try:
-                text = memoryview(self._form.write(missing, whole == 0))
-                while text:
-                    text = text[file.write(text) :]
+                remaining = memoryview(self._format.write(missing, end == 0))
+                while remaining:
+                    remaining = remaining[file.write(remaining) :]
                 os.fsync(file.fileno())
             except OSError:
-                file.truncate(whole)
+                file.truncate(end)
                 raise
 
     @contextmanager
     def _open(self) -> Iterator[FileIO]:
-        """Gives the file, which no other process has meanwhile."""
+        """Opens the file under an exclusive lock."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also when the process dies
+                fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by the end of the process
                 yield file
         except OSError as error:
-            raise ConfigError(f"{self.path} cannot be written: {error.strerror}. --output names another.") from error
+            raise ConfigError(
+                f"{self.path} cannot be written: {error.strerror}. Choose another file with --output."
+            ) from error
 
-    def _read(self, file: FileIO) -> list[Row]:
+    def _read(self, file: FileIO) -> list[ResultRow]:
         content = _content(file)
-        whole = _whole(content)
+        end = _complete_bytes(content)
         try:
-            begins = self._form.begins
-            if not whole and content[: len(begins)] != begins[: len(content)]:
-                raise ConfigError("its one line has no end.")
-            return self._form.parse(content[:whole].decode())
+            beginning = self._format.beginning
+            if not end and content[: len(beginning)] != beginning[: len(content)]:
+                raise ConfigError("its only line is incomplete.")
+            return self._format.parse(content[:end].decode())
         except (ValueError, csv.Error) as error:
-            raise ConfigError(f"{self.path} is no table of evaluations: {error} --output names another.") from None
+            raise ConfigError(
+                f"{self.path} is not a table of evaluations: {error} Choose another file with --output."
+            ) from None
 
 
 def _content(file: FileIO) -> bytes:
@@ -124,27 +128,27 @@ def _content(file: FileIO) -> bytes:
     return file.read()
 
 
-def _whole(content: bytes) -> int:
-    """Returns the bytes of all lines that have an end."""
+def _complete_bytes(content: bytes) -> int:
+    """Returns the size of all complete lines."""
     return content.rfind(b"\n") + 1
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
 
 
-def _to_csv(rows: Sequence[Row], first: bool) -> bytes:
+def _to_csv(rows: Sequence[ResultRow], with_header: bool) -> bytes:
     text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    if first:
-        lines.writerow(COLUMNS)
-    lines.writerows([row[name] for name in COLUMNS] for row in rows)  # floats as repr gives them
+    writer = csv.writer(text, lineterminator="\n")
+    if with_header:
+        writer.writerow(COLUMNS)
+    writer.writerows([row[name] for name in COLUMNS] for row in rows)  # floats with all digits
     return text.getvalue().encode()
 
 
-def _from_csv(text: str) -> list[Row]:
+def _from_csv(text: str) -> list[ResultRow]:
     lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     if lines:
-        _check(lines[0], 1)
+        _check_columns(lines[0], 1)
     for number, line in enumerate(lines, start=1):
         if len(line) != len(COLUMNS):
             raise ConfigError(f"line {number} has {len(line)} values, not {len(COLUMNS)}.")
@@ -157,52 +161,51 @@ def _from_csv(text: str) -> list[Row]:
 # --- JSON Lines -------------------------------------------------------------------------------------------------------
 
 
-def _to_jsonl(rows: Sequence[Row], first: bool) -> bytes:
-    # JSON has no NaN and no infinity: null.
-    finite = ({name: _finite(row[name]) for name in COLUMNS} for row in rows)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finite).encode()
+def _to_jsonl(rows: Sequence[ResultRow], with_header: bool) -> bytes:
+    lines = ({name: _finite_or_none(row[name]) for name in COLUMNS} for row in rows)
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
-def _from_jsonl(text: str) -> list[Row]:
+def _from_jsonl(text: str) -> list[ResultRow]:
     rows = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         row = json.loads(line)
         if not isinstance(row, dict):
-            raise ConfigError(f"line {number} holds no object.")
-        _check(list(row), number)
+            raise ConfigError(f"line {number} is not an object.")
+        _check_columns(list(row), number)
         rows.append(row)
     return rows
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has neither NaN nor infinity
 
 
-def _check(names: Sequence[str], number: int) -> None:
+def _check_columns(names: Sequence[str], line: int) -> None:
     for name in names:
         if name not in COLUMNS:
-            raise ConfigError(f"line {number}: {unknown_name('column', name, COLUMNS)}")
+            raise ConfigError(f"line {line}: {unknown_name('column', name, COLUMNS)}")
     if list(names) != list(COLUMNS):
-        raise ConfigError(f"line {number} has the columns {', '.join(names)}, not {', '.join(COLUMNS)}.")
+        raise ConfigError(f"line {line} has the columns {', '.join(names)}, not {', '.join(COLUMNS)}.")
 
 
 @dataclass(frozen=True)
-class Form:
-    """How rows are a file.
+class TableFormat:
+    """A file format of tables.
 
     Attributes:
-        write: rows, and whether they are the first of the file, as bytes.
-        parse: the reverse.
-        begins: what every file begins with.
+        write: returns rows as bytes; the flag is whether they are the first of the file.
+        parse: returns the rows of a text.
+        beginning: the first bytes of every file.
     """
 
-    write: Callable[[Sequence[Row], bool], bytes]
-    parse: Callable[[str], list[Row]]
-    begins: bytes
+    write: Callable[[Sequence[ResultRow], bool], bytes]
+    parse: Callable[[str], list[ResultRow]]
+    beginning: bytes
 
 
-FORMS = {
-    ".csv": Form(_to_csv, _from_csv, _to_csv([], True)),
-    ".jsonl": Form(_to_jsonl, _from_jsonl, b'{"time": "'),
+FORMATS = {
+    ".csv": TableFormat(_to_csv, _from_csv, _to_csv([], True)),
+    ".jsonl": TableFormat(_to_jsonl, _from_jsonl, b'{"time": "'),
 }
-"""Forms by suffix."""
+"""Formats by suffix."""

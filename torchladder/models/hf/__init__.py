@@ -1,1 +1,1 @@
-"""Models to and from Hugging Face's form: safetensors shards, a config.json, and the tokenizer beside them."""
+"""Hugging Face: one adapter per family of models, conversion of weights and of config.json in both directions."""

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder as a checkpoint and back, tensor by tensor: the model is never in memory."""
+"""Converts between Hugging Face folders and checkpoints tensor by tensor: the model is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -14,120 +14,117 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from torchladder.models.hf import hf_config
-from torchladder.models.hf import hf_folder as folders
-from torchladder.models.hf.hf_config import HFMetadata
-from torchladder.models.hf.hf_folder import Folder
-from torchladder.models.hf.hf_weights import Shape, extended, match
+from torchladder.models.hf.adapter import HFMetadata
+from torchladder.models.hf.hf_folder import HFFolder, write_hf_folder
+from torchladder.models.hf.hf_weights import Shape, extend_rows, match_tensors
 from torchladder.models.model import registry
 from torchladder.registry import ConfigError
 
-PREFIX = "model."
-"""Of a model's tensors in a checkpoint."""
+MODEL_PREFIX = "model."
+"""Prefix of the model's tensors in a checkpoint."""
 
 
-def to_checkpoint(folder: Folder, path: Path, vocab_size: int | None = None) -> None:
-    """Writes a folder's weights as a checkpoint, holding one tensor at a time.
+def hf_to_checkpoint(folder: HFFolder, path: Path, vocab_size: int | None = None) -> None:
+    """Writes the weights of a folder as a checkpoint, with one tensor in memory at a time.
 
     Args:
-        folder: where they are.
+        folder: the Hugging Face folder.
         path: of the checkpoint.
-        vocab_size: rows of the vocabulary to write, the new ones the mean of the others; None: those there are.
+        vocab_size: rows of the vocabulary; additional ones are the mean of the others. None: those of the folder.
 
     Raises:
-        ConfigError: the folder's tensors are not those of its config.json, or are more rows than asked for.
+        ConfigError: the tensors are not those that config.json describes, or ``vocab_size`` is too small.
     """
-    model = hf_config.read(folder.config)
+    model = hf_config.model_section(folder.config)
     rows = vocab_size or model["vocab_size"]
     if rows < model["vocab_size"]:
-        raise ConfigError(f"a vocabulary of {rows} cannot hold the {model['vocab_size']} tokens of {folder.path}.")
-    shapes = _shapes(model["name"], {**model, "vocab_size": rows})
-    theirs = match(folder, model["name"], shapes)
-    stored = {own: folder.tensors[key] for own, key in theirs.items()}
+        raise ConfigError(
+            f"a vocabulary of {rows} is too small for {folder.path}: it must be at least {model['vocab_size']}."
+        )
+    shapes = _tensor_shapes(model["name"], {**model, "vocab_size": rows})
+    hf_names = match_tensors(folder, hf_config.adapter_for(model["name"]), shapes)
+    stored = {name: folder.tensors[hf_name] for name, hf_name in hf_names.items()}
     state = {
-        own: torch.empty(shapes[own], dtype=stored[own].dtype, device="meta")
-        for own in sorted(theirs, key=lambda own: stored[own].file)
+        name: torch.empty(shapes[name], dtype=stored[name].dtype, device="meta")
+        for name in sorted(hf_names, key=lambda name: stored[name].file)
     }
 
-    def read(own: str) -> Tensor:
-        tensor = folder.read(theirs[own])
-        return tensor if tensor.shape == shapes[own] else extended(tensor, rows)
+    def read_tensor(name: str) -> Tensor:
+        tensor = folder.read_tensor(hf_names[name])
+        return tensor if tensor.shape == shapes[name] else extend_rows(tensor, rows)
 
-    # A file per tensor: the writer holds all that goes into a file until the file is written.
+    # One file per tensor: the writer keeps the content of a file in memory until the file is complete.
     writer = dcp.FileSystemWriter(path, single_file_per_rank=False)
-    dcp.save({PREFIX.rstrip("."): state}, storage_writer=writer, planner=_Streaming(read), no_dist=True)
+    planner = _StreamingPlanner(read_tensor)
+    dcp.save({MODEL_PREFIX.rstrip("."): state}, storage_writer=writer, planner=planner, no_dist=True)
 
 
-def from_checkpoint(
-    checkpoint: Path, path: Path, model: tuple[str, Any], facts: HFMetadata, dtype: torch.dtype | None = None
+def checkpoint_to_hf(
+    checkpoint: Path, path: Path, model: tuple[str, Any], metadata: HFMetadata, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes a checkpoint's weights as a folder, holding one shard at a time.
+    """Writes the weights of a checkpoint as a Hugging Face folder, with one shard in memory at a time.
 
     Args:
-        checkpoint: a complete one.
-        path: the folder, which is there.
-        model: name and config of the model that it is of; a smaller vocabulary leaves out the last rows.
-        facts: what config.json says beside the model's shape.
-        dtype: of the written weights; None: as they are.
+        checkpoint: a complete checkpoint.
+        path: an existing folder.
+        model: name and config of the model; a smaller vocabulary than the checkpoint's leaves out the last rows.
+        metadata: what config.json says beside the model's shape.
+        dtype: of the written weights; None: as stored.
 
     Raises:
-        ConfigError: the checkpoint is of another model.
+        ConfigError: the checkpoint holds another model.
     """
     name, config = model
     reader = dcp.FileSystemReader(checkpoint)
-    kept = _kept(reader)
-    shapes = _shapes(name, vars(config))
-    form = hf_config.adapter_of(name)
-    _check(checkpoint, shapes, {own: tuple(kept[own].size) for own in kept}, form.vocabulary)
-    ours = {form.hf_name(own): own for own in shapes}
-    types = {own: dtype or kept[own].properties.dtype for own in shapes}
+    stored = {
+        key.removeprefix(MODEL_PREFIX): tensor
+        for key, tensor in reader.read_metadata().state_dict_metadata.items()
+        if key.startswith(MODEL_PREFIX) and isinstance(tensor, TensorStorageMetadata)
+    }
+    shapes = _tensor_shapes(name, vars(config))
+    adapter = hf_config.adapter_for(name)
+    _check_shapes(checkpoint, shapes, {key: tuple(stored[key].size) for key in stored}, adapter.vocab_tensors)
+    names = {adapter.hf_name(key): key for key in shapes}
+    dtypes = {key: dtype or stored[key].properties.dtype for key in shapes}
 
-    def read(key: str) -> Tensor:
-        own = ours[key]
-        tensor = torch.empty(kept[own].size, dtype=kept[own].properties.dtype)
-        dcp.load({PREFIX + own: tensor}, storage_reader=reader, no_dist=True)
-        return tensor[: shapes[own][0]].to(types[own])
+    def read_tensor(hf_name: str) -> Tensor:
+        key = names[hf_name]
+        tensor = torch.empty(stored[key].size, dtype=stored[key].properties.dtype)
+        dcp.load({MODEL_PREFIX + key: tensor}, storage_reader=reader, no_dist=True)
+        return tensor[: shapes[key][0]].to(dtypes[key])
 
-    sizes = {key: torch.Size(shapes[own]).numel() * types[own].itemsize for key, own in ours.items()}
-    main = max(types.values(), key=[*types.values()].count)
-    folders.write(path, hf_config.write(name, config, facts, main), sizes, read)
+    sizes = {hf_name: torch.Size(shapes[key]).numel() * dtypes[key].itemsize for hf_name, key in names.items()}
+    most_common = max(dtypes.values(), key=[*dtypes.values()].count)
+    write_hf_folder(path, adapter.to_hf(config, metadata, most_common), sizes, read_tensor)
 
 
-class _Streaming(DefaultSavePlanner):
-    """Gives a tensor when it is written, not before."""
+class _StreamingPlanner(DefaultSavePlanner):
+    """Reads each tensor only when it is written."""
 
-    def __init__(self, read: Callable[[str], Tensor]) -> None:
+    def __init__(self, read_tensor: Callable[[str], Tensor]) -> None:
         super().__init__()
-        self.read = read
+        self.read_tensor = read_tensor
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.read(index.fqn.removeprefix(PREFIX))
+        return self.read_tensor(index.fqn.removeprefix(MODEL_PREFIX))
 
 
-def _kept(reader: dcp.FileSystemReader) -> dict[str, TensorStorageMetadata]:
-    """Returns what a checkpoint holds of the model."""
-    found = reader.read_metadata().state_dict_metadata
-    return {
-        key.removeprefix(PREFIX): value
-        for key, value in found.items()
-        if key.startswith(PREFIX) and isinstance(value, TensorStorageMetadata)
-    }
-
-
-def _shapes(name: str, values: dict[str, Any]) -> dict[str, Shape]:
-    """Returns the shapes of the tensors of a model with such a config."""
-    kind = registry.config_type(name)
-    own = {field.name for field in fields(kind)}
-    config = kind(**{key: value for key, value in values.items() if key in own})
+def _tensor_shapes(name: str, values: dict[str, Any]) -> dict[str, Shape]:
+    """Returns the shapes of all tensors of a model; ``values`` may have more keys than the model's config."""
+    config_type = registry.config_type(name)
+    keys = {field.name for field in fields(config_type)}
+    config = config_type(**{key: value for key, value in values.items() if key in keys})
     with torch.device("meta"):
         model = registry.get(name)(config=config, seq_len=1)
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
-def _check(path: Path, shapes: dict[str, Shape], kept: dict[str, Shape], vocabulary: tuple[str, ...]) -> None:
-    if set(shapes) != set(kept):
-        other = min(set(shapes) ^ set(kept))
-        raise ConfigError(f"{path} is not of this model: {other} is in only one of the two.")
-    for own, shape in shapes.items():
-        cut = own in vocabulary and shape[1:] == kept[own][1:] and shape[0] < kept[own][0]
-        if shape != kept[own] and not cut:
-            raise ConfigError(f"{path}: {own} has the shape {list(kept[own])}, the model's is {list(shape)}.")
+def _check_shapes(
+    path: Path, shapes: dict[str, Shape], stored: dict[str, Shape], vocab_tensors: tuple[str, ...]
+) -> None:
+    if differing := set(shapes) ^ set(stored):
+        raise ConfigError(f"{path} holds another model: only one of the two has {min(differing)}.")
+    for name, shape in shapes.items():
+        cuts = name in vocab_tensors and shape[1:] == stored[name][1:] and shape[0] < stored[name][0]
+        if shape != stored[name] and not cuts:
+            raise ConfigError(f"{path}: {name} has shape {list(stored[name])}, the model's is {list(shape)}.")

@@ -1,9 +1,9 @@
-"""A Hugging Face folder: its config.json and its tensors, read one by one from safetensors shards and written so."""
+"""Reads and writes Hugging Face folders: config.json and safetensors shards, one tensor or one shard at a time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from torchladder.registry import ConfigError
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
 
-ASSETS = (
+ASSET_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -29,148 +29,158 @@ ASSETS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-"""Files that go along with a model as they are."""
+"""Files of the tokenizer and of generation, copied unchanged."""
 
-SHARD_BYTES = 2 << 30
-"""Bytes of a shard, unless a single tensor is larger."""
+MAX_SHARD_BYTES = 2 << 30
+"""Maximum size of a shard: 2 GiB, unless a single tensor is larger."""
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of weights by their name in safetensors."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor on disk: where, and of what kind."""
+class StoredTensor:
+    """A tensor on disk."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-class Folder:
-    """A model as Hugging Face keeps it.
+class HFFolder:
+    """A Hugging Face folder, opened for reading.
 
     Args:
         path: the folder.
 
+    Attributes:
+        config: the content of config.json.
+
     Raises:
-        ConfigError: it is no such folder, or a file is damaged.
+        ConfigError: the folder has no config.json, or a file is missing or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        file = self.path / CONFIG
-        if not file.is_file():
-            raise ConfigError(f"{str(path)!r} is no Hugging Face folder: there is no {CONFIG} in it.")
-        self.config: dict[str, Any] = _json(file)
+        if not is_hf_folder(self.path):
+            raise ConfigError(f"{str(path)!r} is not a Hugging Face folder: it has no {CONFIG_FILE}.")
+        self.config = _read_json(self.path / CONFIG_FILE)
         self._open: tuple[Path, Any] | None = None
 
     @cached_property
-    def tensors(self) -> dict[str, Stored]:
-        """Name -> what is stored, file by file."""
-        found = {}
-        for file in self._files():
-            with _opened(file) as content:
+    def tensors(self) -> dict[str, StoredTensor]:
+        """All tensors by name, file by file."""
+        tensors = {}
+        for file in self._weight_files():
+            with _open_safetensors(file) as content:
                 for name in content.keys():  # noqa: SIM118 - not a dict
-                    kept = content.get_slice(name)
-                    dtype = _DTYPES.get(kept.get_dtype())
-                    if dtype is None:
-                        raise ConfigError(f"{file}: {name} is of type {kept.get_dtype()}, known: {', '.join(_DTYPES)}.")
-                    found[name] = Stored(file, tuple(kept.get_shape()), dtype)
-        return found
+                    tensor = content.get_slice(name)
+                    if tensor.get_dtype() not in DTYPES:
+                        known = ", ".join(DTYPES)
+                        raise ConfigError(f"{file}: {name} has the type {tensor.get_dtype()}. Known: {known}.")
+                    tensors[name] = StoredTensor(file, tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
+        return tensors
 
-    def read(self, name: str) -> Tensor:
-        """Returns a tensor; its file stays open until one of another file is read."""
+    def read_tensor(self, name: str) -> Tensor:
+        """Returns a tensor. Its file stays open until a tensor of another file is read."""
         file = self.tensors[name].file
         if self._open is None or self._open[0] != file:
-            self._open = None  # closed before the next is opened: pages of both would count as memory
-            self._open = file, _opened(file)
+            self._open = None  # close first: the mapped pages of both files would count as memory
+            self._open = file, _open_safetensors(file)
         return self._open[1].get_tensor(name)
 
-    def assets(self) -> list[Path]:
+    def asset_files(self) -> list[Path]:
         """Returns the files of the tokenizer and of generation."""
-        return [self.path / name for name in ASSETS if (self.path / name).is_file()]
+        return [self.path / name for name in ASSET_FILES if (self.path / name).is_file()]
 
-    def _files(self) -> list[Path]:
-        index = self.path / INDEX
+    def _weight_files(self) -> list[Path]:
+        index = self.path / INDEX_FILE
         names = ["model.safetensors"]
         if index.is_file():
-            where = _json(index).get("weight_map")
-            if not isinstance(where, dict):
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
                 raise ConfigError(f"{index} has no weight_map.")
-            names = sorted(set(where.values()))
+            names = sorted(set(weight_map.values()))
         for name in names:
             if not (self.path / name).is_file():
-                raise ConfigError(f"{self.path}: {name} is not there; weights are read from safetensors only.")
+                raise ConfigError(f"{self.path}: {name} is missing. Weights must be safetensors files.")
         return [self.path / name for name in names]
 
 
-def write(
-    path: Path, config: dict[str, Any], stored: dict[str, int], read: Callable[[str], Tensor], keep: bool = True
+def is_hf_folder(path: Path) -> bool:
+    """Returns whether a folder has a config.json."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def write_hf_folder(
+    path: Path,
+    config: dict[str, Any],
+    sizes: Mapping[str, int],
+    read_tensor: Callable[[str], Tensor],
+    is_writer: bool = True,
 ) -> None:
-    """Writes the config.json and the shards of a model, holding one shard at a time.
+    """Writes config.json, the shards and their index, with one shard in memory at a time.
 
     Args:
-        path: a folder that is there.
-        config: of the config.json.
-        stored: name -> bytes, in the order of the shards.
-        read: gives a tensor.
-        keep: whether this process writes; one that does not takes part in reading all the same.
+        path: an existing folder.
+        config: the content of config.json.
+        sizes: tensor name -> bytes, in the order of the shards.
+        read_tensor: returns a tensor by name.
+        is_writer: whether this rank writes; the others only call ``read_tensor``, which may be a collective.
     """
-    files = list(shards(stored, SHARD_BYTES))
-    where: dict[str, str] = {}
-    for number, names in enumerate(files, start=1):
-        single = len(files) == 1
-        file = "model.safetensors" if single else f"model-{number:05}-of-{len(files):05}.safetensors"
+    shards = list(split_into_shards(sizes, MAX_SHARD_BYTES))
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name in names:
-            tensor = read(name)
-            if keep:
+            tensor = read_tensor(name)
+            if is_writer:
                 tensors[name] = tensor.contiguous().cpu()
-        where.update(dict.fromkeys(names, file))
-        if keep:
-            _library(path / file).torch.save_file(tensors, path / file, metadata={"format": "pt"})
-    if keep:
-        (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    if keep and len(files) > 1:
-        index = {"metadata": {"total_size": sum(stored.values())}, "weight_map": where}
-        (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        weight_map.update(dict.fromkeys(names, file))
+        if is_writer:
+            _safetensors(path / file).torch.save_file(tensors, path / file, metadata={"format": "pt"})
+    if is_writer:
+        (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def shards(stored: dict[str, int], limit: int) -> Iterator[list[str]]:
-    """Cuts names, with their bytes, into runs of at most ``limit`` bytes, or of a single larger one."""
+def split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
+    """Yields the names of each shard: in order, at most ``max_bytes`` together, or a single larger tensor."""
     names: list[str] = []
-    held = 0
-    for name, size in stored.items():
-        if names and held + size > limit:
+    total = 0
+    for name, size in sizes.items():
+        if names and total + size > max_bytes:
             yield names
-            names, held = [], 0
+            names, total = [], 0
         names.append(name)
-        held += size
+        total += size
     yield names
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: {error}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{file} holds no JSON object.")
-    return loaded
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is not a JSON object.")
+    return content
 
 
-def _opened(file: Path) -> Any:
-    library = _library(file)
+def _open_safetensors(file: Path) -> Any:
+    library = _safetensors(file)
     try:
         return library.safe_open(file, framework="pt")
     except library.SafetensorError as error:
         raise ConfigError(f"{file} is damaged: {error}.") from None
 
 
-def _library(file: Path) -> ModuleType:
+def _safetensors(file: Path) -> ModuleType:
     try:
         import safetensors.torch
     except ImportError:
         raise ConfigError(f"{file} needs the package safetensors: pip install 'torchladder[hf]'.") from None
     return safetensors
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -1,7 +1,8 @@
-"""A model's weights straight from a Hugging Face folder, and straight to one, also while ranks share the model."""
+"""Loads a model's weights from a Hugging Face folder and saves them to one, also while ranks share the model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -14,101 +15,102 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchladder.models.hf import hf_config
-from torchladder.models.hf import hf_folder as folders
-from torchladder.models.hf.hf_config import HFMetadata
-from torchladder.models.hf.hf_folder import Folder
-from torchladder.models.model import Model, registry
+from torchladder.models.hf.adapter import HFAdapter, HFMetadata
+from torchladder.models.hf.hf_folder import CONFIG_FILE, HFFolder, write_hf_folder
+from torchladder.models.model import Model
 from torchladder.registry import ConfigError
 
 Shape = tuple[int, ...]
 
 
 @torch.no_grad()
-def load(model: Model, path: str | Path) -> None:
-    """Fills a model, whole or sharded over ranks, from a folder; each rank reads what it holds.
+def load_hf_weights(model: Model, path: str | Path) -> None:
+    """Loads the weights of a folder into a model, whole or sharded; each rank reads its own shard.
 
-    Rows of the vocabulary that the folder does not have begin as the mean of those it has.
+    If the model's vocabulary is larger than the folder's, the additional rows become the mean of the others.
 
     Raises:
-        ConfigError: the folder holds another model, other tensors, or tensors of other shapes.
+        ConfigError: the folder holds another model, or tensors of other names or shapes.
     """
-    folder = Folder(path)
-    hf_config.check_compatible(hf_config.read(folder.config), model.config, str(folder.path / folders.CONFIG))
-    state = _state(model)
-    theirs = match(folder, _name(model), {name: tuple(tensor.shape) for name, tensor in state.items()})
-    grows = [name for name in theirs if folder.tensors[theirs[name]].shape != tuple(state[name].shape)]
-    whole = {theirs[name]: state[name] for name in theirs if name not in grows}
-    dcp.load(whole, storage_reader=HuggingFaceStorageReader(str(folder.path)), no_dist=not dist.is_initialized())
-    for name in grows:
+    folder = HFFolder(path)
+    source = str(folder.path / CONFIG_FILE)
+    hf_config.check_compatible(hf_config.model_section(folder.config), model.config, source)
+    state = _state_dict(model)
+    hf_names = match_tensors(folder, _adapter(model), {name: tuple(tensor.shape) for name, tensor in state.items()})
+    extended = [name for name in hf_names if folder.tensors[hf_names[name]].shape != tuple(state[name].shape)]
+    unchanged = {hf_names[name]: state[name] for name in hf_names if name not in extended}
+    reader = HuggingFaceStorageReader(str(folder.path))
+    dcp.load(unchanged, storage_reader=reader, no_dist=not dist.is_initialized())
+    for name in extended:
         parameter = state[name]
-        values = extended(folder.read(theirs[name]), len(parameter)).to(parameter.device, parameter.dtype)
+        values = extend_rows(folder.read_tensor(hf_names[name]), len(parameter))
+        values = values.to(parameter.device, parameter.dtype)
         if isinstance(parameter, DTensor):
             values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(values)
 
 
 @torch.no_grad()
-def save(model: Model, path: Path, facts: HFMetadata, dtype: torch.dtype, first: bool) -> None:
-    """Writes a model, whole or sharded over ranks, as a folder; all ranks give their part, the first one writes.
+def save_hf_weights(model: Model, path: Path, metadata: HFMetadata, dtype: torch.dtype, is_writer: bool) -> None:
+    """Saves a model, whole or sharded, as a folder. All ranks take part; one of them writes.
 
     Args:
         model: the model.
-        path: the folder, there on the first rank.
-        facts: what config.json says beside the model's shape.
-        dtype: of the written weights.
-        first: whether this is the rank that writes.
+        path: the folder; it exists on the rank that writes.
+        metadata: what config.json says beside the model's shape.
+        dtype: of the saved weights.
+        is_writer: whether this rank writes.
     """
-    name, state = _name(model), _state(model)
-    form = hf_config.adapter_of(name)
-    ours = {form.hf_name(own): own for own in state}
+    adapter, state = _adapter(model), _state_dict(model)
+    names = {adapter.hf_name(name): name for name in state}
 
-    def read(key: str) -> Tensor:
-        tensor = state[ours[key]]
+    def read_tensor(hf_name: str) -> Tensor:
+        tensor = state[names[hf_name]]
         return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to(dtype)
 
-    sizes = {key: state[own].numel() * dtype.itemsize for key, own in ours.items()}
-    folders.write(path, hf_config.write(name, model.config, facts, dtype), sizes, read, keep=first)
+    sizes = {hf_name: state[name].numel() * dtype.itemsize for hf_name, name in names.items()}
+    write_hf_folder(path, adapter.to_hf(model.config, metadata, dtype), sizes, read_tensor, is_writer)
 
 
-def extended(tensor: Tensor, rows: int) -> Tensor:
-    """Returns a tensor with as many rows; those that are new are the mean of the others."""
+def extend_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Returns the tensor with ``rows`` rows; the additional ones are the mean of the others."""
     mean = tensor.mean(dim=0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
 
 
-def match(folder: Folder, name: str, shapes: dict[str, Shape]) -> dict[str, str]:
-    """Returns a model's tensors -> the folder's, once each is there in its shape and no other is left over.
+def match_tensors(folder: HFFolder, adapter: HFAdapter, shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """Returns parameter name -> tensor name in the folder, after checking names and shapes.
 
     Args:
         folder: the folder.
-        name: the registered model.
-        shapes: of its tensors; those of the vocabulary may have more rows than the folder's.
+        adapter: of the model.
+        shapes: parameter name -> shape; those of the vocabulary may have more rows than the folder's.
 
     Raises:
-        ConfigError: the two do not fit.
+        ConfigError: a tensor is missing, unexpected, or of another shape.
     """
-    form = hf_config.adapter_of(name)
-    theirs = {own: form.hf_name(own) for own in shapes}
-    missing = [key for key in theirs.values() if key not in folder.tensors]
+    hf_names = {name: adapter.hf_name(name) for name in shapes}
+    missing = [hf_name for hf_name in hf_names.values() if hf_name not in folder.tensors]
     if missing:
-        raise ConfigError(f"{folder.path} lacks {len(missing)} tensors, {missing[0]} the first of them.")
-    known = {*theirs.values(), *form.names.values()}  # a tied head may be stored all the same
-    over = [key for key in folder.tensors if key not in known and "rotary_emb" not in key]
-    if over:
-        raise ConfigError(f"{folder.path} holds {len(over)} tensors that the model lacks, {over[0]} the first of them.")
-    for own, key in theirs.items():
-        shape = folder.tensors[key].shape
-        grows = own in form.vocabulary and shape == (folder.config["vocab_size"], *shapes[own][1:])
-        if shape != shapes[own] and not (grows and shape[0] < shapes[own][0]):
-            raise ConfigError(f"{folder.path}: {key} has the shape {list(shape)}, the model's is {list(shapes[own])}.")
-    return theirs
+        raise ConfigError(f"{folder.path}: {len(missing)} tensors are missing, such as {missing[0]}.")
+    known = {*hf_names.values(), *adapter.tensor_names.values()}  # some folders store a tied head, too
+    unexpected = [hf_name for hf_name in folder.tensors if hf_name not in known and "rotary_emb" not in hf_name]
+    if unexpected:
+        raise ConfigError(f"{folder.path}: the model lacks {len(unexpected)} of the tensors, such as {unexpected[0]}.")
+    for name, hf_name in hf_names.items():
+        stored, expected = folder.tensors[hf_name].shape, shapes[name]
+        extends = name in adapter.vocab_tensors and stored == (folder.config["vocab_size"], *expected[1:])
+        if stored != expected and not (extends and stored[0] < expected[0]):
+            raise ConfigError(f"{folder.path}: {hf_name} has shape {list(stored)}, the model's is {list(expected)}.")
+    return hf_names
 
 
-def _state(model: Model) -> dict[str, Tensor]:
-    """Returns the parameters themselves, by the names that they have without wrappers."""
+def _state_dict(model: Model) -> dict[str, Tensor]:
+    """Returns the parameters by their names without wrappers."""
     return cast(dict[str, Tensor], get_model_state_dict(model))
 
 
-def _name(model: Model) -> str:
-    names: dict[object, str] = {registry.get(name): name for name in registry.names()}
-    return next(names[kind] for kind in type(model).__mro__ if kind in names)  # FSDP2 puts a class of its own first
+def _adapter(model: Model) -> HFAdapter:
+    if model.hf_adapter is None:
+        raise ConfigError(f"{type(model).__name__} does not support Hugging Face: it sets no hf_adapter.")
+    return model.hf_adapter

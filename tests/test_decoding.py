@@ -1,3 +1,5 @@
+"""Generation from models whose logits are known."""
+
 import pytest
 import torch
 
@@ -9,18 +11,18 @@ V = 7
 
 
 def successor(rows: list[list[int]]) -> torch.Tensor:
-    """A model that is sure of the next number, modulo V."""
+    """A model that is certain of the next number, modulo V."""
     return 50.0 * torch.nn.functional.one_hot(torch.tensor([row[-1] + 1 for row in rows]) % V, V).float()
 
 
 def guess(rows: list[list[int]]) -> torch.Tensor:
-    """A model that has an opinion, which hangs on all of a row."""
+    """A model whose logits depend on the whole row."""
     return torch.stack([torch.randn(V, generator=torch.Generator().manual_seed(hash(tuple(row)))) for row in rows])
 
 
-def continued(*prompts, read=successor, max_len=64, stop=None, **settings):
+def continued(*prompts, model=successor, max_len=64, eos=None, **settings):
     config = SamplesConfig(**{"max_new_tokens": 5} | settings)
-    return generate(read, prompts, config, max_len, seed=0, stop=stop)
+    return generate(model, prompts, config, max_len, seed=0, eos=eos)
 
 
 def test_the_prompt_is_continued():
@@ -28,32 +30,32 @@ def test_the_prompt_is_continued():
     assert continued([1, 2], temperature=0.0) == [[3, 4, 5, 6, 0]]
 
 
-def test_text_ends_where_it_stops():
-    assert continued([1], stop=4) == [[2, 3]]
-    assert continued([1], [5], [3], stop=4) == [[2, 3], [6, 0, 1, 2, 3], []]
+def test_text_ends_at_eos():
+    assert continued([1], eos=4) == [[2, 3]]
+    assert continued([1], [5], [3], eos=4) == [[2, 3], [6, 0, 1, 2, 3], []]
 
 
 def test_a_prompt_is_continued_beside_others_as_it_is_alone():
     prompts = [[1, 2, 3], [4], [5, 6]]
-    together = continued(*prompts, read=guess, stop=0, max_new_tokens=20)
-    assert together == [continued(prompt, read=guess, stop=0, max_new_tokens=20)[0] for prompt in prompts]
+    together = continued(*prompts, model=guess, eos=0, max_new_tokens=20)
+    assert together == [continued(prompt, model=guess, eos=0, max_new_tokens=20)[0] for prompt in prompts]
     assert len({len(new) for new in together}) > 1
 
 
-def test_rows_never_exceed_the_model():
+def test_rows_are_never_longer_than_the_model_reads():
     lengths = []
 
-    def read(rows):
+    def count_rows(rows):
         lengths.append(len(rows[0]))
         return successor(rows)
 
-    (new,) = continued([0] * 10, read=read, max_len=12, max_new_tokens=20)
+    (new,) = continued([0] * 10, model=count_rows, max_len=12, max_new_tokens=20)
     assert max(lengths) == 12
     assert new[:4] == [1, 2, 3, 4]
     assert len(new) == 20
 
 
-def test_drawing_follows_the_distribution_within_the_nucleus():
+def test_sampling_follows_the_distribution_within_the_nucleus():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(4)
@@ -63,7 +65,7 @@ def test_drawing_follows_the_distribution_within_the_nucleus():
     assert counts[0] / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)
 
 
-def test_the_likeliest_token_always_stays():
+def test_the_likeliest_token_is_always_in_the_nucleus():
     logits = torch.tensor([3.0, 0.0])
     assert sample_token(logits, 1.0, 1e-9, torch.Generator().manual_seed(0)) == 0
 

@@ -1,4 +1,4 @@
-"""Ranks that share a model load what is theirs of a Hugging Face folder, and write one together."""
+"""Ranks that share a model each load their shard of a Hugging Face folder, and save one together."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from torch.distributed.fsdp import fully_shard
 
 from torchladder import models
 from torchladder.models.hf import hf_weights
-from torchladder.models.hf.hf_config import HFMetadata
-from torchladder.models.hf.hf_folder import Folder
+from torchladder.models.hf.adapter import HFMetadata
+from torchladder.models.hf.hf_folder import HFFolder
 
 pytest.importorskip("safetensors")
 
@@ -34,27 +34,29 @@ def rank_main(rank, root):
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
             model.to_empty(device="cpu")
-            hf_weights.load(model, root / name)
+            hf_weights.load_hf_weights(model, root / name)
             whole = make(rows)
-            hf_weights.load(whole, root / name)
+            hf_weights.load_hf_weights(whole, root / name)
             for one, other in zip(model.parameters(), whole.parameters(), strict=True):
                 assert torch.equal(one.full_tensor(), other)
-            hf_weights.save(model, root / f"{name}-{rows}", HFMetadata(16), torch.float32, first=rank == 0)
+            hf_weights.save_hf_weights(
+                model, root / f"{name}-{rows}", HFMetadata(16), torch.float32, is_writer=rank == 0
+            )
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_ranks_load_and_save_their_shares(tmp_path):
+def test_ranks_load_and_save_their_shards(tmp_path):
     for name, make in MODELS.items():
         model = make(V)
         model.init_weights(0)
         for folder in (name, f"{name}-{V}", f"{name}-{V + 8}"):
             (tmp_path / folder).mkdir()
-        hf_weights.save(model, tmp_path / name, HFMetadata(16), torch.float32, first=True)
+        hf_weights.save_hf_weights(model, tmp_path / name, HFMetadata(16), torch.float32, is_writer=True)
     processes.spawn(rank_main, args=(tmp_path,), nprocs=2)
     for name in MODELS:
-        first, same, more = (Folder(tmp_path / folder) for folder in (name, f"{name}-{V}", f"{name}-{V + 8}"))
+        first, same, more = (HFFolder(tmp_path / folder) for folder in (name, f"{name}-{V}", f"{name}-{V + 8}"))
         assert (first.config, more.config["vocab_size"]) == (same.config, V + 8)
         for tensor, kept in first.tensors.items():
-            assert torch.equal(same.read(tensor), first.read(tensor))
-            assert torch.equal(more.read(tensor)[: kept.shape[0]], first.read(tensor))
+            assert torch.equal(same.read_tensor(tensor), first.read_tensor(tensor))
+            assert torch.equal(more.read_tensor(tensor)[: kept.shape[0]], first.read_tensor(tensor))

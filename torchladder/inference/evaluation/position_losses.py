@@ -1,0 +1,67 @@
+"""Adds up losses by position, so that tokens with a short and with a long context can be reported apart."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class LossSum(NamedTuple):
+    """The sum of the losses of some tokens.
+
+    Attributes:
+        loss: in nats.
+        tokens: their number.
+    """
+
+    loss: float
+    tokens: int
+
+    @property
+    def mean(self) -> float | None:
+        """Nats per token, None without tokens."""
+        return self.loss / self.tokens if self.tokens else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """e to the power of the mean, infinity if that is too large for a float, None without tokens."""
+        if self.mean is None:
+            return None
+        try:
+            return math.exp(self.mean)
+        except OverflowError:
+            return math.inf
+
+    def bits_per_byte(self, size: int | None) -> float | None:
+        """Returns bits per byte of a text with ``size`` bytes, None if the size is unknown."""
+        return self.loss / math.log(2) / size if size and self.tokens else None
+
+
+class PositionLosses:
+    """Sums of losses by position in a slice; at position p the model has read p + 1 tokens.
+
+    Args:
+        context: number of positions.
+    """
+
+    def __init__(self, context: int) -> None:
+        self._losses = np.zeros(context)
+        self._tokens = np.zeros(context, dtype=np.int64)
+
+    def add(self, losses: np.ndarray, tokens: np.ndarray) -> None:
+        """Adds sums of losses (positions,) and numbers of tokens (positions,), from position 0."""
+        self._losses[: len(losses)] += losses
+        self._tokens[: len(tokens)] += tokens
+
+    def total(self, first: int = 0, last: int | None = None) -> LossSum:
+        """Returns the sum over the positions from ``first`` to ``last``, inclusive."""
+        positions = slice(first, None if last is None else last + 1)
+        return LossSum(float(self._losses[positions].sum()), int(self._tokens[positions].sum()))
+
+
+def position_buckets(context: int) -> list[tuple[int, int]]:
+    """Returns the first and last position of each bucket: 0, 1, 2-3, 4-7, ..., up to ``context - 1``."""
+    firsts = [0, *(1 << power for power in range((context - 1).bit_length()))]
+    return [(first, min(max(2 * first - 1, 0), context - 1)) for first in firsts]
