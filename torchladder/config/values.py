@@ -46,7 +46,8 @@ def problem(error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    message = message.replace("array", "list").replace("object", "table").replace("keyword argument", "key")
+    if first["type"] != "value_error":  # pydantic's own words, which are those of JSON
+        message = message.replace("array", "list").replace("object", "table").replace("keyword argument", "key")
     return f"{place}: {message}" if place else message
 
 
@@ -54,7 +55,7 @@ TABLE = '{ path = "a.txt" }'
 
 
 def tables(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
-    """Returns how the command line gives a list of tables: each as in a file, ``'{ path = "a.txt" }'``."""
+    """Returns how the command line spells a list of tables: each as in a file, ``'{ path = "a.txt" }'``."""
 
     def parse(words: list[str]) -> Any:
         try:
