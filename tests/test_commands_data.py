@@ -46,7 +46,7 @@ def test_prepare_says_what_it_made(here, capsys):
         (["--shard", "2/2"], "shards of n are 0/n to n-1/n"),
         (["--executor", "rey"], "unknown executor 'rey'. Did you mean 'ray'"),
         (["--bos"], "no bos token"),
-        (["--eos-token", "</s>"], "names its own bos and eos"),
+        (["--eos-token", "</s>"], "with its own bos and eos"),
         (["--tokenizer", "none.json"], "'none.json' is not a file or folder"),
         (["--text-key", "txt"], r"0\.jsonl\.gz:1: text_key: unknown key 'txt'"),
         (["--workers", "0"], "workers is 0"),

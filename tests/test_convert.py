@@ -152,7 +152,7 @@ def test_a_tokenizer_that_a_run_has_trained_is_exported(trained, tmp_path):
     out = root / "run" / "checkpoint" / "step-2-hf"
     own = _tokenizer(config.load(words))
     assert own.vocab_size == 400
-    assert tokenizer.load(str(out)).fingerprint == own.fingerprint
+    assert tokenizer.load_tokenizer(str(out)).fingerprint == own.fingerprint
     exported = transformers.AutoTokenizer.from_pretrained(out)
     for piece in (text[:200], "  two spaces, a\n\ttab and é", "the ladder"):
         assert exported(piece, add_special_tokens=False)["input_ids"] == own.encode(piece)
@@ -181,10 +181,10 @@ def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind
     texts = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
     here = tmp_path / "here"
     here.mkdir()
-    made = tokenizer.train_tokenizer.train(texts, tokenizer.train_tokenizer.Training(kind="byte-bpe", vocab_size=400))
+    made = tokenizer.train_tokenizer(texts, tokenizer.TokenizerTrainingConfig(kind="byte-bpe", vocab_size=400))
     bpe = made["tokenizer.json"].replace(b"<|end_of_text|>", b"<|stop|>")
     if kind == "sentencepiece":
-        made = tokenizer.train_tokenizer.train(texts, tokenizer.train_tokenizer.Training(kind="bpe", vocab_size=400))
+        made = tokenizer.train_tokenizer(texts, tokenizer.TokenizerTrainingConfig(kind="bpe", vocab_size=400))
         (here / "tokenizer.model").write_bytes(made["tokenizer.model"])
         (here / "tokenizer.json").write_bytes(bpe)
         words = ["--tokenizer.path", str(here / "tokenizer.model")]
@@ -193,7 +193,7 @@ def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind
         (here / "tokenizer_config.json").write_text('{"eos_token": "<|stop|>"}')
         words = ["--tokenizer.path", str(here / "mine.json")]
     else:
-        monkeypatch.setattr(tokenizer.ByteTokenizer, "file", lambda self: {"tokenizer.json": bpe})
+        monkeypatch.setattr(tokenizer.ByteTokenizer, "files", lambda self: {"tokenizer.json": bpe})
         monkeypatch.setitem(tokenizer.registry._components, "mine", tokenizer.ByteTokenizer)
         words = []
     run = config.load(["--tokenizer.name", kind, *words])

@@ -93,7 +93,7 @@ def test_best_fit_is_best_fit_decreasing(lengths, room):
 
 
 def test_windows_are_packed_on_their_own(monkeypatch):
-    monkeypatch.setattr(bin_packing, "WINDOW", 4)
+    monkeypatch.setattr(bin_packing, "BEST_FIT_HORIZON", 4)
     lengths = [5, 4, 3, 2, 5, 4, 3, 2, 5]
     assert pack(BestFitPacking, lengths, 7, shuffle=False).group(np.array(lengths)).tolist() == [
         0,

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchladder.data.text.sources import held_out
 
 from torchladder import data, train
 from torchladder.data import IGNORED
-from torchladder.data.text.sources import held_out
 from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
 

@@ -100,17 +100,17 @@ GOOD = ([2, 3], [0, 1, 2])
     [
         (b"", "fewer than the header's 34"),
         (index(*GOOD)[:20], "fewer than the header's 34"),
-        (index(*GOOD)[:-1], "cut short"),
-        (index(*GOOD) + b"x", "cut short or damaged"),
+        (index(*GOOD)[:-1], "truncated"),
+        (index(*GOOD) + b"x", "truncated or damaged"),
         (index(*GOOD, magic=b"TNTIDX\x00\x00\x00"), "not a Megatron .idx"),
         (index(*GOOD, version=2), "version 2. Known: 1"),
         (index(*GOOD, dtype_code=6), "dtype code 6. Known: 1"),
         (index(*GOOD, dtype_code=7), "dtype code 7"),
-        (index(*GOOD, counts=(2**63, 3)), "cut short or damaged"),
+        (index(*GOOD, counts=(2**63, 3)), "truncated or damaged"),
         (index([2, 4], [0, 1, 2]), "points past the end"),
         (index(*GOOD, pointers=[0, 6]), "points past the end"),
-        (index(*GOOD, pointers=[0, 3]), "cannot be"),
-        (index([2, -3], [0, 1, 2]), "cannot be"),
+        (index(*GOOD, pointers=[0, 3]), "a pointer that is negative or within a token"),
+        (index([2, -3], [0, 1, 2]), "has a negative length"),
         (index([2, 3], [0, 1, 3]), "do not run from 0 to 2"),
         (index([2, 3], [0, 2, 1, 2]), "do not run from 0 to 2"),
         (index([2, 3], [1, 2]), "do not run from 0 to 2"),
@@ -179,8 +179,8 @@ def test_fingerprint_is_of_the_content(tmp_path):
 
 
 def test_fingerprint_of_a_large_file_sees_size_and_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "WHOLE", 1000)
-    monkeypatch.setattr(indexed, "SAMPLE", 4)
+    monkeypatch.setattr(indexed, "MAX_FULL_HASH_BYTES", 1000)
+    monkeypatch.setattr(indexed, "HASH_SAMPLE_BYTES", 4)
     tokens = np.zeros(5000, np.uint16)
     seen = set()
     for change in ([], [0], [4999]):

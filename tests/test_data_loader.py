@@ -316,10 +316,6 @@ def test_training_texts_leave_out_what_is_held_out(folder):
     ("changes", "message"),
     [
         ({"sources": []}, "data.sources is empty"),
-        ({"sources": [SourceConfig()]}, "needs a path"),
-        ({"sources": [SourceConfig(name="python-stdlb")]}, "Did you mean 'python-stdlib'"),
-        ({"sources": [SourceConfig(name="python-stdlib", path="x")]}, "takes no path"),
-        ({"sources": [SourceConfig(path="x.bin", text_key="body")]}, "indexed takes no text_key"),
         ({"sources": [SourceConfig(path="none/*.bin")]}, r"no file matches 'none/\*.bin'"),
         ({"sources": [SourceConfig(path="none.jsonl")]}, "no file matches 'none.jsonl'"),
         ({"global_batch_size": 9}, "global_batch_size 9 is not a multiple"),

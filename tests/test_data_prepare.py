@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchladder.data.dataloader import Tokenizer
+from torchladder.data import sources
 from torchladder.data.disk_cache import build_once, cache_path
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.prepare.cached_tokens import prepare, tokenize
-from torchladder.data.text import sources
-from torchladder.data.tokenizer import ByteTokenizer
+from torchladder.data.text import text_files
+from torchladder.data.tokenizer import ByteTokenizer, Tokenizer
 from torchladder.registry import ConfigError
 
 
@@ -46,7 +46,7 @@ def documents(prefix):
 
 
 def test_documents_are_framed_and_split(folder, tmp_path):
-    source = sources.text(str(folder))
+    source = text_files.text(str(folder))
     out = prepare(source, Shifted(), tmp_path / "cache", validation_fraction=0.2, bos=True)
     expected = {True: [], False: []}
     for document in source.documents():
@@ -62,7 +62,7 @@ def test_documents_are_framed_and_split(folder, tmp_path):
 
 def test_the_cache_is_reused_until_something_matters(folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    first = prepare(sources.text(str(folder)), ByteTokenizer(), cache)
+    first = prepare(text_files.text(str(folder)), ByteTokenizer(), cache)
 
     def reads(source, tokenizer, **settings):
         seen = []
@@ -70,38 +70,38 @@ def test_the_cache_is_reused_until_something_matters(folder, tmp_path, monkeypat
         monkeypatch.setattr(tokenizer, "encode_batch", lambda *a: seen.append(1) or original(*a), raising=False)
         return prepare(source, tokenizer, cache, **settings), bool(seen)
 
-    assert reads(sources.text(str(folder)), ByteTokenizer()) == (first, False)
+    assert reads(text_files.text(str(folder)), ByteTokenizer()) == (first, False)
     os.utime(folder / "000.txt", ns=(1, 1))
-    assert reads(sources.text(str(folder)), ByteTokenizer()) == (first, False)
+    assert reads(text_files.text(str(folder)), ByteTokenizer()) == (first, False)
     os.rename(folder, folder.with_name("moved"))
-    assert reads(sources.text(f"{folder.with_name('moved')}"), ByteTokenizer()) == (first, False)
+    assert reads(text_files.text(f"{folder.with_name('moved')}"), ByteTokenizer()) == (first, False)
     os.rename(folder.with_name("moved"), folder)
 
     made = {first}
     for source, tokenizer, settings in [
-        (sources.text(str(folder)), Shifted(), {}),
-        (sources.text(str(folder)), Shifted(shift=11), {}),
-        (sources.text(str(folder)), Shifted(), {"bos": True}),
-        (sources.text(str(folder)), ByteTokenizer(), {"validation_fraction": 0.1}),
-        (sources.text(f"{folder}/*[1-9].txt"), ByteTokenizer(), {}),
+        (text_files.text(str(folder)), Shifted(), {}),
+        (text_files.text(str(folder)), Shifted(shift=11), {}),
+        (text_files.text(str(folder)), Shifted(), {"bos": True}),
+        (text_files.text(str(folder)), ByteTokenizer(), {"validation_fraction": 0.1}),
+        (text_files.text(f"{folder}/*[1-9].txt"), ByteTokenizer(), {}),
     ]:
         out, read = reads(source, tokenizer, **settings)
         assert read
         made.add(out)
     (folder / "000.txt").write_text("changed")
-    made.add(reads(sources.text(str(folder)), ByteTokenizer())[0])
+    made.add(reads(text_files.text(str(folder)), ByteTokenizer())[0])
     assert len(made) == 7
 
 
 @pytest.mark.parametrize(("shift", "vocab_size", "token"), [(10, 200, 205), (-33, 300, -1)])
 def test_a_token_outside_the_vocabulary_is_an_error_and_leaves_nothing(folder, tmp_path, shift, vocab_size, token):
     with pytest.raises(ConfigError, match=rf"000\.txt: the tokenizer gives token {token}, .* has {vocab_size}"):
-        prepare(sources.text(str(folder)), Shifted(vocab_size, shift), tmp_path / "cache")
+        prepare(text_files.text(str(folder)), Shifted(vocab_size, shift), tmp_path / "cache")
     assert [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.suffix != ".lock"] == []
 
 
 def test_settings_that_cannot_be(folder, tmp_path):
-    source = sources.text(str(folder))
+    source = text_files.text(str(folder))
     with pytest.raises(ConfigError, match="no bos token"):
         prepare(source, ByteTokenizer(), tmp_path, bos=True)
     for fraction in (-0.1, 1.0):
@@ -110,12 +110,12 @@ def test_settings_that_cannot_be(folder, tmp_path):
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(folder, tmp_path):
-    assert IndexedTokens(tokenize(sources.text(str(folder)), Shifted(70_000), tmp_path).train).dtype == np.int32
-    assert IndexedTokens(tokenize(sources.text(str(folder)), Shifted(), tmp_path).train).dtype == np.uint16
+    assert IndexedTokens(tokenize(text_files.text(str(folder)), Shifted(70_000), tmp_path).train).dtype == np.int32
+    assert IndexedTokens(tokenize(text_files.text(str(folder)), Shifted(), tmp_path).train).dtype == np.uint16
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(folder, tmp_path, capfd):
-    tokenize(sources.text(str(folder)), ByteTokenizer(), tmp_path)
+    tokenize(text_files.text(str(folder)), ByteTokenizer(), tmp_path)
     line = capfd.readouterr().err
     assert "100 documents" in line
     assert "tokens/s" in line
@@ -123,7 +123,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(folder, tmp_path, ca
 
 
 def test_the_folder_says_what_it_is(folder, tmp_path):
-    out = prepare(sources.text(str(folder)), ByteTokenizer(), tmp_path, validation_fraction=0.5)
+    out = prepare(text_files.text(str(folder)), ByteTokenizer(), tmp_path, validation_fraction=0.5)
     written = json.loads((out.train.parent / "settings.json").read_text())
     assert written["tokenizer"] == "bytes"
     assert written["validation_fraction"] == 0.5

@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torchladder.data import tokenizer
-from torchladder.data.tokenizer.tiktoken import _parts
+from torchladder.data.tokenizer import tokenizer_files, tokenizer_registry, tokenizer_training
+from torchladder.data.tokenizer.tiktoken import _split_long
 from torchladder.registry import ConfigError
 
 TEXTS = [f"def f{i}(self):\n    if x:\n\treturn {i} * 'ab c'\n\n\n        # naïve café\n" * 5 for i in range(60)]
@@ -89,7 +90,7 @@ def test_training_is_deterministic_and_cached(tmp_path, monkeypatch):
     assert first.fingerprint == second.fingerprint
     other = tokenizer.sentencepiece(lambda: iter(TEXTS), tmp_path / "a", vocab_size=380)
     assert other.fingerprint != first.fingerprint
-    monkeypatch.setattr(tokenizer.train_tokenizer, "train", None)  # would raise if it were called
+    monkeypatch.setattr(tokenizer_training, "train_tokenizer", None)  # would raise if it were called
     again = tokenizer.sentencepiece(lambda: iter(TEXTS), tmp_path / "a", vocab_size=400)
     assert again.fingerprint == first.fingerprint
 
@@ -140,7 +141,7 @@ def test_too_little_text_is_an_error_and_leaves_no_model(tmp_path):
 @given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 100))
 def test_the_sample_is_spread_and_bounded(sizes, budget):
     texts = [f"{i:03}" + "x" * size for i, size in enumerate(sizes)]
-    sample = tokenizer.train_tokenizer.sample(texts, budget)
+    sample = tokenizer_training.sample_texts(texts, budget)
     assert sum(map(len, sample)) <= budget
     assert bool(sample) == bool(texts)
     numbers = [int(text[:3]) for text in sample if len(text) >= 3]
@@ -149,7 +150,7 @@ def test_the_sample_is_spread_and_bounded(sizes, budget):
 
 @given(st.text(alphabet="ab \n\r\u2028", max_size=300), st.integers(1, 20))
 def test_paragraphs_are_the_text(text, limit):
-    assert "".join(tokenizer.train_tokenizer._paragraphs(text, limit)) == text
+    assert "".join(tokenizer_training._paragraphs(text, limit)) == text
 
 
 # --- files of other formats -------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def test_paragraphs_are_the_text(text, limit):
 
 @pytest.fixture(scope="module")
 def byte_bpe():
-    return tokenizer.train(PROSE, tokenizer.Training(kind="byte-bpe", vocab_size=600))
+    return tokenizer.train_tokenizer(PROSE, tokenizer.TokenizerTrainingConfig(kind="byte-bpe", vocab_size=600))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def ranks(byte_bpe):
 def places(tmp_path_factory, byte_bpe, ranks):
     """Paths of one tokenizer of each format."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    unigram = tokenizer.train(PROSE, tokenizer.Training(kind="unigram", vocab_size=600))
+    unigram = tokenizer.train_tokenizer(PROSE, tokenizer.TokenizerTrainingConfig(kind="unigram", vocab_size=600))
     for name, files in {"json": byte_bpe, "unigram": unigram, "llama3": {"tokenizer.model": ranks}}.items():
         (folder / name).mkdir()
         for file, content in files.items():
@@ -190,12 +191,12 @@ FORMATS = ["json", "unigram", "llama3", "bytes"]
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("text", [*HARD, "<|end_of_text|><|begin_of_text|>"])
 def test_hard_texts_come_back_from_every_format(places, name, text):
-    exact(tokenizer.load(places[name]), text)
+    exact(tokenizer.load_tokenizer(places[name]), text)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_any_text_comes_back_from_every_format(places, name):
-    part = tokenizer.load(places[name])
+    part = tokenizer.load_tokenizer(places[name])
 
     @given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\t▁a<"))))
     @settings(max_examples=60, deadline=None)
@@ -207,7 +208,7 @@ def test_any_text_comes_back_from_every_format(places, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_sent_to_workers(places, name):
-    part = tokenizer.load(places[name])
+    part = tokenizer.load_tokenizer(places[name])
     sent = pickle.loads(pickle.dumps(part))
     assert sent.fingerprint == part.fingerprint
     assert (sent.bos, sent.eos, sent.vocab_size) == (part.bos, part.eos, part.vocab_size)
@@ -217,13 +218,13 @@ def test_every_format_is_sent_to_workers(places, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_special_ids_leave_no_trace_in_any_format(places, name):
-    part = tokenizer.load(places[name])
+    part = tokenizer.load_tokenizer(places[name])
     ends = [end for end in (part.bos, part.eos) if end is not None]
     assert part.decode([*ends, *part.encode("ab"), *ends, part.vocab_size + 7, -1]) == "ab"
 
 
 def test_ranks_and_merges_give_the_same_tokens(places):
-    merges, ranks = tokenizer.load(places["json"]), tokenizer.load(places["llama3"])
+    merges, ranks = tokenizer.load_tokenizer(places["json"]), tokenizer.load_tokenizer(places["llama3"])
     assert (merges.bos, merges.eos, merges.vocab_size) == (0, 1, 600)
     assert (ranks.bos, ranks.eos, ranks.vocab_size) == (598, 599, 598 + 256)  # Llama 3's has 256 special ones on top
     for text in [*PROSE[:3], *HARD]:
@@ -231,15 +232,15 @@ def test_ranks_and_merges_give_the_same_tokens(places):
 
 
 def test_long_runs_are_cut_as_llama3_cuts_them():
-    run = _parts("a" * 60_000 + " " * 25_001 + "b")
+    run = _split_long("a" * 60_000 + " " * 25_001 + "b")
     assert [len(part) for part in run] == [25_000, 25_000, 35_000, 2]
-    assert [len(part) for part in _parts("ab " * 200_000)] == [400_000, 200_000]
-    assert _parts("") == []
+    assert [len(part) for part in _split_long("ab " * 200_000)] == [400_000, 200_000]
+    assert _split_long("") == []
 
 
 def test_a_very_long_word_comes_back(places):
     text = "x" * 100_000 + "\n" * 60_000
-    exact(tokenizer.load(places["llama3"]), text)
+    exact(tokenizer.load_tokenizer(places["llama3"]), text)
 
 
 def test_the_parts_of_a_run_config_read_each_format(places, tmp_path):
@@ -248,7 +249,7 @@ def test_the_parts_of_a_run_config_read_each_format(places, tmp_path):
         built = tokenizer.registry.build(
             SimpleNamespace(name=name, **{**section, "path": places[part]}), texts=None, cache=tmp_path
         )
-        assert built.fingerprint == tokenizer.load(places[part]).fingerprint
+        assert built.fingerprint == tokenizer.load_tokenizer(places[part]).fingerprint
 
 
 def test_a_wrong_format_says_which_one_it_is(places, tmp_path):
@@ -257,7 +258,7 @@ def test_a_wrong_format_says_which_one_it_is(places, tmp_path):
     with pytest.raises(ConfigError, match=r'looks like a file for tokenizer.name = "tiktoken"'):
         tokenizer.huggingface(places["llama3"])
     with pytest.raises(ConfigError, match=r"holds no tokenizer. Known: tokenizer\.json, tokenizer\.model"):
-        tokenizer.load(str(tmp_path))
+        tokenizer.load_tokenizer(str(tmp_path))
 
 
 def test_the_end_of_a_tokenizer_json(places, tmp_path):
@@ -267,21 +268,21 @@ def test_the_end_of_a_tokenizer_json(places, tmp_path):
     content["model"]["vocab"]["<|stop|>"] = content["model"]["vocab"].pop("<|end_of_text|>")
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="does not tell which token ends a document: set eos_token"):
-        tokenizer.load(str(file))
-    assert tokenizer.load(str(file), eos_token="<|stop|>").eos == 1
+    with pytest.raises(ConfigError, match="does not say which token ends a document: set eos_token"):
+        tokenizer.load_tokenizer(str(file))
+    assert tokenizer.load_tokenizer(str(file), eos_token="<|stop|>").eos == 1
     with pytest.raises(ConfigError, match=r"unknown token of .* '<\|stp\|>'. Did you mean '<\|stop\|>'"):
-        tokenizer.load(str(file), eos_token="<|stp|>")
+        tokenizer.load_tokenizer(str(file), eos_token="<|stp|>")
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": {"content": "<|stop|>"}, "bos_token": None})
     )
-    assert (tokenizer.load(str(file)).eos, tokenizer.load(str(file)).bos) == (1, 0)
+    assert (tokenizer.load_tokenizer(str(file)).eos, tokenizer.load_tokenizer(str(file)).bos) == (1, 0)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"YQ== 0\nYg== x\n", r"x\.model:2 is no token and its rank"),
+        (b"YQ== 0\nYg== x\n", r"x\.model:2 is not a token and its rank"),
         (b"YQ== 0\nYg== 2\n", "do not count from 0"),
         (b"YQ== 0\nYg== 1\n", "lacks some single bytes"),
     ],
@@ -289,14 +290,14 @@ def test_the_end_of_a_tokenizer_json(places, tmp_path):
 def test_a_damaged_rank_file_is_named(tmp_path, content, message):
     (tmp_path / "x.model").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        tokenizer.load(str(tmp_path / "x.model"))
+        tokenizer.load_tokenizer(str(tmp_path / "x.model"))
 
 
 def test_a_damaged_tokenizer_json_is_named(tmp_path):
     for content, message in [("{", "is not JSON"), ("{}", "is no tokenizer.json")]:
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(ConfigError, match=rf"x\.json {message}"):
-            tokenizer.load(str(tmp_path / "x.json"))
+            tokenizer.load_tokenizer(str(tmp_path / "x.json"))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_a_damaged_tokenizer_json_is_named(tmp_path):
 def test_a_missing_package_names_the_extra(places, monkeypatch, package, extra, name):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"needs the package {package}: .*torchladder\[{extra}\]"):
-        tokenizer.load(places[name])
+        tokenizer.load_tokenizer(places[name])
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -313,31 +314,81 @@ def test_a_missing_package_names_the_extra(places, monkeypatch, package, extra, 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "byte-bpe"])
 def test_training_is_reproducible(kind):
-    settings = tokenizer.Training(kind=kind, vocab_size=500, special_tokens=["<pad>", "<|user|>"], split_digits=True)
-    files = tokenizer.train(PROSE, settings)
-    assert files == tokenizer.train(PROSE, settings)
-    assert files != tokenizer.train(PROSE[1:], settings)
+    settings = tokenizer.TokenizerTrainingConfig(
+        kind=kind, vocab_size=500, special_tokens=["<pad>", "<|user|>"], split_digits=True
+    )
+    files = tokenizer.train_tokenizer(PROSE, settings)
+    assert files == tokenizer.train_tokenizer(PROSE, settings)
+    assert files != tokenizer.train_tokenizer(PROSE[1:], settings)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "byte-bpe"])
 def test_special_tokens_digits_and_normalization(tmp_path, kind):
-    settings = tokenizer.Training(
+    settings = tokenizer.TokenizerTrainingConfig(
         kind=kind, vocab_size=500, special_tokens=["<pad>"], split_digits=True, normalization="nfkc"
     )
-    for name, content in tokenizer.train(PROSE, settings).items():
+    for name, content in tokenizer.train_tokenizer(PROSE, settings).items():
         (tmp_path / name).write_bytes(content)
-    part = tokenizer.load(str(tmp_path))
+    part = tokenizer.load_tokenizer(str(tmp_path))
     assert part.vocab_size == 500
     assert part.decode(part.encode("<pad>")) == "<pad>"  # as text, not as the token
     assert len(part.encode("1234")) >= 4
     assert part.decode(part.encode("ﬁ")) == "fi"
 
 
-def test_the_sample_has_a_reach():
+def test_the_sample_reads_so_many_characters_of_the_texts():
     texts = [str(number) * 10 for number in range(10)]
-    assert tokenizer.train_tokenizer.sample(texts, 1000) == texts
-    assert tokenizer.train_tokenizer.sample(texts, 1000, reach=25) == texts[:3]
+    assert tokenizer_training.sample_texts(texts, 1000) == texts
+    assert tokenizer_training.sample_texts(texts, 1000, max_read_chars=25) == texts[:3]
 
 
 def test_a_run_on_tokens_needs_no_tokenizer():
     assert tokenizer.registry.get("none")() is None
+
+
+# --- a kind of one's own ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_kind(monkeypatch):
+    """A tokenizer of a plugin: its file is the line that the vocabulary consists of."""
+    monkeypatch.setattr(tokenizer.registry, "_components", dict(tokenizer.registry._components))
+    monkeypatch.setitem(tokenizer_registry.tokenizer_formats, "letters", None)
+
+    @tokenizer.register("letters", "letters.txt", lambda content: content.startswith(b"LETTERS "))
+    def letters(path: str, upper: bool = False) -> tokenizer.Tokenizer:
+        return Letters(tokenizer_files.find_file(path).read_text().split()[1], upper)
+
+    class Letters(tokenizer.Tokenizer):
+        def __init__(self, alphabet: str, upper: bool) -> None:
+            self.alphabet, self.bos, self.eos = alphabet.upper() if upper else alphabet, None, len(alphabet)
+            self.vocab_size, self.fingerprint = len(alphabet) + 1, f"letters {alphabet} {upper}"
+
+        def encode(self, text: str) -> list[int]:
+            return [self.alphabet.index(letter) for letter in text]
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(self.alphabet[token] for token in ids if token < self.eos)
+
+
+def test_a_kind_of_a_plugin_is_recognized_by_its_file(own_kind, tmp_path):
+    (tmp_path / "letters.txt").write_text("LETTERS abc\n")
+    assert tokenizer_files.file_names() == ["letters.txt", "tokenizer.json", "tokenizer.model"]
+    assert tokenizer_files.recognize_kind(b"LETTERS xyz") == "letters"
+    for name in (tmp_path, tmp_path / "letters.txt"):
+        loaded = tokenizer.load_tokenizer(str(name))
+        assert (loaded.encode("cab"), loaded.fingerprint) == ([2, 0, 1], "letters abc False")
+    with pytest.raises(ConfigError, match="is a letters tokenizer with its own bos and eos"):
+        tokenizer.load_tokenizer(str(tmp_path), eos_token="x")
+    with pytest.raises(ConfigError, match=r'looks like a file for tokenizer\.name = "letters"'):
+        tokenizer.tiktoken(str(tmp_path))
+
+
+def test_what_is_no_tokenizer_lists_the_kinds(tmp_path):
+    (tmp_path / "x").write_text("nothing of that kind")
+    with pytest.raises(ConfigError, match=r"known kind\. Known: huggingface, sentencepiece, tiktoken"):
+        tokenizer.load_tokenizer(str(tmp_path / "x"))
+    with pytest.raises(ConfigError, match="'none' is no tokenizer"):
+        tokenizer.load_tokenizer("none")
+    with pytest.raises(ConfigError, match="bytes tokenizer with its own"):
+        tokenizer.load_tokenizer("bytes", bos_token="x")

@@ -7,11 +7,13 @@ import re
 import shlex
 import sys
 
+import numpy as np
 import pytest
 
 from tests.test_docs import ROOT
 from tests.test_docs import commands as shown
 from torchladder import commands, config, train
+from torchladder.data.corpus import SourceLoader
 from torchladder.data.formats.indexed import IndexedTokens
 
 # What stands in for a corpus is small, and so is all that is made of it.
@@ -68,9 +70,28 @@ def test_the_commands_lead_from_folders_to_a_run(folder, monkeypatch, capsys):
     assert steps[-1]["step"] > 5
 
 
+def test_the_plugin_reads_its_sources(tmp_path, monkeypatch):
+    (plugin,) = re.findall(r"```python\n# my_sources.py\n(.*?)```", PAGES[0].read_text(), flags=re.DOTALL)
+    (settings,) = (block for block in blocks(PAGES[0]) if "my_sources" in block)
+    (tmp_path / "my_sources.py").write_text(plugin)
+    (tmp_path / "run.toml").write_text(settings)
+    for folder in ("letters", "tokens"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "letters" / "1897-01.txt").write_text("Dear reader")
+    np.save(tmp_path / "tokens" / "a.npy", np.arange(600))
+    monkeypatch.chdir(tmp_path)
+    letters, tokens = config.load(["--job.config_file", "run.toml"]).data.sources
+    assert [document.text for document in letters.text_source().documents()] == ["Dear reader"]
+    found = SourceLoader(None, tmp_path, 0.0, bos=False).open(tokens, "train")
+    assert found.lengths.tolist() == [512, 88]
+
+
 @pytest.mark.parametrize("number", range(sum(len(blocks(page)) for page in PAGES)))
 def test_the_settings_are_settings(number, tmp_path):
     text = [block for page in PAGES for block in blocks(page)][number]
     (tmp_path / "run.toml").write_text(text)
+    (tmp_path / "my_sources.py").write_text(
+        re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), flags=re.DOTALL)[0]
+    )
     loaded = config.load(["--job.config_file", str(tmp_path / "run.toml")])
     assert loaded.data.name in ("rows", "hub")

@@ -150,7 +150,7 @@ def test_buffers_that_checkpoints_do_not_have_are_initialized(trained, monkeypat
             self.scale.fill_(0.5)
 
     expected = IncrementalDecoder(TrainedModel.open(trained))([[0, 0]])
-    monkeypatch.setitem(models.registry._parts, "llama", River)
+    monkeypatch.setitem(models.registry._components, "llama", River)
     decoder = IncrementalDecoder(TrainedModel.open(trained))
     assert decoder._loaded.model.scale.tolist() == [0.5] * 64
     assert torch.equal(decoder([[0, 0]]), expected)

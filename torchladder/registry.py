@@ -7,6 +7,7 @@ registry (total steps, sequence length, ...) are not settings: the run passes th
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -97,6 +98,20 @@ class Registry(Generic[T]):
         objects = reversed(component.__mro__[:-1]) if inspect.isclass(component) else [component]
         params = [param for documented in objects for param in parse_from_object(documented).params]
         return {param.arg_name: param.description or "" for param in params}
+
+    def config_fields(self, name: str) -> list[tuple[str, Any, Any]]:
+        """Returns the settings of a component as ``dataclasses.make_dataclass`` takes them, each with its help."""
+        docs, made = self.docs(name), getattr(self.get(name), "__dataclass_fields__", {})
+        fields = []
+        for key, parameter in self.parameters(name).items():
+            default: dict[str, Any] = {}
+            if key in made and made[key].default_factory is not dataclasses.MISSING:
+                default = {"default_factory": made[key].default_factory}
+            elif parameter.default is not inspect.Parameter.empty:
+                default = {"default": parameter.default}
+            help = {"help": docs.get(key, "")}
+            fields.append((key, parameter.annotation, dataclasses.field(**default, metadata=help)))
+        return fields
 
     def build(self, section: Any, **runtime_args: Any) -> T:
         """Builds the component ``section.name`` from the section's settings.

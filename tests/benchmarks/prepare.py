@@ -24,8 +24,8 @@ from torchladder.data import tokenizer
 from torchladder.data.prepare import prepared_parts, tasks
 from torchladder.data.prepare.document_encoder import DocumentEncoder
 from torchladder.data.prepare.executor import local
-from torchladder.data.text import sources
-from torchladder.data.tokenizer.train_tokenizer import Training, train
+from torchladder.data.text import text_files
+from torchladder.data.tokenizer import TokenizerTrainingConfig, train_tokenizer
 
 PIECE = 4000
 FILES = 8
@@ -34,7 +34,7 @@ SINGLE = ("bare tokenizer, one thread", "prepare --workers 1")
 
 def corpus(folder, megabytes):
     """Writes random pieces of the standard library as .jsonl until it is large enough; returns the texts."""
-    whole = [document.text for document in sources.python_stdlib().documents()]
+    whole = [document.text for document in text_files.python_stdlib().documents()]
     pieces = [text[at : at + PIECE] for text in whole for at in range(0, len(text), PIECE)]
     rng, texts, size = random.Random(0), [], 0
     while size < megabytes * 1e6:
@@ -124,9 +124,11 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = corpus(folder, arguments.megabytes)
-        for file, content in train(texts[:2000], Training(kind=arguments.kind, vocab_size=4096)).items():
+        for file, content in train_tokenizer(
+            texts[:2000], TokenizerTrainingConfig(kind=arguments.kind, vocab_size=4096)
+        ).items():
             (folder / file).write_bytes(content)
-        part = tokenizer.load(str(folder))
+        part = tokenizer.load_tokenizer(str(folder))
         _shared = part, texts
         works, rates = contenders(part, folder, texts, arguments), {}
         for turn in range(arguments.turns):

@@ -144,7 +144,7 @@ def _tokenizer(
     if arguments.tokenizer == "none":
         return None, {}
     if arguments.tokenizer:
-        found = tokenizer.load(arguments.tokenizer)
+        found = tokenizer.load_tokenizer(arguments.tokenizer)
         return found, hf_export.exported_tokenizer_files(found, arguments.tokenizer)
     try:
         own = trained.build_tokenizer()

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from torchladder.commands.prepare import add_tokenizer, load_tokenizer
+from torchladder.commands.prepare import add_tokenizer, tokenizer_of_arguments
 from torchladder.data import tokenizer
-from torchladder.data.dataloader import Tokenizer
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.prepare import metadata
 from torchladder.data.prepare.metadata import Metadata
+from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError
 
 SAMPLE = 200
@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     number = arguments.document or 0
     if arguments.document is not None and not 0 <= number < len(pair):
         raise ConfigError(f"--document {number}: the pair has {len(pair)} documents, from 0.")
-    part = load_tokenizer(arguments) if arguments.tokenizer else _recorded(about)
+    part = tokenizer_of_arguments(arguments) if arguments.tokenizer else _recorded(about)
     _belongs(about, part)
     broken = metadata.damage(pair.prefix, about.checksums) if about and not arguments.no_checksums else None
     if arguments.json:
@@ -114,10 +114,8 @@ def _print_sample(pair: IndexedTokens, number: int, part: Tokenizer | None) -> N
 def _recorded(about: Metadata | None) -> Tokenizer | None:
     """Returns the tokenizer of the metadata, where it is still to be found."""
     name = about.tokenizer.get("name") if about else None
-    if not name or (name != "bytes" and not Path(name).expanduser().exists()):
-        return None
     try:
-        return tokenizer.load(name)
+        return tokenizer.load_tokenizer(name) if name else None
     except ConfigError:
         return None
 

@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     preparation = tasks.Preparation(
         inputs=arguments.input,
         output=arguments.output,
-        framing=DocumentEncoder(load_tokenizer(arguments), bos=arguments.bos, eos=arguments.eos),
+        framing=DocumentEncoder(tokenizer_of_arguments(arguments), bos=arguments.bos, eos=arguments.eos),
         tokenizer=arguments.tokenizer,
         text_key=arguments.text_key,
         on_error=arguments.on_error,
@@ -71,9 +71,9 @@ def add_tokenizer(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--eos-token", default="", metavar="TOKEN", help="the eos of a tokenizer.json that tells none")
 
 
-def load_tokenizer(arguments: argparse.Namespace) -> tokenizer.Tokenizer:
+def tokenizer_of_arguments(arguments: argparse.Namespace) -> tokenizer.Tokenizer:
     """Returns the tokenizer that the options name."""
-    return tokenizer.load(arguments.tokenizer, arguments.bos_token, arguments.eos_token)
+    return tokenizer.load_tokenizer(arguments.tokenizer, arguments.bos_token, arguments.eos_token)
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,9 @@ from typing import Any, get_args
 from torchladder.commands.prepare import add_input
 from torchladder.data import tokenizer
 from torchladder.data.prepare import tasks
-from torchladder.data.text import sources
-from torchladder.data.text.document_reader import DocumentReader
+from torchladder.data.text.document_reader import DocumentReader, summarize_skipped
 from torchladder.data.text.file_formats import FileSlice
-from torchladder.data.tokenizer import Training, train_tokenizer
+from torchladder.data.tokenizer import TokenizerTrainingConfig, tokenizer_training
 from torchladder.registry import ConfigError
 
 EPILOG = """
@@ -44,7 +43,7 @@ def run(argv: list[str]) -> int:
         )
     )
     arguments = parser.parse_args(argv)
-    settings = Training(
+    settings = TokenizerTrainingConfig(
         kind=arguments.kind,
         vocab_size=arguments.vocab_size,
         special_tokens=arguments.special_tokens,
@@ -58,20 +57,24 @@ def run(argv: list[str]) -> int:
     if arguments.sample_chars < 1:
         raise ConfigError(f"--sample-chars {arguments.sample_chars}: it is 1 at least.")
     reader = DocumentReader(arguments.text_key, arguments.on_error)
-    sample = train_tokenizer.sample(_texts(reader, tasks.expand(arguments.input)), arguments.sample_chars)
-    for line in sources.summary(reader.skipped, reader.examples):
+    sample = tokenizer_training.sample_texts(_texts(reader, tasks.expand(arguments.input)), arguments.sample_chars)
+    for line in summarize_skipped(reader.skipped, reader.examples):
         print(f"{arguments.on_error}: {line}")
-    files = tokenizer.train(sample, settings)
+    files = tokenizer.train_tokenizer(sample, settings)
     files["training.json"] = json.dumps(_record(settings, sample), indent=2, ensure_ascii=False).encode()
     _write(folder, files)
-    print(f"{folder}: {tokenizer.load(str(folder)).vocab_size:,} tokens of {sum(map(len, sample)):,} characters")
+    print(
+        f"{folder}: {tokenizer.load_tokenizer(str(folder)).vocab_size:,} tokens of {sum(map(len, sample)):,} characters"
+    )
     return 0
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_input(parser)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder of the tokenizer")
-    parser.add_argument("--kind", choices=get_args(train_tokenizer.Kind), default="bpe", help="default: bpe")
+    parser.add_argument(
+        "--kind", choices=get_args(tokenizer_training.TokenizerKind), default="bpe", help="default: bpe"
+    )
     parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="tokens (default: 32000)")
     parser.add_argument(
         "--special-tokens", nargs="+", default=[], metavar="TOKEN", help="tokens that no text is encoded to"
@@ -91,7 +94,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--normalization",
-        choices=get_args(train_tokenizer.Normalization),
+        choices=get_args(tokenizer_training.Normalization),
         default="none",
         help="none (default) gives every text back exactly",
     )
@@ -101,11 +104,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _texts(reader: DocumentReader, files: list[Path]) -> Iterator[str]:
     for path in files:
-        for _, text in reader.read(FileSlice(path, 0, None, path.stat().st_size)):
+        for _, text in reader.read(FileSlice.whole(path)):
             yield text
 
 
-def _record(settings: Training, sample: list[str]) -> dict[str, Any]:
+def _record(settings: TokenizerTrainingConfig, sample: list[str]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for text in sample:
         digest.update(hashlib.sha256(text.encode()).digest())
@@ -114,7 +117,7 @@ def _record(settings: Training, sample: list[str]) -> dict[str, Any]:
         "documents": len(sample),
         "characters": sum(map(len, sample)),
         "sample_sha256": digest.hexdigest(),
-        "library": train_tokenizer.library(settings.kind),
+        "library": tokenizer_training.training_library(settings.kind),
     }
 
 

@@ -1,10 +1,9 @@
-"""Sections made from parts: a part's parameters, with their meanings, as a dataclass."""
+"""Sections made from components: the parameters of a component, with their help, as a dataclass."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from dataclasses import field
 from typing import Annotated, Any, get_args, get_origin
 
 import tyro
@@ -12,7 +11,7 @@ import tyro
 from torchladder import curriculum, data, models, optim
 from torchladder.config.sections import Config
 from torchladder.config.toml_files import RawSettings
-from torchladder.config.values import fields, flag, tables
+from torchladder.config.values import fields, flag, table_help, tables
 from torchladder.registry import Registry
 
 COMPONENTS: dict[str, tuple[Registry[Any], str]] = {
@@ -22,56 +21,41 @@ COMPONENTS: dict[str, tuple[Registry[Any], str]] = {
     "curriculum": (curriculum.registry, "constant"),
     "optimizer": (optim.registry, "AdamW"),
 }
-"""The sections that a registry fills, each with its default part."""
+"""The sections that are made from a registry, each with its default component."""
 
 
 def config_type(settings: RawSettings, argv: list[str]) -> type[Config]:
-    """Returns Config with the sections of the parts that the file and the command line name."""
-    parts = {}
+    """Returns Config with the sections of the components that the file and the command line name."""
+    sections = {}
     for section, (registry, default) in COMPONENTS.items():
-        name = _chosen(section, default, settings, argv)
-        parts[section] = _part_type(registry, section, name)
-    types = [(name, parts.get(name, section.kind)) for name, section in fields(Config).items()]
+        sections[section] = _section_type(registry, section, _chosen_name(section, default, settings, argv))
+    types = [(name, sections.get(name, section.kind)) for name, section in fields(Config).items()]
     return dataclasses.make_dataclass("Config", types, bases=(Config,), frozen=True)
 
 
-def _chosen(section: str, default: str, settings: RawSettings, argv: list[str]) -> str:
-    """Returns the part that a section names; one from the command line drops the file's settings for another."""
+def _chosen_name(section: str, default: str, settings: RawSettings, argv: list[str]) -> str:
+    """Returns the component of a section; another one on the command line drops the keys that the file sets."""
     in_file = settings.get(section, {}).get("name", default)
     name = flag(argv, f"{section}.name") or in_file
     if name != in_file and settings.get(section):
         dropped = ", ".join(key for key in settings[section] if key != "name")
-        print(f"torchladder: --{section}.name {name} replaces {in_file!r} of the file, with its settings ({dropped}).")
+        print(f"torchladder: --{section}.name {name} replaces {in_file!r} of the file and drops its keys ({dropped}).")
         settings[section] = {}
     return name
 
 
-def _part_type(registry: Registry[Any], section: str, name: str) -> type:
-    """Returns the section of one part: its name and its parameters."""
-    part = registry.get(name)
-    meanings = registry.docs(name)
-    settings: list[Any] = [("name", _documented(str, f"{registry.kind}: {', '.join(registry.names())}."), name)]
-    for key, parameter in registry.parameters(name).items():
-        kind = _documented(parameter.annotation, meanings.get(key, ""))
-        if parameter.default is inspect.Parameter.empty:
-            settings.append((key, kind))
-        else:
-            settings.append((key, kind, _default(part, key, parameter.default)))
-    made = dataclasses.make_dataclass(section.capitalize(), settings, frozen=True, kw_only=True)
-    made.__doc__ = inspect.getdoc(part)
-    return made
-
-
-def _default(part: Any, key: str, default: Any) -> Any:
-    """Returns a field that repeats the part's default, also where the part makes it anew each time."""
-    if dataclasses.is_dataclass(part):
-        factory = fields(part)[key].factory
-        if factory is not None:
-            return field(default_factory=factory)
-    return field(default=default)
-
-
-def _documented(kind: Any, meaning: str) -> Any:
-    if get_origin(kind) is list and dataclasses.is_dataclass(get_args(kind)[0]):
-        return Annotated[kind, tyro.conf.arg(help=meaning), tables(kind)]
-    return Annotated[kind, tyro.conf.arg(help=meaning)]
+def _section_type(registry: Registry[Any], section: str, name: str) -> type:
+    """Returns the dataclass of one component: its name and its parameters."""
+    name_help = tyro.conf.arg(help=f"{registry.kind}: {', '.join(registry.names())}.")
+    made: list[Any] = [("name", Annotated[str, name_help], name)]
+    explained: dict[Any, str] = {}  # table type -> the key whose help explains its keys
+    for key, kind, field in registry.config_fields(name):
+        help, item = field.metadata["help"], get_args(kind)[0] if get_origin(kind) is list else None
+        if dataclasses.is_dataclass(item):
+            help += f" Keys as in {explained[item]}." if item in explained else f"\n{table_help(item)}"
+            explained.setdefault(item, key)
+            kind = Annotated[kind, tables(kind)]
+        made.append((key, Annotated[kind, tyro.conf.arg(help=help)], field))
+    section_type = dataclasses.make_dataclass(section.capitalize(), made, frozen=True, kw_only=True)
+    section_type.__doc__ = inspect.getdoc(registry.get(name))
+    return section_type

@@ -62,8 +62,8 @@ def check_hf_settings(config: Config) -> None:
 
 def tokenizer_section(folder: Path) -> dict[str, str]:
     """Returns the ``[tokenizer]`` section of a folder's tokenizer, empty if it has none."""
-    file = next((folder / name for name in tokenizer_files.NAMES if (folder / name).is_file()), None)
-    return {} if file is None else {"name": tokenizer_files.kind(file.read_bytes()), "path": str(file)}
+    file = next((folder / name for name in tokenizer_files.file_names() if (folder / name).is_file()), None)
+    return {} if file is None else {"name": tokenizer_files.recognize_kind(file.read_bytes()), "path": str(file)}
 
 
 def sliding_window_sections(window: int) -> dict[str, dict[str, Any]]:

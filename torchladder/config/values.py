@@ -1,46 +1,75 @@
-"""Single values: their types, checked; what the command line says of them, read ahead."""
+"""Single values: their types, checked; and those that the command line sets, read before it is parsed."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple, get_type_hints
+from functools import partial
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import pydantic
 import tomli
 import tyro
+from docstring_parser import parse_from_object
+
+from torchladder.registry import ConfigError, unknown_name
 
 
 def adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
-    """Returns what checks a value of that type; in the tables of a list, too, every key must be known."""
+    """Returns the validator of a type; the tables of a list must have only known keys.
+
+    A dataclass whose keys depend on the entry, as those of ``data.sources`` do, has a method ``subclass_for(table)``
+    that returns the dataclass of one entry, and a method ``subclasses()`` that returns all of them by name.
+    """
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if get_origin(kind) is list and dataclasses.is_dataclass(item := get_args(kind)[0]):
+        kind = list[Annotated[Any, pydantic.PlainValidator(partial(_validate_table, item))]]
     return pydantic.TypeAdapter(kind, config=pydantic.ConfigDict(extra="forbid"))
 
 
+def _validate_table(item: Any, table: Any) -> Any:
+    """Returns one entry of a list of tables as its dataclass."""
+    if not isinstance(table, dict):
+        raise ValueError(f"must be a table such as {TABLE!r}")
+    kind = item.subclass_for(table) if hasattr(item, "subclass_for") else item
+    for key in table:
+        if key not in fields(kind):
+            raise unknown_name("key", key, fields(kind))
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(table), strict=True)
+    except pydantic.ValidationError as error:
+        raise ConfigError(problem(error)) from None
+
+
 def problem(error: pydantic.ValidationError) -> str:
-    """Returns what is wrong in one phrase, with the place inside a list or table where there is one."""
+    """Returns what is wrong in one phrase, with the place inside a list or table if there is one."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].replace("array", "list").replace("object", "table").replace("keyword argument", "key")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] != "value_error":  # pydantic's own words, which are those of JSON
+        message = message.replace("array", "list").replace("object", "table").replace("keyword argument", "key")
     return f"{place}: {message}" if place else message
 
 
+TABLE = '{ path = "a.txt" }'
+
+
 def tables(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
-    """Returns how a list of tables is given on the command line: each as in a file, '{ path = "a.txt" }'."""
+    """Returns how the command line spells a list of tables: each as in a file, ``'{ path = "a.txt" }'``."""
 
     def parse(words: list[str]) -> Any:
         try:
             tables = [tomli.loads(f"table = {word}")["table"] for word in words]
             return adapter(kind).validate_json(json.dumps(tables), strict=True)
         except tomli.TOMLDecodeError as error:
-            example = '{ path = "a.txt" }'
-            raise ValueError(f"{words} are not tables as in a file, such as {example!r}: {error}") from None
+            raise ValueError(f"{words} are not tables as in a file, such as {TABLE!r}: {error}") from None
         except pydantic.ValidationError as error:
             raise ValueError(problem(error)) from None
 
     def show(tables: list[Any]) -> list[str]:
-        named = [{key: value for key, value in dataclasses.asdict(one).items() if value} for one in tables]
-        return [f"{{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in one.items())} }}" for one in named]
+        named = [{f.name: getattr(one, f.name) for f in dataclasses.fields(one)} for one in tables]
+        changed = [{key: value for key, value in one.items() if value} for one in named]
+        return [f"{{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in one.items())} }}" for one in changed]
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
@@ -51,12 +80,24 @@ def tables(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
     )
 
 
+def table_help(item: Any) -> str:
+    """Returns the keys of the tables of a list, for ``--help``: those of every table, then those of each kind."""
+    docs = {param.arg_name: param.description for param in parse_from_object(item).params}
+    common = [field.name for field in dataclasses.fields(item)]
+    lines = ["Keys of each table:", *(f"  {key}: {docs.get(key)}" for key in common)]
+    kinds: dict[str, list[str]] = {}
+    for name, kind in item.subclasses().items() if hasattr(item, "subclasses") else ():
+        own = [field for field in dataclasses.fields(kind) if field.name not in common]
+        keys = "\n".join(f"  {field.name}: {field.metadata['help']}" for field in own) or "  no others"
+        kinds.setdefault(keys, []).append(name)
+    return "\n".join([*lines, *(f"Keys of {', '.join(names)}:\n{keys}" for keys, names in kinds.items())])
+
+
 class Field(NamedTuple):
-    """A field of a dataclass: its type, whether it has no default, and what makes its default anew, if anything."""
+    """A field of a dataclass: its type, and whether it has no default."""
 
     kind: Any
     required: bool
-    factory: Callable[[], Any] | None
 
 
 def fields(kind: Any) -> dict[str, Field]:
@@ -64,11 +105,7 @@ def fields(kind: Any) -> dict[str, Field]:
     hints = get_type_hints(kind, include_extras=True)
     none = dataclasses.MISSING
     return {
-        one.name: Field(
-            hints[one.name],
-            required=one.default is none and one.default_factory is none,
-            factory=None if one.default_factory is none else one.default_factory,
-        )
+        one.name: Field(hints[one.name], required=one.default is none and one.default_factory is none)
         for one in dataclasses.fields(kind)
     }
 
@@ -88,5 +125,5 @@ def flags(argv: list[str], key: str) -> list[str]:
 
 
 def flag(argv: list[str], key: str) -> str:
-    """Returns the value after ``--key`` on the command line, empty where it is not given."""
+    """Returns the value after ``--key`` on the command line, empty if it is not given."""
     return (flags(argv, key) or [""])[-1]

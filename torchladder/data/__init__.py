@@ -1,10 +1,17 @@
-"""Documents to rows. The names other rooms use, and the parts that register themselves."""
+"""Documents to rows. The names that other packages use, and the components that register themselves.
 
-from torchladder.data import formats, hub_loader, packing, row_loader, tokenizer
-from torchladder.data.corpus import SourceConfig, build_tokenizer, training_texts
-from torchladder.data.dataloader import IGNORED, BaseDataLoader, Batch, Tokenizer, register, registry
+To add a kind of data source, see ``sources.py``; a tokenizer, ``tokenizer/tokenizer_registry.py``; a file format of
+text, ``text/file_formats.py``; a loader, ``dataloader.py``.
+"""
+
+from torchladder.data import hub_loader, packing, row_loader, sources, tokenizer
+from torchladder.data.corpus import build_tokenizer, training_texts
+from torchladder.data.dataloader import IGNORED, BaseDataLoader, Batch, register, registry
 from torchladder.data.disk_cache import cache_path
-from torchladder.data.text import sources
+from torchladder.data.formats import indexed, litpkds, parquet
+from torchladder.data.source_config import SourceConfig
+from torchladder.data.text import text_files
+from torchladder.data.tokenizer import Tokenizer
 
 __all__ = [
     "IGNORED",
@@ -14,13 +21,16 @@ __all__ = [
     "Tokenizer",
     "build_tokenizer",
     "cache_path",
-    "formats",
     "hub_loader",
+    "indexed",
+    "litpkds",
     "packing",
+    "parquet",
     "register",
     "registry",
     "row_loader",
     "sources",
+    "text_files",
     "tokenizer",
     "training_texts",
 ]

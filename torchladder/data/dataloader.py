@@ -1,14 +1,12 @@
-"""What the rest of the library knows of data: batches, the contracts of loader and tokenizer, the loaders by name."""
+"""What the rest of the library knows of data: batches, the contract of a loader, the loaders by name."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,43 +118,6 @@ class SupportsSkipping(Protocol):
     def leave_out(self, rows: Sequence[tuple[int, int]]) -> None:
         """Leaves out ranges of rows, first to last, beside those that already are; ask before ``seek``."""
         ...
-
-
-class Tokenizer(ABC):
-    """Text to token ids and back.
-
-    Attributes:
-        bos: the id that may begin a document, None where the vocabulary has none.
-        eos: the id that ends a document.
-        vocab_size: ids are below this number.
-        fingerprint: equal for tokenizers that give equal ids.
-    """
-
-    bos: int | None
-    eos: int
-    vocab_size: int
-    fingerprint: str
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without special ids."""
-
-    @abstractmethod
-    def decode(self, ids: list[int]) -> str:
-        """Returns the text of ids; special ids and ids outside the vocabulary leave no trace."""
-
-    def file(self) -> dict[str, bytes]:
-        """Returns what is in its files, by their usual names; nothing for one that has no file."""
-        return {}
-
-    def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
-        """Returns the ids of each text as an integer array; override it where a library does many at once.
-
-        Args:
-            texts: any number of them.
-            threads: cores to use where the library can.
-        """
-        return [np.asarray(self.encode(text), dtype=np.int64) for text in texts]
 
 
 registry: Registry[BaseDataLoader] = Registry(

@@ -1,4 +1,4 @@
-"""The cache folder: what is costly to make is made once, by one process, and is whole whenever it is there."""
+"""The cache folder: expensive files are built once, by one process, and appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from pathlib import Path
 
 from torchladder.registry import ConfigError
 
-DEFAULT = "~/.cache/torchladder"
+DEFAULT_FOLDER = "~/.cache/torchladder"
 
 
-def cache_path(folder: str = DEFAULT) -> Path:
-    """Returns the cache folder of a setting; the default one follows ``XDG_CACHE_HOME`` where that is set."""
+def cache_path(folder: str = DEFAULT_FOLDER) -> Path:
+    """Returns the cache folder of a setting; the default follows ``XDG_CACHE_HOME`` if that is set."""
     base = os.environ.get("XDG_CACHE_HOME")
-    if folder == DEFAULT and base:
+    if folder == DEFAULT_FOLDER and base:
         return Path(base) / "torchladder"
     return Path(folder).expanduser()
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Returns ``target``, a file or folder that ``build(path)`` makes when it is not there yet.
+    """Returns ``target``, a file or folder that ``build(path)`` creates if it does not exist.
 
-    Safe for any number of processes at once, ranks included: one builds under an exclusive lock, the others wait and
-    find it done. It is built under another name and renamed when complete, so an interrupted build leaves nothing that
-    could be taken for a result.
+    Safe for any number of concurrent processes, including ranks: one builds under an exclusive lock, the others wait
+    for it. The target is built under another name and renamed when complete, so it is never partial.
 
     Raises:
         ConfigError: the cache folder cannot be written.
@@ -40,10 +39,10 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise ConfigError(f"the cache folder {target.parent} cannot be written: {error}.") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also when the process dies
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, even if the process dies
         if not target.exists():
             partial = target.with_name(f"{target.name}.partial")
-            _remove(partial)  # of a build that was killed: whoever holds the lock is alone here
+            _remove(partial)  # left by a killed build; under the lock no other process uses it
             try:
                 build(partial)
                 os.replace(partial, target)
@@ -59,8 +58,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sha256(path: Path) -> str:
-    """Returns the hash of a file's content."""
+def file_sha256(path: Path) -> str:
+    """Returns the hash of a file's content; ``hashlib.file_digest`` needs Python 3.11."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

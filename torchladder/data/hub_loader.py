@@ -23,12 +23,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from torchladder.data.dataloader import Batch, Tokenizer, register
+from torchladder.data.dataloader import Batch, register
 from torchladder.data.packed_rows import PackedRows, check_division
 from torchladder.data.prepare.document_encoder import DocumentEncoder
+from torchladder.data.sources import held_out
 from torchladder.data.streamed_rows import StreamedRows
-from torchladder.data.text.hub_dataset import HubDataset, library
-from torchladder.data.text.sources import held_out
+from torchladder.data.text.hub_dataset import HubDataset, import_datasets
+from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class HubLoader:
             "seq_len": str(self.seq_len),
             "ranks": str(self.dp_degree),
             "tokenizer": self._framing.tokenizer.fingerprint,
-            "datasets": library().__version__,  # shuffles, and splits over ranks, in its own way
+            "datasets": import_datasets().__version__,  # shuffles, and splits over ranks, in its own way
         }
 
     def describe(self) -> list[str]:
@@ -211,7 +212,7 @@ class HubLoader:
             return dataset  # every rank reads all of it, so that all have equally many rows
         if self.shuffle_buffer:
             dataset = dataset.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        return library().distributed.split_dataset_by_node(dataset, self.dp_rank, self.dp_degree)
+        return import_datasets().distributed.split_dataset_by_node(dataset, self.dp_rank, self.dp_degree)
 
     def _begin(self) -> Iterator[PackedRows]:
         """Yields the micro-batches from the first row on."""

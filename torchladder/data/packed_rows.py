@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from torchladder.data.corpus import Corpus
-from torchladder.data.dataloader import IGNORED, Batch
+from torchladder.data.dataloader import Batch
 from torchladder.data.packing.spans import NOTHING, Packing
 from torchladder.data.row_skipping import RowSkipper
+from torchladder.data.unlabeled_tokens import PADDING, mark_unlabeled, split_labels
 from torchladder.registry import ConfigError
 
 
@@ -27,7 +28,7 @@ class PackedRows:
     of its own, at a third of the rate.
 
     Attributes:
-        tokens: (B, T + 1) int32, the last one only a label. One that nobody is to predict is ``~token``, padding ~0.
+        tokens: (B, T + 1) int32, the last one only a label; those without a label as in ``unlabeled_tokens``.
         begins: (pieces,) int64, where documents, rows and padding begin among the B * T places.
         rows: the global row of each; empty where the loader numbers none.
     """
@@ -38,11 +39,7 @@ class PackedRows:
 
     def batch(self) -> Batch:
         """Returns the micro-batch."""
-        content = torch.from_numpy(self.tokens)
-        tokens, labels = content[:, :-1].long(), content[:, 1:].long()
-        if self.tokens.min() < 0:
-            tokens ^= tokens >> 63  # ~ of what is below 0
-            labels.masked_fill_(labels < 0, IGNORED)
+        tokens, labels = split_labels(torch.from_numpy(self.tokens))
         places = np.arange(tokens.numel(), dtype=np.int32)
         places -= self.begins.astype(np.int32).repeat(np.diff(self.begins, append=len(places)))
         return Batch(tokens, labels, torch.from_numpy(places).view(tokens.shape), self.rows)
@@ -101,10 +98,10 @@ def finish_row(tokens: np.ndarray, begins: np.ndarray, across: bool) -> np.ndarr
         across: whether the last token of a document predicts the first one of the next.
     """
     used = begins[-1]
-    tokens[used:] = ~0
+    tokens[used:] = PADDING
     if not across:
         firsts = begins[(begins > 0) & (begins < used)]
-        tokens[firsts] = np.minimum(tokens[firsts], ~tokens[firsts])
+        tokens[firsts] = mark_unlabeled(tokens[firsts])
     return begins[begins < len(tokens) - 1]  # the last token of a full row is only a label
 
 

@@ -20,9 +20,9 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from torchladder.data import packing as packings
-from torchladder.data.corpus import Corpus, SourceConfig, SourceLoader
-from torchladder.data.dataloader import Batch, SourceUsage, Tokenizer, register
-from torchladder.data.disk_cache import DEFAULT, cache_path
+from torchladder.data.corpus import Corpus, SourceLoader
+from torchladder.data.dataloader import Batch, SourceUsage, register
+from torchladder.data.disk_cache import DEFAULT_FOLDER, cache_path
 from torchladder.data.mixing.domains import Domains, Shares
 from torchladder.data.mixing.mixture import Interleave
 from torchladder.data.mixing.source_mix import SourceMix, in_order
@@ -30,6 +30,8 @@ from torchladder.data.packed_rows import PackedRows, RankRows, RowDataset, check
 from torchladder.data.packing.shuffle import DocumentOrder, RowOrder
 from torchladder.data.packing.spans import Packing
 from torchladder.data.row_skipping import RowSkipper
+from torchladder.data.source_config import SourceConfig
+from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError, unknown_name
 
 
@@ -74,7 +76,7 @@ class RowLoader:
     """Decides the order of documents."""
     bos: bool = False
     """Begin each document of raw text with the tokenizer's bos token."""
-    cache_folder: str = DEFAULT
+    cache_folder: str = DEFAULT_FOLDER
     """Where tokenized text is kept; the default follows XDG_CACHE_HOME."""
     skip_rows: list[tuple[int, int]] = field(default_factory=list)
     """Rows that training leaves out, each range as its first and its last global row; the rows after them move up."""

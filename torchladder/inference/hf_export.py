@@ -56,11 +56,11 @@ def exported_tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dic
     Raises:
         ConfigError: there is no tokenizer at the path.
     """
-    file = tokenizer_files.find(path) if path else None
-    if file is None or file.name not in tokenizer_files.NAMES:
-        return {} if tokenizer is None else tokenizer.file()
-    # A folder's first file in NAMES is its tokenizer: one before this file would replace it.
-    others = tokenizer_files.NAMES[: tokenizer_files.NAMES.index(file.name)]
+    file, known = tokenizer_files.find_file(path) if path else None, tokenizer_files.file_names()
+    if file is None or file.name not in known:
+        return {} if tokenizer is None else tokenizer.files()
+    # A folder's first known file is its tokenizer: one before this file would replace it.
+    others = known[: known.index(file.name)]
     names = [name for name in ASSET_FILES if name not in others and (file.parent / name).is_file()]
     return {name: (file.parent / name).read_bytes() for name in names}
 

@@ -1,9 +1,9 @@
-"""Tokenized documents on disk: the Megatron ``.bin``/``.idx`` pair, written whole and read by memory map.
+"""Tokenized documents on disk: Megatron ``.bin/.idx`` pairs, written atomically and memory-mapped for reading.
 
 ``.bin`` holds the tokens of all documents back to back. ``.idx`` holds, little-endian: the magic ``MMIDIDX\\0\\0``,
 uint64 version 1, uint8 dtype code, uint64 sequences, uint64 document indices (a 34-byte header); then int32
-lengths[sequences], int64 byte pointers[sequences], int64 document indices. Document i is the sequences
-``indices[i] .. indices[i + 1]``; indices begin with 0 and end with the number of sequences.
+lengths[sequences], int64 byte pointers[sequences], int64 document indices. Document i consists of the sequences
+``indices[i]`` to ``indices[i + 1] - 1``; indices begin with 0 and end with the number of sequences.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from torchladder.data.sources import register_tokens
 from torchladder.registry import ConfigError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # 9 + 8 + 1 + 8 + 8 = 34 bytes
-# Megatron and GPT-NeoX agree on these; they disagree only on 6 and 7, which are floats, and tokens are whole numbers.
+# Megatron and GPT-NeoX agree on these; they disagree only on 6 and 7, which are floats.
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
-WHOLE = 1 << 26
-"""Bytes up to which a fingerprint reads a whole ``.bin``; of larger ones it reads ``SAMPLES`` pieces."""
-SAMPLES, SAMPLE = 256, 1 << 16
+MAX_FULL_HASH_BYTES = 1 << 26
+"""Largest ``.bin`` whose fingerprint covers every byte; of larger ones it covers evenly spread samples."""
+HASH_SAMPLES, HASH_SAMPLE_BYTES = 256, 1 << 16
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """Returns the token type Megatron gives a vocabulary: uint16 below 65500 tokens, else int32."""
+    """Returns the token type that Megatron uses for a vocabulary: uint16 below 65500 tokens, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 def prefix_of(path: str | Path) -> str:
-    """Returns the path without its ``.bin`` or ``.idx``; a pair is known by its prefix."""
+    """Returns the path without ``.bin`` or ``.idx``."""
     text = str(path)
     return text[:-4] if text.endswith((".bin", ".idx")) else text
 
 
 class IndexedWriter:
-    """Writes documents one by one; the pair appears under its name only when it is complete.
+    """Writes documents one by one; the pair appears under its name only when it is complete::
 
-        with Writer("data/train", dtype_for(tokenizer.vocab_size)) as writer:
+        with IndexedWriter("data/train", dtype_for(tokenizer.vocab_size)) as writer:
             writer.add(ids)
 
     Args:
@@ -83,10 +84,10 @@ class IndexedWriter:
         self.extend(np.asarray(tokens) if len(tokens) else np.empty(0, self.dtype), [len(tokens)])
 
     def extend(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        """Appends documents that lie back to back.
+        """Appends documents that are stored back to back.
 
         Args:
-            tokens: (tokens,) of all of them.
+            tokens: (tokens,) of all documents.
             lengths: (documents,) tokens in each.
 
         Raises:
@@ -135,14 +136,14 @@ class IndexedWriter:
                 digest.update(piece)
             _sync(index)
         self.checksums = {"bin": self._digest.hexdigest(), "idx": digest.hexdigest()}
-        # The index goes first and comes last: at no moment does an index stand beside tokens that are not its own.
+        # The old index is removed first and the new one comes last: an index is never beside tokens of another pair.
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         os.replace(f"{self.prefix}.bin.partial", f"{self.prefix}.bin")
         os.replace(f"{self.prefix}.idx.partial", f"{self.prefix}.idx")
 
 
 class IndexedTokens:
-    """Reads a pair by memory map: opening it reads the index, a document is read when it is asked for.
+    """Reads a memory-mapped pair: opening it reads the index, documents are read on access.
 
     Args:
         path: the pair's prefix, or either of its files.
@@ -153,7 +154,7 @@ class IndexedTokens:
         flat: all tokens of the ``.bin``, read-only.
 
     Raises:
-        ConfigError: a file is missing, is not of this format, is cut short, or the index points past the end.
+        ConfigError: a file is missing, truncated or of another format, or the index points past the end.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -167,7 +168,7 @@ class IndexedTokens:
         if end > len(self.flat):
             raise ConfigError(
                 f"{self.prefix}.idx points past the end of {self.prefix}.bin: it needs {end * self.dtype.itemsize} "
-                f"bytes, the file has {os.path.getsize(self.prefix + '.bin')}. The .bin is cut short, or not its pair."
+                f"bytes, the file has {os.path.getsize(self.prefix + '.bin')}. The .bin is truncated, or not its pair."
             )
 
     def __len__(self) -> int:
@@ -178,7 +179,7 @@ class IndexedTokens:
         return self.flat[start : start + int(self.lengths[document])]
 
     def __reduce__(self) -> tuple[type[IndexedTokens], tuple[str]]:
-        return IndexedTokens, (self.prefix,)  # a worker maps the files itself instead of receiving the tokens
+        return IndexedTokens, (self.prefix,)  # workers map the files instead of receiving the tokens
 
     @cached_property
     def tokens(self) -> int:
@@ -187,80 +188,79 @@ class IndexedTokens:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the content, the same wherever the files lie.
+        """A hash of the content, independent of where the files are.
 
-        It promises to differ when the ``.idx`` differs in any byte (documents, lengths, dtype), when the ``.bin`` has
-        another size, and, up to 64 MiB, when any token differs. Of a larger ``.bin`` it sees 256 evenly spread pieces
-        of 64 KiB, the first and the last bytes among them; a change between them goes unseen.
+        It covers every byte of the ``.idx`` (documents, lengths, dtype), the size of the ``.bin``, and up to 64 MiB
+        every token. Of a larger ``.bin`` it covers 256 evenly spread samples of 64 KiB, including the first and last
+        bytes; a change between samples is not detected.
         """
         digest = hashlib.sha256(Path(f"{self.prefix}.idx").read_bytes())
         size = os.path.getsize(f"{self.prefix}.bin")
         digest.update(str(size).encode())
         with open(f"{self.prefix}.bin", "rb") as file:
-            if size <= WHOLE:
+            if size <= MAX_FULL_HASH_BYTES:
                 digest.update(file.read())
             else:
-                for sample in range(SAMPLES):
-                    file.seek((size - SAMPLE) * sample // (SAMPLES - 1))
-                    digest.update(file.read(SAMPLE))
+                for sample in range(HASH_SAMPLES):
+                    file.seek((size - HASH_SAMPLE_BYTES) * sample // (HASH_SAMPLES - 1))
+                    digest.update(file.read(HASH_SAMPLE_BYTES))
         return digest.hexdigest()
 
     def _read_index(self) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-        """Returns the token type, and per document its length and its first token's place in the file."""
+        """Returns the token type, and the length and the first token's index in the file of each document."""
         name = f"{self.prefix}.idx"
         raw = np.memmap(name, dtype=np.uint8, mode="r") if os.path.getsize(name) else np.empty(0, np.uint8)
         dtype, sequences, documents = self._read_header(raw)
         bounds = list(accumulate([HEADER.size, 4 * sequences, 8 * sequences, 8 * documents]))
         # One mode byte per sequence may follow, in multimodal files.
         if len(raw) not in (bounds[3], bounds[3] + sequences):
-            raise ConfigError(
-                f"{name} has {len(raw)} bytes, its header asks for {bounds[3]}: it is cut short or damaged."
-            )
+            raise ConfigError(f"{name} has {len(raw)} bytes, its header needs {bounds[3]}: it is truncated or damaged.")
         lengths = np.asarray(raw[bounds[0] : bounds[1]].view("<i4"), dtype=np.int64)
         pointers = raw[bounds[1] : bounds[2]].view("<i8")
         indices = np.asarray(raw[bounds[2] : bounds[3]].view("<i8"))
         if lengths.min(initial=0) < 0 or pointers.min(initial=0) < 0 or (pointers % dtype.itemsize).any():
-            raise ConfigError(f"{name} is damaged: it holds a length or a pointer that cannot be.")
+            raise ConfigError(
+                f"{name} is damaged: it has a negative length, or a pointer that is negative or within a token."
+            )
         starts = np.asarray(pointers // dtype.itemsize)
         if len(indices) == 1 and sequences:
-            return dtype, lengths, starts  # GPT-NeoX's merge forgets the documents: each sequence is one
+            return dtype, lengths, starts  # merged by GPT-NeoX, which drops the documents: each sequence is one
         return dtype, *self._join(lengths, starts, indices)
 
     def _read_header(self, raw: np.ndarray) -> tuple[np.dtype, int, int]:
         name = f"{self.prefix}.idx"
         if len(raw) < HEADER.size:
-            raise ConfigError(f"{name} has {len(raw)} bytes, fewer than the header's {HEADER.size}: it is cut short.")
+            raise ConfigError(f"{name} has {len(raw)} bytes, fewer than the header's {HEADER.size}: it is truncated.")
         magic, version, code, sequences, documents = HEADER.unpack(raw[: HEADER.size].tobytes())
         if magic != MAGIC:
             raise ConfigError(f"{name} begins with {magic!r}, not {MAGIC!r}: it is not a Megatron .idx.")
         if version != 1:
-            raise ConfigError(f"{name} is of version {version}. Known: 1.")
+            raise ConfigError(f"{name} has version {version}. Known: 1.")
         if code not in DTYPES:
             known = ", ".join(f"{number} ({np.dtype(dtype)})" for number, dtype in DTYPES.items())
             raise ConfigError(f"{name} stores tokens as dtype code {code}. Known: {known}.")
         return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, documents
 
     def _join(self, lengths: np.ndarray, starts: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Joins the sequences of each document, which must lie back to back."""
+        """Joins the sequences of each document, which must be stored back to back."""
         sequences = len(lengths)
-        whole = len(indices) and indices[0] == 0 and indices[-1] == sequences and (np.diff(indices) >= 0).all()
-        if not whole:
+        covered = len(indices) and indices[0] == 0 and indices[-1] == sequences and (np.diff(indices) >= 0).all()
+        if not covered:
             raise ConfigError(f"{self.prefix}.idx is damaged: its document indices do not run from 0 to {sequences}.")
         if len(indices) == sequences + 1 and (np.diff(indices) == 1).all():
             return lengths, starts
         inside = np.setdiff1d(np.arange(1, sequences), indices)  # sequences that continue the one before
         if (starts[inside] != starts[inside - 1] + lengths[inside - 1]).any():
-            raise ConfigError(f"{self.prefix}.idx has a document whose sequences do not lie back to back.")
+            raise ConfigError(f"{self.prefix}.idx has a document whose sequences are not stored back to back.")
         ends = np.concatenate([[0], np.cumsum(lengths)])
         first = np.append(starts, 0)[indices[:-1]]  # an empty document at the very end begins nowhere
         return np.diff(ends[indices]), first
 
 
 def map_tokens(path: str | Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
-    """Returns the tokens of a file from ``offset`` bytes on, read-only, each read when it is asked for.
+    """Returns the memory-mapped tokens of a file after ``offset`` bytes, read-only and advised for random access.
 
-    They are read in random order: what the system would read ahead of each document, up to megabytes, does not come
-    next. Who reads a file from its begin to its end reads it otherwise.
+    Documents are read in random order, so readahead, up to megabytes for each, would be wasted.
     """
     with open(path, "rb") as file:
         count = (os.fstat(file.fileno()).st_size - offset) // dtype.itemsize
@@ -268,12 +268,18 @@ def map_tokens(path: str | Path, dtype: np.dtype, offset: int = 0) -> np.ndarray
             return np.empty(0, dtype)  # nothing to map
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     mapped.madvise(mmap.MADV_RANDOM)
-    # A plain array over the map: slices of np.memmap cost several times as much.
+    # A plain array over the map: slicing np.memmap is several times as slow.
     return np.frombuffer(mapped, dtype, count, offset)
 
 
+@register_tokens("indexed", suffixes=(".bin", ".idx"))
+def indexed(files: list[Path]) -> list[IndexedTokens]:
+    """Megatron ``.bin``/``.idx`` pairs, each named by either of its files."""
+    return [IndexedTokens(prefix) for prefix in dict.fromkeys(map(prefix_of, files))]
+
+
 def _sync(file: BinaryIO) -> None:
-    """Sees a file through to the disk and closes it."""
+    """Flushes a file to the disk and closes it."""
     file.flush()
     os.fsync(file.fileno())
     file.close()

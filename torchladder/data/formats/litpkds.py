@@ -1,8 +1,8 @@
 """Chunks of TinyLlama and SkyLadder (``LITPKDS``): a 24-byte header, then one stream of tokens cut into equal files.
 
 The header holds, little-endian: the magic ``LITPKDS``, uint64 version 1, uint8 dtype code, uint64 tokens in the file.
-A chunk knows nothing of documents. They end with the tokenizer's eos, so the tokens are searched once for it and the
-ends are kept in the cache; a document that goes on in another chunk is two. Rows of any length can so be packed anew.
+A chunk does not store documents. They end with the tokenizer's eos, so the tokens are searched for it once and the ends
+are cached; a document that continues in another chunk counts as two. Rows of any length can then be packed.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ import numpy as np
 
 from torchladder.data.disk_cache import build_once
 from torchladder.data.formats.indexed import map_tokens
-from torchladder.data.formats.token_readers import register
+from torchladder.data.sources import register_tokens
 from torchladder.registry import ConfigError
 
 MAGIC = b"LITPKDS"
 HEADER = struct.Struct("<7sQBQ")  # 7 + 8 + 1 + 8 = 24 bytes
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # 6 and 7 are floats
-MAPPED = 256
-"""Files that are open at once; a corpus may have more of them than a process may open."""
-SAMPLE = 1 << 16
-"""Bytes that a fingerprint reads of each file, half of them at its end."""
+MAX_MAPPED_FILES = 256
+"""Files that are open at once; a corpus may have more than a process may open."""
+HASH_BYTES = 1 << 16
+"""Bytes of each file that a fingerprint covers, half of them at its end."""
 
 
 class LitPkdsChunks:
-    """Reads chunk files as one long stream, each file mapped when a document of it is asked for.
+    """Reads chunk files as one long stream; a file is mapped when a document in it is read.
 
     Args:
-        files: in order, all of one dtype and one size.
+        files: in order, all of the same dtype and size.
         eos: the token that ends a document.
-        cache: folder of the cache.
+        cache: the cache folder.
 
     Attributes:
         lengths: (documents,) int64, tokens in each document.
-        starts: (documents,) int64, its first token's place in the stream of all files.
+        starts: (documents,) int64, index of its first token in the stream of all files.
 
     Raises:
-        ConfigError: a file is damaged, of another format, or unlike the first one.
+        ConfigError: a file is damaged, of another format, or differs from the first one in dtype or size.
     """
 
     def __init__(self, files: Sequence[Path], eos: int, cache: Path) -> None:
@@ -55,9 +55,9 @@ class LitPkdsChunks:
             if _header(file) != (self.dtype, self.chunk):
                 raise ConfigError(
                     f"{file} holds {_header(file)[1]} tokens of {_header(file)[0]}, but {self.files[0]} holds "
-                    f"{self.chunk} of {self.dtype}: chunks of different runs are different sources."
+                    f"{self.chunk} of {self.dtype}: list chunks of different runs as different sources."
                 )
-        self._map = lru_cache(MAPPED)(self._open)
+        self._map = lru_cache(MAX_MAPPED_FILES)(self._open)
         ends = np.load(build_once(cache / "chunks" / f"{self._stamp()}.npy", self._write_ends), mmap_mode="r")
         self.starts = np.concatenate([[0], ends[:-1]])
         self.lengths = ends - self.starts
@@ -67,12 +67,12 @@ class LitPkdsChunks:
         return self
 
     def __getitem__(self, places: slice) -> np.ndarray:
-        """Returns tokens of one document: a slice within one file."""
+        """Returns tokens of one document, which lie within one file."""
         file, begin = divmod(places.start, self.chunk)
         return self._map(file)[begin : begin + places.stop - places.start]
 
     def __reduce__(self) -> tuple[type[LitPkdsChunks], tuple[list[Path], int, Path]]:
-        return LitPkdsChunks, (self.files, self.eos, self.cache)  # a worker maps the files itself
+        return LitPkdsChunks, (self.files, self.eos, self.cache)  # workers map the files themselves
 
     @cached_property
     def fingerprint(self) -> str:
@@ -80,8 +80,8 @@ class LitPkdsChunks:
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths).data)
         for path in self.files:
             with open(path, "rb") as file:
-                digest.update(file.read(SAMPLE // 2))
-                file.seek(max(os.path.getsize(path) - SAMPLE // 2, 0))
+                digest.update(file.read(HASH_BYTES // 2))
+                file.seek(max(os.path.getsize(path) - HASH_BYTES // 2, 0))
                 digest.update(file.read())
         return digest.hexdigest()
 
@@ -89,7 +89,7 @@ class LitPkdsChunks:
         return map_tokens(self.files[number], self.dtype, HEADER.size)
 
     def _stamp(self) -> str:
-        """Returns a hash of the files' names, sizes and times."""
+        """Returns a hash of the files' names, sizes and modification times."""
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
         return hashlib.sha256(repr((self.eos, stats)).encode()).hexdigest()[:32]
 
@@ -105,39 +105,39 @@ class LitPkdsChunks:
 
 
 def is_chunk(file: Path) -> bool:
-    """Tells whether a file begins as a chunk does."""
+    """Returns whether a file begins with the magic of a chunk."""
     with open(file, "rb") as opened:
         return opened.read(len(MAGIC)) == MAGIC
 
 
-@register("litpkds")
+@register_tokens("litpkds", suffixes=(".bin",), recognize=is_chunk)
 def litpkds(files: list[Path], eos: int | None, cache: Path) -> list[LitPkdsChunks]:
-    """Chunks of TinyLlama and SkyLadder (``LITPKDS``); the tokenizer's eos tells where documents end.
+    """Chunks of TinyLlama and SkyLadder (``LITPKDS``); documents end with the tokenizer's eos.
 
     Raises:
-        ConfigError: as ``Chunks``, or no tokenizer says what ends a document.
+        ConfigError: as ``LitPkdsChunks``, or there is no tokenizer.
     """
     if eos is None:
-        raise ConfigError(f"{files[0]}: chunks know no documents, a tokenizer has to say what token ends one.")
+        raise ConfigError(f"{files[0]}: chunks do not store documents: set a tokenizer, whose eos ends each.")
     return [LitPkdsChunks(files, eos, cache)]
 
 
 def _header(file: Path) -> tuple[np.dtype, int]:
-    """Returns the dtype and the number of tokens of a chunk file, which must have them."""
+    """Returns the dtype and the number of tokens of a chunk file."""
     with open(file, "rb") as opened:
         raw = opened.read(HEADER.size)
     if len(raw) < HEADER.size:
-        raise ConfigError(f"{file} has {len(raw)} bytes, fewer than the header's {HEADER.size}: it is cut short.")
+        raise ConfigError(f"{file} has {len(raw)} bytes, fewer than the header's {HEADER.size}: it is truncated.")
     magic, version, code, tokens = HEADER.unpack(raw)
     if magic != MAGIC:
         raise ConfigError(f"{file} begins with {magic!r}, not {MAGIC!r}: it is not a LITPKDS chunk.")
     if version != 1:
-        raise ConfigError(f"{file} is of version {version}. Known: 1.")
+        raise ConfigError(f"{file} has version {version}. Known: 1.")
     if code not in DTYPES:
         known = ", ".join(f"{number} ({np.dtype(dtype)})" for number, dtype in DTYPES.items())
         raise ConfigError(f"{file} stores tokens as dtype code {code}. Known: {known}.")
     dtype = np.dtype(DTYPES[code]).newbyteorder("<")
     size, needed = os.path.getsize(file), HEADER.size + tokens * dtype.itemsize
     if size != needed or not tokens:
-        raise ConfigError(f"{file} has {size} bytes, its header asks for {needed}: it is cut short or damaged.")
+        raise ConfigError(f"{file} has {size} bytes, its header needs {needed}: it is truncated or damaged.")
     return dtype, tokens

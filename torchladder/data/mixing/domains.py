@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from torchladder.data.corpus import SourceConfig
+from torchladder.data.source_config import SourceConfig
 from torchladder.registry import ConfigError, unknown_name
 
 Domains = dict[str, float | dict[str, float]]

@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from torchladder.data.dataloader import Tokenizer
 from torchladder.data.disk_cache import build_once
 from torchladder.data.formats.indexed import IndexedWriter, dtype_for
 from torchladder.data.prepare.document_encoder import DocumentEncoder, batches
 from torchladder.data.prepare.progress import PrepareProgress
-from torchladder.data.text.sources import TextSource, held_out
+from torchladder.data.sources import TextSource, held_out
+from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError
 
 FORMAT = 2

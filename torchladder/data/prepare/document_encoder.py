@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from torchladder.data.dataloader import Tokenizer
+from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError
 
 BATCH = 1 << 22

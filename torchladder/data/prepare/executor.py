@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
 
-from torchladder.data.extras import missing
+from torchladder.data.extras import missing_package
 from torchladder.registry import ConfigError, Registry
 
 Task = TypeVar("Task")
@@ -58,7 +58,7 @@ def ray(workers: int | None = None) -> Executor:
     try:
         import ray as library
     except ImportError:
-        raise missing("ray", "ray", "--executor ray") from None
+        raise missing_package("ray", "ray", "--executor ray") from None
     if workers is not None and workers < 1:
         raise ConfigError(f"workers is {workers}; it is 1 at least.")
     return Cluster(library, workers)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchladder.data.disk_cache import sha256
+from torchladder.data.disk_cache import file_sha256
 from torchladder.data.formats.indexed import prefix_of
 from torchladder.registry import ConfigError
 
@@ -86,6 +86,6 @@ def damage(prefix: str | Path, checksums: dict[str, str]) -> str | None:
     """Returns the first file of a pair that is not what its checksum says; None when all is well."""
     for suffix, checksum in checksums.items():
         path = Path(f"{prefix_of(prefix)}.{suffix}")
-        if not path.is_file() or sha256(path) != checksum:
+        if not path.is_file() or file_sha256(path) != checksum:
             return str(path)
     return None

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from torchladder.data.dataloader import Tokenizer
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, dtype_for
 from torchladder.data.prepare import merging, metadata
 from torchladder.data.prepare.document_encoder import DocumentEncoder, batches
@@ -31,9 +30,9 @@ from torchladder.data.prepare.executor import Executor
 from torchladder.data.prepare.metadata import Metadata
 from torchladder.data.prepare.progress import PrepareProgress
 from torchladder.data.prepare.tasks import Preparation, PrepareTask, cut, expand, share
-from torchladder.data.text import document_reader, sources
-from torchladder.data.text.document_reader import DocumentReader, OnError
+from torchladder.data.text.document_reader import DocumentReader, OnError, document_location, summarize_skipped
 from torchladder.data.text.file_formats import FileSlice
+from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError
 
 
@@ -77,7 +76,7 @@ class PartWriter:
             for batch in batches(self._texts(reader, task), lambda item: item[2]):
                 places = [(stretch, number) for stretch, number, _ in batch]
                 texts = [text for _, _, text in batch]
-                writer.extend(*self.framing(texts, lambda n, places=places: document_reader.where(*places[n])))  # type: ignore[misc]
+                writer.extend(*self.framing(texts, lambda n, places=places: document_location(*places[n])))  # type: ignore[misc]
         _unchanged(task)
         part = PreparedPart(
             key=task.key,
@@ -182,7 +181,7 @@ def _parts(preparation: Preparation, tasks: list[PrepareTask], folder: Path, exe
         for part in parts:
             skipped.update(part.skipped)
             examples = {**part.examples, **examples}
-        for line in sources.summary(skipped, examples):
+        for line in summarize_skipped(skipped, examples):
             report.say(f"{preparation.on_error}: {line}")
     return parts
 

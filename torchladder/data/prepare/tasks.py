@@ -11,9 +11,10 @@ from pathlib import Path
 
 from torchladder.data.formats.indexed import prefix_of
 from torchladder.data.prepare.document_encoder import DocumentEncoder
-from torchladder.data.text import file_formats, sources
+from torchladder.data.text import file_formats
 from torchladder.data.text.document_reader import DocumentReader, OnError
 from torchladder.data.text.file_formats import FileSlice
+from torchladder.data.text.text_files import match_text_files
 from torchladder.registry import ConfigError
 
 FORMAT = 1
@@ -94,7 +95,7 @@ def expand(inputs: Sequence[str]) -> list[Path]:
     """
     files: dict[str, Path] = {}
     for pattern in inputs:
-        for _, path in sources.expand(pattern):
+        for path in match_text_files(pattern):
             if os.path.abspath(path) in files:
                 raise ConfigError(f"{path} is named by two inputs; its documents would be in the output twice.")
             files[os.path.abspath(path)] = path
@@ -123,7 +124,7 @@ def cut(preparation: Preparation, files: Sequence[Path]) -> list[PrepareTask]:
         stretches.clear()
 
     for path in files:
-        for stretch in file_formats.split(path, stats[path].st_size, target):
+        for stretch in file_formats.split_file(path, stats[path].st_size, target):
             stretches.append(stretch)
             size += stretch.size
             if size >= target or len(stretches) == FILES:

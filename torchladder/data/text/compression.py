@@ -1,4 +1,4 @@
-"""Files as bytes, whichever way they are compressed: whole, or the lines that begin in a part of them."""
+"""Files as bytes, compressed or not: the whole content, or the lines that begin in a part of the file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torchladder.data.extras import missing
+from torchladder.data.extras import missing_package
 from torchladder.registry import ConfigError
 
-CHUNK = 1 << 20
-"""Bytes that are decompressed at once: the grid on which compressed files are cut."""
-PIECES = 8
-"""Parts that a compressed file is cut into at most: each is reached by decompressing the file from its beginning."""
+CHUNK_BYTES = 1 << 20
+"""Bytes that are decompressed at once; slices of a compressed file are multiples of it."""
+MAX_COMPRESSED_SLICES = 8
+"""A slice of a compressed file is reached by decompressing everything before it, so there are only a few."""
 
 
 def inner_suffix(path: Path) -> str:
@@ -22,18 +22,18 @@ def inner_suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in SUFFIXES else path.suffix
 
 
-def content(path: Path) -> bytes:
+def read_content(path: Path) -> bytes:
     """Returns the whole content of a file, decompressed."""
     return b"".join(data for _, data in _chunks(path)) if path.suffix in SUFFIXES else path.read_bytes()
 
 
-def lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes, int]]:
-    """Yields the lines that begin in a part of a file: number from 1, content, and bytes of the file it took.
+def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes, int]]:
+    """Yields the lines that begin in a part of a file: (number from 1, content, bytes of the file as stored).
 
     Args:
         path: the file.
-        begin: bytes of the file as stored. Within a compressed file this means the chunk that a line begins in, so
-            the part is a whole number of chunks.
+        begin: byte of the file as stored. A line of a compressed file begins at the chunk that it begins in, so a part
+            is a whole number of chunks.
         end: where the next part begins; None reads to the end.
     """
     if path.suffix in SUFFIXES:
@@ -42,26 +42,29 @@ def lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[
 
 
 def lines_before(path: Path, begin: int) -> int:
-    """Returns how many lines ``lines`` does not count when it begins there; of a compressed file it counts all."""
+    """Returns how many lines end or begin before ``begin``, which ``read_lines`` from there does not count.
+
+    0 for a compressed file, whose lines are always counted from its beginning.
+    """
     if path.suffix in SUFFIXES or begin == 0:
         return 0
     count, ends_line = 0, True
     with open(path, "rb") as file:
-        while begin > 0 and (data := file.read(min(begin, CHUNK))):
+        while begin > 0 and (data := file.read(min(begin, CHUNK_BYTES))):
             count += data.count(b"\n")
             ends_line = data.endswith(b"\n")
             begin -= len(data)
     return count if ends_line else count + 1
 
 
-def step(path: Path, size: int, target: int) -> int:
-    """Returns the size of the parts that a file of lines is cut into, ``target`` bytes or more."""
+def slice_bytes(path: Path, size: int, target: int) -> int:
+    """Returns the size of the slices that a file of lines is split into: ``target`` bytes or more."""
     if path.suffix not in SUFFIXES:
         return target
     if path.suffix == ".bz2":
-        return size  # decompresses too slowly to begin anew for each part
-    target = max(target, -(-size // PIECES))
-    return -(-target // CHUNK) * CHUNK
+        return size  # too slow to decompress again for each slice
+    target = max(target, -(-size // MAX_COMPRESSED_SLICES))
+    return -(-target // CHUNK_BYTES) * CHUNK_BYTES
 
 
 def _plain_lines(path: Path, begin: int, end: int | None) -> Iterator[tuple[int, bytes, int]]:
@@ -69,7 +72,7 @@ def _plain_lines(path: Path, begin: int, end: int | None) -> Iterator[tuple[int,
         at = begin
         if begin:
             file.seek(begin - 1)
-            at += len(file.readline()) - 1  # the rest of a line that began before; nothing where one begins right here
+            at += len(file.readline()) - 1  # skips the rest of a line that began before; nothing if one begins here
         for number, line in enumerate(file, start=1):
             if end is not None and at >= end:
                 return
@@ -92,7 +95,7 @@ def _compressed_lines(path: Path, begin: int, end: int | None) -> Iterator[tuple
             if end is not None and start >= end:
                 return
             if start >= begin:
-                read = min(at + CHUNK, size)
+                read = min(at + CHUNK_BYTES, size)
                 yield number, line + b"\n", read - taken
                 taken = read
             start = at
@@ -102,49 +105,47 @@ def _compressed_lines(path: Path, begin: int, end: int | None) -> Iterator[tuple
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields a file's content in order, each chunk with the place in the file that it was decompressed from.
+    """Yields a file's content in order, each chunk with the byte of the file that it was decompressed from.
 
-    Members that follow each other in one file, as ``cat a.gz b.gz`` makes them, are one content.
+    Concatenated members, as of ``cat a.gz b.gz``, are one content.
 
     Raises:
-        ConfigError: the file is damaged or cut short.
+        ConfigError: the file is damaged or truncated.
     """
     new, failure = SUFFIXES[path.suffix](path)
     member = None
     with open(path, "rb") as file:
-        for at in range(0, path.stat().st_size, CHUNK):
-            stored, decompressed = file.read(CHUNK), []
+        for at in range(0, path.stat().st_size, CHUNK_BYTES):
+            stored, decompressed = file.read(CHUNK_BYTES), []
             try:
                 while stored:
                     member = new() if member is None or member.eof else member
                     decompressed.append(member.decompress(stored))
                     stored = member.unused_data if member.eof else b""
             except failure as error:
-                raise ConfigError(f"{path} is no {path.suffix}, or damaged within {CHUNK} bytes of {at}.") from error
+                raise ConfigError(
+                    f"{path} is not a {path.suffix} file, or is damaged within {CHUNK_BYTES} bytes of byte {at}."
+                ) from error
             yield at, b"".join(decompressed)
     if member is not None and not member.eof:
-        raise ConfigError(f"{path} is cut short: its last part does not end.")
+        raise ConfigError(f"{path} is truncated: its last member is incomplete.")
 
 
-Members = tuple[Callable[[], Any], type[Exception]]
-"""What makes a decompressor of one member, and what it raises on damage."""
+Decompressor = tuple[Callable[[], Any], type[Exception]]
+"""What makes the decompressor of one member, and what that raises on damage."""
 
 
-def _gz(path: Path) -> Members:
-    return lambda: zlib.decompressobj(wbits=31), zlib.error
-
-
-def _bz2(path: Path) -> Members:
-    return bz2.BZ2Decompressor, OSError
-
-
-def _zst(path: Path) -> Members:
+def _zst(path: Path) -> Decompressor:
     try:
         import zstandard
     except ImportError:
-        raise missing("zstandard", "zstd", f"reading {path}") from None
+        raise missing_package("zstandard", "zstd", f"reading {path}") from None
     return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
 
 
-SUFFIXES: dict[str, Callable[[Path], Members]] = {".gz": _gz, ".zst": _zst, ".bz2": _bz2}
+SUFFIXES: dict[str, Callable[[Path], Decompressor]] = {
+    ".gz": lambda path: (lambda: zlib.decompressobj(wbits=31), zlib.error),
+    ".zst": _zst,
+    ".bz2": lambda path: (bz2.BZ2Decompressor, OSError),
+}
 """Compressed files by suffix."""

@@ -1,30 +1,26 @@
-"""Files to documents: a text per file, line or row, compressed or not, from any stretch of a file.
-
-Documents keep the order of the file. A stretch holds the documents that begin in it, so the stretches of a file, read
-one after the other or by many processes at once, give each document exactly once.
-"""
+"""Files to documents: one text per file, line or row, compressed or not, in the order of the file."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple, get_args
 
 from torchladder.data.text import compression
-from torchladder.data.text.file_formats import FileSlice, ParseError, decoded, kind_of
+from torchladder.data.text.file_formats import FileSlice, ParseError, decode_text, format_of
 from torchladder.registry import ConfigError, unknown_name
 
 OnError = Literal["error", "skip", "repair"]
-"""What a document that cannot be read does: end the work, stay out, or stay out unless it only has bytes that are not
-UTF-8, which then are left out of it."""
+"""What to do with a document that cannot be read: raise, skip it, or drop the bytes that are not UTF-8 (and skip it if
+that does not help)."""
 
 
 class Text(NamedTuple):
     """One document of a file.
 
     Attributes:
-        number: its line or row, from 1; of a stretch that begins within a plain file, counted from there. None where
-            the file is the document.
+        number: its line or row, from 1; in a slice of an uncompressed file, counted from where the slice begins. None
+            if the file is the document.
         text: its text, never empty.
     """
 
@@ -33,14 +29,14 @@ class Text(NamedTuple):
 
 
 class DocumentReader:
-    """Reads documents, and counts those that it leaves out.
+    """Reads documents, and counts those that it skips or repairs.
 
     Args:
         text_key: the text's key in a line of a .jsonl, or its column in a table.
-        on_error: what a document that cannot be read does.
+        on_error: what to do with a document that cannot be read.
 
     Attributes:
-        skipped: documents left out or repaired, by reason.
+        skipped: documents skipped or repaired, by reason.
         examples: for each reason the first such document, by file and line.
         size: bytes of files, as stored, that have been read.
     """
@@ -54,35 +50,41 @@ class DocumentReader:
         self.examples: dict[str, str] = {}
         self.size = 0
 
-    def read(self, stretch: FileSlice) -> Iterator[Text]:
-        """Yields the documents that begin in a stretch.
+    def read(self, file_slice: FileSlice) -> Iterator[Text]:
+        """Yields the documents that begin in a slice.
 
         Raises:
             ConfigError: one cannot be read and ``on_error`` is "error", or the file as a whole is damaged.
         """
-        for number, found in kind_of(stretch.path).find(stretch, self.text_key, self._taken):
-            text = found if isinstance(found, ParseError) else decoded(found)
+        for number, found in format_of(file_slice.path).parse(file_slice, self.text_key, self._count_bytes):
+            text = found if isinstance(found, ParseError) else decode_text(found)
             if isinstance(text, ParseError):
-                self._leave_out(text, stretch, number)
+                self._count_error(text, file_slice, number)
                 text = text.repaired if self.on_error == "repair" else ""
             if text:
                 yield Text(number, text)
 
-    def _taken(self, size: int) -> None:
+    def _count_bytes(self, size: int) -> None:
         self.size += size
 
-    def _leave_out(self, bad: ParseError, stretch: FileSlice, number: int | None) -> None:
+    def _count_error(self, error: ParseError, file_slice: FileSlice, number: int | None) -> None:
         if self.on_error == "error":
-            raise ConfigError(f"{where(stretch, number)}: {bad.detail}; on_error 'skip' leaves such documents out.")
-        self.skipped[bad.reason] += 1
-        if bad.reason not in self.examples:
-            self.examples[bad.reason] = where(stretch, number)
+            place = document_location(file_slice, number)
+            raise ConfigError(f"{place}: {error.detail}; on_error 'skip' skips such documents.")
+        self.skipped[error.reason] += 1
+        if error.reason not in self.examples:
+            self.examples[error.reason] = document_location(file_slice, number)
 
 
-def where(stretch: FileSlice, number: int | None) -> str:
-    """Returns the file and line of a document that ``Reader.read`` has numbered within a stretch."""
+def document_location(file_slice: FileSlice, number: int | None) -> str:
+    """Returns the file and line of a document that ``DocumentReader.read`` has numbered within a slice."""
     if number is None:
-        return str(stretch.path)
-    if kind_of(stretch.path).relative:
-        number += compression.lines_before(stretch.path, stretch.begin)
-    return f"{stretch.path}:{number}"
+        return str(file_slice.path)
+    if format_of(file_slice.path).relative_numbers:
+        number += compression.lines_before(file_slice.path, file_slice.begin)
+    return f"{file_slice.path}:{number}"
+
+
+def summarize_skipped(skipped: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:
+    """Returns a line for each reason why documents were skipped or repaired."""
+    return [f"{count:,} documents {reason}, first {examples[reason]}" for reason, count in sorted(skipped.items())]

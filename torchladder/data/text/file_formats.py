@@ -1,7 +1,8 @@
-"""Kinds of files: how the documents of each are found, and where such a file can be cut.
+"""File formats of text: how each is parsed into documents, and where such a file can be split.
 
-A document is found as its bytes and the number of its line or row, or as what is wrong with it. A stretch holds the
-documents that begin in it, so the stretches of a file give each document exactly once.
+Add a format to ``FORMATS`` at the end of this file. A parser yields each document's bytes or a ``ParseError``, with the
+number of its line or row. A slice holds the documents that begin in it, so the slices of a file, together, yield every
+document exactly once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchladder.data.extras import missing
+from torchladder.data.extras import missing_package
 from torchladder.data.text import compression
 from torchladder.registry import ConfigError, unknown_name
 
@@ -26,9 +27,9 @@ class FileSlice(NamedTuple):
 
     Attributes:
         path: the file.
-        begin: where it begins: bytes of the file as stored, or row groups of a .parquet.
-        end: where the next one begins; None is the end of the file.
-        size: bytes of the file as stored, about.
+        begin: its first byte in the file as stored, or its first row group in a .parquet.
+        end: where the next slice begins; None for the end of the file.
+        size: approximate bytes of the file as stored.
     """
 
     path: Path
@@ -36,14 +37,19 @@ class FileSlice(NamedTuple):
     end: int | None
     size: int
 
+    @classmethod
+    def whole(cls, path: Path) -> FileSlice:
+        """Returns the slice that is the whole file."""
+        return cls(path, 0, None, path.stat().st_size)
+
 
 class ParseError(NamedTuple):
-    """Why something is no document.
+    """Why a document cannot be read.
 
     Attributes:
-        reason: by which it is counted.
+        reason: short, documents are counted by it.
         detail: what exactly is wrong.
-        repaired: the text without what is wrong, where that leaves any.
+        repaired: the text without the broken bytes; empty if nothing can be repaired.
     """
 
     reason: str
@@ -51,44 +57,47 @@ class ParseError(NamedTuple):
     repaired: str = ""
 
 
-Found = tuple[int | None, bytes | ParseError]
-"""A document's line or row, and its text as stored or why there is none. Lines and rows count from 1, those of a plain
-file from where the stretch begins; None is where the file is the document."""
+Parsed = tuple[int | None, bytes | ParseError]
+"""(number, text as stored or error). The number is the line or row from 1, in an uncompressed file counted from where
+the slice begins; None if the whole file is one document."""
 
-Find = Callable[[FileSlice, str, Callable[[int], None]], Iterator[Found]]
-"""Yields what stands in a stretch where documents should, by the key of the text; tells how many bytes of the file as
-stored that has taken."""
-
-
-# --- finding ---------------------------------------------------------------------------------------------------------
+Parse = Callable[[FileSlice, str, Callable[[int], None]], Iterator[Parsed]]
+"""``parse(file_slice, text_key, count_bytes)`` yields the documents of a slice and counts the bytes of the file."""
 
 
-def _whole_file(stretch: FileSlice, text_key: str, taken: Callable[[int], None]) -> Iterator[Found]:
-    """Takes a file as one document."""
-    content = compression.content(stretch.path)
-    taken(stretch.size)
+# --- parsing ---------------------------------------------------------------------------------------------------------
+
+
+def _parse_whole(file_slice: FileSlice, text_key: str, count_bytes: Callable[[int], None]) -> Iterator[Parsed]:
+    content = compression.read_content(file_slice.path)
+    count_bytes(file_slice.size)
     yield None, content.removeprefix(codecs.BOM_UTF8)
 
 
-def _jsonl(stretch: FileSlice, text_key: str, taken: Callable[[int], None]) -> Iterator[Found]:
-    """Takes each line of a .jsonl as one document; lines of white space are none."""
-    for number, line, size in compression.lines(stretch.path, stretch.begin, stretch.end):
-        taken(size)
+def _parse_jsonl(file_slice: FileSlice, text_key: str, count_bytes: Callable[[int], None]) -> Iterator[Parsed]:
+    """Yields each line as one document; blank lines are skipped."""
+    for number, line, size in compression.read_lines(file_slice.path, file_slice.begin, file_slice.end):
+        count_bytes(size)
         if not line.isspace():
-            yield number, _object(line, text_key)
+            yield number, _text_of_json(line, text_key)
 
 
-def _csv(stretch: FileSlice, text_key: str, taken: Callable[[int], None]) -> Iterator[Found]:
-    """Takes each row of a .csv as one document; the first row names the columns, fields may hold line ends."""
-    # A length that no field reaches; the module knows only one limit, for all readers of the process.
-    csv.field_size_limit(sys.maxsize)
-    rows = csv.reader(_csv_lines(stretch, taken), strict=True)
+def _parse_csv(file_slice: FileSlice, text_key: str, count_bytes: Callable[[int], None]) -> Iterator[Parsed]:
+    """Yields each row as one document; the first row names the columns, fields may contain line breaks."""
+
+    def lines() -> Iterator[str]:
+        for number, line, size in compression.read_lines(file_slice.path, file_slice.begin, file_slice.end):
+            count_bytes(size)
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
+
+    csv.field_size_limit(sys.maxsize)  # no limit; the module has only one for all readers of the process
+    rows = csv.reader(lines(), strict=True)
     try:
         head = next(rows, [])
     except csv.Error as error:
-        raise ConfigError(f"{stretch.path}:1: the first row of a .csv names the columns: {error}.") from error
+        raise ConfigError(f"{file_slice.path}:1: the first row of a .csv names the columns: {error}.") from error
     if text_key not in head:
-        raise ConfigError(f"{stretch.path}:1: text_key: {unknown_name('column', text_key, head)}")
+        raise ConfigError(f"{file_slice.path}:1: text_key: {unknown_name('column', text_key, head)}")
     column = head.index(text_key)
     while True:
         number = rows.line_num + 1
@@ -97,7 +106,7 @@ def _csv(stretch: FileSlice, text_key: str, taken: Callable[[int], None]) -> Ite
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, ParseError("broken as a row", f"no row of a .csv ({error})")
+            yield number, ParseError("broken as a row", f"not a row of a .csv ({error})")
             continue
         if not row:
             continue
@@ -107,34 +116,34 @@ def _csv(stretch: FileSlice, text_key: str, taken: Callable[[int], None]) -> Ite
             yield number, row[column].encode("utf-8", errors="surrogateescape")
 
 
-def _parquet(stretch: FileSlice, text_key: str, taken: Callable[[int], None]) -> Iterator[Found]:
-    """Takes each row of a .parquet as one document."""
-    arrow, file = _open_parquet(stretch.path)
+def _parse_parquet(file_slice: FileSlice, text_key: str, count_bytes: Callable[[int], None]) -> Iterator[Parsed]:
+    """Yields each row as one document."""
+    arrow, file = _open_parquet(file_slice.path)
     if text_key not in file.schema_arrow.names:
-        raise ConfigError(f"{stretch.path}: text_key: {unknown_name('column', text_key, file.schema_arrow.names)}")
+        raise ConfigError(f"{file_slice.path}: text_key: {unknown_name('column', text_key, file.schema_arrow.names)}")
     kind = file.schema_arrow.field(text_key).type
     if kind not in (arrow.string(), arrow.large_string(), arrow.binary(), arrow.large_binary()):
-        raise ConfigError(f"{stretch.path}: the column {text_key!r} holds {kind}, not text.")
-    groups = range(stretch.begin, file.num_row_groups if stretch.end is None else stretch.end)
-    number = sum(file.metadata.row_group(group).num_rows for group in range(stretch.begin))
+        raise ConfigError(f"{file_slice.path}: the column {text_key!r} holds {kind}, not text.")
+    groups = range(file_slice.begin, file.num_row_groups if file_slice.end is None else file_slice.end)
+    number = sum(file.metadata.row_group(group).num_rows for group in range(file_slice.begin))
     rows = sum(file.metadata.row_group(group).num_rows for group in groups)
     try:
         for batch in file.iter_batches(1024, row_groups=groups, columns=[text_key]):
-            taken(stretch.size * batch.num_rows // max(rows, 1))
-            # As bytes: arrow promises UTF-8 and does not check it.
+            count_bytes(file_slice.size * batch.num_rows // max(rows, 1))
+            # As bytes, because arrow does not check that strings are UTF-8.
             for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
                 number += 1
                 yield number, ParseError("without text", f"no {text_key!r}") if value is None else value
     except (arrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{stretch.path} is a damaged .parquet: {error}.") from error
+        raise ConfigError(f"{file_slice.path} is a damaged .parquet: {error}.") from error
 
 
-def _object(line: bytes, text_key: str) -> bytes | ParseError:
+def _text_of_json(line: bytes, text_key: str) -> bytes | ParseError:
     """Returns the text in a line of a .jsonl."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        rest = _object(line.decode("utf-8-sig", errors="ignore").encode(), text_key)
+        rest = _text_of_json(line.decode("utf-8-sig", errors="ignore").encode(), text_key)
         return _not_utf8(error, b"" if isinstance(rest, ParseError) else rest)
     except (ValueError, RecursionError) as error:
         return ParseError("broken as JSON", f"not JSON ({error}); a .jsonl holds one object a line")
@@ -145,17 +154,11 @@ def _object(line: bytes, text_key: str) -> bytes | ParseError:
     text = record[text_key]
     if not isinstance(text, str):
         return ParseError("without text", f"{text_key!r} holds a {type(text).__name__}, not a string")
-    # JSON can spell half a surrogate pair, which no encoding of text can carry: it fails as UTF-8 later.
+    # JSON can spell half of a surrogate pair, which UTF-8 cannot encode: decode_text rejects it later.
     return text.encode("utf-8", errors="surrogatepass")
 
 
-def _csv_lines(stretch: FileSlice, taken: Callable[[int], None]) -> Iterator[str]:
-    for number, line, size in compression.lines(stretch.path, stretch.begin, stretch.end):
-        taken(size)
-        yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
-
-
-def decoded(raw: bytes) -> str | ParseError:
+def decode_text(raw: bytes) -> str | ParseError:
     """Returns a text from its bytes as stored."""
     try:
         return raw.decode() or ParseError("empty", "an empty document")
@@ -167,76 +170,68 @@ def _not_utf8(error: UnicodeDecodeError, raw: bytes) -> ParseError:
     return ParseError("not UTF-8", f"not UTF-8 ({error.reason} at byte {error.start})", raw.decode(errors="ignore"))
 
 
-# --- cutting ---------------------------------------------------------------------------------------------------------
+# --- splitting -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How files of one suffix are read and split.
+    """How files of one suffix are parsed and split.
 
     Attributes:
-        find: yields the documents of a stretch.
-        split: (file, bytes, bytes that a stretch should have) -> stretches.
-        relative: whether documents are numbered from where their stretch begins.
+        parse: yields the documents of a slice.
+        split: (file, its bytes, target bytes of a slice) -> slices; None if such a file cannot be split.
+        relative_numbers: whether documents are numbered from where their slice begins.
     """
 
-    find: Find
-    split: Callable[[Path, int, int], list[FileSlice]]
-    relative: bool = False
+    parse: Parse
+    split: Callable[[Path, int, int], list[FileSlice]] | None = None
+    relative_numbers: bool = False
 
 
-def split(path: Path, size: int, target: int) -> list[FileSlice]:
-    """Cuts a file of ``size`` bytes into stretches of about ``target`` bytes, as far as its kind allows.
+def split_file(path: Path, size: int, target: int) -> list[FileSlice]:
+    """Splits a file of ``size`` bytes into slices of about ``target`` bytes, as far as its format allows.
 
-    The cuts depend on the file and the target alone.
+    The slices depend only on the file and the target.
     """
-    return kind_of(path).split(path, size, target) if size > target else [FileSlice(path, 0, None, size)]
+    split = format_of(path).split
+    return split(path, size, target) if split and size > target else [FileSlice(path, 0, None, size)]
 
 
-def kind_of(path: Path) -> FileFormat:
-    """Returns how a file is read.
+def format_of(path: Path) -> FileFormat:
+    """Returns the format of a file.
 
     Raises:
-        ConfigError: files of that suffix are not known.
+        ConfigError: the suffix is unknown.
     """
     suffix = compression.inner_suffix(path)
-    if suffix not in KINDS:
-        raise ConfigError(f"{path} is of no known kind. Known: {names()}.")
-    return KINDS[suffix]
+    if suffix not in FORMATS:
+        raise ConfigError(f"{path} is no {TEXT_FILES}.")
+    return FORMATS[suffix]
 
 
-def known(path: Path) -> bool:
-    """Tells whether documents can be read from files of this name."""
-    return compression.inner_suffix(path) in KINDS
+def is_text_file(path: Path) -> bool:
+    """Returns whether the suffix of a file is that of a known format."""
+    return compression.inner_suffix(path) in FORMATS
 
 
-def names() -> str:
-    """Names the kinds of files, for errors."""
-    return f"{', '.join(KINDS)}, and each of them as {', '.join(compression.SUFFIXES)}"
-
-
-def _whole(path: Path, size: int, target: int) -> list[FileSlice]:
-    return [FileSlice(path, 0, None, size)]
-
-
-def _lines(path: Path, size: int, target: int) -> list[FileSlice]:
-    step = compression.step(path, size, target)
+def _split_lines(path: Path, size: int, target: int) -> list[FileSlice]:
+    step = compression.slice_bytes(path, size, target)
     return [FileSlice(path, begin, min(begin + step, size), min(step, size - begin)) for begin in range(0, size, step)]
 
 
-def _row_groups(path: Path, size: int, target: int) -> list[FileSlice]:
-    if path.suffix != ".parquet":
-        return _whole(path, size, target)
+def _split_row_groups(path: Path, size: int, target: int) -> list[FileSlice]:
+    if path.suffix != ".parquet":  # compressed as a whole
+        return [FileSlice(path, 0, None, size)]
     metadata = _open_parquet(path)[1].metadata
     sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
-    share = size / max(sum(sizes), 1)  # of the file as stored; the groups tell their size uncompressed
-    stretches, begin = [], 0
+    ratio = size / max(sum(sizes), 1)  # stored bytes per uncompressed byte; row groups know only the latter
+    slices, begin = [], 0
     for group in range(len(sizes)):
-        stored = int(sum(sizes[begin : group + 1]) * share)
+        stored = int(sum(sizes[begin : group + 1]) * ratio)
         if stored >= target or group + 1 == len(sizes):
-            stretches.append(FileSlice(path, begin, group + 1, stored))
+            slices.append(FileSlice(path, begin, group + 1, stored))
             begin = group + 1
-    return stretches
+    return slices
 
 
 def _open_parquet(path: Path) -> tuple[Any, Any]:
@@ -245,20 +240,25 @@ def _open_parquet(path: Path) -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise missing("pyarrow", "parquet", f"reading {path}") from None
+        raise missing_package("pyarrow", "parquet", f"reading {path}") from None
     try:
-        source = path if path.suffix == ".parquet" else io.BytesIO(compression.content(path))
+        source = path if path.suffix == ".parquet" else io.BytesIO(compression.read_content(path))
         return pyarrow, pyarrow.parquet.ParquetFile(source)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{path} is no .parquet, or a damaged one: {error}.") from error
+        raise ConfigError(f"{path} is not a .parquet file, or is damaged: {error}.") from error
 
 
-KINDS = {
-    ".jsonl": FileFormat(_jsonl, _lines, relative=True),
-    ".txt": FileFormat(_whole_file, _whole),
-    ".md": FileFormat(_whole_file, _whole),
-    ".py": FileFormat(_whole_file, _whole),
-    ".parquet": FileFormat(_parquet, _row_groups),
-    ".csv": FileFormat(_csv, _whole),
+FORMATS = {
+    ".jsonl": FileFormat(_parse_jsonl, _split_lines, relative_numbers=True),
+    ".txt": FileFormat(_parse_whole),
+    ".md": FileFormat(_parse_whole),
+    ".py": FileFormat(_parse_whole),
+    ".parquet": FileFormat(_parse_parquet, _split_row_groups),
+    ".csv": FileFormat(_parse_csv),
 }
-"""Kinds of files by suffix."""
+"""File formats by suffix."""
+
+TEXT_FILES = (
+    f"text file. Known: {', '.join(FORMATS)}, each also as {', '.join(compression.SUFFIXES)}; tokens are named as *.bin"
+)
+"""What a text file is, for errors."""

@@ -1,4 +1,4 @@
-"""Texts of a Hugging Face dataset in streaming mode, of the Hub or of local files (extra ``hub``)."""
+"""Texts of a Hugging Face dataset in streaming mode, from the Hub or local files (extra ``hub``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from torchladder.data.extras import missing
+from torchladder.data.extras import missing_package
 from torchladder.registry import ConfigError, unknown_name
 
 
@@ -16,8 +16,8 @@ class HubDataset:
     """One split of a dataset, as ``datasets.load_dataset`` names it.
 
     Attributes:
-        path: its name on the Hub, a folder with one, or a format of ``data_files``.
-        config: which of its configurations.
+        path: its name on the Hub, a local folder, or the format of ``data_files``.
+        config: name of its configuration.
         data_files: files to read, by path or glob.
         revision: commit or tag on the Hub.
         split: name of the split.
@@ -38,7 +38,7 @@ class HubDataset:
             ConfigError: there is no such dataset, split or column.
         """
         options = {"data_files": self.data_files, "revision": self.revision, "split": self.split, "streaming": True}
-        datasets = library()
+        datasets = import_datasets()
         try:
             opened = datasets.load_dataset(self.path, self.config, **options)
             columns = opened.column_names or list(next(iter(opened), {}))
@@ -50,7 +50,7 @@ class HubDataset:
         return opened
 
     def texts(self, opened: Any) -> Iterator[str]:
-        """Yields the texts of an opened dataset, or of a part of it; empty ones are no documents.
+        """Yields the texts of an opened dataset, or of a part of it; empty ones are skipped.
 
         Raises:
             ConfigError: a document has no text.
@@ -61,11 +61,11 @@ class HubDataset:
         text = document.get(self.text_key)
         if not isinstance(text, str):
             kind = type(text).__name__
-            raise ConfigError(f"{self.path}, document {number}: {self.text_key!r} holds {kind}, no text.")
+            raise ConfigError(f"{self.path}, document {number}: {self.text_key!r} holds {kind}, not text.")
         return text
 
 
-def library() -> Any:
+def import_datasets() -> Any:
     """Returns the package ``datasets``.
 
     Raises:
@@ -75,5 +75,5 @@ def library() -> Any:
         import datasets
         import datasets.distributed
     except ImportError:
-        raise missing("datasets", "hub", "the loader hub") from None
+        raise missing_package("datasets", "hub", "the loader hub") from None
     return datasets

@@ -1,22 +1,10 @@
-"""Tokenizers by name, and the one that needs nothing."""
+"""The tokenizer of bytes, which needs no file."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from torchladder.data.dataloader import Tokenizer
-from torchladder.registry import Registry
-
-registry: Registry[Tokenizer] = Registry(
-    "tokenizer",
-    runtime_args={"texts": "gives an iterator over the training texts", "cache": "folder for what is made once"},
-)
-register = registry.register
-
-
-@register("none")
-def none() -> None:
-    """No tokenizer: for runs on tokens, without samples."""
+from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, register
 
 
 @register("bytes")

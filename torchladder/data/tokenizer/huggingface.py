@@ -9,43 +9,42 @@ from typing import Any
 
 import numpy as np
 
-from torchladder.data.dataloader import Tokenizer
-from torchladder.data.extras import missing
+from torchladder.data.extras import missing_package
 from torchladder.data.tokenizer import tokenizer_files
-from torchladder.data.tokenizer.byte_tokenizer import register
+from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, register
 from torchladder.registry import ConfigError, unknown_name
 
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]")
 EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
-"""Names by which the ends of a document are known where no tokenizer_config.json names them."""
+"""Usual names of the tokens that begin and end a document, for files without a tokenizer_config.json."""
 
 
-@register("huggingface")
+@register("huggingface", "tokenizer.json", lambda content: content.lstrip().startswith(b"{"))
 def huggingface(path: str = "", bos_token: str = "", eos_token: str = "") -> Tokenizer:
-    """A ``tokenizer.json``, with the ``tokenizer_config.json`` beside it where there is one.
+    """A ``tokenizer.json``, with the ``tokenizer_config.json`` beside it if there is one.
 
     Args:
-        path: the file, or a folder with it as tokenizer.json.
-        bos_token: the special token that may begin a document; empty: the one that the config or its name tells.
-        eos_token: the special token that ends a document; empty: the one that the config or its name tells.
+        path: The file, or a folder that contains it.
+        bos_token: Special token that may begin a document; empty: the one of the config, or one with a usual name.
+        eos_token: Special token that ends a document; empty: the one of the config, or one with a usual name.
 
     Raises:
         ConfigError: the file is missing or damaged, or no token ends a document.
     """
-    file = tokenizer_files.find(path)
+    file = tokenizer_files.find_file(path)
     beside = file.with_name("tokenizer_config.json")
-    config = _load(beside.read_bytes(), beside) if beside.is_file() else {}
-    named = {key: _name(config.get(key)) for key in ("bos_token", "eos_token")}
+    config = _load_json(beside.read_bytes(), beside) if beside.is_file() else {}
+    named = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token")}
     return HuggingFace(file.read_bytes(), bos_token or named["bos_token"], eos_token or named["eos_token"], str(file))
 
 
 class HuggingFace(Tokenizer):
-    """A ``tokenizer.json`` in memory. Special tokens written out in a text are text.
+    """A ``tokenizer.json`` in memory. Special tokens spelled out in a text are encoded as text.
 
     Args:
         content: of the file.
-        bos_token: the token that may begin a document; empty is told from its name.
-        eos_token: the token that ends a document; empty is told from its name.
+        bos_token: the token that may begin a document; empty for one with a usual name.
+        eos_token: the token that ends a document; empty for one with a usual name.
         name: what errors call the file.
     """
 
@@ -53,22 +52,24 @@ class HuggingFace(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise missing("tokenizers", "hf", f"reading {name}") from None
-        _load(content, name)
+            raise missing_package("tokenizers", "hf", f"reading {name}") from None
+        _load_json(content, name)
         try:
-            self._part = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library knows no narrower type
-            raise ConfigError(f"{name} is no tokenizer.json: {error}.{tokenizer_files.hint(content)}") from error
-        self._part.no_truncation()
-        self._part.no_padding()
-        self._part.encode_special_tokens = True  # "</s>" in a text is four letters, not the end of a document
-        self._vocabulary = self._part.get_vocab(with_added_tokens=True)
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises no narrower type
+            raise ConfigError(
+                f"{name} is no tokenizer.json: {error}.{tokenizer_files.kind_hint(content, 'huggingface')}"
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # "</s>" in a text is four letters, not the end of a document
+        self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values()) + 1
         self.bos = self._id("bos_token", bos_token, BOS, name)
         eos = self._id("eos_token", eos_token, EOS, name)
         if eos is None:
             raise ConfigError(
-                f"{name} does not tell which token ends a document: set eos_token. Often: {', '.join(EOS)}."
+                f"{name} does not say which token ends a document: set eos_token. Usual names: {', '.join(EOS)}."
             )
         self.eos = eos
         ends = f"bos {self.bos} eos {self.eos}"
@@ -79,44 +80,46 @@ class HuggingFace(Tokenizer):
         return HuggingFace, self._content
 
     def encode(self, text: str) -> list[int]:
-        return self._part.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._part.decode([token for token in ids if 0 <= token < self.vocab_size], skip_special_tokens=True)
+        return self._tokenizer.decode(
+            [token for token in ids if 0 <= token < self.vocab_size], skip_special_tokens=True
+        )
 
-    def file(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, bytes]:
         content, bos_token, eos_token, _ = self._content
         named = {key: token for key, token in (("bos_token", bos_token), ("eos_token", eos_token)) if token}
         config = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}, indent=2).encode()
         return {"tokenizer.json": content} | ({"tokenizer_config.json": config} if named else {})
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
-        # The library uses every core for a batch of many; a batch of one stays on one.
+        # The library uses all cores for a batch of several texts, and one core for a batch of one.
         batches = [texts] if threads > 1 else [[text] for text in texts]
-        encode = self._part.encode_batch_fast
-        encoded = [part for batch in batches for part in encode(batch, add_special_tokens=False)]
-        return [np.asarray(part.ids, dtype=np.int32) for part in encoded]
+        encode = self._tokenizer.encode_batch_fast
+        encoded = [one for batch in batches for one in encode(batch, add_special_tokens=False)]
+        return [np.asarray(one.ids, dtype=np.int32) for one in encoded]
 
     def _id(self, key: str, token: str, usual: tuple[str, ...], name: str) -> int | None:
         if token and token not in self._vocabulary:
-            raise ConfigError(f"{key}: {unknown_name('token of ' + name, token, self._special())}")
-        known = [token] if token else [usual_name for usual_name in usual if usual_name in self._vocabulary]
-        return self._vocabulary[known[0]] if known else None
-
-    def _special(self) -> list[str]:
-        return [token.content for token in self._part.get_added_tokens_decoder().values()]
+            special = [known.content for known in self._tokenizer.get_added_tokens_decoder().values()]
+            raise ConfigError(f"{key}: {unknown_name('token of ' + name, token, special)}")
+        found = [token] if token else [known for known in usual if known in self._vocabulary]
+        return self._vocabulary[found[0]] if found else None
 
 
-def _load(content: bytes, name: str | Path) -> dict[str, Any]:
+def _load_json(content: bytes, name: str | Path) -> dict[str, Any]:
     try:
         loaded = json.loads(content)
     except ValueError as error:
-        raise ConfigError(f"{name} is not JSON ({error}).{tokenizer_files.hint(content)}") from error
+        raise ConfigError(
+            f"{name} is not JSON ({error}).{tokenizer_files.kind_hint(content, 'huggingface')}"
+        ) from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{name} holds no JSON object.")
+        raise ConfigError(f"{name} is not a JSON object.")
     return loaded
 
 
-def _name(token: Any) -> str:
-    """Returns a token's text, which a config writes plainly or as an object."""
+def _token_text(token: Any) -> str:
+    """Returns a token's text, which a config stores as a string or as an object."""
     return token.get("content", "") if isinstance(token, dict) else token or ""

@@ -9,35 +9,40 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
-from torchladder.data.dataloader import Tokenizer
-from torchladder.data.tokenizer import tokenizer_files, train_tokenizer
-from torchladder.data.tokenizer.byte_tokenizer import register
+from torchladder.data.tokenizer import tokenizer_files
+from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, register
+from torchladder.data.tokenizer.tokenizer_training import train_cached
 from torchladder.registry import ConfigError
 
-VOCAB_SIZE = 4096
-"""Tokens of a vocabulary that trains itself, unless a run asks for another number."""
+DEFAULT_VOCAB_SIZE = 4096
+"""Tokens of a vocabulary that a run trains, unless it sets another size."""
 SPACE = "▁"
-"""How SentencePiece writes a space inside its pieces, so it cannot tell a literal U+2581 from one."""
+"""How SentencePiece writes a space inside its pieces, so a literal U+2581 needs its bytes instead."""
 
 
-@register("sentencepiece")
+def _recognize(content: bytes) -> bool:
+    """Returns whether the first byte is the tag of a model's first field, which is no JSON: a protobuf has no magic."""
+    return content.startswith(b"\n") and not content.lstrip().startswith(b"{")
+
+
+@register("sentencepiece", "tokenizer.model", _recognize)
 def sentencepiece(
     texts: Callable[[], Iterator[str]], cache: Path, path: str = "", vocab_size: int | None = None
 ) -> Tokenizer:
-    """A SentencePiece model: from a file, or trained once on the run's own texts and kept in the cache.
+    """A SentencePiece model: from a file, or trained once on the run's own texts and cached.
 
-    A trained one is BPE with byte fallback and no normalisation, so every text comes back exactly as it went in.
+    A trained one is BPE with byte fallback and without normalization, so decoding an encoded text returns it exactly.
 
     Args:
-        path: a .model file; empty trains one.
-        vocab_size: tokens of the vocabulary: 4096 when it trains; of a .model it only asserts the size.
+        path: A .model file; empty trains one.
+        vocab_size: Tokens of a trained vocabulary, 4096 by default; of a .model it only asserts the size.
 
     Raises:
         ConfigError: the file is missing, is no SentencePiece model or has another size; or the texts are too few.
     """
     if not path:
-        return SentencePiece(train_tokenizer.trained(texts(), cache, vocab_size or VOCAB_SIZE).read_bytes())
-    tokenizer = SentencePiece(tokenizer_files.content(path), path)
+        return SentencePiece(train_cached(texts(), cache, vocab_size or DEFAULT_VOCAB_SIZE).read_bytes())
+    tokenizer = SentencePiece(tokenizer_files.find_file(path).read_bytes(), path)
     if vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(f"tokenizer vocab_size is {vocab_size}, but {path} has {tokenizer.vocab_size} tokens.")
     return tokenizer
@@ -55,7 +60,9 @@ class SentencePiece(Tokenizer):
         try:
             self._model = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ConfigError(f"{name} is no SentencePiece model.{tokenizer_files.hint(model)}") from error
+            raise ConfigError(
+                f"{name} is no SentencePiece model.{tokenizer_files.kind_hint(model, 'sentencepiece')}"
+            ) from error
         if self._model.eos_id() < 0:
             raise ConfigError(f"{name} has no end-of-sentence token, which ends a document.")
         self.eos = self._model.eos_id()
@@ -63,7 +70,7 @@ class SentencePiece(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.fingerprint = f"sentencepiece {hashlib.sha256(model).hexdigest()}"
         ids = range(self.vocab_size)
-        self._silent = {i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
+        self._special_ids = {i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
         self._literal_space = self._bytes_of(SPACE)
         self._content = model, name
 
@@ -73,13 +80,13 @@ class SentencePiece(Tokenizer):
     def encode(self, text: str) -> list[int]:
         if not self._literal_space or SPACE not in text:
             return self._model.encode(text)
-        first, *rest = (self._model.encode(part) for part in text.split(SPACE))
+        first, *rest = (self._model.encode(between) for between in text.split(SPACE))
         return first + [token for ids in rest for token in (*self._literal_space, *ids)]
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.decode([i for i in ids if 0 <= i < self.vocab_size and i not in self._silent])
+        return self._model.decode([i for i in ids if 0 <= i < self.vocab_size and i not in self._special_ids])
 
-    def file(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self._content[0]}
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
@@ -88,7 +95,7 @@ class SentencePiece(Tokenizer):
         return [np.asarray(ids, dtype=np.int32) for ids in encoded]
 
     def _bytes_of(self, text: str) -> list[int]:
-        """Returns the byte tokens of a text, or nothing for a model that lacks them or puts a space before a text."""
+        """Returns the byte tokens of a text, empty for a model that lacks them or puts a space before a text."""
         ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
-        own_space = self._model.encode("a", out_type=str)[0].startswith(SPACE)
-        return ids if all(map(self._model.is_byte, ids)) and not own_space else []
+        adds_space = self._model.encode("a", out_type=str)[0].startswith(SPACE)
+        return ids if all(map(self._model.is_byte, ids)) and not adds_space else []

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchladder import data
 from torchladder.config import Config
-from torchladder.data.corpus import Corpus, SourceConfig, SourceLoader
-from torchladder.data.disk_cache import DEFAULT, build_once
-from torchladder.data.text import file_formats, sources
+from torchladder.data.corpus import Corpus, SourceLoader
+from torchladder.data.disk_cache import DEFAULT_FOLDER, build_once
+from torchladder.data.file_patterns import match_files
+from torchladder.data.source_config import SourceConfig
+from torchladder.data.text import file_formats
 from torchladder.data.text.document_reader import DocumentReader, OnError
 from torchladder.data.text.file_formats import FileSlice
 from torchladder.inference.trained_model import NoTokenizerError, TrainedModel
-from torchladder.registry import ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class EvalFiles:
         config = trained.config
         key = repr((config.tokenizer, config.data, trained.tokenizer_fingerprint))
         if key not in self._opened:
-            cache = data.cache_path(getattr(config.data, "cache_folder", DEFAULT))
+            cache = data.cache_path(getattr(config.data, "cache_folder", DEFAULT_FOLDER))
             bos = getattr(config.data, "bos", False) if self.bos is None else self.bos
             try:
                 tokenizer = trained.build_tokenizer()
@@ -85,16 +86,17 @@ class EvalFiles:
             return EvalDocuments(path, loader.open(source, "train"), None)
         text_key = self.text_key
         if text_key is None:
-            keys = {source.text_key for source in getattr(config.data, "sources", []) if not source.is_tokens}
-            text_key = keys.pop() if len(keys) == 1 else SourceConfig.text_key
-        source = replace(source, text_key=text_key, on_error=self.on_error)
+            texts = [source for source in getattr(config.data, "sources", []) if not source.is_tokens]
+            keys = {getattr(source, "text_key", "text") for source in texts}
+            text_key = keys.pop() if len(keys) == 1 else "text"
+        source = SourceConfig(path=str(path), text_key=text_key, on_error=self.on_error)
         corpus = loader.open(source, "train")
 
         def count_bytes(target: Path) -> None:
-            texts = DocumentReader(text_key, self.on_error).read(FileSlice(path, 0, None, path.stat().st_size))
+            texts = DocumentReader(text_key, self.on_error).read(FileSlice.whole(path))
             target.write_text(str(sum(len(text.encode()) for _, text in texts)))
 
-        size = build_once(loader.cache / "sizes" / source.raw().stamp(), count_bytes)
+        size = build_once(loader.cache / "sizes" / source.text_source().stamp(), count_bytes)
         return EvalDocuments(path, corpus, int(size.read_text()))
 
 
@@ -106,17 +108,11 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[str, Path] = {}
     for pattern in patterns:
-        for match in sources.matches(pattern):
-            files = [match]
-            if match.is_dir():
-                files = [
-                    file
-                    for file in sorted(match.rglob("*"))
-                    if file.is_file() and (file_formats.known(file) or file.suffix == ".bin")
-                ]
-            if not files:
-                raise ConfigError(f"{pattern!r} has no file to read. Known: {file_formats.names()}, .bin (tokens).")
-            for file in files:
-                file = file.with_suffix(".bin") if file.suffix == ".idx" else file
-                found.setdefault(os.path.abspath(file), Path(os.path.normpath(file)))
+        for file in match_files(pattern, _is_readable, file_formats.TEXT_FILES):
+            file = file.with_suffix(".bin") if file.suffix == ".idx" else file
+            found.setdefault(os.path.abspath(file), Path(os.path.normpath(file)))
     return list(found.values())
+
+
+def _is_readable(file: Path) -> bool:
+    return file_formats.is_text_file(file) or file.suffix in (".bin", ".idx")

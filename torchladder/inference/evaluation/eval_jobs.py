@@ -16,6 +16,7 @@ import torch
 
 from torchladder import data, models
 from torchladder.data.packing.spans import Spans
+from torchladder.data.unlabeled_tokens import PADDING, split_labels
 from torchladder.inference.evaluation.eval_files import EvalDocuments
 from torchladder.inference.evaluation.eval_slices import EvalSlices
 from torchladder.inference.evaluation.position_losses import PositionLosses, position_buckets
@@ -26,9 +27,6 @@ from torchladder.registry import ConfigError
 
 FINGERPRINT_VERSION = 1
 """Increment it when the same weights and documents lead to other numbers, so that they are evaluated again."""
-
-PADDING = ~0
-"""Pads short slices: token 0, marked as one that is not predicted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,14 +144,12 @@ def compute_losses(
         positions = np.arange(longest + 1)
         content = np.full((rows, longest + 1), PADDING, dtype=np.int64)  # the last column has only labels
         content[positions <= lengths[:, None]] = corpus.read(Spans(batch.documents, batch.begins, batch.ends + 1))
-        tokens = content ^ (content >> 63)  # a token that is not predicted is stored as ~token
-        if tokens.max() >= vocab_size:
-            raise ConfigError(f"{job.documents.path} has token {tokens.max()}, the model's vocabulary is {vocab_size}.")
-        labels = content[:, 1:].copy()
-        labels[(labels < 0) | (positions[:-1] < batch.overlaps[:, None])] = data.IGNORED
+        if (most := np.maximum(content, ~content).max()) >= vocab_size:
+            raise ConfigError(f"{job.documents.path} has token {most}, the model's vocabulary is {vocab_size}.")
+        tokens, labels = split_labels(torch.from_numpy(content))
+        labels[torch.from_numpy(positions[:-1] < batch.overlaps[:, None])] = data.IGNORED
         attn_mask = kernel.prepare(start[:longest].expand(rows, longest), loaded.device)
-        inputs, targets = (torch.from_numpy(x).to(loaded.device) for x in (tokens[:, :-1].copy(), labels))
-        losses = loaded.model.per_token_loss(inputs, attn_mask, targets)  # (rows, longest)
-        sums.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORED).sum(0))
+        losses = loaded.model.per_token_loss(tokens.to(loaded.device), attn_mask, labels.to(loaded.device))
+        sums.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORED).sum(0).numpy())
         on_batch(int(lengths.sum()))
     return sums

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from torchladder.data.text import compression, document_reader
 from torchladder.data.text.document_reader import DocumentReader
-from torchladder.data.text.file_formats import FileSlice, split
+from torchladder.data.text.file_formats import FileSlice, split_file
 from torchladder.registry import ConfigError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -42,7 +42,7 @@ MAKE = {".jsonl": jsonl, ".csv": table, ".parquet": columns}
 
 
 def whole(path):
-    return FileSlice(path, 0, None, path.stat().st_size)
+    return FileSlice.whole(path)
 
 
 def read(path, **settings):
@@ -52,9 +52,9 @@ def read(path, **settings):
 def pieces(path, target, **settings):
     reader = DocumentReader(**settings)
     return [
-        (document_reader.where(stretch, number), text)
-        for stretch in split(path, path.stat().st_size, target)
-        for number, text in reader.read(stretch)
+        (document_reader.document_location(file_slice, number), text)
+        for file_slice in split_file(path, path.stat().st_size, target)
+        for number, text in reader.read(file_slice)
     ]
 
 
@@ -80,7 +80,7 @@ def test_some_files_are_one_document(tmp_path, suffix, outer):
 
 @pytest.mark.parametrize("outer", COMPRESS)
 def test_the_size_adds_up_to_the_file(tmp_path, outer, monkeypatch):
-    monkeypatch.setattr(compression, "CHUNK", 50)
+    monkeypatch.setattr(compression, "CHUNK_BYTES", 50)
     path = tmp_path / f"x.jsonl{outer}"
     path.write_bytes(COMPRESS[outer](jsonl(TEXTS * 20)))
     reader = DocumentReader()
@@ -96,31 +96,31 @@ def test_the_size_adds_up_to_the_file(tmp_path, outer, monkeypatch):
     st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_stretches_give_each_document_once(tmp_path_factory, texts, target, outer, last_line_ends):
+def test_slices_yield_each_document_once(tmp_path_factory, texts, target, outer, last_line_ends):
     path = tmp_path_factory.mktemp("x") / f"x.jsonl{outer}"
     content = jsonl(texts) if last_line_ends else jsonl(texts).rstrip(b"\n")
     path.write_bytes(COMPRESS[outer](content))
-    original, compression.CHUNK = compression.CHUNK, 16
+    original, compression.CHUNK_BYTES = compression.CHUNK_BYTES, 16
     try:
         found = pieces(path, target, on_error="skip")
         expected = [(f"{path}:{line}", text) for line, text in enumerate(texts, start=1) if text]
         assert found == expected
     finally:
-        compression.CHUNK = original
+        compression.CHUNK_BYTES = original
 
 
 def test_large_files_are_cut_and_small_ones_are_not(tmp_path):
     for suffix in MAKE:
         (tmp_path / f"x{suffix}").write_bytes(MAKE[suffix](TEXTS * 10))
     (tmp_path / "x.txt").write_text("long " * 100)
-    count = {path.suffix: len(split(path, path.stat().st_size, 100)) for path in tmp_path.iterdir()}
+    count = {path.suffix: len(split_file(path, path.stat().st_size, 100)) for path in tmp_path.iterdir()}
     assert count[".jsonl"] > 10
     assert count[".parquet"] > 10
     assert count[".csv"] == count[".txt"] == 1  # a field may hold line ends, so no byte of a .csv is surely a new row
-    assert all(len(split(path, path.stat().st_size, 10**6)) == 1 for path in tmp_path.iterdir())
+    assert all(len(split_file(path, path.stat().st_size, 10**6)) == 1 for path in tmp_path.iterdir())
 
 
-def test_rows_of_parquet_stretches_are_counted_from_the_file(tmp_path):
+def test_rows_of_parquet_slices_are_counted_from_the_file(tmp_path):
     (tmp_path / "x.parquet").write_bytes(columns(["a", "b", "c", "", "e"]))
     assert pieces(tmp_path / "x.parquet", 1, on_error="skip") == [
         (f"{tmp_path}/x.parquet:{row}", text) for row, text in [(1, "a"), (2, "b"), (3, "c"), (5, "e")]
@@ -139,17 +139,17 @@ def test_damage_is_an_error_whatever_on_error_says(tmp_path, outer):
     path = tmp_path / f"x.jsonl{outer}"
     content = COMPRESS[outer](jsonl(TEXTS * 100))
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ConfigError, match=rf"x\.jsonl\{outer} is (cut short|no)"):
+    with pytest.raises(ConfigError, match=rf"x\.jsonl\{outer} is (truncated|not a)"):
         read(path, on_error="skip")
     path.write_bytes(b"plain text, not compressed at all\n")
-    with pytest.raises(ConfigError, match=rf"x\.jsonl\{outer} is no \{outer}"):
+    with pytest.raises(ConfigError, match=rf"x\.jsonl\{outer} is not a \{outer}"):
         read(path, on_error="skip")
 
 
 def test_a_damaged_parquet_is_an_error(tmp_path):
     path = tmp_path / "x.parquet"
     path.write_bytes(columns(TEXTS)[:-20])
-    with pytest.raises(ConfigError, match=r"x\.parquet is no \.parquet, or a damaged one"):
+    with pytest.raises(ConfigError, match=r"x\.parquet is not a \.parquet file, or is damaged"):
         read(path, on_error="skip")
     path.write_bytes(columns([1, 2]))
     with pytest.raises(ConfigError, match=r"the column 'text' holds int64, not text"):
@@ -202,7 +202,7 @@ def test_bad_documents(tmp_path, suffix, outer, content, line, reason, repaired)
 
 def test_a_quote_that_never_ends_is_not_swallowed(tmp_path):
     (tmp_path / "x.csv").write_bytes(b'text\nfine\n"open\nrest\n')
-    with pytest.raises(ConfigError, match=r"x\.csv:3: no row of a \.csv"):
+    with pytest.raises(ConfigError, match=r"x\.csv:3: not a row of a \.csv"):
         read(tmp_path / "x.csv")
 
 
@@ -233,5 +233,5 @@ def test_settings_that_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown on_error 'skp'\. Did you mean 'skip'"):
         DocumentReader(on_error="skp")
     (tmp_path / "x.png").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"of no known kind\. Known: \.jsonl"):
+    with pytest.raises(ConfigError, match=r"is no text file\. Known: \.jsonl"):
         read(tmp_path / "x.png")

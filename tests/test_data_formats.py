@@ -60,7 +60,7 @@ def test_chunks_are_documents_that_end_with_eos(tmp_path):
 def test_many_chunks_are_opened_as_they_are_read(tmp_path, monkeypatch):
     for number in range(12):
         chunk(tmp_path / f"train_{number:02}.bin", [number] * 3 + [EOS])
-    monkeypatch.setattr("torchladder.data.formats.litpkds.MAPPED", 2)
+    monkeypatch.setattr("torchladder.data.formats.litpkds.MAX_MAPPED_FILES", 2)
     found = corpus(tmp_path / "*.bin", tmp_path)
     assert documents(found) == [[number] * 3 + [EOS] for number in range(12)]
 
@@ -86,10 +86,10 @@ def test_the_fingerprint_of_chunks_is_of_their_content(tmp_path):
     ("changes", "message"),
     [
         ({"magic": b"LITPKDX"}, "not a LITPKDS chunk"),
-        ({"version": 2}, "of version 2"),
+        ({"version": 2}, "has version 2"),
         ({"code": 6}, "dtype code 6. Known: 1 .uint8."),
-        ({"tokens": [1] * 6, "dtype": "<u1"}, "has 30 bytes, its header asks for 36: it is cut short"),
-        ({"tokens": []}, "cut short or damaged"),
+        ({"tokens": [1] * 6, "dtype": "<u1"}, "has 30 bytes, its header needs 36: it is truncated"),
+        ({"tokens": []}, "truncated or damaged"),
         ({"code": 4, "dtype": "<i4"}, r"2\.bin holds 6 tokens of int32, but .*1\.bin holds 6 of uint16"),
     ],
 )
@@ -105,7 +105,7 @@ def test_a_chunk_of_a_few_bytes_and_one_without_a_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match="fewer than the header's 24"):
         corpus(tmp_path / "a.bin", tmp_path)
     chunk(tmp_path / "a.bin", [1, 2])
-    with pytest.raises(ConfigError, match="chunks know no documents"):
+    with pytest.raises(ConfigError, match="chunks do not store documents"):
         SourceLoader(None, tmp_path, 0.0, False).open(SourceConfig(path=str(tmp_path / "a.bin")), "train")
 
 
@@ -140,10 +140,10 @@ def test_labels_and_attention_masks_silence_tokens(tmp_path):
     ("columns", "message"),
     [
         ({"input_id": [[1]]}, "unknown column in .*a.parquet 'input_ids'. Did you mean 'input_id'"),
-        ({"input_ids": ["text"]}, "input_ids holds string, not lists of whole numbers"),
+        ({"input_ids": ["text"]}, "input_ids holds string, not lists of integers"),
         ({"input_ids": [[1], None]}, "a row, or a number in it, is missing"),
         ({"input_ids": [[1], [None, 2]]}, "a row, or a number in it, is missing"),
-        ({"input_ids": [[0.5]]}, "not lists of whole numbers"),
+        ({"input_ids": [[0.5]]}, "not lists of integers"),
         ({"input_ids": [[1, -2]]}, "row 0 holds token -2"),
         ({"input_ids": [[1, 2]], "labels": [[1]]}, "row 0 has 2 input_ids and 1 labels"),
         ({"input_ids": [[1, 2]], "labels": [[1, 3]]}, "neither its tokens nor -100"),
@@ -184,8 +184,8 @@ def test_the_kind_is_told_from_the_files(tmp_path):
         table(tmp_path / "texts.parquet", text=["a"]): "text",
         tmp_path / "notes.txt": "text",
     }
-    assert {path: SourceConfig(path=str(path)).kind() for path in kinds} == kinds
-    assert SourceConfig(path=str(tmp_path / "chunk.bin"), name="indexed").kind() == "indexed"
+    assert {path: SourceConfig(path=str(path)).kind for path in kinds} == kinds
+    assert SourceConfig(path=str(tmp_path / "chunk.bin"), name="indexed").kind == "indexed"
 
 
 def test_files_are_excluded_by_path_name_or_stem(tmp_path):

@@ -1,0 +1,161 @@
+"""Data sources by name: the place to add a kind of data source.
+
+A text source yields documents, which are tokenized into the cache on first use. A token source returns documents that
+are tokens already. Either is a function or a dataclass, and its parameters are the keys of an entry of
+``data.sources``: checked in files and on the command line, shown by ``--help``, written to ``config.toml``::
+
+    @sources.register_text("poems")
+    def poems(author: str, min_lines: int = 4) -> sources.TextSource: ...
+
+    @sources.register_tokens("my_format", suffixes=(".tok",))
+    def my_format(files: list[Path], column: str = "ids") -> list[sources.TokenShard]: ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from torchladder.data.file_patterns import match_paths
+from torchladder.registry import Component, ConfigError, Registry
+
+
+class Document(NamedTuple):
+    """One text.
+
+    Attributes:
+        identity: name of the document within its source, the same on every machine; the validation split hashes it.
+        text: its text, never empty.
+        size: bytes of the source that it took, for the progress.
+    """
+
+    identity: str
+    text: str
+    size: int
+
+
+class TextSource(Protocol):
+    """Documents of text in an order that never changes.
+
+    Attributes:
+        name: what errors and the report call it.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def documents(self) -> Iterator[Document]: ...
+
+    def size(self) -> int:
+        """Returns the bytes that ``documents`` reads."""
+        ...
+
+    def stamp(self) -> str:
+        """Returns a hash of what is cheap to know (names, sizes, times); it changes whenever the content does."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the content, the same wherever and whenever the files were written."""
+        ...
+
+
+class TokenSlices(Protocol):
+    """Tokens back to back, read by slices."""
+
+    def __getitem__(self, places: slice) -> np.ndarray: ...
+
+
+class TokenShard(Protocol):
+    """Documents of tokens.
+
+    Attributes:
+        lengths: (documents,) tokens in each document.
+        starts: (documents,) int64, where each document begins in ``flat``.
+        flat: the tokens; one without a label is stored as in ``unlabeled_tokens``.
+        fingerprint: a hash of the content.
+    """
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def starts(self) -> np.ndarray: ...
+
+    @property
+    def flat(self) -> TokenSlices: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class TokenFormat(NamedTuple):
+    """Which files are of a source of tokens: its suffixes (empty: any) and, if these do not suffice, its content."""
+
+    suffixes: tuple[str, ...]
+    recognize: Callable[[Path], bool] | None
+
+
+registry: Registry[Any] = Registry(
+    "data source",
+    runtime_args={
+        "files": "the files that the key path names, without excluded ones",
+        "eos": "the token that ends a document, None without a tokenizer",
+        "cache": "folder for files that are built once",
+    },
+)
+register_text = registry.register
+"""``register_text(name)`` decorates what returns a ``TextSource``."""
+token_formats: dict[str, TokenFormat] = {}
+"""The sources of tokens; all others are text."""
+
+
+def register_tokens(
+    name: str, suffixes: tuple[str, ...] = (), recognize: Callable[[Path], bool] | None = None
+) -> Callable[[Component], Component]:
+    """Returns a decorator for what returns a sequence of ``TokenShard``.
+
+    The parameters ``files``, ``eos`` and ``cache`` are runtime arguments; a source with ``files`` has the key ``path``.
+
+    Args:
+        name: of the source.
+        suffixes: of its files. A folder is searched for them, and a path with one needs no name.
+        recognize: whether a file with such a suffix is of this format, if several formats share the suffix.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def add(component: Component) -> Component:
+        registry.register(name)(component)
+        token_formats[name] = TokenFormat(suffixes, recognize)
+        return component
+
+    return add
+
+
+def detect_source(paths: Sequence[str]) -> str:
+    """Returns the source that reads some paths, by suffix and content; by suffix alone if there is no such file yet."""
+    fitting = {
+        name: known
+        for name, known in token_formats.items()
+        if paths and known.suffixes and all(path.endswith(known.suffixes) for path in paths)
+    }
+    for name, (suffixes, recognize) in fitting.items():
+        try:
+            found = match_paths(paths[0]) if recognize else []
+        except ConfigError:
+            found = []
+        first = next((file for file in found if file.is_file() and file.suffix in suffixes), None)
+        if first and recognize and recognize(first):
+            return name
+    return next((name for name, known in fitting.items() if known.recognize is None), "text")
+
+
+def held_out(identity: str, fraction: float) -> bool:
+    """Returns whether a document belongs to validation; a larger fraction only adds documents."""
+    digest = hashlib.blake2b(identity.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64

@@ -1,0 +1,111 @@
+"""The sources of text: files, and the standard library of the running interpreter, which needs no download."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchladder.data.disk_cache import file_sha256
+from torchladder.data.file_patterns import as_list, match_files, root_of
+from torchladder.data.sources import Document, TextSource, register_text
+from torchladder.data.text import file_formats
+from torchladder.data.text.document_reader import DocumentReader, OnError, summarize_skipped
+from torchladder.data.text.file_formats import FileSlice
+from torchladder.registry import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Documents read from files, each file identified by a name that does not depend on where the files are.
+
+    Attributes:
+        name: what errors and the report call the source.
+        files: each file's name within the source and its path, in reading order.
+        text_key: the key of the text in a line of a ``.jsonl``, or its column in a table.
+        on_error: what to do with a document that cannot be read.
+        report: whether to log how many could not.
+    """
+
+    name: str
+    files: tuple[tuple[str, Path], ...]
+    text_key: str = "text"
+    on_error: OnError = "error"
+    report: bool = True
+
+    def documents(self) -> Iterator[Document]:
+        reader, done = DocumentReader(self.text_key, self.on_error), 0
+        for name, path in self.files:
+            for number, text in reader.read(FileSlice.whole(path)):
+                yield Document(name if number is None else f"{name}:{number}", text, reader.size - done)
+                done = reader.size
+        for line in summarize_skipped(reader.skipped, reader.examples) if self.report else []:
+            logger.warning("%s: %s", self.name, line)
+
+    def size(self) -> int:
+        return sum(path.stat().st_size for _, path in self.files)
+
+    def stamp(self) -> str:
+        listing = []
+        for name, path in self.files:
+            stat = path.stat()
+            listing.append((name, os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
+        return hashlib.sha256(repr((self.text_key, self.on_error, listing)).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr((self.text_key, self.on_error)).encode())
+        for name, path in self.files:
+            digest.update(repr((name, file_sha256(path))).encode())
+        return digest.hexdigest()
+
+
+@register_text("python-stdlib")
+def python_stdlib() -> TextSource:
+    """The running interpreter's standard library, a document per ``.py`` file: about 1,800 documents, 31 MB."""
+    root = sysconfig.get_paths()["stdlib"]
+    found = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in ("site-packages", "dist-packages", "__pycache__")]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    files = tuple(sorted((path.relative_to(root).as_posix(), path) for path in found))
+    if not files:
+        raise ConfigError(f"python-stdlib: this interpreter has no .py files in {root}.")
+    # Some test files use other encodings, and many __init__.py are empty.
+    return TextFiles("python-stdlib", files, on_error="repair", report=False)
+
+
+@register_text("text")
+def text(path: str | list[str], text_key: str = "text", on_error: OnError = "error") -> TextSource:
+    """Text files: each .txt, .py and .md is a document, each line of a .jsonl, each row of a .csv and .parquet.
+
+    All of them may be compressed, as .gz, .zst or .bz2.
+
+    Args:
+        path: A file, a folder (searched recursively), a glob such as ``notes/**/*.md``, or a list of those.
+        text_key: Key of the text in a line of a .jsonl, or its column in a table.
+        on_error: What to do with a document that cannot be read: error, skip, or repair (drop what is not UTF-8).
+
+    Raises:
+        ConfigError: nothing matches, or no match is a text file.
+    """
+    patterns = as_list(path)
+    if not patterns or not all(patterns):
+        raise ConfigError("the source text needs a path: a file, a folder, a glob, or a list of those.")
+    roots = [(root_of(pattern), match_text_files(pattern)) for pattern in patterns]
+    files = tuple((file.relative_to(root).as_posix(), file) for root, found in roots for file in found)
+    return TextFiles(", ".join(patterns), files, text_key, on_error)
+
+
+def match_text_files(pattern: str) -> list[Path]:
+    """Returns the text files of one pattern, in sorted order.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    return match_files(pattern, file_formats.is_text_file, file_formats.TEXT_FILES)
