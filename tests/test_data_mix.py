@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchladder import data
-from torchladder.data import IGNORED, SourceConfig
+from torchladder.data import IGNORE_INDEX, SourceConfig
 from torchladder.data.formats.indexed import IndexedWriter
-from torchladder.data.mixing.domains import Shares
-from torchladder.data.mixing.mixture import Interleave
+from torchladder.data.mixing.interleave import PhasedInterleave
+from torchladder.data.mixing.mixture_weights import MixtureWeights
 from torchladder.data.mixing.phases import Phase, Timetable
 from torchladder.registry import ConfigError
 
@@ -86,7 +86,7 @@ def test_labels_and_positions_follow_the_documents(folder, packing, across, shuf
         used = padding(tokens, positions)
         if packing == "stream":
             assert used == T
-        assert labels[used:] == [IGNORED] * (T - used)
+        assert labels[used:] == [IGNORE_INDEX] * (T - used)
         assert positions[used:] == list(range(T - used))
         for i in range(used):
             begins_here = i == 0 or tokens[i] in firsts or tokens[i] != tokens[i - 1] + 1
@@ -95,10 +95,10 @@ def test_labels_and_positions_follow_the_documents(folder, packing, across, shuf
             if following is None:
                 continue
             border = following in firsts or following != tokens[i] + 1
-            assert labels[i] == (IGNORED if border and not across else following)
+            assert labels[i] == (IGNORE_INDEX if border and not across else following)
         if used < T:
-            assert labels[used - 1] == IGNORED
-        elif labels[-1] != IGNORED and labels[-1] not in firsts:
+            assert labels[used - 1] == IGNORE_INDEX
+        elif labels[-1] != IGNORE_INDEX and labels[-1] not in firsts:
             assert labels[-1] == tokens[-1] + 1
         if not across:
             assert not firsts & set(labels)
@@ -139,7 +139,7 @@ def test_validation_honours_the_packing(folder, packing):
     batches = list(loader)
     labels = torch.cat([batch.labels.flatten() for batch in batches])
     lengths = np.concatenate([corpus.lengths for corpus in loader._supply.corpora])
-    assert int((labels != IGNORED).sum()) == int(np.maximum(lengths - 1, 0).sum())
+    assert int((labels != IGNORE_INDEX).sum()) == int(np.maximum(lengths - 1, 0).sum())
     assert len(batches) == -(-loader.rows // G) * G // 2
 
 
@@ -158,7 +158,7 @@ def test_silenced_tokens_are_read_and_not_predicted(folder, tmp_path):
     loader = load(folder, "a", seq_len=4, shuffle=False, sources=[SourceConfig(path=f"{tmp_path}/silent.bin")])
     tokens, labels, _ = take(loader, 1)
     assert tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert labels.tolist() == [[IGNORED, 3, 4, IGNORED], [6, IGNORED, 8, IGNORED]]
+    assert labels.tolist() == [[IGNORE_INDEX, 3, 4, IGNORE_INDEX], [6, IGNORE_INDEX, 8, IGNORE_INDEX]]
 
 
 # --- phases ----------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_silenced_tokens_are_read_and_not_predicted(folder, tmp_path):
 @settings(max_examples=30, deadline=None)
 def test_sources_go_on_where_they_were(shares, lengths):
     firsts = [sum(lengths[:i]) for i in range(len(shares))]
-    mixed = Interleave(shares, firsts)
+    mixed = PhasedInterleave(shares, firsts)
     seen = Counter()
     for row in range(sum(lengths[: len(shares)])):
         assert mixed.counts(row) == [seen[i] for i in range(3)]
@@ -328,7 +328,7 @@ def test_one_epoch_of_everything_fits_exactly(folder, packing):
 
 def shares(sources, sizes, **settings):
     sources = [SourceConfig(name="text", path=f"{i}", **source) for i, source in enumerate(sources)]
-    decides = Shares(**settings)
+    decides = MixtureWeights(**settings)
     decides.check(sources)
     return decides.of(sources, [Fraction(size) for size in sizes])
 

@@ -17,7 +17,7 @@ from torchladder.data import tokenizer
 from torchladder.data.dataloader import Tokenizer
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.prepare import metadata
-from torchladder.data.prepare.metadata import Metadata
+from torchladder.data.prepare.metadata import DatasetMetadata
 from torchladder.registry import ConfigError
 
 SAMPLE = 200
@@ -35,13 +35,13 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--no-checksums", action="store_true", help="do not read the whole pair to test its checksums")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args(argv)
-    pair, about = IndexedTokens(arguments.prefix), metadata.read(arguments.prefix)
+    pair, about = IndexedTokens(arguments.prefix), metadata.read_metadata(arguments.prefix)
     number = arguments.document or 0
     if arguments.document is not None and not 0 <= number < len(pair):
         raise ConfigError(f"--document {number}: the pair has {len(pair)} documents, from 0.")
     part = load_tokenizer(arguments) if arguments.tokenizer else _recorded(about)
     _belongs(about, part)
-    broken = metadata.damage(pair.prefix, about.checksums) if about and not arguments.no_checksums else None
+    broken = metadata.find_corruption(pair.prefix, about.checksums) if about and not arguments.no_checksums else None
     if arguments.json:
         print(json.dumps(_object(pair, about, broken, tested=not arguments.no_checksums)))
     else:
@@ -61,7 +61,7 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int, int]]:
     return [(2 ** (i - 1) if i else 0, 2**i - 1, int(counts[i]), int(tokens[i])) for i in shown]
 
 
-def _object(pair: IndexedTokens, about: Metadata | None, broken: str | None, tested: bool) -> dict[str, Any]:
+def _object(pair: IndexedTokens, about: DatasetMetadata | None, broken: str | None, tested: bool) -> dict[str, Any]:
     return {
         "documents": len(pair),
         "tokens": pair.tokens,
@@ -74,7 +74,7 @@ def _object(pair: IndexedTokens, about: Metadata | None, broken: str | None, tes
     }
 
 
-def _print(pair: IndexedTokens, about: Metadata | None) -> None:
+def _print(pair: IndexedTokens, about: DatasetMetadata | None) -> None:
     size = Path(f"{pair.prefix}.bin").stat().st_size
     print(f"{pair.prefix}: {len(pair):,} documents, {pair.tokens:,} tokens as {pair.dtype.name}, {size:,} bytes")
     if len(pair):
@@ -111,7 +111,7 @@ def _print_sample(pair: IndexedTokens, number: int, part: Tokenizer | None) -> N
         Console().print(f"[bold]document {number}{cut}:[/bold]\n{escape(part.decode(ids))}", highlight=False)
 
 
-def _recorded(about: Metadata | None) -> Tokenizer | None:
+def _recorded(about: DatasetMetadata | None) -> Tokenizer | None:
     """Returns the tokenizer of the metadata, where it is still to be found."""
     name = about.tokenizer.get("name") if about else None
     if not name or (name != "bytes" and not Path(name).expanduser().exists()):
@@ -122,14 +122,14 @@ def _recorded(about: Metadata | None) -> Tokenizer | None:
         return None
 
 
-def _belongs(about: Metadata | None, part: Tokenizer | None) -> None:
+def _belongs(about: DatasetMetadata | None, part: Tokenizer | None) -> None:
     """Raises ConfigError for a tokenizer that the pair was not written with."""
     written = about.tokenizer.get("fingerprint") if about else None
     if written and part is not None and part.fingerprint != written:
         raise ConfigError(f"the pair was written with the tokenizer {written}; this one is {part.fingerprint}.")
 
 
-def _checksums(about: Metadata | None, broken: str | None, tested: bool) -> str:
+def _checksums(about: DatasetMetadata | None, broken: str | None, tested: bool) -> str:
     if about is None:
         return "checksums: none, there is no metadata beside the pair"
     if not tested:

@@ -17,5 +17,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is there already")
     arguments = parser.parse_args(argv)
     parts = list(dict.fromkeys(map(prefix_of, arguments.parts)))
-    print("\n".join(lines(prefix_of(arguments.output), merging.merge(arguments.output, parts, arguments.overwrite))))
+    print(
+        "\n".join(
+            lines(prefix_of(arguments.output), merging.merge_datasets(arguments.output, parts, arguments.overwrite))
+        )
+    )
     return 0

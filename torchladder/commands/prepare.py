@@ -7,9 +7,9 @@ import sys
 from typing import get_args
 
 from torchladder.data import tokenizer
-from torchladder.data.prepare import executor, prepared_parts, tasks
+from torchladder.data.prepare import dataset_builder, executor, tasks
 from torchladder.data.prepare.document_encoder import DocumentEncoder
-from torchladder.data.prepare.metadata import Metadata
+from torchladder.data.prepare.metadata import DatasetMetadata
 from torchladder.data.text.document_reader import OnError
 from torchladder.registry import ConfigError, unknown_name
 
@@ -28,7 +28,7 @@ def run(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.executor not in executor.registry.names():
         raise unknown_name("executor", arguments.executor, executor.registry.names())
-    preparation = tasks.Preparation(
+    preparation = tasks.PrepareConfig(
         inputs=arguments.input,
         output=arguments.output,
         framing=DocumentEncoder(load_tokenizer(arguments), bos=arguments.bos, eos=arguments.eos),
@@ -40,7 +40,9 @@ def run(argv: list[str]) -> int:
         part_bytes=arguments.part_bytes,
     )
     try:
-        done = prepared_parts.run(preparation, executor.registry.get(arguments.executor)(workers=arguments.workers))
+        done = dataset_builder.prepare_dataset(
+            preparation, executor.registry.get(arguments.executor)(workers=arguments.workers)
+        )
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it was", file=sys.stderr)
         return 130
@@ -48,7 +50,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def lines(prefix: str, about: Metadata) -> list[str]:
+def lines(prefix: str, about: DatasetMetadata) -> list[str]:
     """Returns what a pair holds, for people."""
     bos, eos = (about.tokenizer.get(end) for end in ("bos", "eos"))
     framed = f"each begins with {_token(bos)} and ends with {_token(eos)}"

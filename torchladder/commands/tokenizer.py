@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
     if arguments.sample_chars < 1:
         raise ConfigError(f"--sample-chars {arguments.sample_chars}: it is 1 at least.")
     reader = DocumentReader(arguments.text_key, arguments.on_error)
-    sample = train_tokenizer.sample(_texts(reader, tasks.expand(arguments.input)), arguments.sample_chars)
+    sample = train_tokenizer.sample(_texts(reader, tasks.expand_inputs(arguments.input)), arguments.sample_chars)
     for line in sources.summary(reader.skipped, reader.examples):
         print(f"{arguments.on_error}: {line}")
     files = tokenizer.train(sample, settings)

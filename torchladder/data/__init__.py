@@ -2,12 +2,12 @@
 
 from torchladder.data import formats, hub_loader, packing, row_loader, tokenizer
 from torchladder.data.corpus import SourceConfig, build_tokenizer, training_texts
-from torchladder.data.dataloader import IGNORED, BaseDataLoader, Batch, Tokenizer, register, registry
+from torchladder.data.dataloader import IGNORE_INDEX, BaseDataLoader, Batch, Tokenizer, register, registry
 from torchladder.data.disk_cache import cache_path
 from torchladder.data.text import sources
 
 __all__ = [
-    "IGNORED",
+    "IGNORE_INDEX",
     "BaseDataLoader",
     "Batch",
     "SourceConfig",

@@ -17,7 +17,7 @@ from torchladder.data.formats import litpkds, parquet, token_readers
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.formats.token_readers import Shard
 from torchladder.data.packing.spans import Spans
-from torchladder.data.prepare.cached_tokens import prepare
+from torchladder.data.prepare.cached_tokens import tokenize_cached
 from torchladder.data.text import sources
 from torchladder.data.text.document_reader import OnError
 from torchladder.data.tokenizer import registry as tokenizers
@@ -222,7 +222,7 @@ class SourceLoader:
             return Corpus(source.title, shards, vocab_size)
         if self.tokenizer is None:
             raise ConfigError(f"the source {source.title} is raw text: it needs a tokenizer.")
-        prepared = prepare(source.raw(), self.tokenizer, self.cache, self.validation_fraction, self.bos)
+        prepared = tokenize_cached(source.raw(), self.tokenizer, self.cache, self.validation_fraction, self.bos)
         return Corpus(source.title, [IndexedTokens(getattr(prepared, split))], vocab_size)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchladder.registry import Registry
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a position that has no next token to predict."""
 
 
@@ -37,7 +37,7 @@ class Batch:
     @cached_property
     def num_labels(self) -> int:
         """How many positions have a label; ask before moving the batch, since afterwards it waits for the device."""
-        return int((self.labels != IGNORED).sum())
+        return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with tokens and labels on ``device``; the copy overlaps when the memory is pinned."""

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from torchladder.data.corpus import Corpus
-from torchladder.data.dataloader import IGNORED, Batch
-from torchladder.data.packing.spans import NOTHING, Packing
+from torchladder.data.dataloader import IGNORE_INDEX, Batch
+from torchladder.data.packing.spans import EMPTY_SPANS, Packing
 from torchladder.data.row_skipping import RowSkipper
 from torchladder.registry import ConfigError
 
@@ -42,7 +42,7 @@ class PackedRows:
         tokens, labels = content[:, :-1].long(), content[:, 1:].long()
         if self.tokens.min() < 0:
             tokens ^= tokens >> 63  # ~ of what is below 0
-            labels.masked_fill_(labels < 0, IGNORED)
+            labels.masked_fill_(labels < 0, IGNORE_INDEX)
         places = np.arange(tokens.numel(), dtype=np.int32)
         places -= self.begins.astype(np.int32).repeat(np.diff(self.begins, append=len(places)))
         return Batch(tokens, labels, torch.from_numpy(places).view(tokens.shape), self.rows)
@@ -81,7 +81,7 @@ class RowDataset(Dataset[PackedRows]):
 
     def _fill(self, row: int, tokens: np.ndarray) -> np.ndarray:
         """Writes one row (T + 1,), returns where its pieces begin."""
-        source, spans = 0, NOTHING
+        source, spans = 0, EMPTY_SPANS
         if self.count is None or row < self.count:
             source, index = self.mixture(row)
             spans = self.packings[source](self.orders[source](index))
@@ -109,7 +109,7 @@ def finish_row(tokens: np.ndarray, begins: np.ndarray, across: bool) -> np.ndarr
 
 
 @dataclass
-class RankRows(Sampler[list[int]]):
+class RankBatchSampler(Sampler[list[int]]):
     """Yields one rank's rows, a micro-batch at a time: of every global batch its contiguous share.
 
     Attributes:

@@ -23,11 +23,11 @@ from torchladder.data import packing as packings
 from torchladder.data.corpus import Corpus, SourceConfig, SourceLoader
 from torchladder.data.dataloader import Batch, SourceUsage, Tokenizer, register
 from torchladder.data.disk_cache import DEFAULT, cache_path
-from torchladder.data.mixing.domains import Domains, Shares
-from torchladder.data.mixing.mixture import Interleave
+from torchladder.data.mixing.interleave import PhasedInterleave
+from torchladder.data.mixing.mixture_weights import DomainMultipliers, MixtureWeights
 from torchladder.data.mixing.phases import Phase, Timetable
 from torchladder.data.mixing.source_mix import SourceMix
-from torchladder.data.packed_rows import PackedRows, RankRows, RowDataset, check_division
+from torchladder.data.packed_rows import PackedRows, RankBatchSampler, RowDataset, check_division
 from torchladder.data.packing.shuffle import DocumentOrder, RowOrder
 from torchladder.data.packing.spans import Packing
 from torchladder.data.row_skipping import RowSkipper
@@ -56,7 +56,7 @@ class RowLoader:
     """Share of the documents of raw text held out for validation; unused with validation_sources."""
     exclude: list[str] = field(default_factory=list)
     """Sources by label, and files of tokens by path, name or glob, that are left out."""
-    domains: Domains = field(default_factory=dict)
+    domains: DomainMultipliers = field(default_factory=dict)
     """Multipliers of what sources have in tokens: language -> domain -> multiplier, or domain -> multiplier."""
     languages: dict[str, float] = field(default_factory=dict)
     """Share of the rows of each language, relative to the others."""
@@ -202,7 +202,7 @@ class RowLoader:
         self._sources = [source for source in self.sources if source.title not in self.exclude]
         if not self._sources:
             raise ConfigError("data.exclude leaves no source.")
-        self._shares = Shares(self.domains, self.languages, self.temperature)
+        self._shares = MixtureWeights(self.domains, self.languages, self.temperature)
         self._shares.check(self._sources)
         self._stages([Fraction(1)] * len(self._sources))
         named = {source.title for source in self.sources}
@@ -264,14 +264,14 @@ class RowLoader:
     def _repeats(self, source: SourceConfig) -> bool:
         return self.repeat if source.repeat is None else source.repeat
 
-    def _mix(self, packings: Sequence[Packing]) -> Interleave:
+    def _mix(self, packings: Sequence[Packing]) -> PhasedInterleave:
         """Returns the source of every row, phase after phase."""
         if self.split == "validation":
             # Every source as often as it has rows, so that the first rows are of all sources too.
-            return Interleave([[packed.rows or 0 for packed in packings]], [0])
+            return PhasedInterleave([[packed.rows or 0 for packed in packings]], [0])
         return self._stages([packed.epoch_rows for packed in packings])
 
-    def _stages(self, sizes: Sequence[Fraction]) -> Interleave:
+    def _stages(self, sizes: Sequence[Fraction]) -> PhasedInterleave:
         """Returns the source of every row of the run, where an epoch of the sources takes ``sizes`` rows.
 
         Raises:
@@ -287,10 +287,10 @@ class RowLoader:
         for source, of_source in zip(self._sources, zip(*stages.values(), strict=True), strict=True):
             if not any(of_source):
                 raise ConfigError(f"the source {source.title} is never read: its weight is above 0 in no phase.")
-        return Interleave(list(stages.values()), list(stages))
+        return PhasedInterleave(list(stages.values()), list(stages))
 
     def _data_loader(self) -> StatefulDataLoader:
-        sampler = RankRows(
+        sampler = RankBatchSampler(
             self.dp_rank,
             self.dp_degree,
             self.local_batch_size,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from torchladder.data.dataloader import IGNORED
+from torchladder.data.dataloader import IGNORE_INDEX
 from torchladder.data.disk_cache import build_once
 from torchladder.data.extras import missing
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter
@@ -89,10 +89,10 @@ def _marked(values: dict[str, np.ndarray], where: str) -> np.ndarray:
         if name in values and len(values[name]) != len(tokens):
             raise ConfigError(f"{where} has {len(tokens)} input_ids and {len(values[name])} {name}.")
     if "labels" in values:
-        silent = values["labels"] == IGNORED
+        silent = values["labels"] == IGNORE_INDEX
         silent[:1] = True  # the first label of a row is no token's: nothing stands before it
         if (values["labels"] != tokens)[~silent].any():
-            raise ConfigError(f"{where} has labels that are neither its tokens nor {IGNORED}.")
+            raise ConfigError(f"{where} has labels that are neither its tokens nor {IGNORE_INDEX}.")
     if "attention_mask" in values:
         silent |= values["attention_mask"] == 0
     return np.where(silent, ~tokens, tokens)

@@ -11,7 +11,7 @@ from functools import partial
 
 from torchladder.data.corpus import Corpus
 from torchladder.data.dataloader import SourceUsage
-from torchladder.data.mixing.mixture import Interleave
+from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.packing.spans import Packing
 from torchladder.registry import ConfigError
 
@@ -32,7 +32,7 @@ class SourceMix:
     corpora: Sequence[Corpus]
     packings: Sequence[Packing]
     repeats: Sequence[bool]
-    interleave: Interleave
+    interleave: PhasedInterleave
     seq_len: int
     batch: int
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from torchladder.data.disk_cache import build_once
 from torchladder.data.packing.shuffle import DocumentOrder
-from torchladder.data.packing.spans import NOTHING, Spans, register
+from torchladder.data.packing.spans import EMPTY_SPANS, Spans, register
 
 BEST_FIT_HORIZON = 1 << 20
 """Pieces among which ``best_fit`` looks for neighbours; the next ones are packed on their own."""
@@ -67,7 +67,7 @@ class BinPacking:
     def __call__(self, row: int) -> Spans:
         epoch, number = divmod(row, self._count)
         if self.epochs is not None and epoch >= self.epochs:
-            return NOTHING
+            return EMPTY_SPANS
         mine = slice(*self._rows.bounds[number : number + 2].tolist())
         documents, begins = self._rows.documents[mine].astype(np.int64), np.asarray(self._rows.begins[mine])
         # A document that goes on in another row lends its next token as the last label.

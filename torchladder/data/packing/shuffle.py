@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-ROUNDS = 6
+FEISTEL_ROUNDS = 6
 """Rounds of the Feistel network; four are the fewest that look random."""
 
 _WORD = (1 << 64) - 1
@@ -70,10 +70,10 @@ class RowOrder:
         first, end = -(-epoch * tokens // seq_len), (epoch + 1) * tokens // seq_len
         if not first <= row < end:
             return row
-        return first + permute(row - first, end - first, (self.seed, self.source, epoch))
+        return first + feistel_permute(row - first, end - first, (self.seed, self.source, epoch))
 
 
-def permute(index: int, count: int, key: tuple[int, ...]) -> int:
+def feistel_permute(index: int, count: int, key: tuple[int, ...]) -> int:
     """Returns where a permutation of ``range(count)``, one for every key, puts an index.
 
     A Feistel network permutes the next larger power of four; what falls outside the range is permuted again until it
@@ -93,7 +93,7 @@ def permute(index: int, count: int, key: tuple[int, ...]) -> int:
 
 @lru_cache(maxsize=64)
 def _keys(key: tuple[int, ...]) -> tuple[int, ...]:
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
     return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
 
 

@@ -28,7 +28,7 @@ class Spans(NamedTuple):
     ends: np.ndarray
 
 
-NOTHING = Spans(*(np.empty(0, np.int64) for _ in range(3)))
+EMPTY_SPANS = Spans(*(np.empty(0, np.int64) for _ in range(3)))
 """The content of a row that is all padding."""
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torchladder.data.packing.spans import NOTHING, Spans, register
+from torchladder.data.packing.spans import EMPTY_SPANS, Spans, register
 
 
 class _Epoch(NamedTuple):
@@ -53,7 +53,7 @@ class StreamPacking:
         end = begin + self.seq_len + 1
         if self.epochs is not None:
             end = min(end, self.epochs * self._tokens)
-        pieces = [NOTHING]
+        pieces = [EMPTY_SPANS]
         while begin < end:
             epoch, offset = divmod(begin, self._tokens)
             until = min(end - epoch * self._tokens, self._tokens)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torchladder.data.dataloader import Tokenizer
 from torchladder.data.disk_cache import build_once
 from torchladder.data.formats.indexed import IndexedWriter, dtype_for
-from torchladder.data.prepare.document_encoder import DocumentEncoder, batches
+from torchladder.data.prepare.document_encoder import DocumentEncoder, batch_by_chars
 from torchladder.data.prepare.progress import PrepareProgress
 from torchladder.data.text.sources import TextSource, held_out
 from torchladder.registry import ConfigError
@@ -27,7 +27,7 @@ class CachedTokens(NamedTuple):
     validation: Path
 
 
-def prepare(
+def tokenize_cached(
     source: TextSource, tokenizer: Tokenizer, cache: Path, validation_fraction: float = 0.02, bos: bool = False
 ) -> CachedTokens:
     """Returns the tokens of a source, made on first use.
@@ -58,14 +58,14 @@ def prepare(
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
     def build(folder: Path) -> None:
-        tokenize(source, tokenizer, folder, validation_fraction, bos)
+        tokenize_source(source, tokenizer, folder, validation_fraction, bos)
         _write_text(folder / "settings.json", json.dumps({"name": source.name, **settings}, indent=2))
 
     folder = build_once(cache / "tokens" / name, build)
     return CachedTokens(folder / "train", folder / "validation")
 
 
-def tokenize(
+def tokenize_source(
     source: TextSource, tokenizer: Tokenizer, folder: Path, validation_fraction: float = 0.02, bos: bool = False
 ) -> CachedTokens:
     """Writes the tokens of a source into ``folder`` as the pairs ``train`` and ``validation``, with progress.
@@ -81,7 +81,7 @@ def tokenize(
         IndexedWriter(out.validation, dtype) as validation,
         PrepareProgress(source.name, source.size()) as report,
     ):
-        for documents in batches(source.documents(), lambda document: document.text):
+        for documents in batch_by_chars(source.documents(), lambda document: document.text):
             held = [held_out(document.identity, validation_fraction) for document in documents]
             for writer, wanted in ((train, False), (validation, True)):
                 chosen = [document for document, is_held in zip(documents, held, strict=True) if is_held is wanted]

@@ -11,7 +11,7 @@ import numpy as np
 from torchladder.data.dataloader import Tokenizer
 from torchladder.registry import ConfigError
 
-BATCH = 1 << 22
+BATCH_CHARS = 1 << 22
 """Characters that are tokenized at once."""
 
 T = TypeVar("T")
@@ -70,14 +70,14 @@ class DocumentEncoder:
         return tokens, lengths
 
 
-def batches(documents: Iterable[T], text: Callable[[T], str]) -> Iterator[list[T]]:
+def batch_by_chars(documents: Iterable[T], text: Callable[[T], str]) -> Iterator[list[T]]:
     """Yields the documents in lists of about ``BATCH`` characters."""
     batch: list[Any] = []
     size = 0
     for document in documents:
         batch.append(document)
         size += len(text(document))
-        if size >= BATCH:
+        if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
     if batch:

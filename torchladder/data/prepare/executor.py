@@ -34,20 +34,20 @@ registry: Registry[Executor] = Registry("executor")
 
 
 @registry.register("local")
-def local(workers: int | None = None) -> Executor:
+def local_executor(workers: int | None = None) -> Executor:
     """Processes of this machine.
 
     Args:
         workers: how many; every core that this process may use where nothing is said.
     """
-    count = cores() if workers is None else workers
+    count = available_cpus() if workers is None else workers
     if count < 1:
         raise ConfigError(f"workers is {count}; it is 1 at least.")
-    return _here if count == 1 else Processes(count)
+    return _here if count == 1 else ProcessPool(count)
 
 
 @registry.register("ray")
-def ray(workers: int | None = None) -> Executor:
+def ray_executor(workers: int | None = None) -> Executor:
     """A Ray cluster: the one that RAY_ADDRESS names or that runs here, or one made of this machine.
 
     Inputs and outputs lie where every node finds them under the same path.
@@ -61,10 +61,10 @@ def ray(workers: int | None = None) -> Executor:
         raise missing("ray", "ray", "--executor ray") from None
     if workers is not None and workers < 1:
         raise ConfigError(f"workers is {workers}; it is 1 at least.")
-    return Cluster(library, workers)
+    return RayPool(library, workers)
 
 
-def cores() -> int:
+def available_cpus() -> int:
     """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -73,7 +73,7 @@ def _here(work: Callable[[Task], Done], tasks: Sequence[Task]) -> Iterator[Done]
     return map(work, tasks)
 
 
-class Processes:
+class ProcessPool:
     """Processes of this machine.
 
     They are forked from a process that has only imported the library, so that they start fast and inherit neither
@@ -128,7 +128,7 @@ def _do(task: Any) -> Any:
     return _work(task)
 
 
-class Cluster:
+class RayPool:
     """A Ray cluster."""
 
     def __init__(self, library: Any, workers: int | None) -> None:

@@ -12,14 +12,14 @@ import numpy as np
 
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, prefix_of
 from torchladder.data.prepare import metadata
-from torchladder.data.prepare.metadata import Metadata
+from torchladder.data.prepare.metadata import DatasetMetadata
 from torchladder.registry import ConfigError
 
-TOKENS = 1 << 24
+COPY_TOKENS = 1 << 24
 """Tokens that are copied at once, about; a document is copied whole."""
 
 
-def append(writer: IndexedWriter, pair: IndexedTokens) -> None:
+def append_documents(writer: IndexedWriter, pair: IndexedTokens) -> None:
     """Writes all documents of a pair behind those that a writer has.
 
     Raises:
@@ -38,7 +38,7 @@ def _copies(pair: IndexedTokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     begin = 0
     while begin < len(lengths):
         done = int(ends[begin - 1]) if begin else 0
-        end = max(begin + 1, int(np.searchsorted(ends, done + TOKENS, side="right")))
+        end = max(begin + 1, int(np.searchsorted(ends, done + COPY_TOKENS, side="right")))
         mine = slice(begin, end)
         if (starts[mine][1:] == (starts[mine] + lengths[mine])[:-1]).all():
             place = int(starts[begin]) * pair.dtype.itemsize
@@ -48,7 +48,7 @@ def _copies(pair: IndexedTokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         begin = end
 
 
-def merge(output: str, parts: Sequence[str], overwrite: bool = False) -> Metadata:
+def merge_datasets(output: str, parts: Sequence[str], overwrite: bool = False) -> DatasetMetadata:
     """Writes the documents of several pairs, one after the other, as one pair with its metadata.
 
     Shards of one preparation are put in their order whatever the order they are named in, and give what the
@@ -67,31 +67,31 @@ def merge(output: str, parts: Sequence[str], overwrite: bool = False) -> Metadat
         raise ConfigError("each part is named once, and the output is none of them.")
     if not overwrite and Path(f"{prefix_of(output)}.bin").exists():
         raise ConfigError(f"{prefix_of(output)}.bin is there already; --overwrite replaces it.")
-    pairs = [(IndexedTokens(prefix), metadata.read(prefix)) for prefix in prefixes]
+    pairs = [(IndexedTokens(prefix), metadata.read_metadata(prefix)) for prefix in prefixes]
     known = [about for _, about in pairs if about is not None]
     together = _together(known) if len(known) == len(pairs) else None
     if any(about.shard for about in known):
         pairs = _in_order(pairs)
     for pair, about in pairs:
-        broken = about and metadata.damage(pair.prefix, about.checksums)
+        broken = about and metadata.find_corruption(pair.prefix, about.checksums)
         if broken:
             raise ConfigError(f"{broken} is damaged: it is not what its checksum in {pair.prefix}.json says.")
     with IndexedWriter(output, pairs[0][0].dtype.newbyteorder("=")) as writer:
         for pair, _ in pairs:
-            append(writer, pair)
-        metadata.path_of(output).unlink(missing_ok=True)  # what it says of an older pair is over
-    together = together or Metadata(dtype=str(writer.dtype))
+            append_documents(writer, pair)
+        metadata.metadata_path(output).unlink(missing_ok=True)  # what it says of an older pair is over
+    together = together or DatasetMetadata(dtype=str(writer.dtype))
     whole = dataclasses.replace(
         together,
         documents=len(writer.lengths),
         tokens=sum(pair.tokens for pair, _ in pairs),
         checksums=writer.checksums,
     )
-    metadata.write(output, whole)
+    metadata.write_metadata(output, whole)
     return whole
 
 
-Pairs = list[tuple[IndexedTokens, Metadata | None]]
+Pairs = list[tuple[IndexedTokens, DatasetMetadata | None]]
 
 
 def _in_order(pairs: Pairs) -> Pairs:
@@ -113,11 +113,11 @@ def _in_order(pairs: Pairs) -> Pairs:
     return [shards[number] for number in sorted(shards)]
 
 
-def _unsharded(about: Metadata) -> dict[str, Any]:
+def _unsharded(about: DatasetMetadata) -> dict[str, Any]:
     return {**about.settings(), "shard": None}
 
 
-def _together(known: Sequence[Metadata]) -> Metadata:
+def _together(known: Sequence[DatasetMetadata]) -> DatasetMetadata:
     """Returns what is known of several pairs as one.
 
     Raises:

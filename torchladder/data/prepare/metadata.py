@@ -15,7 +15,7 @@ from torchladder.registry import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metadata:
+class DatasetMetadata:
     """The content of ``PREFIX.json``.
 
     Attributes:
@@ -50,29 +50,29 @@ class Metadata:
         return settings | {"tokenizer": {key: value for key, value in self.tokenizer.items() if key != "name"}}
 
 
-def path_of(prefix: str | Path) -> Path:
+def metadata_path(prefix: str | Path) -> Path:
     """Returns the file that stands beside a pair."""
     return Path(f"{prefix_of(prefix)}.json")
 
 
-def read(prefix: str | Path) -> Metadata | None:
+def read_metadata(prefix: str | Path) -> DatasetMetadata | None:
     """Returns what is known of a pair; None for one that another program wrote.
 
     Raises:
         ConfigError: the file is damaged.
     """
-    path = path_of(prefix)
+    path = metadata_path(prefix)
     if not path.is_file():
         return None
     try:
-        return Metadata(**json.loads(path.read_text(encoding="utf-8")))
+        return DatasetMetadata(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is not the metadata of a pair of tokens: {error}.") from error
 
 
-def write(prefix: str | Path, metadata: Any) -> None:
+def write_metadata(prefix: str | Path, metadata: Any) -> None:
     """Writes a dataclass beside a pair; it appears under its name only when it is on the disk."""
-    path = path_of(prefix)
+    path = metadata_path(prefix)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         json.dump(dataclasses.asdict(metadata), file, indent=1, ensure_ascii=False)
@@ -82,7 +82,7 @@ def write(prefix: str | Path, metadata: Any) -> None:
     os.replace(partial, path)
 
 
-def damage(prefix: str | Path, checksums: dict[str, str]) -> str | None:
+def find_corruption(prefix: str | Path, checksums: dict[str, str]) -> str | None:
     """Returns the first file of a pair that is not what its checksum says; None when all is well."""
     for suffix, checksum in checksums.items():
         path = Path(f"{prefix_of(prefix)}.{suffix}")

@@ -26,7 +26,7 @@ FILES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preparation:
+class PrepareConfig:
     """What is to be prepared, and how.
 
     Attributes:
@@ -86,7 +86,7 @@ class PrepareTask:
         return sum(stretch.size for stretch in self.stretches)
 
 
-def expand(inputs: Sequence[str]) -> list[Path]:
+def expand_inputs(inputs: Sequence[str]) -> list[Path]:
     """Lists the files that paths, folders and globs name, the matches of each in sorted order.
 
     Raises:
@@ -101,7 +101,7 @@ def expand(inputs: Sequence[str]) -> list[Path]:
     return list(files.values())
 
 
-def cut(preparation: Preparation, files: Sequence[Path]) -> list[PrepareTask]:
+def split_into_tasks(preparation: PrepareConfig, files: Sequence[Path]) -> list[PrepareTask]:
     """Cuts the input into tasks, the same whoever does them."""
     stats = {path: path.stat() for path in files}
     total = sum(stat.st_size for stat in stats.values())
@@ -134,7 +134,7 @@ def cut(preparation: Preparation, files: Sequence[Path]) -> list[PrepareTask]:
     return tasks
 
 
-def share(tasks: list[PrepareTask], shard: tuple[int, int] | None) -> list[PrepareTask]:
+def select_shard(tasks: list[PrepareTask], shard: tuple[int, int] | None) -> list[PrepareTask]:
     """Returns the tasks of a shard: neighbours, so that shards one after the other are the whole."""
     if shard is None:
         return tasks

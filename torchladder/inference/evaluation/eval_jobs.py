@@ -155,10 +155,10 @@ def score(restored: LoadedModel, job: EvalJob, budget: int, read: Callable[[int]
         if tokens.max() >= vocab_size:
             raise ConfigError(f"{job.documents.path} holds token {tokens.max()}, the model has {vocab_size}.")
         labels = content[:, 1:].copy()
-        labels[(labels < 0) | (places[:-1] < batch.seen[:, None])] = data.IGNORED
+        labels[(labels < 0) | (places[:-1] < batch.seen[:, None])] = data.IGNORE_INDEX
         form = kernel.derive(start[:longest].expand(rows, longest), restored.device)
         inputs, wanted = (torch.from_numpy(x).to(restored.device) for x in (tokens[:, :-1].copy(), labels))
         losses = restored.model.losses(inputs, form, wanted)  # (rows, longest)
-        scores.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORED).sum(0))
+        scores.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORE_INDEX).sum(0))
         read(int(lengths.sum()))
     return scores

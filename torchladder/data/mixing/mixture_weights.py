@@ -20,12 +20,12 @@ from fractions import Fraction
 from torchladder.data.corpus import SourceConfig
 from torchladder.registry import ConfigError, unknown_name
 
-Domains = dict[str, float | dict[str, float]]
+DomainMultipliers = dict[str, float | dict[str, float]]
 """Language -> domain -> multiplier; a domain with a number of its own has it in every language that does not say."""
 
 
 @dataclass(frozen=True)
-class Shares:
+class MixtureWeights:
     """What decides the shares of sources beside their weights.
 
     Attributes:
@@ -34,7 +34,7 @@ class Shares:
         temperature: how far languages move from their own sizes towards equal shares.
     """
 
-    domains: Domains = field(default_factory=dict)
+    domains: DomainMultipliers = field(default_factory=dict)
     languages: Mapping[str, float] = field(default_factory=dict)
     temperature: float | None = None
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from torchladder import data, train
-from torchladder.data import IGNORED
+from torchladder.data import IGNORE_INDEX
 from torchladder.data.text.sources import held_out
 from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
@@ -84,7 +84,7 @@ def test_rows_are_the_documents_in_order(load):
 def test_labels_may_end_with_documents(load):
     tokens, labels, positions = take(load(labels_across_documents=False), 20)
     follows = torch.cat([positions[:, 1:] == 0, tokens[:, -1:] == 256], dim=1)
-    assert torch.equal(labels == IGNORED, follows)
+    assert torch.equal(labels == IGNORE_INDEX, follows)
     assert torch.equal(take(load(), 20)[0], tokens)
 
 
@@ -142,7 +142,7 @@ def test_validation_reads_every_label_once_and_ranks_agree(load, named, degree, 
     assert len({len(batches) for batches in ranks}) == 1
     labels = torch.cat([batch.labels.flatten() for batches in ranks for batch in batches])
     expected = [token for i in (range(60) if named else HELD) for token in (*text(i).encode(), 256)]
-    assert sorted(labels[labels != IGNORED].tolist()) == sorted(expected[1:])
+    assert sorted(labels[labels != IGNORE_INDEX].tolist()) == sorted(expected[1:])
     again = load(dp_rank=0, **settings)
     assert len(list(again)) == len(ranks[0])
     again.seek(0)

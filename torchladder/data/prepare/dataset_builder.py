@@ -26,11 +26,11 @@ import numpy as np
 from torchladder.data.dataloader import Tokenizer
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, dtype_for
 from torchladder.data.prepare import merging, metadata
-from torchladder.data.prepare.document_encoder import DocumentEncoder, batches
+from torchladder.data.prepare.document_encoder import DocumentEncoder, batch_by_chars
 from torchladder.data.prepare.executor import Executor
-from torchladder.data.prepare.metadata import Metadata
+from torchladder.data.prepare.metadata import DatasetMetadata
 from torchladder.data.prepare.progress import PrepareProgress
-from torchladder.data.prepare.tasks import Preparation, PrepareTask, cut, expand, share
+from torchladder.data.prepare.tasks import PrepareConfig, PrepareTask, expand_inputs, select_shard, split_into_tasks
 from torchladder.data.text import document_reader, sources
 from torchladder.data.text.document_reader import DocumentReader, OnError
 from torchladder.data.text.file_formats import FileSlice
@@ -74,7 +74,7 @@ class PartWriter:
         # A name of its own: a worker that was given up for lost may still be writing the same part.
         pair = f"{task.key}-{uuid.uuid4().hex[:8]}"
         with IndexedWriter(self.folder / pair, dtype_for(self.framing.tokenizer.vocab_size)) as writer:
-            for batch in batches(self._texts(reader, task), lambda item: item[2]):
+            for batch in batch_by_chars(self._texts(reader, task), lambda item: item[2]):
                 places = [(stretch, number) for stretch, number, _ in batch]
                 texts = [text for _, _, text in batch]
                 writer.extend(*self.framing(texts, lambda n, places=places: document_reader.where(*places[n])))  # type: ignore[misc]
@@ -89,7 +89,7 @@ class PartWriter:
             on_error=self.on_error,
             checksums=writer.checksums,
         )
-        metadata.write(self.folder / task.key, part)
+        metadata.write_metadata(self.folder / task.key, part)
         return part
 
     def _texts(self, reader: DocumentReader, task: PrepareTask) -> Iterator[tuple[FileSlice, int | None, str]]:
@@ -98,30 +98,30 @@ class PartWriter:
                 yield stretch, number, text
 
 
-def run(preparation: Preparation, executor: Executor) -> Metadata:
+def prepare_dataset(preparation: PrepareConfig, executor: Executor) -> DatasetMetadata:
     """Prepares, or continues a preparation; returns what came of it.
 
     Raises:
         ConfigError: an input cannot be read, the output is there and was prepared otherwise, or another process is
             preparing it.
     """
-    files = expand(preparation.inputs)
+    files = expand_inputs(preparation.inputs)
     wanted = _wanted(preparation, files)
     prefix = preparation.prefix
     with _alone(prefix) as folder:
         done = _finished(prefix, wanted, preparation.overwrite)
         if done is None:
-            tasks = share(cut(preparation, files), preparation.shard)
+            tasks = select_shard(split_into_tasks(preparation, files), preparation.shard)
             parts = _parts(preparation, tasks, folder, executor)
             done = _join(wanted, prefix, folder, parts)
         shutil.rmtree(folder, ignore_errors=True)
     return done
 
 
-def _wanted(preparation: Preparation, files: Sequence[Path]) -> Metadata:
+def _wanted(preparation: PrepareConfig, files: Sequence[Path]) -> DatasetMetadata:
     """Returns the metadata of the output, as far as it is known before the work."""
     tokenizer: Tokenizer = preparation.framing.tokenizer
-    return Metadata(
+    return DatasetMetadata(
         dtype=str(dtype_for(tokenizer.vocab_size)),
         tokenizer={
             "name": preparation.tokenizer,
@@ -136,18 +136,18 @@ def _wanted(preparation: Preparation, files: Sequence[Path]) -> Metadata:
     )
 
 
-def _finished(prefix: str, wanted: Metadata, overwrite: bool) -> Metadata | None:
+def _finished(prefix: str, wanted: DatasetMetadata, overwrite: bool) -> DatasetMetadata | None:
     """Returns what is known of an output that is complete and as wanted; None where there is work to do.
 
     Raises:
         ConfigError: there is an output that was prepared otherwise.
     """
-    found = metadata.read(prefix)
+    found = metadata.read_metadata(prefix)
     if found is None:
         if Path(f"{prefix}.idx").exists() and not _begun(prefix) and not overwrite:
             raise ConfigError(f"{prefix}.bin is there already, from elsewhere; --overwrite replaces it.")
         return None
-    made = metadata.path_of(prefix).stat().st_mtime_ns
+    made = metadata.metadata_path(prefix).stat().st_mtime_ns
     newer = [source["path"] for source in wanted.sources if os.stat(source["path"]).st_mtime_ns > made]
     ours, theirs = wanted.settings(), found.settings()
     if not found.skipped:
@@ -165,7 +165,9 @@ def _begun(prefix: str) -> bool:
     return Path(f"{prefix}.parts", "joining").exists()
 
 
-def _parts(preparation: Preparation, tasks: list[PrepareTask], folder: Path, executor: Executor) -> list[PreparedPart]:
+def _parts(
+    preparation: PrepareConfig, tasks: list[PrepareTask], folder: Path, executor: Executor
+) -> list[PreparedPart]:
     """Returns the part of each task, in order: those that are there already, and those that are now made."""
     done = {task.key: part for task in tasks if (part := _read(folder, task.key, preparation.on_error))}
     missing = [task for task in tasks if task.key not in done]
@@ -192,29 +194,29 @@ def _read(folder: Path, key: str, on_error: str) -> PreparedPart | None:
 
     What could be read without skipping anything serves whatever is to be done about errors.
     """
-    path = metadata.path_of(folder / key)
+    path = metadata.metadata_path(folder / key)
     if not path.is_file():
         return None
     part = PreparedPart(**json.loads(path.read_text(encoding="utf-8")))
     return part if part.on_error == on_error or not part.skipped else None
 
 
-def _join(wanted: Metadata, prefix: str, folder: Path, parts: list[PreparedPart]) -> Metadata:
+def _join(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list[PreparedPart]) -> DatasetMetadata:
     """Makes the output of its parts."""
     (folder / "joining").touch()
     skipped: Counter[str] = Counter()
     with IndexedWriter(prefix, np.dtype(wanted.dtype)) as writer:
         for part in parts:
-            broken = metadata.damage(folder / part.pair, part.checksums)
+            broken = metadata.find_corruption(folder / part.pair, part.checksums)
             if broken:
-                metadata.path_of(folder / part.key).unlink(missing_ok=True)
+                metadata.metadata_path(folder / part.key).unlink(missing_ok=True)
                 raise ConfigError(
                     f"{broken} is missing or damaged; the same command makes it again. "
                     f"With several machines, {folder.parent} must be a folder that all of them share."
                 )
-            merging.append(writer, IndexedTokens(folder / part.pair))
+            merging.append_documents(writer, IndexedTokens(folder / part.pair))
             skipped.update(part.skipped)
-        metadata.path_of(prefix).unlink(missing_ok=True)  # what it says of an older pair is over
+        metadata.metadata_path(prefix).unlink(missing_ok=True)  # what it says of an older pair is over
     done = dataclasses.replace(
         wanted,
         documents=len(writer.lengths),
@@ -222,7 +224,7 @@ def _join(wanted: Metadata, prefix: str, folder: Path, parts: list[PreparedPart]
         skipped=dict(sorted(skipped.items())),
         checksums=writer.checksums,
     )
-    metadata.write(prefix, done)
+    metadata.write_metadata(prefix, done)
     return done
 
 

@@ -209,7 +209,7 @@ def test_validation_reads_every_label_once_and_ranks_agree_on_the_count(folder, 
     assert loader.rows == -(-(corpus.tokens - 1) // 16)
     assert len({len(batches) for batches in ranks}) == 1
     labels = torch.cat([batch.labels.flatten() for batches in ranks for batch in batches])
-    kept = labels[labels != data.IGNORED]
+    kept = labels[labels != data.IGNORE_INDEX]
     every = np.concatenate([corpus.shards[0][i] for i in range(len(corpus.lengths))])
     assert sorted(kept.tolist()) == sorted(every[1:].tolist())
     assert sum(batch.num_labels for batches in ranks for batch in batches) == corpus.tokens - 1
@@ -231,7 +231,7 @@ def test_padding_is_a_document_of_its_own(folder):
     *_, last = text(folder, split="validation", validation_fraction=0.3)
     assert 0 < last.num_labels < last.labels.numel()
     for tokens, labels, positions in zip(last.tokens, last.labels, last.positions, strict=True):
-        padded = (labels == data.IGNORED).nonzero().flatten().tolist()
+        padded = (labels == data.IGNORE_INDEX).nonzero().flatten().tolist()
         if padded:
             begin = padded[0] + 1 if padded[0] else 0  # the last real token has no label either
             assert positions[begin:].tolist() == list(range(16 - begin))
@@ -257,7 +257,7 @@ def test_named_validation_sources_leave_all_documents_for_training(folder):
     assert len(text(folder, **changes)._supply.corpora[0].lengths) == 200
     loader = text(folder, split="validation", **changes)
     labels = torch.cat([batch.labels.flatten() for batch in loader])
-    assert int((labels != data.IGNORED).sum()) == sum(corpus.tokens - 1 for corpus in loader._supply.corpora)
+    assert int((labels != data.IGNORE_INDEX).sum()) == sum(corpus.tokens - 1 for corpus in loader._supply.corpora)
 
 
 def test_tokens_alone_have_nothing_to_validate_on(folder):

@@ -31,11 +31,11 @@ import numpy as np
 
 from torchladder.registry import ConfigError
 
-MIN_SHARE = Fraction(1, 10**6)
+MIN_PROPORTION = Fraction(1, 10**6)
 """The smallest share of a source: below, a block would take seconds."""
 
 
-class Mixture:
+class WeightedInterleave:
     """Assigns every row of a run to a row of one of its sources.
 
     Args:
@@ -52,7 +52,7 @@ class Mixture:
             )
         exact = [Fraction(str(weight)) for weight in weights]
         self.shares = [weight / sum(exact) for weight in exact]
-        if min(self.shares) < MIN_SHARE:
+        if min(self.shares) < MIN_PROPORTION:
             raise ConfigError(f"weights are {list(weights)}; the smallest is less than a millionth of their sum.")
         # Whole numbers from here on: the share of source i is _parts[i] / _whole.
         self._whole = math.lcm(*(share.denominator for share in self.shares))
@@ -144,7 +144,7 @@ class Mixture:
         return -(-(index + 1) * self._whole // self._parts[i]) - 1
 
 
-class Interleave:
+class PhasedInterleave:
     """Which source each row of a run comes from: a mixture per phase, each source going on where it was.
 
     Args:
@@ -156,7 +156,8 @@ class Interleave:
         self.firsts = list(firsts)
         self._sources = [[i for i, share in enumerate(of_phase) if share] for of_phase in shares]
         self._mixtures = [
-            Mixture([of_phase[i] for i in sources]) for of_phase, sources in zip(shares, self._sources, strict=True)
+            WeightedInterleave([of_phase[i] for i in sources])
+            for of_phase, sources in zip(shares, self._sources, strict=True)
         ]
         self.shares = [[Fraction(0)] * len(of_phase) for of_phase in shares]
         for of_phase, sources, mixture in zip(self.shares, self._sources, self._mixtures, strict=True):
