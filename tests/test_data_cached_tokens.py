@@ -95,7 +95,7 @@ def test_the_cache_is_reused_until_something_matters(folder, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("shift", "vocab_size", "token"), [(10, 200, 205), (-33, 300, -1)])
 def test_a_token_outside_the_vocabulary_is_an_error_and_leaves_nothing(folder, tmp_path, shift, vocab_size, token):
-    with pytest.raises(ConfigError, match=rf"000\.txt: the tokenizer gives token {token}, .* has {vocab_size}"):
+    with pytest.raises(ConfigError, match=rf"000\.txt: the tokenizer returns token {token}, .* has {vocab_size}"):
         tokenize_cached(sources.text(str(folder)), Shifted(vocab_size, shift), tmp_path / "cache")
     assert [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.suffix != ".lock"] == []
 

@@ -42,7 +42,7 @@ def prepare(folder, tmp_path):
     def prepare(output="out", workers=1, **settings):
         settings = {
             "inputs": [str(folder)],
-            "framing": DocumentEncoder(ByteTokenizer()),
+            "encoder": DocumentEncoder(ByteTokenizer()),
             "part_bytes": 2000,
             **settings,
         }
@@ -96,8 +96,8 @@ def test_ends_are_a_setting(prepare, tmp_path):
     class Begun(ByteTokenizer):
         bos, vocab_size, fingerprint = 257, 258, "begun"
 
-    prepare("bare", framing=DocumentEncoder(ByteTokenizer(), eos=False))
-    prepare("both", framing=DocumentEncoder(Begun(), bos=True))
+    prepare("bare", encoder=DocumentEncoder(ByteTokenizer(), eos=False))
+    prepare("both", encoder=DocumentEncoder(Begun(), bos=True))
     assert [[257, *ids, 256] for ids in documents(tmp_path / "bare")] == documents(tmp_path / "both")
     assert metadata.read_metadata(tmp_path / "bare").tokenizer["eos"] is None
     with pytest.raises(ConfigError, match="no bos token"):
@@ -117,7 +117,7 @@ def test_shards_merge_to_the_whole(prepare, tmp_path, count):
         with pytest.raises(ConfigError, match=rf"{count - 1} of {count} shards; missing: 1/{count}"):
             merging.merge_datasets(str(tmp_path / "some"), [names[0], *names[2:]])
         prepare("other", shard=(0, count), text_key="title", inputs=[str(tmp_path / "texts" / "*.txt")])
-        with pytest.raises(ConfigError, match="no shard of the same preparation"):
+        with pytest.raises(ConfigError, match="is not a shard of the same preparation"):
             merging.merge_datasets(str(tmp_path / "some"), [str(tmp_path / f"other-00000-of-{count:05}"), *names[1:]])
 
 
@@ -140,7 +140,7 @@ def test_what_is_done_is_not_done_again(prepare, folder, tmp_path, capfd):
     prepare("whole")
     settings = {
         "inputs": [str(folder)],
-        "framing": DocumentEncoder(ByteTokenizer()),
+        "encoder": DocumentEncoder(ByteTokenizer()),
         "tokenizer": "bytes",
         "part_bytes": 2000,
     }
@@ -155,7 +155,7 @@ def test_what_is_done_is_not_done_again(prepare, folder, tmp_path, capfd):
     rest = Fails(10**6)
     dataset_builder.prepare_dataset(preparation, rest)
     assert rest.done == total - 12
-    assert f"continuing: 12 of {total} parts are there" in capfd.readouterr().err
+    assert f"continuing: 12 of {total} parts exist" in capfd.readouterr().err
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     again = Fails(0)
     dataset_builder.prepare_dataset(preparation, again)
@@ -166,7 +166,7 @@ def test_what_is_done_is_not_done_again(prepare, folder, tmp_path, capfd):
 def test_a_changed_file_is_done_again_and_others_are_not(prepare, folder, tmp_path):
     settings = {
         "inputs": [str(folder)],
-        "framing": DocumentEncoder(ByteTokenizer()),
+        "encoder": DocumentEncoder(ByteTokenizer()),
         "tokenizer": "bytes",
         "part_bytes": 2000,
     }
@@ -204,24 +204,24 @@ def test_an_output_prepared_otherwise_is_not_replaced_unasked(prepare, folder, t
     prepare()
     before = content(tmp_path / "out")
     prepare(on_error="skip")  # nothing was to be skipped
-    for settings in ({"framing": DocumentEncoder(ByteTokenizer(), eos=False)}, {"inputs": [str(folder / "*.txt")]}):
-        with pytest.raises(ConfigError, match=r"was prepared otherwise \((tokenizer|sources)\); --overwrite"):
+    for settings in ({"encoder": DocumentEncoder(ByteTokenizer(), eos=False)}, {"inputs": [str(folder / "*.txt")]}):
+        with pytest.raises(ConfigError, match=r"was prepared with other settings \((tokenizer|sources)\); --overwrite"):
             prepare(**settings)
     later = time.time() + 5
     os.utime(folder / "n3.txt", (later, later))
     with pytest.raises(ConfigError, match=r"n3\.txt is newer\); --overwrite"):
         prepare()
     assert content(tmp_path / "out") == before
-    prepare(overwrite=True, framing=DocumentEncoder(ByteTokenizer(), eos=False))
+    prepare(overwrite=True, encoder=DocumentEncoder(ByteTokenizer(), eos=False))
     assert content(tmp_path / "out") != before
     (tmp_path / "out.json").unlink()
-    with pytest.raises(ConfigError, match=r"out\.bin is there already, from elsewhere"):
+    with pytest.raises(ConfigError, match=r"out\.bin already exists and has no metadata"):
         prepare()
 
 
 def test_one_process_at_a_time(prepare, tmp_path):
     with (
-        dataset_builder._alone(str(tmp_path / "out")),
+        dataset_builder._lock_parts(str(tmp_path / "out")),
         pytest.raises(ConfigError, match="another process is preparing"),
     ):
         prepare()
@@ -230,7 +230,7 @@ def test_one_process_at_a_time(prepare, tmp_path):
 def test_a_damaged_part_is_made_again(prepare, folder, tmp_path):
     settings = {
         "inputs": [str(folder)],
-        "framing": DocumentEncoder(ByteTokenizer()),
+        "encoder": DocumentEncoder(ByteTokenizer()),
         "tokenizer": "bytes",
         "part_bytes": 2000,
     }
@@ -239,7 +239,7 @@ def test_a_damaged_part_is_made_again(prepare, folder, tmp_path):
         dataset_builder.prepare_dataset(preparation, Fails(10))
     victim = next((tmp_path / "out.parts").glob("*.bin"))
     victim.write_bytes(victim.read_bytes()[:-1] + b"\x07")
-    with pytest.raises(ConfigError, match="missing or damaged; the same command makes it again"):
+    with pytest.raises(ConfigError, match="missing or damaged; run the same command again to make it again"):
         prepare()
     prepare()
     assert documents(tmp_path / "out") == expected(folder)
@@ -251,20 +251,20 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(prepare, folder, tmp_p
         return map(work, tasks)
 
     preparation = PrepareConfig(
-        inputs=[str(folder)], output=str(tmp_path / "out"), framing=DocumentEncoder(ByteTokenizer())
+        inputs=[str(folder)], output=str(tmp_path / "out"), encoder=DocumentEncoder(ByteTokenizer())
     )
-    with pytest.raises(ConfigError, match=r"0\.jsonl was changed while it was read"):
+    with pytest.raises(ConfigError, match=r"0\.jsonl changed while it was being read"):
         dataset_builder.prepare_dataset(preparation, change_first)
 
 
 def test_inputs_that_cannot_be(prepare, folder):
-    with pytest.raises(ConfigError, match=r"0\.jsonl is named by two inputs"):
+    with pytest.raises(ConfigError, match=r"0\.jsonl matches two inputs"):
         prepare(inputs=[str(folder), f"{folder}/*.jsonl"])
     with pytest.raises(ConfigError, match="no file matches"):
         prepare(inputs=["none"])
     with pytest.raises(ConfigError, match="there is no input"):
         prepare(inputs=[])
-    with pytest.raises(ConfigError, match=r"shard is 4/4; shards of n are 0/n to n-1/n"):
+    with pytest.raises(ConfigError, match=r"shard is 4/4; N shards are numbered 0/N to N-1/N"):
         prepare(shard=(4, 4))
     with pytest.raises(ConfigError, match="part_bytes is 0"):
         prepare(part_bytes=0)
@@ -276,8 +276,8 @@ def test_a_token_outside_the_vocabulary_names_the_line(prepare):
     class Small(ByteTokenizer):
         vocab_size, fingerprint = 115, "small"
 
-    with pytest.raises(ConfigError, match=r"0\.jsonl:1: the tokenizer gives token 120, its vocabulary has 115"):
-        prepare(framing=DocumentEncoder(Small(), eos=False))
+    with pytest.raises(ConfigError, match=r"0\.jsonl:1: the tokenizer returns token 120, but its vocabulary has 115"):
+        prepare(encoder=DocumentEncoder(Small(), eos=False))
 
 
 class Slow(ByteTokenizer):
@@ -291,7 +291,7 @@ def test_killed_at_any_moment_it_continues(prepare, tmp_path):
     fork = multiprocessing.get_context("fork")
     rng, kept, done = random.Random(time.time_ns()), [0], False
     while not done:
-        process = fork.Process(target=prepare, kwargs={"framing": DocumentEncoder(Slow()), "part_bytes": 1500})
+        process = fork.Process(target=prepare, kwargs={"encoder": DocumentEncoder(Slow()), "part_bytes": 1500})
         process.start()
         process.join(rng.random() * 0.5)
         done = process.exitcode is not None
@@ -318,7 +318,9 @@ def test_killed_while_it_joins_it_continues(prepare, folder, tmp_path, monkeypat
 
     if stop == "json missing":
         real = metadata.write_metadata
-        monkeypatch.setattr(metadata, "write", lambda prefix, about: die() if prefix == out else real(prefix, about))
+        monkeypatch.setattr(
+            metadata, "write_metadata", lambda prefix, about: die() if prefix == out else real(prefix, about)
+        )
     else:
         real_replace = os.replace
         left = {"idx unlinked": 0, "bin there": 1}[stop]

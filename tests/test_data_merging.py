@@ -67,24 +67,24 @@ def test_metadata_is_joined(tmp_path):
     assert [source["path"] for source in whole.sources] == ["x", "y"]
     assert metadata.find_corruption(tmp_path / "whole", whole.checksums) is None
     c = write(tmp_path / "c", [[2]], tokenizer={**tokenizer, "eos": None})
-    with pytest.raises(ConfigError, match="different tokenizers or ends"):
+    with pytest.raises(ConfigError, match="different tokenizers or bos/eos"):
         merging.merge_datasets(str(tmp_path / "other"), [a, c])
     assert not (tmp_path / "other.bin").exists()
 
 
 def test_what_cannot_be_merged(tmp_path):
     a, b = write(tmp_path / "a", [[1]]), write(tmp_path / "b", [[1]], np.int32)
-    with pytest.raises(ConfigError, match="b holds tokens as int32, those before it as uint16"):
+    with pytest.raises(ConfigError, match="b stores tokens as int32, the datasets before it as uint16"):
         merging.merge_datasets(str(tmp_path / "whole"), [a, b])
-    with pytest.raises(ConfigError, match="each part is named once"):
+    with pytest.raises(ConfigError, match="name each input once"):
         merging.merge_datasets(str(tmp_path / "whole"), [a, f"{a}.bin"])
-    with pytest.raises(ConfigError, match="each part is named once"):
+    with pytest.raises(ConfigError, match="name each input once"):
         merging.merge_datasets(a, [a])
     with pytest.raises(ConfigError, match=r"none\.bin is missing"):
         merging.merge_datasets(str(tmp_path / "whole"), [a, str(tmp_path / "none")])
     assert not (tmp_path / "whole.bin").exists()
     write(tmp_path / "there", [[9]])
-    with pytest.raises(ConfigError, match=r"there\.bin is there already"):
+    with pytest.raises(ConfigError, match=r"there\.bin already exists"):
         merging.merge_datasets(str(tmp_path / "there"), [a])
     merging.merge_datasets(str(tmp_path / "there"), [a], overwrite=True)
     assert read(tmp_path / "there") == [[1]]

@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 def prepare(folder, output, run):
     preparation = PrepareConfig(
-        inputs=[str(folder)], output=str(output), framing=DocumentEncoder(ByteTokenizer()), part_bytes=2000
+        inputs=[str(folder)], output=str(output), encoder=DocumentEncoder(ByteTokenizer()), part_bytes=2000
     )
     dataset_builder.prepare_dataset(preparation, run)
     return [Path(f"{output}.{suffix}").read_bytes() for suffix in ("bin", "idx", "json")]

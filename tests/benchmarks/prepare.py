@@ -62,7 +62,7 @@ def _bare_share(job):
 def prepared(part, folder, workers, turn):
     """Returns the tokens of a whole preparation."""
     output = str(folder / f"{workers}-{turn}")
-    preparation = tasks.PrepareConfig(inputs=[str(folder / "texts")], output=output, framing=DocumentEncoder(part))
+    preparation = tasks.PrepareConfig(inputs=[str(folder / "texts")], output=output, encoder=DocumentEncoder(part))
     return dataset_builder.prepare_dataset(preparation, local_executor(workers)).tokens
 
 

@@ -1,9 +1,8 @@
-"""Files of text to a pair of tokens, in parts: by many processes at once, ended at any moment and continued.
+"""Tokenizes text files into a .bin/.idx dataset with many processes, and continues where it was interrupted.
 
-Each task is written as a pair of its own, known by a hash of all that it follows from, beside the output in
-``PREFIX.parts``; when all are there they become one pair. So a
-process that comes after another, however that one ended, does what is missing, and the output is the same whoever made
-it.
+Each task writes a part, a small dataset named by a hash of everything that determines it, to ``PREFIX.parts``. When
+all parts exist they are merged. A run that was killed at any moment therefore continues with the missing parts, and
+the output is the same byte for byte whatever ran the tasks.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from torchladder.data.dataloader import Tokenizer
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, dtype_for
 from torchladder.data.prepare import merging, metadata
 from torchladder.data.prepare.document_encoder import DocumentEncoder, batch_by_chars
@@ -39,15 +37,16 @@ from torchladder.registry import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedPart:
-    """A task that is done; the content of ``<key>.json``.
+    """The result of a task, and the content of ``<key>.json``.
 
     Attributes:
         key: of the task.
-        pair: name of the pair within the folder of parts.
-        documents, tokens: how many it holds.
-        skipped, examples: documents left out, by reason: how many, and the first one's file and line.
-        on_error: what a document that cannot be read did.
-        checksums: SHA-256 of ``bin`` and ``idx``.
+        pair: name of the part's .bin/.idx within the folder of parts.
+        documents, tokens: number of each in the part.
+        skipped: number of documents skipped or repaired, by reason.
+        examples: file and line of the first such document, by reason.
+        on_error: how documents that cannot be read were handled.
+        checksums: SHA-256 of the ``bin`` and ``idx`` files.
     """
 
     key: str
@@ -62,26 +61,25 @@ class PreparedPart:
 
 @dataclass(frozen=True)
 class PartWriter:
-    """Makes parts of tasks; this is what a worker is sent."""
+    """Writes the part of a task; an executor sends this object to its workers."""
 
     folder: Path
-    framing: DocumentEncoder
+    encoder: DocumentEncoder
     text_key: str
     on_error: OnError
 
     def __call__(self, task: PrepareTask) -> PreparedPart:
         reader = DocumentReader(self.text_key, self.on_error)
-        # A name of its own: a worker that was given up for lost may still be writing the same part.
-        pair = f"{task.key}-{uuid.uuid4().hex[:8]}"
-        with IndexedWriter(self.folder / pair, dtype_for(self.framing.tokenizer.vocab_size)) as writer:
-            for batch in batch_by_chars(self._texts(reader, task), lambda item: item[2]):
-                places = [(stretch, number) for stretch, number, _ in batch]
+        # A unique name: a worker that was given up for lost may still be writing the same part.
+        name = f"{task.key}-{uuid.uuid4().hex[:8]}"
+        with IndexedWriter(self.folder / name, dtype_for(self.encoder.tokenizer.vocab_size)) as writer:
+            for batch in batch_by_chars(_documents(reader, task), lambda document: document[2]):
                 texts = [text for _, _, text in batch]
-                writer.extend(*self.framing(texts, lambda n, places=places: document_reader.where(*places[n])))  # type: ignore[misc]
-        _unchanged(task)
+                writer.extend(*self.encoder(texts, lambda n, batch=batch: document_reader.where(*batch[n][:2])))  # type: ignore[misc]
+        _check_unchanged(task)
         part = PreparedPart(
             key=task.key,
-            pair=pair,
+            pair=name,
             documents=len(writer.lengths),
             tokens=sum(writer.lengths),
             skipped=dict(reader.skipped),
@@ -92,107 +90,112 @@ class PartWriter:
         metadata.write_metadata(self.folder / task.key, part)
         return part
 
-    def _texts(self, reader: DocumentReader, task: PrepareTask) -> Iterator[tuple[FileSlice, int | None, str]]:
-        for stretch in task.stretches:
-            for number, text in reader.read(stretch):
-                yield stretch, number, text
+
+def _documents(reader: DocumentReader, task: PrepareTask) -> Iterator[tuple[FileSlice, int | None, str]]:
+    """Yields the file slice, the number within it, and the text of each document."""
+    for part in task.slices:
+        for number, text in reader.read(part):
+            yield part, number, text
 
 
-def prepare_dataset(preparation: PrepareConfig, executor: Executor) -> DatasetMetadata:
-    """Prepares, or continues a preparation; returns what came of it.
+def _check_unchanged(task: PrepareTask) -> None:
+    """Raises ConfigError if a file has changed since the tasks were planned."""
+    for part, stamp in zip(task.slices, task.stamps, strict=True):
+        stat = part.path.stat()
+        if (stat.st_size, stat.st_mtime_ns) != stamp:
+            raise ConfigError(f"{part.path} changed while it was being read; run the same command again.")
+
+
+def prepare_dataset(config: PrepareConfig, executor: Executor) -> DatasetMetadata:
+    """Prepares a dataset, or continues an interrupted preparation; returns the dataset's metadata.
 
     Raises:
-        ConfigError: an input cannot be read, the output is there and was prepared otherwise, or another process is
-            preparing it.
+        ConfigError: an input cannot be read, the output exists with other settings, or another process is preparing
+            it.
     """
-    files = expand_inputs(preparation.inputs)
-    wanted = _wanted(preparation, files)
-    prefix = preparation.prefix
-    with _alone(prefix) as folder:
-        done = _finished(prefix, wanted, preparation.overwrite)
+    files = expand_inputs(config.inputs)
+    wanted = _planned_metadata(config, files)
+    with _lock_parts(config.prefix) as folder:
+        done = _existing_output(config.prefix, wanted, config.overwrite)
         if done is None:
-            tasks = select_shard(split_into_tasks(preparation, files), preparation.shard)
-            parts = _parts(preparation, tasks, folder, executor)
-            done = _join(wanted, prefix, folder, parts)
+            tasks = select_shard(split_into_tasks(config, files), config.shard)
+            done = _merge_parts(wanted, config.prefix, folder, _make_parts(config, tasks, folder, executor))
         shutil.rmtree(folder, ignore_errors=True)
     return done
 
 
-def _wanted(preparation: PrepareConfig, files: Sequence[Path]) -> DatasetMetadata:
-    """Returns the metadata of the output, as far as it is known before the work."""
-    tokenizer: Tokenizer = preparation.framing.tokenizer
+def _planned_metadata(config: PrepareConfig, files: Sequence[Path]) -> DatasetMetadata:
+    """Returns the output's metadata as far as it is known before the work: the settings and the sources."""
+    tokenizer = config.encoder.tokenizer
     return DatasetMetadata(
         dtype=str(dtype_for(tokenizer.vocab_size)),
         tokenizer={
-            "name": preparation.tokenizer,
+            "name": config.tokenizer,
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
-            **preparation.framing.ends,
+            **config.encoder.special_ids,
         },
-        text_key=preparation.text_key,
-        on_error=preparation.on_error,
-        shard=list(preparation.shard) if preparation.shard else None,
+        text_key=config.text_key,
+        on_error=config.on_error,
+        shard=list(config.shard) if config.shard else None,
         sources=[{"path": str(path), "bytes": path.stat().st_size} for path in files],
     )
 
 
-def _finished(prefix: str, wanted: DatasetMetadata, overwrite: bool) -> DatasetMetadata | None:
-    """Returns what is known of an output that is complete and as wanted; None where there is work to do.
+def _existing_output(prefix: str, wanted: DatasetMetadata, overwrite: bool) -> DatasetMetadata | None:
+    """Returns the metadata of an output that is complete and has the wanted settings; None if there is work to do.
 
     Raises:
-        ConfigError: there is an output that was prepared otherwise.
+        ConfigError: the output exists with other settings or another origin, and ``overwrite`` is not set.
     """
+    index = Path(f"{prefix}.idx")
     found = metadata.read_metadata(prefix)
     if found is None:
-        if Path(f"{prefix}.idx").exists() and not _begun(prefix) and not overwrite:
-            raise ConfigError(f"{prefix}.bin is there already, from elsewhere; --overwrite replaces it.")
+        merge_was_interrupted = Path(f"{prefix}.parts", "joining").exists()
+        if index.exists() and not merge_was_interrupted and not overwrite:
+            raise ConfigError(f"{prefix}.bin already exists and has no metadata; --overwrite replaces it.")
         return None
     made = metadata.metadata_path(prefix).stat().st_mtime_ns
     newer = [source["path"] for source in wanted.sources if os.stat(source["path"]).st_mtime_ns > made]
     ours, theirs = wanted.settings(), found.settings()
     if not found.skipped:
-        theirs["on_error"] = ours["on_error"]  # there was no error
+        theirs["on_error"] = ours["on_error"]  # without an error it made no difference
     changed = [name for name in ours if ours[name] != theirs[name]] + [f"{path} is newer" for path in newer[:1]]
-    if not changed and Path(f"{prefix}.idx").exists():
+    if not changed and index.exists():
         return found
     if changed and not overwrite:
-        raise ConfigError(f"{prefix} was prepared otherwise ({', '.join(changed)}); --overwrite replaces it.")
+        raise ConfigError(f"{prefix} was prepared with other settings ({', '.join(changed)}); --overwrite replaces it.")
     return None
 
 
-def _begun(prefix: str) -> bool:
-    """Tells whether an earlier process had begun to put the parts together, which is when the pair appears."""
-    return Path(f"{prefix}.parts", "joining").exists()
-
-
-def _parts(
-    preparation: PrepareConfig, tasks: list[PrepareTask], folder: Path, executor: Executor
+def _make_parts(
+    config: PrepareConfig, tasks: list[PrepareTask], folder: Path, executor: Executor
 ) -> list[PreparedPart]:
-    """Returns the part of each task, in order: those that are there already, and those that are now made."""
-    done = {task.key: part for task in tasks if (part := _read(folder, task.key, preparation.on_error))}
-    missing = [task for task in tasks if task.key not in done]
-    sizes = {task.key: task.size for task in tasks}
-    work = PartWriter(folder, preparation.framing, preparation.text_key, preparation.on_error)
-    with PrepareProgress(Path(preparation.prefix).name, sum(sizes.values()), sum(sizes[key] for key in done)) as report:
+    """Returns the part of each task in order; runs the tasks whose part does not exist yet."""
+    done = {task.key: part for task in tasks if (part := _read_part(folder, task.key, config.on_error))}
+    num_bytes = {task.key: task.num_bytes for task in tasks}
+    writer = PartWriter(folder, config.encoder, config.text_key, config.on_error)
+    done_bytes = sum(num_bytes[key] for key in done)
+    with PrepareProgress(Path(config.prefix).name, sum(num_bytes.values()), done_bytes) as progress:
         if done:
-            report.say(f"continuing: {len(done):,} of {len(tasks):,} parts are there")
-        for part in executor(work, missing):
+            progress.print(f"continuing: {len(done):,} of {len(tasks):,} parts exist")
+        for part in executor(writer, [task for task in tasks if task.key not in done]):
             done[part.key] = part
-            report.add(part.documents, part.tokens, sizes[part.key])
+            progress.update(part.documents, part.tokens, num_bytes[part.key])
         parts = [done[task.key] for task in tasks]
         skipped, examples = Counter[str](), dict[str, str]()
         for part in parts:
             skipped.update(part.skipped)
             examples = {**part.examples, **examples}
         for line in sources.summary(skipped, examples):
-            report.say(f"{preparation.on_error}: {line}")
+            progress.print(f"{config.on_error}: {line}")
     return parts
 
 
-def _read(folder: Path, key: str, on_error: str) -> PreparedPart | None:
-    """Returns a part that an earlier process finished; None where there is none that serves.
+def _read_part(folder: Path, key: str, on_error: str) -> PreparedPart | None:
+    """Returns a part from an earlier run, None if there is none with the same ``on_error``.
 
-    What could be read without skipping anything serves whatever is to be done about errors.
+    A part without skipped documents is the same for every ``on_error``.
     """
     path = metadata.metadata_path(folder / key)
     if not path.is_file():
@@ -201,22 +204,22 @@ def _read(folder: Path, key: str, on_error: str) -> PreparedPart | None:
     return part if part.on_error == on_error or not part.skipped else None
 
 
-def _join(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list[PreparedPart]) -> DatasetMetadata:
-    """Makes the output of its parts."""
-    (folder / "joining").touch()
+def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list[PreparedPart]) -> DatasetMetadata:
+    """Writes the output from its parts, the metadata last."""
+    (folder / "joining").touch()  # tells the next run that a .bin without metadata is ours
     skipped: Counter[str] = Counter()
     with IndexedWriter(prefix, np.dtype(wanted.dtype)) as writer:
         for part in parts:
-            broken = metadata.find_corruption(folder / part.pair, part.checksums)
-            if broken:
+            corrupt = metadata.find_corruption(folder / part.pair, part.checksums)
+            if corrupt:
                 metadata.metadata_path(folder / part.key).unlink(missing_ok=True)
                 raise ConfigError(
-                    f"{broken} is missing or damaged; the same command makes it again. "
+                    f"{corrupt} is missing or damaged; run the same command again to make it again. "
                     f"With several machines, {folder.parent} must be a folder that all of them share."
                 )
             merging.append_documents(writer, IndexedTokens(folder / part.pair))
             skipped.update(part.skipped)
-        metadata.metadata_path(prefix).unlink(missing_ok=True)  # what it says of an older pair is over
+        metadata.metadata_path(prefix).unlink(missing_ok=True)  # it describes the dataset that is being replaced
     done = dataclasses.replace(
         wanted,
         documents=len(writer.lengths),
@@ -228,20 +231,12 @@ def _join(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list[Prepar
     return done
 
 
-def _unchanged(task: PrepareTask) -> None:
-    """Raises ConfigError where a file is not what it was when the work was planned."""
-    for stretch, stamp in zip(task.stretches, task.stamps, strict=True):
-        stat = stretch.path.stat()
-        if (stat.st_size, stat.st_mtime_ns) != stamp:
-            raise ConfigError(f"{stretch.path} was changed while it was read.")
-
-
 @contextmanager
-def _alone(prefix: str) -> Iterator[Path]:
-    """Gives the folder of parts to one process at a time.
+def _lock_parts(prefix: str) -> Iterator[Path]:
+    """Creates the folder of parts and yields it under an exclusive lock.
 
     Raises:
-        ConfigError: another process has it, or it cannot be written.
+        ConfigError: another process holds the lock, or the folder cannot be written.
     """
     folder = Path(f"{prefix}.parts")
     try:
@@ -254,5 +249,5 @@ def _alone(prefix: str) -> Iterator[Path]:
             # Released when the file closes, also when the process dies.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"another process is preparing {prefix}.") from None
+            raise ConfigError(f"another process is preparing {prefix}; wait for it or end it.") from None
         yield folder
