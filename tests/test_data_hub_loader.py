@@ -174,7 +174,7 @@ def test_the_fingerprint_names_what_differs(load, folder):
 
 def test_the_report_states_the_promise(load):
     assert load(shuffle_buffer=7).describe() == [
-        "train: stream of json, train, shuffled within 7 documents; a resumed run reads again what came before"
+        "train: stream of json, train, shuffled within 7 documents; resuming reads earlier rows again"
     ]
     assert load(split="validation").describe() == ["validation: stream of json, up to 500 documents held out of train"]
 
@@ -191,7 +191,7 @@ def test_the_report_states_the_promise(load):
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
         ({"bos": True}, "no bos token"),
         ({"global_batch_size": 9}, "not a multiple"),
-        ({"split": "validation", "validation_fraction": 0.0}, "nothing is held out"),
+        ({"split": "validation", "validation_fraction": 0.0}, "no documents are held out"),
     ],
 )
 def test_settings_that_cannot_be(load, changes, message):
@@ -207,7 +207,7 @@ def test_documents_that_cannot_be(load, tmp_path):
         next(broken)
     with pytest.raises(ConfigError, match="no documents for data-parallel rank 1"):
         next(load(dp_rank=1, dp_degree=2, data_files=str(tmp_path / "b.jsonl")))
-    with pytest.raises(ConfigError, match="no row 3"):
+    with pytest.raises(ConfigError, match="cannot resume at row 3"):
         load(dp_degree=2).seek(3)
 
 

@@ -17,13 +17,13 @@ def test_every_count_is_within_one_row_of_its_share(weights, first, small_blocks
     weights = [weight for weight in weights if weight > max(weights) / 300]
     mixture = WeightedInterleave(weights)
     if small_blocks:  # many borders, at the least length the proof allows
-        mixture.block = 2 * mixture._settle
+        mixture._block_rows = 2 * mixture._settle_rows
     exact = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in exact))
     parts = [int(weight * scale) for weight in exact]
     whole = sum(parts)
     counts = dict.fromkeys(range(len(parts)), 0) if first == 0 else {}
-    for row in range(first, first + min(1200, 5 * mixture.block)):
+    for row in range(first, first + min(1200, 5 * mixture._block_rows)):
         source, index = mixture(row)
         assert index == counts.get(source, index)  # no row of a source is lost or repeated
         counts[source] = index + 1
@@ -53,16 +53,15 @@ def test_an_interleave_never_changes():
 def test_row_ten_million_is_reached_without_those_before_it():
     mixture = WeightedInterleave([12_040_045_571, 5_157_493, 777_777_777, 31.5e7])
     mixture(10_000_000)
-    assert set(mixture._blocks) == {10_000_000 // mixture.block}
+    assert set(mixture._blocks) == {10_000_000 // mixture._block_rows}
 
 
 def test_units_do_not_matter():
-    assert (
-        WeightedInterleave([1, 3]).shares == WeightedInterleave([0.1, 0.3]).shares == [Fraction(1, 4), Fraction(3, 4)]
-    )
+    for weights in ([1, 3], [0.1, 0.3]):
+        assert WeightedInterleave(weights).proportions == [Fraction(1, 4), Fraction(3, 4)]
 
 
 @pytest.mark.parametrize("weights", [[], [0.0], [1, -1], [1, float("nan")], [float("inf")], [1, 1e-9]])
-def test_weights_that_cannot_be(weights):
+def test_invalid_weights(weights):
     with pytest.raises(ConfigError, match="weights are"):
         WeightedInterleave(weights)

@@ -79,7 +79,9 @@ def padding(tokens, positions):
 def test_labels_and_positions_follow_the_documents(folder, packing, across, shuffle):
     loader = load(folder, "ac", packing=packing, shuffle=shuffle, labels_across_documents=across)
     firsts = {
-        first for corpus, at in zip(loader._supply.corpora, (0, 20_000), strict=True) for first in begins(corpus, at)
+        first
+        for corpus, at in zip(loader._source_mix.corpora, (0, 20_000), strict=True)
+        for first in begins(corpus, at)
     }
     for tokens, labels, positions in zip(*take(loader, 60), strict=True):
         tokens, labels, positions = tokens.tolist(), labels.tolist(), positions.tolist()
@@ -107,10 +109,10 @@ def test_labels_and_positions_follow_the_documents(folder, packing, across, shuf
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_an_epoch_reads_every_token_once(folder, packing):
     loader = load(folder, "a", packing=packing, local_batch_size=1, global_batch_size=1, repeat=False)
-    rows = -(-loader._supply.packings[0].epoch_rows // 1)
+    rows = -(-loader._source_mix.packings[0].rows_per_epoch // 1)
     tokens, _, positions = take(loader, int(rows))
     used = [row[: padding(row, place)] for row, place in zip(tokens.tolist(), positions.tolist(), strict=True)]
-    assert sorted(token for row in used for token in row) == list(range(loader._supply.corpora[0].tokens))
+    assert sorted(token for row in used for token in row) == list(range(loader._source_mix.corpora[0].tokens))
     beyond = next(loader)
     assert (beyond.num_labels, beyond.tokens.any().item()) == (0, False)
 
@@ -138,14 +140,14 @@ def test_validation_honours_the_packing(folder, packing):
     )
     batches = list(loader)
     labels = torch.cat([batch.labels.flatten() for batch in batches])
-    lengths = np.concatenate([corpus.lengths for corpus in loader._supply.corpora])
+    lengths = np.concatenate([corpus.lengths for corpus in loader._source_mix.corpora])
     assert int((labels != IGNORE_INDEX).sum()) == int(np.maximum(lengths - 1, 0).sum())
-    assert len(batches) == -(-loader.rows // G) * G // 2
+    assert len(batches) == -(-loader.num_rows // G) * G // 2
 
 
 def test_the_report_tells_how_full_rows_are(folder):
     _, line, _ = load(folder, packing="pad").describe()
-    efficiency = load(folder, packing="pad")._supply.packings[0].efficiency
+    efficiency = load(folder, packing="pad")._source_mix.packings[0].efficiency
     assert f"rows {efficiency:.1%} full" in line
     assert "of the documents cut" in line
     assert "full" not in load(folder).describe()[1]
@@ -268,7 +270,7 @@ def test_a_share_needs_the_steps_of_the_run(folder):
 
 def test_usage_tells_tokens_and_epochs_of_each_phase(folder):
     loader = load(folder, steps=40, phases=[Phase(from_step=10, weights=[0, 1]), Phase(from_step=30, weights=[1, 1])])
-    tokens = [corpus.tokens for corpus in loader._supply.corpora]
+    tokens = [corpus.tokens for corpus in loader._source_mix.corpora]
     found = loader.usage()
     assert [(one.step, one.steps, one.source) for one in found] == [
         (0, 10, "a"), (0, 10, "b"), (10, 20, "a"), (10, 20, "b"), (30, 10, "a"), (30, 10, "b"),
@@ -281,7 +283,7 @@ def test_usage_tells_tokens_and_epochs_of_each_phase(folder):
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_source_that_does_not_repeat_ends_the_run_before_it_begins(folder, packing):
     free = load(folder, packing=packing)
-    rows = int(-(-free._supply.packings[1].epoch_rows // 1))
+    rows = int(-(-free._source_mix.packings[1].rows_per_epoch // 1))
     enough = 2 * rows // G  # half of the rows are of b
     changes = {"packing": packing, "sources": [free.sources[0], replace(free.sources[1], repeat=False)]}
     load(folder, steps=enough, **changes)
@@ -296,7 +298,7 @@ def test_a_source_that_does_not_repeat_ends_the_run_before_it_begins(folder, pac
 
 
 def test_missing_tokens_are_exact(folder):
-    tokens = load(folder, "a")._supply.corpora[0].tokens
+    tokens = load(folder, "a")._source_mix.corpora[0].tokens
     with pytest.raises(
         ConfigError, match=f"source a runs out at step {tokens // T // G} of 100, {100 * G * T - tokens:,} t"
     ):
@@ -307,7 +309,7 @@ def test_missing_tokens_are_exact(folder):
 @settings(max_examples=10, deadline=None)
 def test_steps_follow_from_epochs(folder, epochs, packing):
     loader = load(folder, "abc", packing=packing)
-    rows = sum(packed.epoch_rows for packed in loader._supply.packings)
+    rows = sum(packed.rows_per_epoch for packed in loader._source_mix.packings)
     steps = loader.steps_for(epochs)
     assert (steps - 1) * G < epochs * rows <= steps * G
     assert load(folder, "abc", packing=packing, repeat=False).steps_for(epochs) == max(int(epochs * rows // G), 1)
@@ -329,8 +331,8 @@ def test_one_epoch_of_everything_fits_exactly(folder, packing):
 def shares(sources, sizes, **settings):
     sources = [SourceConfig(name="text", path=f"{i}", **source) for i, source in enumerate(sources)]
     decides = MixtureWeights(**settings)
-    decides.check(sources)
-    return decides.of(sources, [Fraction(size) for size in sizes])
+    decides.validate(sources)
+    return decides.proportions(sources, [Fraction(size) for size in sizes])
 
 
 ALLAM = [
@@ -373,18 +375,21 @@ def test_temperature_evens_out_languages_and_else_sources():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"languages": {"en": 1, "ar": 1, "lv": 1}}, "unknown language in data.languages, of no source: 'lv'"),
+        ({"languages": {"en": 1, "ar": 1, "lv": 1}}, "unknown language in data.languages, which no source has: 'lv'"),
         ({"languages": {"en": 1}}, "unknown language of the source .* 'ar'"),
         ({"languages": {"en": 1, "ar": 0}}, "languages.ar = 0: must be"),
         ({"languages": {"en": 1, "ar": 1}, "temperature": 2.0}, "languages and temperature both"),
         ({"temperature": 0.0}, "temperature = 0.0"),
-        ({"domains": {**MULTIPLIERS, "lv": {"web": 1.0}}}, "language in data.domains, of no source: 'lv'"),
+        ({"domains": {**MULTIPLIERS, "lv": {"web": 1.0}}}, "language in data.domains, which no source has: 'lv'"),
         ({"domains": {"en": {}, "web": 1.0}}, "domains.en is empty"),
         (
             {"domains": {"en": {"web": 1.0, "maths": 1.0}, "web": 1.0}},
-            "data.domains.en, of no source: 'maths'. Did you",
+            "data.domains.en, which no source has: 'maths'. Did you",
         ),
-        ({"domains": {"web": 1.0, "maht": 1.0}}, "domain in data.domains, of no source: 'maht'. Did you mean 'math'"),
+        (
+            {"domains": {"web": 1.0, "maht": 1.0}},
+            "domain in data.domains, which no source has: 'maht'. Did you mean 'math'",
+        ),
         ({"domains": {"web": 1.0, "math": 1.0}}, "domain of the source .*, without a multiplier: 'books'"),
         ({"domains": {"web": -1.0, "math": 1.0, "books": 1.0}}, "domains.web = -1.0"),
     ],
@@ -407,8 +412,8 @@ def test_the_loader_mixes_by_domains(folder):
         for name, language in (("a", "en"), ("b", "en"), ("c", "ar"))
     ]
     loader = load(folder, sources=sources, domains={"web": 1.0}, languages={"en": 3, "ar": 1})
-    tokens = [corpus.tokens for corpus in loader._supply.corpora]
-    shares = loader._supply.interleave.shares[0]
+    tokens = [corpus.tokens for corpus in loader._source_mix.corpora]
+    shares = loader._source_mix.interleave.proportions[0]
     assert shares == [Fraction(3 * n, 4 * (tokens[0] + tokens[1])) for n in tokens[:2]] + [Fraction(1, 4)]
 
 
@@ -416,7 +421,7 @@ def test_excluded_sources_are_gone(folder):
     full = load(folder, "ac")
     phases = [Phase(from_step=2, weights={"a": 1, "b": 5, "c": 1})]
     loader = load(folder, "abc", exclude=["b"], steps=9, phases=phases)
-    assert [corpus.label for corpus in loader._supply.corpora] == ["a", "c"]
+    assert [corpus.label for corpus in loader._source_mix.corpora] == ["a", "c"]
     assert torch.equal(next(loader).tokens, next(full).tokens)
     with pytest.raises(ConfigError, match=r"unknown source or file of tokens in data\.exclude 'bb'"):
         load(folder, exclude=["bb"])

@@ -147,7 +147,7 @@ def test_a_worker_may_be_sent_the_dataset(folder):
     """As spawned workers are; the tokens stay on the disk."""
     dataset = load(folder)._data_loader().dataset
     sent = pickle.dumps(dataset)
-    assert same(pickle.loads(sent)[[3, 900]].batch(), dataset[[3, 900]].batch())
+    assert same(pickle.loads(sent)[[3, 900]].to_batch(), dataset[[3, 900]].to_batch())
 
 
 @given(st.integers(0, 30), st.integers(0, 5))
@@ -205,8 +205,8 @@ def test_validation_reads_every_label_once_and_ranks_agree_on_the_count(folder, 
         for d in range(degree)
     ]
     loader = text(folder, split="validation", validation_fraction=0.3)
-    corpus = loader._supply.corpora[0]
-    assert loader.rows == -(-(corpus.tokens - 1) // 16)
+    corpus = loader._source_mix.corpora[0]
+    assert loader.num_rows == -(-(corpus.tokens - 1) // 16)
     assert len({len(batches) for batches in ranks}) == 1
     labels = torch.cat([batch.labels.flatten() for batches in ranks for batch in batches])
     kept = labels[labels != data.IGNORE_INDEX]
@@ -239,11 +239,11 @@ def test_padding_is_a_document_of_its_own(folder):
 
 
 def test_held_out_documents_are_never_trained_on(folder, monkeypatch):
-    monkeypatch.setattr(RowLoader, "_order", lambda *_: int)  # text is easier to read in order
+    monkeypatch.setattr(RowLoader, "_row_order", lambda *_: int)  # text is easier to read in order
     decode = ByteTokenizer().decode
     validation = "".join(decode(row.tolist()) for batch in text(folder, split="validation") for row in batch.tokens)
     loader = text(folder, shuffle=False)
-    steps = -(-loader._supply.corpora[0].tokens // 16)
+    steps = -(-loader._source_mix.corpora[0].tokens // 16)
     train = "".join(decode(row.tolist()) for _ in range(steps) for row in next(loader).tokens)
     held = [i for i in range(200) if data.sources.held_out(f"text.jsonl:{i + 1}", 0.02)]
     assert held
@@ -254,16 +254,16 @@ def test_held_out_documents_are_never_trained_on(folder, monkeypatch):
 
 def test_named_validation_sources_leave_all_documents_for_training(folder):
     changes = dict(validation_sources=[SourceConfig(path=f"{folder}/b.bin"), SourceConfig(path=f"{folder}/a.idx")])
-    assert len(text(folder, **changes)._supply.corpora[0].lengths) == 200
+    assert len(text(folder, **changes)._source_mix.corpora[0].lengths) == 200
     loader = text(folder, split="validation", **changes)
     labels = torch.cat([batch.labels.flatten() for batch in loader])
-    assert int((labels != data.IGNORE_INDEX).sum()) == sum(corpus.tokens - 1 for corpus in loader._supply.corpora)
+    assert int((labels != data.IGNORE_INDEX).sum()) == sum(corpus.tokens - 1 for corpus in loader._source_mix.corpora)
 
 
 def test_tokens_alone_have_nothing_to_validate_on(folder):
-    with pytest.raises(ConfigError, match="nothing is held out for validation: give data"):
+    with pytest.raises(ConfigError, match="no documents are held out for validation: set data"):
         load(folder, split="validation")
-    with pytest.raises(ConfigError, match="nothing is held out"):
+    with pytest.raises(ConfigError, match="no documents are held out"):
         text(folder, split="validation", validation_fraction=0.0)
 
 
@@ -296,7 +296,7 @@ def test_the_report_names_sources_shares_and_epochs(folder):
     whole, *lines = load(folder).describe()
     assert "shuffled with seed 0" in whole
     assert "a.bin: 66.7% of the rows, 30 documents" in lines[0]
-    tokens = load(folder)._supply.corpora[1].tokens
+    tokens = load(folder)._source_mix.corpora[1].tokens
     assert f"{tokens:,} tokens, an epoch every {tokens / 16 * 3 / 8:.1f} steps" in lines[1]
     assert "rows" in text(folder, split="validation").describe()[0]
 
@@ -327,7 +327,7 @@ def test_training_texts_leave_out_what_is_held_out(folder):
         ({"dp_rank": 1}, "dp_rank is 1"),
         ({"local_batch_size": 0}, "local_batch_size is 0"),
         ({"split": "test"}, "Known: train, validation"),
-        ({"seed": -1}, "0 at least"),
+        ({"seed": -1}, "must be 0 or more"),
         ({"prefetch_factor": 2}, "only with num_workers"),
         ({"packing": "best"}, "unknown packing 'best'"),
     ],

@@ -30,15 +30,15 @@ def test_each_key_has_an_order_of_its_own():
 @given(st.integers(2, 2000), st.integers(1, 60), st.integers(0, 5))
 @settings(deadline=None)
 def test_rows_stay_within_their_epoch(tokens, seq_len, seed):
-    epoch_rows = Fraction(tokens, seq_len)
-    order = RowOrder(epoch_rows, seed, 0)
+    rows_per_epoch = Fraction(tokens, seq_len)
+    order = RowOrder(rows_per_epoch, seed, 0)
 
     def epoch(row):
         """The epoch that a row lies in as a whole, or None."""
-        number = row // epoch_rows
-        return number if row + 1 <= (number + 1) * epoch_rows else None
+        number = row // rows_per_epoch
+        return number if row + 1 <= (number + 1) * rows_per_epoch else None
 
-    rows = range(int(3 * epoch_rows))
+    rows = range(int(3 * rows_per_epoch))
     there = [order(row) for row in rows]
     assert sorted(there) == list(rows)
     for row, other in zip(rows, there, strict=True):

@@ -81,7 +81,7 @@ def throughput(folder):
                 best = [max(pair) for pair in zip(best, rate(loader), strict=True)]
             cpu = f"{best[1] / 1e6:.0f}" if workers == 0 else ""
             rows.append([packing, str(workers), f"{best[0] / 1e6:.0f}", cpu])
-    flat = loader._supply.corpora[0].shards[0].flat
+    flat = loader._source_mix.corpora[0].shards[0].flat
     begin, copied = time.process_time(), 0
     while time.process_time() - begin < 0.5:  # the bound: three copies of a row and nothing else
         row = flat[copied % 100_000 :][: SEQ_LEN + 1].astype(np.int64)

@@ -163,7 +163,7 @@ class FaultTolerance:
         if rows and not isinstance(loader, SupportsSkipping):
             raise ConfigError("resilience.on_bad_step = 'rollback' needs a data loader that can leave rows out.")
         if rows and isinstance(loader, SupportsSkipping):
-            loader.leave_out(rows)
+            loader.add_skip_rows(rows)
             self.left_out += rows
 
     def _end(self) -> None:

@@ -1,21 +1,32 @@
-"""Which source each row comes from: a fixed interleave in which every source keeps its share at every row.
+"""Which source each row comes from: a fixed interleave in which every source keeps its proportion at every row.
 
-After any number of rows r, the count of source i is less than one row away from ``r * w_i / sum(w)``. With p its share,
-its row number j (from 0) so has a window: not before row ``floor(j / p)``, and by row ``ceil((j + 1) / p) - 1``. Taking
-the eligible source with the earliest deadline meets every window (Tijdeman, The chairman assignment problem, 1980).
+Drawing the source of each row at random would be off by about sqrt(r) rows after r rows. Here the count of a source of
+proportion p is always less than one row away from r * p. Equivalently its row j (from 0) lies between two rows: not
+before ``floor(j / p)``, its release, and not after ``ceil((j + 1) / p) - 1``, its deadline. Taking, at every row, the
+released source with the earliest deadline meets all deadlines (Tijdeman, The chairman assignment problem, 1980).
 
-That rule alone would have to run from row 0. Here rows come in blocks, and the counts at a border are known without the
-blocks before it, so any row costs one block. Let W be more than any 1 / p. The counts at a border S take two steps:
+Example with proportions 0.5, 0.3, 0.2, called A, B, C, and the next (release, deadline) of each source:
 
-1. At S - W, round what is due to each source down, then give the rows still missing to sources that were rounded, the
-   earliest deadlines first. The rule can go on from here for ever: what must come by some t > S - W has room. (If every
-   source that was given a row has its next deadline by t too, the sum over all sources says so. If not, no other
-   rounded source has one by t, and each of the rest owes at most its share of the time.)
-2. From there the rule runs W rows, to S. So the counts at S can be left, since the rule could just go on, and they can
-   be reached: counted rows whose windows open in the last W were placed by this run, and no earlier window is cut by S.
+    row 0   A (0, 1)   B (0, 3)   C (0, 4)   -> A
+    row 1   A (2, 3)   B (0, 3)   C (0, 4)   -> B, since A is not released before row 2
+    row 2   A (2, 3)   B (3, 6)   C (0, 4)   -> A
+    row 3   A (4, 5)   B (3, 6)   C (0, 4)   -> C
+    row 4   A (4, 5)   B (3, 6)   C (5, 9)   -> A
 
-Blocks have at least 2 W rows. Within one the rule runs from the counts at its first border, every source up to its
-count at the next: by 1 and 2 every interval has room for the windows in it, so the earliest deadline meets them all.
+That rule alone would have to run from row 0 to find row 10,000,000. So rows are divided into blocks, and the counts at
+the border of a block are computed without the blocks before it: any row costs one block. Let W be more than any 1 / p.
+The counts at a border S take two steps:
+
+1. At S - W, round r * p down for each source; give the rows still missing to sources that were rounded, the earliest
+   deadlines first. The rule can continue from these counts forever: what must come by some t > S - W has room. (If
+   every source that was given a row has its next deadline by t too, the sum over all sources says so. If not, no other
+   rounded source has one by t, and each of the rest owes at most its proportion of the time.)
+2. From there the rule runs for W rows, to S. So the deadlines after S can be met, since the rule could just continue;
+   and those before S are met: rows released in the last W rows were placed by this run, and those released earlier
+   have their deadlines before S.
+
+Blocks have at least 2 W rows. Within a block the rule runs from the counts at its first border, each source up to its
+count at the next border: by 1 and 2 every interval has room for the rows due in it, so the rule meets all deadlines.
 """
 
 from __future__ import annotations
@@ -32,105 +43,108 @@ import numpy as np
 from torchladder.registry import ConfigError
 
 MIN_PROPORTION = Fraction(1, 10**6)
-"""The smallest share of a source: below, a block would take seconds."""
+"""Below it, computing a block would take seconds."""
+MIN_BLOCK_ROWS = 1 << 14
 
 
 class WeightedInterleave:
-    """Assigns every row of a run to a row of one of its sources.
+    """Maps every row of a run to a row of one of its sources.
 
     Args:
-        weights: one per source, in any unit; taken as the decimal numbers they print as, without rounding.
+        weights: one per source, in any unit; converted to fractions exactly as they print in decimal.
+
+    Attributes:
+        proportions: of each source; they sum to 1.
 
     Raises:
-        ConfigError: a weight is not a positive number, or a share is below one in a million.
+        ConfigError: a weight is not a positive number, or a proportion is below one in a million.
     """
 
     def __init__(self, weights: Sequence[float | Fraction]) -> None:
         if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-            raise ConfigError(
-                f"weights are {list(weights)}; each is a finite number above 0, and there is one at least."
-            )
+            raise ConfigError(f"weights are {list(weights)}; they must be finite numbers above 0, at least one.")
         exact = [Fraction(str(weight)) for weight in weights]
-        self.shares = [weight / sum(exact) for weight in exact]
-        if min(self.shares) < MIN_PROPORTION:
+        self.proportions = [weight / sum(exact) for weight in exact]
+        if min(self.proportions) < MIN_PROPORTION:
             raise ConfigError(f"weights are {list(weights)}; the smallest is less than a millionth of their sum.")
-        # Whole numbers from here on: the share of source i is _parts[i] / _whole.
-        self._whole = math.lcm(*(share.denominator for share in self.shares))
-        self._parts = [int(share * self._whole) for share in self.shares]
-        self._settle = math.ceil(1 / min(self.shares)) + 1  # W
-        self.block = max(1 << 14, 2 * self._settle)
+        # Integers from here on, since fractions are slow: the proportion of source i is _numerators[i] / _denominator.
+        self._denominator = math.lcm(*(proportion.denominator for proportion in self.proportions))
+        self._numerators = [int(proportion * self._denominator) for proportion in self.proportions]
+        self._settle_rows = math.ceil(1 / min(self.proportions)) + 1  # W
+        self._block_rows = max(MIN_BLOCK_ROWS, 2 * self._settle_rows)
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(self, row: int) -> tuple[int, int]:
         """Returns the source of a row, and which of that source's rows it is."""
-        number, offset = divmod(row, self.block)
-        source, index = self._rows(number)
+        number, offset = divmod(row, self._block_rows)
+        source, index = self._block(number)
         return int(source[offset]), int(index[offset])
 
     def counts(self, row: int) -> list[int]:
-        """Returns how many of the rows before ``row`` are of each source."""
-        number, offset = divmod(row, self.block)
-        counts = self._border(number)
-        for source in islice(self._block(number), offset):
+        """Returns how many of the rows before ``row`` come from each source."""
+        number, offset = divmod(row, self._block_rows)
+        counts = self._counts_at_block(number)
+        for source in islice(self._block_sources(number), offset):
             counts[source] += 1
         return counts
 
-    def _rows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns source and index of each row of a block, keeping the two blocks read last."""
+    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the source and the index within it of each row of a block; keeps the last two blocks."""
         if number not in self._blocks:
-            source = np.fromiter(self._block(number), np.int64, self.block)
+            source = np.fromiter(self._block_sources(number), np.int64, self._block_rows)
             index = np.empty_like(source)
-            for i, count in enumerate(self._border(number)):
-                mine = source == i
-                index[mine] = count + np.arange(mine.sum())
+            for i, count in enumerate(self._counts_at_block(number)):
+                is_i = source == i
+                index[is_i] = count + np.arange(is_i.sum())
             while len(self._blocks) > 1:
                 del self._blocks[next(iter(self._blocks))]
             self._blocks[number] = source, index
         return self._blocks[number]
 
-    def _block(self, number: int) -> Iterator[int]:
+    def _block_sources(self, number: int) -> Iterator[int]:
         """Yields the source of each row of a block."""
-        return self._earliest(self._border(number), number * self.block, self._border(number + 1))
+        return self._earliest_deadline_first(
+            self._counts_at_block(number), number * self._block_rows, self._counts_at_block(number + 1)
+        )
 
-    def _border(self, number: int) -> list[int]:
-        """Returns each source's count where a block begins."""
-        row = number * self.block
+    def _counts_at_block(self, number: int) -> list[int]:
+        """Returns each source's count at the first row of a block."""
+        row = number * self._block_rows
         if row == 0:
-            return [0] * len(self._parts)
-        before = row - self._settle
-        counts = self._rounded(before)
-        for source in islice(self._earliest(counts, before), self._settle):
+            return [0] * len(self._numerators)
+        counts = self._rounded_counts(row - self._settle_rows)
+        for source in islice(self._earliest_deadline_first(counts, row - self._settle_rows), self._settle_rows):
             counts[source] += 1
         return counts
 
-    def _rounded(self, row: int) -> list[int]:
-        """Returns whole counts that sum to ``row`` and from which every later window can be met (step 1 above)."""
-        counts = [row * part // self._whole for part in self._parts]
-        fractional = [i for i, part in enumerate(self._parts) if row * part % self._whole]
-        by_deadline = sorted(fractional, key=lambda i: (self._deadline(i, counts[i]), i))
+    def _rounded_counts(self, row: int) -> list[int]:
+        """Returns counts that sum to ``row`` and from which all later deadlines can be met (step 1 above)."""
+        counts = [row * numerator // self._denominator for numerator in self._numerators]
+        rounded = [i for i, numerator in enumerate(self._numerators) if row * numerator % self._denominator]
+        by_deadline = sorted(rounded, key=lambda i: (self._deadline(i, counts[i]), i))
         for i in by_deadline[: row - sum(counts)]:
             counts[i] += 1
         return counts
 
-    def _earliest(self, counts: list[int], row: int, until: list[int] | None = None) -> Iterator[int]:
-        """Yields the source of each row from ``row`` on: eligible, and of the earliest deadline.
+    def _earliest_deadline_first(self, counts: list[int], row: int, until: list[int] | None = None) -> Iterator[int]:
+        """Yields the source of each row from ``row`` on: the released one with the earliest deadline.
 
         Args:
-            counts: rows of each source so far.
-            until: counts to end with; endless without.
+            counts: rows of each source before ``row``.
+            until: counts at which to stop; None never stops.
         """
         counts = list(counts)
         waiting: list[tuple[int, int]] = []
-        ready: list[tuple[int, int]] = []
+        released: list[tuple[int, int]] = []
         for i, count in enumerate(counts):
             if until is None or count < until[i]:
                 waiting.append((self._release(i, count), i))
         heapify(waiting)
-        while waiting or ready:
+        while waiting or released:
             while waiting and waiting[0][0] <= row:
                 i = heappop(waiting)[1]
-                heappush(ready, (self._deadline(i, counts[i]), i))
-            i = heappop(ready)[1]
+                heappush(released, (self._deadline(i, counts[i]), i))
+            i = heappop(released)[1]
             yield i
             row += 1
             counts[i] += 1
@@ -138,49 +152,54 @@ class WeightedInterleave:
                 heappush(waiting, (self._release(i, counts[i]), i))
 
     def _release(self, i: int, index: int) -> int:
-        return index * self._whole // self._parts[i]
+        return index * self._denominator // self._numerators[i]
 
     def _deadline(self, i: int, index: int) -> int:
-        return -(-(index + 1) * self._whole // self._parts[i]) - 1
+        return -(-(index + 1) * self._denominator // self._numerators[i]) - 1
 
 
 class PhasedInterleave:
-    """Which source each row of a run comes from: a mixture per phase, each source going on where it was.
+    """The interleave of a run whose weights change: each phase continues every source where the last one left it.
 
     Args:
-        shares: for each phase, the share of each source; 0 for one that the phase leaves out.
-        firsts: the first row of each phase, from 0.
+        weights: for each phase, the weight of each source; 0 for a source that the phase does not read.
+        first_rows: the first row of each phase; the first one is 0.
+
+    Attributes:
+        proportions: for each phase, the proportion of each source.
+        first_rows: as given.
     """
 
-    def __init__(self, shares: Sequence[Sequence[float | Fraction]], firsts: Sequence[int]) -> None:
-        self.firsts = list(firsts)
-        self._sources = [[i for i, share in enumerate(of_phase) if share] for of_phase in shares]
-        self._mixtures = [
-            WeightedInterleave([of_phase[i] for i in sources])
-            for of_phase, sources in zip(shares, self._sources, strict=True)
+    def __init__(self, weights: Sequence[Sequence[float | Fraction]], first_rows: Sequence[int]) -> None:
+        self.first_rows = list(first_rows)
+        self._sources = [[i for i, weight in enumerate(phase) if weight] for phase in weights]
+        self._interleaves = [
+            WeightedInterleave([phase[i] for i in sources])
+            for phase, sources in zip(weights, self._sources, strict=True)
         ]
-        self.shares = [[Fraction(0)] * len(of_phase) for of_phase in shares]
-        for of_phase, sources, mixture in zip(self.shares, self._sources, self._mixtures, strict=True):
-            for source, share in zip(sources, mixture.shares, strict=True):
-                of_phase[source] = share
-        self._before = [[0] * len(shares[0])]
-        for phase, (first, until) in enumerate(pairwise(self.firsts)):
-            self._before.append(self._add(phase, until - first))
+        self.proportions = [[Fraction(0)] * len(phase) for phase in weights]
+        for phase, sources, interleave in zip(self.proportions, self._sources, self._interleaves, strict=True):
+            for source, proportion in zip(sources, interleave.proportions, strict=True):
+                phase[source] = proportion
+        self._counts_before = [[0] * len(weights[0])]  # of each phase
+        for first, end in pairwise(self.first_rows):
+            self._counts_before.append(self._counts_in_phase(len(self._counts_before) - 1, end - first))
 
     def __call__(self, row: int) -> tuple[int, int]:
         """Returns the source of a row, and which of that source's rows it is."""
-        phase = bisect.bisect_right(self.firsts, row) - 1
-        source, index = self._mixtures[phase](row - self.firsts[phase])
+        phase = bisect.bisect_right(self.first_rows, row) - 1
+        source, index = self._interleaves[phase](row - self.first_rows[phase])
         source = self._sources[phase][source]
-        return source, self._before[phase][source] + index
+        return source, self._counts_before[phase][source] + index
 
     def counts(self, row: int) -> list[int]:
-        """Returns how many of the rows before ``row`` are of each source."""
-        phase = bisect.bisect_right(self.firsts, row) - 1
-        return self._add(phase, row - self.firsts[phase])
+        """Returns how many of the rows before ``row`` come from each source."""
+        phase = bisect.bisect_right(self.first_rows, row) - 1
+        return self._counts_in_phase(phase, row - self.first_rows[phase])
 
-    def _add(self, phase: int, rows: int) -> list[int]:
-        counts = list(self._before[phase])
-        for source, count in zip(self._sources[phase], self._mixtures[phase].counts(rows), strict=True):
+    def _counts_in_phase(self, phase: int, rows: int) -> list[int]:
+        """Returns the counts after the first ``rows`` rows of a phase, earlier phases included."""
+        counts = list(self._counts_before[phase])
+        for source, count in zip(self._sources[phase], self._interleaves[phase].counts(rows), strict=True):
             counts[source] += count
         return counts
