@@ -5,23 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 
 from torchladder.data.packed_rows import BatchLayout, PackedRows, finish_row
 
-
-class StreamedRow(NamedTuple):
-    """One row.
-
-    Attributes:
-        tokens: (T + 1,) int32 as in ``PackedRows``.
-        begins: (pieces,) int64, where its pieces begin.
-    """
-
-    tokens: np.ndarray
-    begins: np.ndarray
+StreamedRow = tuple[np.ndarray, np.ndarray]
+"""A row's tokens (T + 1,) int32 as in ``PackedRows``, and where its pieces begin (pieces,) int64."""
 
 
 @dataclass
@@ -45,7 +35,7 @@ class StreamedRows:
         rows = islice(self.rows(), self.first_row, None)
         while step := list(islice(rows, count)):
             # Completes the last step with padding, so that every rank has as many batches.
-            step += [self._row(step[0].tokens[:0], np.empty(0, np.int64))] * (count - len(step))
+            step += [self._row(np.empty(0, np.int32), np.empty(0, np.int64))] * (count - len(step))
             for batch in self.layout.micro_batches(step):
                 tokens, begins = zip(*batch, strict=True)
                 yield PackedRows(np.stack(tokens), np.concatenate([b * seq_len + row for b, row in enumerate(begins)]))
@@ -70,4 +60,4 @@ class StreamedRows:
         tokens, used = np.empty(self.layout.seq_len + 1, np.int32), len(content)
         tokens[:used] = content
         begins = np.concatenate([[0], starts[starts > 0], [used]])
-        return StreamedRow(tokens, finish_row(tokens, begins, self.labels_across_documents))
+        return tokens, finish_row(tokens, begins, self.labels_across_documents)

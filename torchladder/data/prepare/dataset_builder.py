@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, dtype_for
 from torchladder.data.prepare import merging, metadata
 from torchladder.data.prepare.document_encoder import DocumentEncoder, batch_by_chars
@@ -183,13 +181,14 @@ def _make_parts(
             done[part.key] = part
             progress.update(part.documents, part.tokens, num_bytes[part.key])
         parts = [done[task.key] for task in tasks]
-        skipped, examples = Counter[str](), dict[str, str]()
-        for part in parts:
-            skipped.update(part.skipped)
-            examples = {**part.examples, **examples}
-        for line in sources.summary(skipped, examples):
+        examples = {reason: example for part in reversed(parts) for reason, example in part.examples.items()}
+        for line in sources.summary(_count_skipped(parts), examples):
             progress.print(f"{config.on_error}: {line}")
     return parts
+
+
+def _count_skipped(parts: list[PreparedPart]) -> dict[str, int]:
+    return dict(sorted(sum((Counter(part.skipped) for part in parts), Counter[str]()).items()))
 
 
 def _read_part(folder: Path, key: str, on_error: str) -> PreparedPart | None:
@@ -207,8 +206,8 @@ def _read_part(folder: Path, key: str, on_error: str) -> PreparedPart | None:
 def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list[PreparedPart]) -> DatasetMetadata:
     """Writes the output from its parts, the metadata last."""
     (folder / "joining").touch()  # tells the next run that a .bin without metadata is ours
-    skipped: Counter[str] = Counter()
-    with IndexedWriter(prefix, np.dtype(wanted.dtype)) as writer:
+
+    def verified() -> Iterator[IndexedTokens]:
         for part in parts:
             corrupt = metadata.find_corruption(folder / part.pair, part.checksums)
             if corrupt:
@@ -217,18 +216,9 @@ def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list
                     f"{corrupt} is missing or damaged; run the same command again to make it again. "
                     f"With several machines, {folder.parent} must be a folder that all of them share."
                 )
-            merging.append_documents(writer, IndexedTokens(folder / part.pair))
-            skipped.update(part.skipped)
-        metadata.metadata_path(prefix).unlink(missing_ok=True)  # it describes the dataset that is being replaced
-    done = dataclasses.replace(
-        wanted,
-        documents=len(writer.lengths),
-        tokens=sum(part.tokens for part in parts),
-        skipped=dict(sorted(skipped.items())),
-        checksums=writer.checksums,
-    )
-    metadata.write_metadata(prefix, done)
-    return done
+            yield IndexedTokens(folder / part.pair)
+
+    return merging.write_merged(prefix, verified(), dataclasses.replace(wanted, skipped=_count_skipped(parts)))
 
 
 @contextmanager

@@ -143,7 +143,8 @@ class RayPool:
         actor_class = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=3)(_RayWorker)
         actors = [actor_class.remote(function) for _ in range(workers)]
         try:
-            yield from self._results(actors, tasks)
+            pool = ray.util.ActorPool(actors)
+            yield from pool.map_unordered(lambda actor, task: actor.run_task.remote(task), tasks)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayActorError as error:
@@ -153,17 +154,6 @@ class RayPool:
                 ray.kill(actor)
             if started_here:
                 ray.shutdown()
-
-    def _results(self, actors: list[Any], tasks: Sequence[Any]) -> Iterator[Any]:
-        waiting = iter(tasks)
-        busy = {actor.run_task.remote(task): actor for actor, task in zip(actors, waiting, strict=False)}
-        while busy:
-            [ready], _ = self.ray.wait(list(busy), num_returns=1)
-            actor = busy.pop(ready)
-            task = next(waiting, None)
-            if task is not None:
-                busy[actor.run_task.remote(task)] = actor
-            yield self.ray.get(ready)
 
 
 class _RayWorker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,31 @@ COPY_TOKENS = 1 << 24
 """Tokens that are copied at once, rounded to whole documents."""
 
 
-def append_documents(writer: IndexedWriter, dataset: IndexedTokens) -> None:
-    """Appends all documents of a dataset to a writer.
+def write_merged(output: str, datasets: Iterable[IndexedTokens], about: DatasetMetadata) -> DatasetMetadata:
+    """Writes the documents of all datasets, and then the metadata; returns it with its counts and checksums.
+
+    Args:
+        output: prefix of the dataset to write.
+        datasets: what to merge, in order.
+        about: dtype, settings and sources of the output.
 
     Raises:
-        ConfigError: the dataset stores tokens as another dtype.
+        ConfigError: a dataset stores tokens as another dtype.
     """
-    if dataset.dtype != writer.dtype:
-        raise ConfigError(
-            f"{dataset.prefix} stores tokens as {dataset.dtype}, the datasets before it as {writer.dtype}; "
-            "merge datasets of one dtype."
-        )
-    for tokens, lengths in _document_batches(dataset):
-        writer.extend(tokens, lengths)
+    with IndexedWriter(output, np.dtype(about.dtype)) as writer:
+        for dataset in datasets:
+            if dataset.dtype != writer.dtype:
+                raise ConfigError(
+                    f"{dataset.prefix} stores tokens as {dataset.dtype}, the datasets before it as {writer.dtype}; "
+                    "merge datasets of one dtype."
+                )
+            for tokens, lengths in _document_batches(dataset):
+                writer.extend(tokens, lengths)
+        metadata.metadata_path(output).unlink(missing_ok=True)  # it describes the dataset that is being replaced
+    counts = len(writer.lengths), sum(writer.lengths)
+    merged = dataclasses.replace(about, documents=counts[0], tokens=counts[1], checksums=writer.checksums)
+    metadata.write_metadata(output, merged)
+    return merged
 
 
 def _document_batches(dataset: IndexedTokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -80,18 +92,8 @@ def merge_datasets(output: str, inputs: Sequence[str], overwrite: bool = False) 
         corrupt = about and metadata.find_corruption(dataset.prefix, about.checksums)
         if corrupt:
             raise ConfigError(f"{corrupt} is damaged: it differs from its checksum in {dataset.prefix}.json.")
-    with IndexedWriter(output, datasets[0][0].dtype.newbyteorder("=")) as writer:
-        for dataset, _ in datasets:
-            append_documents(writer, dataset)
-        metadata.metadata_path(output).unlink(missing_ok=True)  # it describes the dataset that is being replaced
-    result = dataclasses.replace(
-        merged or DatasetMetadata(dtype=str(writer.dtype)),
-        documents=len(writer.lengths),
-        tokens=sum(dataset.tokens for dataset, _ in datasets),
-        checksums=writer.checksums,
-    )
-    metadata.write_metadata(output, result)
-    return result
+    merged = merged or DatasetMetadata(dtype=datasets[0][0].dtype.name)
+    return write_merged(output, [dataset for dataset, _ in datasets], merged)
 
 
 Datasets = list[tuple[IndexedTokens, DatasetMetadata | None]]
@@ -135,7 +137,5 @@ def _merge_metadata(known: Sequence[DatasetMetadata]) -> DatasetMetadata:
     # All shards of a preparation list all of its sources.
     same_sources = all(about.sources == known[0].sources and about.shard for about in known)
     sources = known[0].sources if same_sources else [source for about in known for source in about.sources]
-    skipped: Counter[str] = Counter()
-    for about in known:
-        skipped.update(about.skipped)
+    skipped = sum((Counter(about.skipped) for about in known), Counter[str]())
     return dataclasses.replace(known[0], sources=sources, skipped=dict(sorted(skipped.items())), shard=None)
