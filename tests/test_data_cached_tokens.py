@@ -45,7 +45,7 @@ def documents(prefix):
     return [read[i].tolist() for i in range(len(read))]
 
 
-def test_documents_are_framed_and_split(folder, tmp_path):
+def test_documents_are_encoded_and_split(folder, tmp_path):
     source = sources.text(str(folder))
     out = tokenize_cached(source, Shifted(), tmp_path / "cache", validation_fraction=0.2, bos=True)
     expected = {True: [], False: []}
@@ -100,7 +100,7 @@ def test_a_token_outside_the_vocabulary_is_an_error_and_leaves_nothing(folder, t
     assert [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.suffix != ".lock"] == []
 
 
-def test_settings_that_cannot_be(folder, tmp_path):
+def test_invalid_settings(folder, tmp_path):
     source = sources.text(str(folder))
     with pytest.raises(ConfigError, match="no bos token"):
         tokenize_cached(source, ByteTokenizer(), tmp_path, bos=True)

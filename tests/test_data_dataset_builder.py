@@ -200,7 +200,7 @@ def test_an_error_in_a_worker_is_the_error(prepare, folder):
         prepare(workers=2)
 
 
-def test_an_output_prepared_otherwise_is_not_replaced_unasked(prepare, folder, tmp_path):
+def test_an_output_with_other_settings_is_not_replaced_unasked(prepare, folder, tmp_path):
     prepare()
     before = content(tmp_path / "out")
     prepare(on_error="skip")  # nothing was to be skipped
@@ -257,7 +257,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(prepare, folder, tmp_p
         dataset_builder.prepare_dataset(preparation, change_first)
 
 
-def test_inputs_that_cannot_be(prepare, folder):
+def test_invalid_inputs(prepare, folder):
     with pytest.raises(ConfigError, match=r"0\.jsonl matches two inputs"):
         prepare(inputs=[str(folder), f"{folder}/*.jsonl"])
     with pytest.raises(ConfigError, match="no file matches"):
@@ -307,7 +307,7 @@ def test_killed_at_any_moment_it_continues(prepare, tmp_path):
 
 
 @pytest.mark.parametrize("stop", ["idx unlinked", "bin there", "json missing"])
-def test_killed_while_it_joins_it_continues(prepare, folder, tmp_path, monkeypatch, stop):
+def test_killed_while_it_merges_it_continues(prepare, folder, tmp_path, monkeypatch, stop):
     prepare("whole")
 
     class Killed(BaseException):
@@ -376,7 +376,7 @@ def test_workers_end_with_their_caller():
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
-def test_a_worker_that_is_killed_is_said():
+def test_a_killed_worker_is_reported():
     with pytest.raises(ConfigError, match="a worker process was killed") as error:
         list(local_executor(2)(_die, [1, 2]))
     assert not isinstance(error.value.__cause__, BrokenProcessPool)

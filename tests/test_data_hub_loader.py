@@ -194,12 +194,12 @@ def test_the_report_states_the_promise(load):
         ({"split": "validation", "validation_fraction": 0.0}, "no documents are held out"),
     ],
 )
-def test_settings_that_cannot_be(load, changes, message):
+def test_invalid_settings(load, changes, message):
     with pytest.raises(ConfigError, match=message):
         load(**changes)
 
 
-def test_documents_that_cannot_be(load, tmp_path):
+def test_invalid_documents(load, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n')
     broken = load(data_files=str(tmp_path / "a.jsonl"), validation_fraction=0.0)
@@ -217,7 +217,7 @@ def test_a_missing_package_names_the_extra(load, monkeypatch):
         load()
 
 
-def test_a_run_on_a_stream_goes_on_bit_for_bit(load, folder, tmp_path):
+def test_a_run_on_a_stream_resumes_bit_for_bit(load, folder, tmp_path):
     def run(*argv):
         debug = str(Path(__file__).parents[1] / "train_configs" / "debug.toml")
         stream = ["--data.name", "hub", "--data.path", str(folder), "--data.validation_fraction", "0.1"]

@@ -153,7 +153,7 @@ def test_the_report_tells_how_full_rows_are(folder):
     assert "full" not in load(folder).describe()[1]
 
 
-def test_silenced_tokens_are_read_and_not_predicted(folder, tmp_path):
+def test_masked_tokens_are_inputs_but_not_labels(folder, tmp_path):
     with IndexedWriter(tmp_path / "silent", np.dtype(np.int32)) as writer:
         writer.add(np.array([~1, ~2, 3, 4]))
         writer.add(np.array([~5, 6, ~7, 8]))
@@ -171,7 +171,7 @@ def test_silenced_tokens_are_read_and_not_predicted(folder, tmp_path):
     st.lists(st.integers(1, 60), min_size=4, max_size=4),
 )
 @settings(max_examples=30, deadline=None)
-def test_sources_go_on_where_they_were(shares, lengths):
+def test_phases_continue_sources_where_they_were(shares, lengths):
     firsts = [sum(lengths[:i]) for i in range(len(shares))]
     mixed = PhasedInterleave(shares, firsts)
     seen = Counter()
@@ -394,7 +394,7 @@ def test_temperature_evens_out_languages_and_else_sources():
         ({"domains": {"web": -1.0, "math": 1.0, "books": 1.0}}, "domains.web = -1.0"),
     ],
 )
-def test_domains_that_cannot_be(changes, message):
+def test_invalid_domains(changes, message):
     with pytest.raises(ConfigError, match=message):
         shares(ALLAM, SIZES, **changes)
 

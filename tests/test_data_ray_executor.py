@@ -76,7 +76,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
         executor.registry.get("ray")(workers=1)
 
 
-def test_workers_are_some():
+def test_zero_workers_are_an_error():
     pytest.importorskip("ray")
     with pytest.raises(ConfigError, match="workers is 0"):
         executor.registry.get("ray")(workers=0)

@@ -227,7 +227,7 @@ def test_validation_is_finite_the_same_for_any_seed_and_repeats_after_seek(folde
         assert all(map(same, first, again))
 
 
-def test_padding_is_a_document_of_its_own(folder):
+def test_padding_has_its_own_positions(folder):
     *_, last = text(folder, split="validation", validation_fraction=0.3)
     assert 0 < last.num_labels < last.labels.numel()
     for tokens, labels, positions in zip(last.tokens, last.labels, last.positions, strict=True):
@@ -287,7 +287,7 @@ def test_the_fingerprint_changes_with_whatever_changes_the_rows(folder):
         assert {name for name in base if changed[name] != base[name]} == {key}
 
 
-def test_other_text_and_framing_are_other_sources(folder):
+def test_other_text_and_splits_are_other_sources(folder):
     prints = {text(folder, **changes).fingerprint()["sources"] for changes in ({}, {"validation_fraction": 0.5})}
     assert len(prints) == 2
 
@@ -332,7 +332,7 @@ def test_training_texts_leave_out_what_is_held_out(folder):
         ({"packing": "best"}, "unknown packing 'best'"),
     ],
 )
-def test_settings_that_cannot_be(folder, changes, message):
+def test_invalid_settings(folder, changes, message):
     with pytest.raises(ConfigError, match=message):
         load(folder, **changes)
 

@@ -22,7 +22,7 @@ def test_neighbours_are_driven_apart():
     assert abs(np.corrcoef(there, np.arange(count))[0, 1]) < 0.03
 
 
-def test_each_key_has_an_order_of_its_own():
+def test_each_key_has_its_own_order():
     orders = [[feistel_permute(i, 50, key) for i in range(50)] for key in [(0, 0), (0, 1), (1, 0)]]
     assert len({tuple(order) for order in orders}) == 3
 
