@@ -252,7 +252,7 @@ def test_phases_begin_at_steps_tokens_and_shares():
             "unknown source in the weights of a phase 'bb'. Did you mean 'b'",
         ),
         ([dict(from_step=1, weights=[0, 0])], "weights are"),
-        ([dict(from_step=1, weights=[1, -1])], "above 0"),
+        ([dict(from_step=1, weights=[1, -1])], "0 or more"),
     ],
 )
 def test_phases_that_cannot_be(folder, phases, message):

@@ -50,7 +50,9 @@ def run(argv: list[str]) -> int:
     if arguments.document is not None and not 0 <= number < len(dataset):
         raise ConfigError(f"--document {number}: the dataset has {len(dataset)} documents, counted from 0.")
     decoder = load_tokenizer(arguments) if arguments.tokenizer else _recorded_tokenizer(about)
-    _check_tokenizer(about, decoder)
+    written_with = about.tokenizer.get("fingerprint") if about else None
+    if written_with and decoder is not None and decoder.fingerprint != written_with:
+        raise ConfigError(f"the dataset was written with the tokenizer {written_with}, not {decoder.fingerprint}.")
     verify = about is not None and not arguments.no_checksums
     corrupt = metadata.find_corruption(dataset.prefix, about.checksums) if about and verify else None
     if arguments.json:
@@ -139,10 +141,3 @@ def _recorded_tokenizer(about: DatasetMetadata | None) -> Tokenizer | None:
         return tokenizer.load(name)
     except ConfigError:
         return None
-
-
-def _check_tokenizer(about: DatasetMetadata | None, decoder: Tokenizer | None) -> None:
-    """Raises ConfigError if the dataset was written with another tokenizer."""
-    written = about.tokenizer.get("fingerprint") if about else None
-    if written and decoder is not None and decoder.fingerprint != written:
-        raise ConfigError(f"the dataset was written with the tokenizer {written}, not {decoder.fingerprint}.")

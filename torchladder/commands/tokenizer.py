@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,14 +42,7 @@ def run(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="train")
     _add_options(commands.add_parser("train", help="lists the options with: train --help", **help_page))
     arguments = parser.parse_args(argv)
-    settings = Training(
-        kind=arguments.kind,
-        vocab_size=arguments.vocab_size,
-        special_tokens=arguments.special_tokens,
-        character_coverage=arguments.character_coverage,
-        normalization=arguments.normalization,
-        split_digits=arguments.split_digits,
-    )
+    settings = Training(**{setting.name: getattr(arguments, setting.name) for setting in fields(Training)})
     folder = Path(arguments.output)
     if folder.exists() and not arguments.overwrite:
         raise ConfigError(f"{folder} already exists; --overwrite replaces it.")

@@ -51,26 +51,27 @@ class WeightedInterleave:
     """Maps every row of a run to a row of one of its sources.
 
     Args:
-        weights: one per source, in any unit; converted to fractions exactly as they print in decimal.
+        weights: one per source, in any unit, 0 for no rows; converted to fractions exactly as they print in decimal.
 
     Attributes:
         proportions: of each source; they sum to 1.
 
     Raises:
-        ConfigError: a weight is not a positive number, or a proportion is below one in a million.
+        ConfigError: a weight is negative or not finite, none is above 0, or a proportion is below one in a million.
     """
 
     def __init__(self, weights: Sequence[float | Fraction]) -> None:
-        if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-            raise ConfigError(f"weights are {list(weights)}; they must be finite numbers above 0, at least one.")
+        if not any(weights) or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+            raise ConfigError(f"weights are {list(weights)}; they must be 0 or more and finite, and one above 0.")
         exact = [Fraction(str(weight)) for weight in weights]
         self.proportions = [weight / sum(exact) for weight in exact]
-        if min(self.proportions) < MIN_PROPORTION:
+        smallest = min(filter(None, self.proportions))
+        if smallest < MIN_PROPORTION:
             raise ConfigError(f"weights are {list(weights)}; the smallest is less than a millionth of their sum.")
         # Integers from here on, since fractions are slow: the proportion of source i is _numerators[i] / _denominator.
         self._denominator = math.lcm(*(proportion.denominator for proportion in self.proportions))
         self._numerators = [int(proportion * self._denominator) for proportion in self.proportions]
-        self._settle_rows = math.ceil(1 / min(self.proportions)) + 1  # W
+        self._settle_rows = math.ceil(1 / smallest) + 1  # W
         self._block_rows = max(MIN_BLOCK_ROWS, 2 * self._settle_rows)
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -137,7 +138,7 @@ class WeightedInterleave:
         waiting: list[tuple[int, int]] = []
         released: list[tuple[int, int]] = []
         for i, count in enumerate(counts):
-            if until is None or count < until[i]:
+            if self._numerators[i] and (until is None or count < until[i]):
                 waiting.append((self._release(i, count), i))
         heapify(waiting)
         while waiting or released:
@@ -172,24 +173,16 @@ class PhasedInterleave:
 
     def __init__(self, weights: Sequence[Sequence[float | Fraction]], first_rows: Sequence[int]) -> None:
         self.first_rows = list(first_rows)
-        self._sources = [[i for i, weight in enumerate(phase) if weight] for phase in weights]
-        self._interleaves = [
-            WeightedInterleave([phase[i] for i in sources])
-            for phase, sources in zip(weights, self._sources, strict=True)
-        ]
-        self.proportions = [[Fraction(0)] * len(phase) for phase in weights]
-        for phase, sources, interleave in zip(self.proportions, self._sources, self._interleaves, strict=True):
-            for source, proportion in zip(sources, interleave.proportions, strict=True):
-                phase[source] = proportion
+        self._interleaves = [WeightedInterleave(phase) for phase in weights]
+        self.proportions = [interleave.proportions for interleave in self._interleaves]
         self._counts_before = [[0] * len(weights[0])]  # of each phase
-        for first, end in pairwise(self.first_rows):
-            self._counts_before.append(self._counts_in_phase(len(self._counts_before) - 1, end - first))
+        for phase, (first, end) in enumerate(pairwise(self.first_rows)):
+            self._counts_before.append(self._counts_in_phase(phase, end - first))
 
     def __call__(self, row: int) -> tuple[int, int]:
         """Returns the source of a row, and which of that source's rows it is."""
         phase = bisect.bisect_right(self.first_rows, row) - 1
         source, index = self._interleaves[phase](row - self.first_rows[phase])
-        source = self._sources[phase][source]
         return source, self._counts_before[phase][source] + index
 
     def counts(self, row: int) -> list[int]:
@@ -199,7 +192,6 @@ class PhasedInterleave:
 
     def _counts_in_phase(self, phase: int, rows: int) -> list[int]:
         """Returns the counts after the first ``rows`` rows of a phase, earlier phases included."""
-        counts = list(self._counts_before[phase])
-        for source, count in zip(self._sources[phase], self._interleaves[phase].counts(rows), strict=True):
-            counts[source] += count
-        return counts
+        return [
+            sum(pair) for pair in zip(self._counts_before[phase], self._interleaves[phase].counts(rows), strict=True)
+        ]

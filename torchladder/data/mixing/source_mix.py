@@ -102,12 +102,12 @@ class SourceMix:
 
     def describe_epochs(self, starts: Sequence[int], steps: int) -> list[str]:
         """Returns a line for each phase with the epochs of each source at its begin and end."""
-        lines = []
-        for step, until in zip(starts, [*starts[1:], steps], strict=True):
-            read = [one for one in self.usage(starts, steps) if one.step == step and one.epochs]
-            named = (f"{one.source} {one.epochs_before:.2f} to {one.epochs_before + one.epochs:.2f}" for one in read)
-            lines.append(f"epochs of steps {step:,} to {until - 1:,}: {', '.join(named)}")
-        return lines
+        lines: dict[str, list[str]] = {}
+        for one in self.usage(starts, steps):
+            named = lines.setdefault(f"epochs of steps {one.step:,} to {one.step + one.steps - 1:,}: ", [])
+            if one.epochs:
+                named.append(f"{one.source} {one.epochs_before:.2f} to {one.epochs_before + one.epochs:.2f}")
+        return [title + ", ".join(named) for title, named in lines.items()]
 
     def _rows(self, source: int, steps: int) -> int:
         """Returns the rows of a source that the first ``steps`` steps read."""

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from torchladder.data.extras import missing
@@ -69,6 +70,7 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
 class ProcessPool:
     """Worker processes of this machine.
 
@@ -76,8 +78,7 @@ class ProcessPool:
     nor open files from the caller.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    workers: int
 
     def __call__(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         if min(self.workers, len(tasks)) < 2:  # not worth a process, which takes seconds to start
@@ -124,12 +125,12 @@ def _run_task(task: Any) -> Any:
     return _worker_function(task)
 
 
+@dataclass(frozen=True)
 class RayPool:
     """Actors of a Ray cluster."""
 
-    def __init__(self, library: Any, workers: int | None) -> None:
-        self.ray = library
-        self.workers = workers
+    ray: Any
+    workers: int | None
 
     def __call__(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         if not tasks:
@@ -156,11 +157,11 @@ class RayPool:
                 ray.shutdown()
 
 
+@dataclass(frozen=True)
 class _RayWorker:
     """An actor on a node of the cluster."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
+    function: Callable[[Any], Any]
 
     def run_task(self, task: Any) -> Any:
         return self.function(task)
