@@ -79,7 +79,7 @@ def test_documents_are_in_order_and_counted(prepare, folder, tmp_path):
     assert documents(tmp_path / "out") == expected(folder)
     assert (about.documents, about.tokens) == (420, IndexedTokens(tmp_path / "out").tokens)
     assert about == metadata.read_metadata(tmp_path / "out")
-    assert metadata.find_corruption(tmp_path / "out", about.checksums) is None
+    assert metadata.find_corrupt_file(tmp_path / "out", about.checksums) is None
     assert about.tokenizer == {"name": "bytes", "fingerprint": "bytes", "vocab_size": 257, "bos": None, "eos": 256}
     assert [source["path"] for source in about.sources] == sorted(map(str, folder.iterdir()))
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx", "out.json"]

@@ -64,7 +64,7 @@ def test_metadata_is_joined(tmp_path):
     assert whole == metadata.read_metadata(tmp_path / "whole")
     assert (whole.documents, whole.tokens, whole.skipped) == (3, 3, {"empty": 2})
     assert [source["path"] for source in whole.sources] == ["x", "y"]
-    assert metadata.find_corruption(tmp_path / "whole", whole.checksums) is None
+    assert metadata.find_corrupt_file(tmp_path / "whole", whole.checksums) is None
     c = write(tmp_path / "c", [[2]], tokenizer={**tokenizer, "eos": None})
     with pytest.raises(ConfigError, match="different tokenizers or bos/eos"):
         merging.merge_datasets(str(tmp_path / "other"), [a, c])

@@ -54,7 +54,7 @@ def run(argv: list[str]) -> int:
     if written_with and decoder is not None and decoder.fingerprint != written_with:
         raise ConfigError(f"the dataset was written with the tokenizer {written_with}, not {decoder.fingerprint}.")
     verify = about is not None and not arguments.no_checksums
-    corrupt = metadata.find_corruption(dataset.prefix, about.checksums) if about and verify else None
+    corrupt = metadata.find_corrupt_file(dataset.prefix, about.checksums) if about and verify else None
     if arguments.json:
         print(json.dumps(_summary(dataset, about) | {"damaged": corrupt, "checksums_tested": verify}))
         return 1 if corrupt else 0

@@ -28,7 +28,7 @@ examples:
 
 def run(argv: list[str]) -> int:
     """Prepares a dataset; returns 130 if it was interrupted by Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    arguments = _prepare_parser().parse_args(argv)
     if arguments.executor not in executor.registry.names():
         raise unknown_name("executor", arguments.executor, executor.registry.names())
     config = PrepareConfig(
@@ -91,7 +91,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _prepare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchladder prepare",
         description=__doc__,

@@ -71,7 +71,7 @@ class PartWriter:
         # A unique name: a worker that was given up for lost may still be writing the same part.
         name = f"{task.key}-{uuid.uuid4().hex[:8]}"
         with IndexedWriter(self.folder / name, dtype_for(self.encoder.tokenizer.vocab_size)) as writer:
-            for batch in batch_by_chars(_documents(reader, task), lambda document: document[2]):
+            for batch in batch_by_chars(_task_documents(reader, task), lambda document: document[2]):
                 texts = [text for _, _, text in batch]
                 writer.extend(*self.encoder(texts, lambda n, batch=batch: document_reader.where(*batch[n][:2])))  # type: ignore[misc]
         _check_unchanged(task)
@@ -89,7 +89,7 @@ class PartWriter:
         return part
 
 
-def _documents(reader: DocumentReader, task: PrepareTask) -> Iterator[tuple[FileSlice, int | None, str]]:
+def _task_documents(reader: DocumentReader, task: PrepareTask) -> Iterator[tuple[FileSlice, int | None, str]]:
     """Yields the file slice, the number within it, and the text of each document."""
     for part in task.slices:
         for number, text in reader.read(part):
@@ -209,7 +209,7 @@ def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list
 
     def verified() -> Iterator[IndexedTokens]:
         for part in parts:
-            corrupt = metadata.find_corruption(folder / part.pair, part.checksums)
+            corrupt = metadata.find_corrupt_file(folder / part.pair, part.checksums)
             if corrupt:
                 metadata.metadata_path(folder / part.key).unlink(missing_ok=True)
                 raise ConfigError(

@@ -89,7 +89,7 @@ def merge_datasets(output: str, inputs: Sequence[str], overwrite: bool = False) 
     if any(about.shard for about in known):
         datasets = _sort_shards(datasets)
     for dataset, about in datasets:
-        corrupt = about and metadata.find_corruption(dataset.prefix, about.checksums)
+        corrupt = about and metadata.find_corrupt_file(dataset.prefix, about.checksums)
         if corrupt:
             raise ConfigError(f"{corrupt} is damaged: it differs from its checksum in {dataset.prefix}.json.")
     merged = merged or DatasetMetadata(dtype=datasets[0][0].dtype.name)

@@ -82,7 +82,7 @@ def write_metadata(prefix: str | Path, record: Any) -> None:
     os.replace(partial, path)
 
 
-def find_corruption(prefix: str | Path, checksums: dict[str, str]) -> str | None:
+def find_corrupt_file(prefix: str | Path, checksums: dict[str, str]) -> str | None:
     """Returns the first file of a dataset that is missing or differs from its checksum; None if all match."""
     for suffix, checksum in checksums.items():
         path = Path(f"{prefix_of(prefix)}.{suffix}")
