@@ -26,11 +26,11 @@ def prepared(*extra, output="tokens/all"):
     return prepare.run([*words.split(), "--output", output, *extra])
 
 
-def test_prepare_says_what_it_made(here, capsys):
+def test_prepare_reports_what_it_wrote(here, capsys):
     assert prepared() == 0
     said = capsys.readouterr().out
     assert "tokens/all.bin: 80 documents" in said
-    assert "each begins with no token of its own and ends with token 256" in said
+    assert "as uint16; bos: no token, eos: 256" in said
     pair = IndexedTokens("tokens/all")
     assert bytes(pair[0][:-1].tolist()).decode() == "the quick brown fox 0 0\n"
     assert bytes(pair[79][:25].tolist()).decode() == "der schnelle braune Fuchs"
@@ -43,7 +43,7 @@ def test_prepare_says_what_it_made(here, capsys):
     ("extra", "message"),
     [
         (["--shard", "2"], "--shard 2: must be I/N"),
-        (["--shard", "2/2"], "shards of n are 0/n to n-1/n"),
+        (["--shard", "2/2"], "N shards are numbered 0/N to N-1/N"),
         (["--executor", "rey"], "unknown executor 'rey'. Did you mean 'ray'"),
         (["--bos"], "no bos token"),
         (["--eos-token", "</s>"], "with its own bos and eos"),
@@ -63,19 +63,21 @@ def test_help_and_wrong_options(command, capsys):
     with pytest.raises(SystemExit) as end:
         command.run(["--help"])
     assert end.value.code == 0
-    assert command.__doc__.split(",")[0].split(":")[0] in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert " ".join(command.__doc__.split()) in said
+    assert f"torchladder {command.__name__.split('.')[-1]} " in said.split("example")[1]
     with pytest.raises(SystemExit) as end:
         command.run(["--no-such-option"])
     assert end.value.code == 2
 
 
-def test_an_interrupt_is_said(here, capsys, monkeypatch):
+def test_an_interrupt_is_reported(here, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare.parts, "run", interrupted)
+    monkeypatch.setattr(prepare, "prepare_dataset", interrupted)
     assert prepared() == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
 
 
 def test_shards_are_merged(here, capsys):
@@ -91,14 +93,14 @@ def test_shards_are_merged(here, capsys):
         assert (here / f"tokens/merged.{suffix}").read_bytes() == (here / f"tokens/all.{suffix}").read_bytes()
 
 
-def test_inspect_shows_and_tests(here, capsys):
+def test_inspect_shows_and_verifies(here, capsys):
     prepared()
     capsys.readouterr()
     assert inspect.run(["tokens/all.bin", "--document", "1"]) == 0
     said = capsys.readouterr().out
     for part in ("80 documents", "uint16", "tokenizer: bytes, 257 tokens", "eos 256", "4 files", "the quick", "█"):
         assert part in said
-    assert "checksums: all is as it was written" in said
+    assert "checksums: verified" in said
     assert inspect.run(["tokens/all", "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["documents"] == 80 == sum(documents for _, _, documents, _ in about["histogram"])
@@ -108,20 +110,20 @@ def test_inspect_shows_and_tests(here, capsys):
     content[5] ^= 1
     (here / "tokens/all.bin").write_bytes(content)
     assert inspect.run(["tokens/all"]) == 1
-    assert "checksums: DAMAGED, tokens/all.bin" in capsys.readouterr().out
+    assert "checksums: MISMATCH, tokens/all.bin" in capsys.readouterr().out
     assert inspect.run(["tokens/all", "--no-checksums"]) == 0
-    assert "checksums: not tested" in capsys.readouterr().out
+    assert "checksums: not verified" in capsys.readouterr().out
 
 
-def test_inspect_of_a_pair_from_elsewhere(here, capsys):
+def test_inspect_of_a_dataset_without_metadata(here, capsys):
     with IndexedWriter("x", "uint16") as writer:
         for document in ([], [1], [7] * 300):
             writer.add(document)
     assert inspect.run(["x", "--document", "2"]) == 0
     said = capsys.readouterr().out
-    assert "document 2 (its beginning), undecoded without --tokenizer: 7 7 7" in said
+    assert "document 2, first 200 tokens (pass --tokenizer to decode): 7 7 7" in said
     assert "checksums: none" in said
-    with pytest.raises(ConfigError, match="--document 3: the pair has 3 documents"):
+    with pytest.raises(ConfigError, match="--document 3: the dataset has 3 documents"):
         inspect.run(["x", "--document", "3"])
     with IndexedWriter("y", "uint16"):
         pass
@@ -133,7 +135,7 @@ def test_a_tokenizer_is_trained_and_used(here, capsys):
     words = "train --input data --text-key body --output tokenizers/mine --vocab-size 300"
     assert tokenizer.run(words.split()) == 0
     assert "tokenizers/mine: 300 tokens" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="is there already; --overwrite replaces it"):
+    with pytest.raises(ConfigError, match="already exists; --overwrite replaces it"):
         tokenizer.run(words.split())
     model = (here / "tokenizers/mine/tokenizer.model").read_bytes()
     assert tokenizer.run([*words.split(), "--overwrite"]) == 0
@@ -160,7 +162,7 @@ def test_a_tokenizer_is_trained_and_used(here, capsys):
         ("--kind byte-bpe --character-coverage 0.9", "not for byte-bpe"),
         ("--normalization nfc", "unknown normalization for bpe 'nfc'"),
         ("--special-tokens <a> <a>", "special_tokens is"),
-        ("--sample-chars 0", "--sample-chars 0"),
+        ("--sample-chars 0", "--sample-chars is 0"),
         ("--vocab-size 0", "vocab_size is 0"),
     ],
 )

@@ -229,7 +229,7 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, package, suffi
         read(tmp_path / f"x{suffix}")
 
 
-def test_settings_that_cannot_be(tmp_path):
+def test_invalid_settings(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown on_error 'skp'\. Did you mean 'skip'"):
         DocumentReader(on_error="skp")
     (tmp_path / "x.png").write_bytes(b"")

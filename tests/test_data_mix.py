@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchladder import data
-from torchladder.data import IGNORED, SourceConfig
+from torchladder.data import IGNORE_INDEX, SourceConfig
 from torchladder.data.formats.indexed import IndexedWriter
-from torchladder.data.mixing.domains import Shares
-from torchladder.data.mixing.mixture import Interleave
+from torchladder.data.mixing.interleave import PhasedInterleave
+from torchladder.data.mixing.mixture_weights import MixtureWeights
 from torchladder.registry import ConfigError
 
 DEFAULTS = {key: parameter.default for key, parameter in data.registry.parameters("rows").items()}
@@ -78,14 +78,16 @@ def padding(tokens, positions):
 def test_labels_and_positions_follow_the_documents(folder, packing, across, shuffle):
     loader = load(folder, "ac", packing=packing, shuffle=shuffle, labels_across_documents=across)
     firsts = {
-        first for corpus, at in zip(loader._supply.corpora, (0, 20_000), strict=True) for first in begins(corpus, at)
+        first
+        for corpus, at in zip(loader._source_mix.corpora, (0, 20_000), strict=True)
+        for first in begins(corpus, at)
     }
     for tokens, labels, positions in zip(*take(loader, 60), strict=True):
         tokens, labels, positions = tokens.tolist(), labels.tolist(), positions.tolist()
         used = padding(tokens, positions)
         if packing == "stream":
             assert used == T
-        assert labels[used:] == [IGNORED] * (T - used)
+        assert labels[used:] == [IGNORE_INDEX] * (T - used)
         assert positions[used:] == list(range(T - used))
         for i in range(used):
             begins_here = i == 0 or tokens[i] in firsts or tokens[i] != tokens[i - 1] + 1
@@ -94,10 +96,10 @@ def test_labels_and_positions_follow_the_documents(folder, packing, across, shuf
             if following is None:
                 continue
             border = following in firsts or following != tokens[i] + 1
-            assert labels[i] == (IGNORED if border and not across else following)
+            assert labels[i] == (IGNORE_INDEX if border and not across else following)
         if used < T:
-            assert labels[used - 1] == IGNORED
-        elif labels[-1] != IGNORED and labels[-1] not in firsts:
+            assert labels[used - 1] == IGNORE_INDEX
+        elif labels[-1] != IGNORE_INDEX and labels[-1] not in firsts:
             assert labels[-1] == tokens[-1] + 1
         if not across:
             assert not firsts & set(labels)
@@ -106,10 +108,10 @@ def test_labels_and_positions_follow_the_documents(folder, packing, across, shuf
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_an_epoch_reads_every_token_once(folder, packing):
     loader = load(folder, "a", packing=packing, local_batch_size=1, global_batch_size=1, repeat=False)
-    rows = -(-loader._supply.packings[0].epoch_rows // 1)
+    rows = -(-loader._source_mix.packings[0].rows_per_epoch // 1)
     tokens, _, positions = take(loader, int(rows))
     used = [row[: padding(row, place)] for row, place in zip(tokens.tolist(), positions.tolist(), strict=True)]
-    assert sorted(token for row in used for token in row) == list(range(loader._supply.corpora[0].tokens))
+    assert sorted(token for row in used for token in row) == list(range(loader._source_mix.corpora[0].tokens))
     beyond = next(loader)
     assert (beyond.num_labels, beyond.tokens.any().item()) == (0, False)
 
@@ -137,27 +139,27 @@ def test_validation_honours_the_packing(folder, packing):
     )
     batches = list(loader)
     labels = torch.cat([batch.labels.flatten() for batch in batches])
-    lengths = np.concatenate([corpus.lengths for corpus in loader._supply.corpora])
-    assert int((labels != IGNORED).sum()) == int(np.maximum(lengths - 1, 0).sum())
-    assert len(batches) == -(-loader.rows // G) * G // 2
+    lengths = np.concatenate([corpus.lengths for corpus in loader._source_mix.corpora])
+    assert int((labels != IGNORE_INDEX).sum()) == int(np.maximum(lengths - 1, 0).sum())
+    assert len(batches) == -(-loader.num_rows // G) * G // 2
 
 
 def test_the_report_tells_how_full_rows_are(folder):
     _, line, _ = load(folder, packing="pad").describe()
-    efficiency = load(folder, packing="pad")._supply.packings[0].efficiency
+    efficiency = load(folder, packing="pad")._source_mix.packings[0].efficiency
     assert f"rows {efficiency:.1%} full" in line
     assert "of the documents cut" in line
     assert "full" not in load(folder).describe()[1]
 
 
-def test_silenced_tokens_are_read_and_not_predicted(folder, tmp_path):
+def test_masked_tokens_are_inputs_but_not_labels(folder, tmp_path):
     with IndexedWriter(tmp_path / "silent", np.dtype(np.int32)) as writer:
         writer.add(np.array([~1, ~2, 3, 4]))
         writer.add(np.array([~5, 6, ~7, 8]))
     loader = load(folder, "a", seq_len=4, shuffle=False, sources=[SourceConfig(path=f"{tmp_path}/silent.bin")])
     tokens, labels, _ = take(loader, 1)
     assert tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert labels.tolist() == [[IGNORED, 3, 4, IGNORED], [6, IGNORED, 8, IGNORED]]
+    assert labels.tolist() == [[IGNORE_INDEX, 3, 4, IGNORE_INDEX], [6, IGNORE_INDEX, 8, IGNORE_INDEX]]
 
 
 # --- phases ----------------------------------------------------------------------------------------------------------
@@ -168,9 +170,9 @@ def test_silenced_tokens_are_read_and_not_predicted(folder, tmp_path):
     st.lists(st.integers(1, 60), min_size=4, max_size=4),
 )
 @settings(max_examples=30, deadline=None)
-def test_sources_go_on_where_they_were(shares, lengths):
+def test_phases_continue_sources_where_they_were(shares, lengths):
     firsts = [sum(lengths[:i]) for i in range(len(shares))]
-    mixed = Interleave(shares, firsts)
+    mixed = PhasedInterleave(shares, firsts)
     seen = Counter()
     for row in range(sum(lengths[: len(shares)])):
         assert mixed.counts(row) == [seen[i] for i in range(3)]
@@ -222,7 +224,7 @@ def test_resuming_in_any_phase_equals_running_through(folder, step, packing):
         ({"a": 1}, "source_weights lacks b; a weight of 0 leaves a source out"),
         ({"a": 1, "bb": 1}, "unknown source in phases.source_weights 'bb'. Did you mean 'b'"),
         ([0, 0], "weights are"),
-        ([1, -1], "above 0"),
+        ([1, -1], "0 or more"),
     ],
 )
 def test_weights_of_a_phase_that_do_not_fit_the_sources(folder, weights, message):
@@ -235,7 +237,7 @@ def test_weights_of_a_phase_that_do_not_fit_the_sources(folder, weights, message
 
 def test_usage_tells_tokens_and_epochs_of_each_phase(folder):
     loader = load(folder, steps=40, weight_changes={10: [0, 1], 30: [1, 1]})
-    tokens = [corpus.tokens for corpus in loader._supply.corpora]
+    tokens = [corpus.tokens for corpus in loader._source_mix.corpora]
     found = loader.usage()
     assert [(one.step, one.steps, one.source) for one in found] == [
         (0, 10, "a"), (0, 10, "b"), (10, 20, "a"), (10, 20, "b"), (30, 10, "a"), (30, 10, "b"),
@@ -248,7 +250,7 @@ def test_usage_tells_tokens_and_epochs_of_each_phase(folder):
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_source_that_does_not_repeat_ends_the_run_before_it_begins(folder, packing):
     free = load(folder, packing=packing)
-    rows = int(-(-free._supply.packings[1].epoch_rows // 1))
+    rows = int(-(-free._source_mix.packings[1].rows_per_epoch // 1))
     enough = 2 * rows // G  # half of the rows are of b
     changes = {"packing": packing, "sources": [free.sources[0], replace(free.sources[1], repeat=False)]}
     load(folder, steps=enough, **changes)
@@ -263,7 +265,7 @@ def test_a_source_that_does_not_repeat_ends_the_run_before_it_begins(folder, pac
 
 
 def test_missing_tokens_are_exact(folder):
-    tokens = load(folder, "a")._supply.corpora[0].tokens
+    tokens = load(folder, "a")._source_mix.corpora[0].tokens
     with pytest.raises(
         ConfigError, match=f"source a runs out at step {tokens // T // G} of 100, {100 * G * T - tokens:,} t"
     ):
@@ -274,7 +276,7 @@ def test_missing_tokens_are_exact(folder):
 @settings(max_examples=10, deadline=None)
 def test_steps_follow_from_epochs(folder, epochs, packing):
     loader = load(folder, "abc", packing=packing)
-    rows = sum(packed.epoch_rows for packed in loader._supply.packings)
+    rows = sum(packed.rows_per_epoch for packed in loader._source_mix.packings)
     steps = loader.steps_for(epochs)
     assert (steps - 1) * G < epochs * rows <= steps * G
     assert load(folder, "abc", packing=packing, repeat=False).steps_for(epochs) == max(int(epochs * rows // G), 1)
@@ -295,9 +297,9 @@ def test_one_epoch_of_everything_fits_exactly(folder, packing):
 
 def shares(sources, sizes, **settings):
     sources = [SourceConfig(name="text", path=f"{i}", **source) for i, source in enumerate(sources)]
-    decides = Shares(**settings)
-    decides.check(sources)
-    return decides.of(sources, [Fraction(size) for size in sizes])
+    decides = MixtureWeights(**settings)
+    decides.validate(sources)
+    return decides.proportions(sources, [Fraction(size) for size in sizes])
 
 
 ALLAM = [
@@ -340,23 +342,26 @@ def test_temperature_evens_out_languages_and_else_sources():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"languages": {"en": 1, "ar": 1, "lv": 1}}, "unknown language in data.languages, of no source: 'lv'"),
+        ({"languages": {"en": 1, "ar": 1, "lv": 1}}, "unknown language in data.languages, which no source has: 'lv'"),
         ({"languages": {"en": 1}}, "unknown language of the source .* 'ar'"),
         ({"languages": {"en": 1, "ar": 0}}, "languages.ar = 0: must be"),
         ({"languages": {"en": 1, "ar": 1}, "temperature": 2.0}, "languages and temperature both"),
         ({"temperature": 0.0}, "temperature = 0.0"),
-        ({"domains": {**MULTIPLIERS, "lv": {"web": 1.0}}}, "language in data.domains, of no source: 'lv'"),
+        ({"domains": {**MULTIPLIERS, "lv": {"web": 1.0}}}, "language in data.domains, which no source has: 'lv'"),
         ({"domains": {"en": {}, "web": 1.0}}, "domains.en is empty"),
         (
             {"domains": {"en": {"web": 1.0, "maths": 1.0}, "web": 1.0}},
-            "data.domains.en, of no source: 'maths'. Did you",
+            "data.domains.en, which no source has: 'maths'. Did you",
         ),
-        ({"domains": {"web": 1.0, "maht": 1.0}}, "domain in data.domains, of no source: 'maht'. Did you mean 'math'"),
+        (
+            {"domains": {"web": 1.0, "maht": 1.0}},
+            "domain in data.domains, which no source has: 'maht'. Did you mean 'math'",
+        ),
         ({"domains": {"web": 1.0, "math": 1.0}}, "domain of the source .*, without a multiplier: 'books'"),
         ({"domains": {"web": -1.0, "math": 1.0, "books": 1.0}}, "domains.web = -1.0"),
     ],
 )
-def test_domains_that_cannot_be(changes, message):
+def test_invalid_domains(changes, message):
     with pytest.raises(ConfigError, match=message):
         shares(ALLAM, SIZES, **changes)
 
@@ -374,15 +379,15 @@ def test_the_loader_mixes_by_domains(folder):
         for name, language in (("a", "en"), ("b", "en"), ("c", "ar"))
     ]
     loader = load(folder, sources=sources, domains={"web": 1.0}, languages={"en": 3, "ar": 1})
-    tokens = [corpus.tokens for corpus in loader._supply.corpora]
-    shares = loader._supply.interleave.shares[0]
+    tokens = [corpus.tokens for corpus in loader._source_mix.corpora]
+    shares = loader._source_mix.interleave.proportions[0]
     assert shares == [Fraction(3 * n, 4 * (tokens[0] + tokens[1])) for n in tokens[:2]] + [Fraction(1, 4)]
 
 
 def test_excluded_sources_are_gone(folder):
     full = load(folder, "ac")
     loader = load(folder, "abc", exclude=["b"], steps=9, weight_changes={2: {"a": 1, "b": 5, "c": 1}})
-    assert [corpus.label for corpus in loader._supply.corpora] == ["a", "c"]
+    assert [corpus.label for corpus in loader._source_mix.corpora] == ["a", "c"]
     assert torch.equal(next(loader).tokens, next(full).tokens)
     with pytest.raises(ConfigError, match=r"unknown source or file of tokens in data\.exclude 'bb'"):
         load(folder, exclude=["bb"])

@@ -169,14 +169,14 @@ def test_rows_are_left_out_as_by_a_list(ranges, row, count, more):
     kept = [one for one in range(300) if not any(first <= one <= last for first, last in ranges)]
     following = [one for one in kept if one >= row]
     assert skipping.take(row, count) == following[:count]
-    after = skipping.after(row, count)
+    after = skipping.advance(row, count)
     assert skipping.take(after, more) == following[count : count + more]
-    assert skipping.after(after, more) == skipping.after(row, count + more) or more == 0
+    assert skipping.advance(after, more) == skipping.advance(row, count + more) or more == 0
 
 
 @pytest.mark.parametrize("wrong", [(3, 2), (-1, 4)])
 def test_ranges_that_are_none(wrong):
-    with pytest.raises(ConfigError, match="is no range of rows"):
+    with pytest.raises(ConfigError, match="is not a range"):
         RowSkipper([wrong])
 
 

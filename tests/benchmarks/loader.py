@@ -81,7 +81,7 @@ def throughput(folder):
                 best = [max(pair) for pair in zip(best, rate(loader), strict=True)]
             cpu = f"{best[1] / 1e6:.0f}" if workers == 0 else ""
             rows.append([packing, str(workers), f"{best[0] / 1e6:.0f}", cpu])
-    flat = loader._supply.corpora[0].shards[0].flat
+    flat = loader._source_mix.corpora[0].shards[0].flat
     begin, copied = time.process_time(), 0
     while time.process_time() - begin < 0.5:  # upper bound: only the three copies of a row
         row = flat[copied % 100_000 :][: SEQ_LEN + 1].astype(np.int64)
@@ -127,8 +127,8 @@ def waiting(config, steps=10):
         quiet = ["--validation.no_enable", "--metrics.log_freq", "1000", "--training.steps", "1000"]
         loaded = settings.load(["--job.config_file", config, "--job.dump_folder", folder, *quiet])
         trainer = Trainer(run_plan.make_plan(loaded), processes.join(loaded.comm, Path(loaded.job.dump_folder)))
-        read, waited, taken = trainer.lifeline.read, [], []
-        trainer.lifeline.read = lambda *arguments: lap(waited, read, *arguments)
+        read, waited, taken = trainer.fault_tolerance.read, [], []
+        trainer.fault_tolerance.read = lambda *arguments: lap(waited, read, *arguments)
         for _ in range(steps + 1):
             lap(taken, trainer.train_step)
         processes.leave()

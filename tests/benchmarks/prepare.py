@@ -21,9 +21,9 @@ from pathlib import Path
 
 from tests.benchmarks.timing import table
 from torchladder.data import tokenizer
-from torchladder.data.prepare import prepared_parts, tasks
+from torchladder.data.prepare import dataset_builder, tasks
 from torchladder.data.prepare.document_encoder import DocumentEncoder
-from torchladder.data.prepare.executor import local
+from torchladder.data.prepare.executor import local_executor
 from torchladder.data.text import text_files
 from torchladder.data.tokenizer import TokenizerTrainingConfig, train_tokenizer
 
@@ -62,8 +62,8 @@ def _bare_part(job):
 def prepared(part, folder, workers, turn):
     """Returns the number of tokens of a complete preparation."""
     output = str(folder / f"{workers}-{turn}")
-    preparation = tasks.Preparation(inputs=[str(folder / "texts")], output=output, framing=DocumentEncoder(part))
-    return prepared_parts.run(preparation, local(workers)).tokens
+    preparation = tasks.PrepareConfig(inputs=[str(folder / "texts")], output=output, encoder=DocumentEncoder(part))
+    return dataset_builder.prepare_dataset(preparation, local_executor(workers)).tokens
 
 
 def datatrove(eos, folder, workers, turn):

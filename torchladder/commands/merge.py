@@ -1,21 +1,35 @@
-"""Joins pairs of tokens to one, their documents in order; shards of one preparation give the whole."""
+"""Merges .bin/.idx datasets into one, document after document; also the shards of torchladder prepare --shard."""
 
 from __future__ import annotations
 
 import argparse
 
-from torchladder.commands.prepare import lines
+from torchladder.commands.prepare import describe_dataset
 from torchladder.data.formats.indexed import prefix_of
-from torchladder.data.prepare import merging
+from torchladder.data.prepare.merging import merge_datasets
+
+EPILOG = """
+Datasets are merged in the order given, shards by their number. All must have the same tokenizer and token type.
+
+example:
+  torchladder merge tokens/train tokens/train-*.bin
+"""
 
 
 def run(argv: list[str]) -> int:
-    """Joins the pairs."""
-    parser = argparse.ArgumentParser(prog="torchladder merge", description=__doc__, allow_abbrev=False)
-    parser.add_argument("output", metavar="OUT", help="prefix of the pair to write")
-    parser.add_argument("parts", nargs="+", metavar="PART", help="prefixes of pairs, or their .bin, in order")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is there already")
+    """Merges datasets."""
+    parser = argparse.ArgumentParser(
+        prog="torchladder merge",
+        description=__doc__,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="prefix of the dataset to write")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="prefixes of datasets, or their .bin files")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     arguments = parser.parse_args(argv)
-    parts = list(dict.fromkeys(map(prefix_of, arguments.parts)))
-    print("\n".join(lines(prefix_of(arguments.output), merging.merge(arguments.output, parts, arguments.overwrite))))
+    inputs = list(dict.fromkeys(map(prefix_of, arguments.inputs)))
+    merged = merge_datasets(arguments.output, inputs, arguments.overwrite)
+    print(describe_dataset(prefix_of(arguments.output), merged))
     return 0

@@ -1,4 +1,4 @@
-"""Trains a tokenizer on files of text: SentencePiece, or byte-level BPE as a tokenizer.json."""
+"""Trains a tokenizer on text files: SentencePiece (BPE, unigram), or byte-level BPE as a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -8,107 +8,114 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from torchladder.commands.prepare import add_input
+from torchladder.commands.prepare import add_input_options
 from torchladder.data import tokenizer
-from torchladder.data.prepare import tasks
+from torchladder.data.prepare.tasks import expand_inputs
 from torchladder.data.text.document_reader import DocumentReader, summarize_skipped
 from torchladder.data.text.file_formats import FileSlice
 from torchladder.data.tokenizer import TokenizerTrainingConfig, tokenizer_training
 from torchladder.registry import ConfigError
 
 EPILOG = """
-FOLDER then holds tokenizer.model or tokenizer.json, and training.json, which says how it came to be. The same texts and
-options give the same files. --tokenizer FOLDER names it elsewhere.
+FOLDER then holds tokenizer.model or tokenizer.json, and training.json with the options, the sample's hash and the
+library's version. The same texts and options produce the same files. Other commands take --tokenizer FOLDER.
 
+example:
   torchladder tokenizer train --input data/en data/de --output tokenizers/mine --vocab-size 32000
 """
 
 
 def run(argv: list[str]) -> int:
     """Trains a tokenizer."""
-    parser = argparse.ArgumentParser(prog="torchladder tokenizer", description=__doc__, allow_abbrev=False)
+    help_page: Any = {
+        "description": __doc__,
+        "epilog": EPILOG,
+        "allow_abbrev": False,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    parser = argparse.ArgumentParser(prog="torchladder tokenizer", **help_page)
     commands = parser.add_subparsers(dest="command", required=True, metavar="train")
-    _add_options(
-        commands.add_parser(
-            "train",
-            help="trains a tokenizer",
-            description=__doc__,
-            epilog=EPILOG,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
+    _add_options(commands.add_parser("train", help="lists the options with: train --help", **help_page))
     arguments = parser.parse_args(argv)
-    settings = TokenizerTrainingConfig(
-        kind=arguments.kind,
-        vocab_size=arguments.vocab_size,
-        special_tokens=arguments.special_tokens,
-        character_coverage=arguments.character_coverage,
-        normalization=arguments.normalization,
-        split_digits=arguments.split_digits,
-    )
+    names = [setting.name for setting in fields(TokenizerTrainingConfig)]
+    settings = TokenizerTrainingConfig(**{name: getattr(arguments, name) for name in names})
     folder = Path(arguments.output)
     if folder.exists() and not arguments.overwrite:
-        raise ConfigError(f"{folder} is there already; --overwrite replaces it.")
+        raise ConfigError(f"{folder} already exists; --overwrite replaces it.")
     if arguments.sample_chars < 1:
-        raise ConfigError(f"--sample-chars {arguments.sample_chars}: it is 1 at least.")
+        raise ConfigError(f"--sample-chars is {arguments.sample_chars}; it must be 1 or more.")
     reader = DocumentReader(arguments.text_key, arguments.on_error)
-    sample = tokenizer_training.sample_texts(_texts(reader, tasks.expand(arguments.input)), arguments.sample_chars)
+    sample = tokenizer_training.sample_texts(
+        _read_texts(reader, expand_inputs(arguments.input)), arguments.sample_chars
+    )
     for line in summarize_skipped(reader.skipped, reader.examples):
         print(f"{arguments.on_error}: {line}")
     files = tokenizer.train_tokenizer(sample, settings)
-    files["training.json"] = json.dumps(_record(settings, sample), indent=2, ensure_ascii=False).encode()
-    _write(folder, files)
-    print(
-        f"{folder}: {tokenizer.load_tokenizer(str(folder)).vocab_size:,} tokens of {sum(map(len, sample)):,} characters"
-    )
+    record = _training_record(settings, sample)
+    files["training.json"] = json.dumps(record, indent=2, ensure_ascii=False).encode()
+    _write_folder(folder, files)
+    vocab_size = tokenizer.load_tokenizer(str(folder)).vocab_size
+    print(f"{folder}: {vocab_size:,} tokens, trained on {record['characters']:,} characters")
     return 0
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    add_input(parser)
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder of the tokenizer")
+    add_input_options(parser)
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
-        "--kind", choices=get_args(tokenizer_training.TokenizerKind), default="bpe", help="default: bpe"
+        "--kind",
+        choices=get_args(tokenizer_training.TokenizerKind),
+        default="bpe",
+        help="bpe (default), unigram: SentencePiece with byte fallback; byte-bpe: byte-level BPE, a tokenizer.json",
     )
-    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="tokens (default: 32000)")
     parser.add_argument(
-        "--special-tokens", nargs="+", default=[], metavar="TOKEN", help="tokens that no text is encoded to"
+        "--vocab-size",
+        type=int,
+        default=32_000,
+        metavar="N",
+        help="tokens, with special ones (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="more special tokens; no text encodes to them",
     )
     parser.add_argument(
         "--sample-chars",
         type=int,
         default=1 << 26,
         metavar="N",
-        help="characters to train on at most: every n-th document (default: 67108864)",
+        help="train on at most N characters, spread evenly over the documents (default: %(default)s)",
     )
     parser.add_argument(
         "--character-coverage",
         type=float,
-        metavar="SHARE",
-        help="share of the characters with tokens of their own, bytes carry the rest (default: 0.9995)",
+        metavar="FRACTION",
+        help="fraction of the sample's characters that get tokens; the rest is encoded as bytes (default: 0.9995)",
     )
     parser.add_argument(
         "--normalization",
         choices=get_args(tokenizer_training.Normalization),
         default="none",
-        help="none (default) gives every text back exactly",
+        help="Unicode normalization before encoding; with none (default) decoding restores every text exactly",
     )
-    parser.add_argument("--split-digits", action="store_true", help="make each digit a token of its own")
-    parser.add_argument("--overwrite", action="store_true", help="replace FOLDER where it is there already")
+    parser.add_argument("--split-digits", action="store_true", help="encode each digit as one token")
+    parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
 
 
-def _texts(reader: DocumentReader, files: list[Path]) -> Iterator[str]:
+def _read_texts(reader: DocumentReader, files: list[Path]) -> Iterator[str]:
     for path in files:
         for _, text in reader.read(FileSlice.whole(path)):
             yield text
 
 
-def _record(settings: TokenizerTrainingConfig, sample: list[str]) -> dict[str, Any]:
+def _training_record(settings: TokenizerTrainingConfig, sample: list[str]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for text in sample:
         digest.update(hashlib.sha256(text.encode()).digest())
@@ -121,8 +128,8 @@ def _record(settings: TokenizerTrainingConfig, sample: list[str]) -> dict[str, A
     }
 
 
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes a folder that appears under its name only when it is complete."""
+def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes a folder under a temporary name and replaces ``folder`` with it when it is complete."""
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     for name, content in files.items():

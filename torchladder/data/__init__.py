@@ -6,7 +6,7 @@ text, ``text/file_formats.py``; a loader, ``dataloader.py``.
 
 from torchladder.data import hub_loader, packing, row_loader, sources, tokenizer
 from torchladder.data.corpus import build_tokenizer, training_texts
-from torchladder.data.dataloader import IGNORED, BaseDataLoader, Batch, register, registry
+from torchladder.data.dataloader import IGNORE_INDEX, BaseDataLoader, Batch, register, registry
 from torchladder.data.disk_cache import cache_path
 from torchladder.data.formats import indexed, litpkds, parquet
 from torchladder.data.source_config import SourceConfig
@@ -14,7 +14,7 @@ from torchladder.data.text import text_files
 from torchladder.data.tokenizer import Tokenizer
 
 __all__ = [
-    "IGNORED",
+    "IGNORE_INDEX",
     "BaseDataLoader",
     "Batch",
     "SourceConfig",

@@ -14,7 +14,7 @@ from torchladder.data import sources
 from torchladder.data.disk_cache import DEFAULT_FOLDER, cache_path
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.packing.spans import Spans
-from torchladder.data.prepare.cached_tokens import prepare
+from torchladder.data.prepare.cached_tokens import tokenize_cached
 from torchladder.data.source_config import SourceConfig
 from torchladder.data.sources import TokenShard, held_out
 from torchladder.data.tokenizer import Tokenizer
@@ -109,7 +109,7 @@ class SourceLoader:
             return Corpus(source.title, shards, vocab_size)
         if self.tokenizer is None:
             raise ConfigError(f"the source {source.title} is raw text: it needs a tokenizer.")
-        prepared = prepare(source.text_source(), self.tokenizer, self.cache, self.validation_fraction, self.bos)
+        prepared = tokenize_cached(source.text_source(), self.tokenizer, self.cache, self.validation_fraction, self.bos)
         return Corpus(source.title, [IndexedTokens(getattr(prepared, split))], vocab_size)
 
 

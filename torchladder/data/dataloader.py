@@ -1,4 +1,4 @@
-"""What the rest of the library knows of data: batches, the contract of a loader, the loaders by name."""
+"""The interface of data loaders: batches, the protocol of a loader, and the registry of loaders."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from torchladder.registry import Registry
 
-IGNORED = -100
-"""The label of a position that has no next token to predict."""
+IGNORE_INDEX = -100
+"""Label of a position without a target."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of one micro-batch.
+    """A micro-batch.
 
     Attributes:
         tokens: (B, T) int64.
-        labels: (B, T) int64, the token after each token; -100 where there is none.
-        positions: (B, T) int32, 0 at the first token of a document and of a row. Stays on the CPU, where masks begin.
-        rows: the global row of each, where the loader knows them.
+        labels: (B, T) int64, the next token of each token, or ``IGNORE_INDEX``.
+        positions: (B, T) int32, 0 at the first token of a document and of a row; on the CPU, where masks are made.
+        rows: (B,) global row of each; empty if the loader does not number rows.
     """
 
     tokens: Tensor
@@ -34,11 +34,11 @@ class Batch:
 
     @cached_property
     def num_labels(self) -> int:
-        """How many positions have a label; ask before moving the batch, since afterwards it waits for the device."""
-        return int((self.labels != IGNORED).sum())
+        """Number of labels. Read it before the batch is moved: afterwards it synchronizes with the device."""
+        return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch with tokens and labels on ``device``; the copy overlaps when the memory is pinned."""
+        """Returns the batch with tokens and labels on ``device``; the copy is asynchronous from pinned memory."""
         return replace(
             self,
             tokens=self.tokens.to(device, non_blocking=True),
@@ -46,16 +46,16 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """Returns the batch with tokens and labels in pinned memory; the data loader calls this."""
+        """Returns the batch with tokens and labels in pinned memory; called by the data loader."""
         return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())
 
 
 class BaseDataLoader(Protocol):
-    """Hands one rank its micro-batches. One integer, ``row``, is the whole state."""
+    """Iterates over the micro-batches of one rank. Its whole state is one integer, ``row``."""
 
     @property
     def row(self) -> int:
-        """The next global row: the first row of the global batch that the next micro-batch belongs to."""
+        """First global row of the step that the next micro-batch belongs to."""
         ...
 
     def __iter__(self) -> Iterator[Batch]: ...
@@ -65,15 +65,15 @@ class BaseDataLoader(Protocol):
         ...
 
     def seek(self, row: int) -> None:
-        """Continues at that global row, which becomes the first of a global batch."""
+        """Continues at a global row, which becomes the first one of a step."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns what the order of tokens depends on, by name: equal fingerprints, equal rows."""
+        """Returns what the rows depend on, by name: loaders with equal fingerprints yield equal rows."""
         ...
 
     def describe(self) -> list[str]:
-        """Returns lines for the start-up report."""
+        """Returns lines for the log at start-up."""
         ...
 
 
@@ -82,12 +82,12 @@ class SourceUsage:
     """What one phase of a run reads of one source.
 
     Attributes:
-        step: the first optimizer step of the phase.
-        steps: how many steps it has.
-        source: what the source is called.
-        tokens: how many of its tokens are read.
-        epochs: how many times the source that is.
-        epochs_before: the same of all phases before.
+        step: first optimizer step of the phase.
+        steps: number of steps of the phase.
+        source: label of the source.
+        tokens: tokens read.
+        epochs: the same in epochs of the source.
+        epochs_before: epochs read by all earlier phases.
     """
 
     step: int
@@ -100,23 +100,23 @@ class SourceUsage:
 
 @runtime_checkable
 class SizedLoader(Protocol):
-    """A loader that knows how much data it has."""
+    """A loader that knows the size of its data."""
 
     def steps_for(self, epochs: float) -> int:
-        """Returns the optimizer steps that read as many tokens as all sources have together, ``epochs`` times."""
+        """Returns the optimizer steps that read as many rows as all sources have together, ``epochs`` times."""
         ...
 
     def usage(self) -> list[SourceUsage]:
-        """Returns what each phase reads of each source; the loader was told the steps of the run."""
+        """Returns what each phase reads of each source; the loader must have been built with ``steps``."""
         ...
 
 
 @runtime_checkable
 class SupportsSkipping(Protocol):
-    """A loader that can leave rows out."""
+    """A loader that can skip rows."""
 
-    def leave_out(self, rows: Sequence[tuple[int, int]]) -> None:
-        """Leaves out ranges of rows, first to last, beside those that already are; ask before ``seek``."""
+    def add_skip_rows(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Adds ranges of rows to skip, first and last inclusive. Takes effect with the next ``seek``."""
         ...
 
 

@@ -1,8 +1,8 @@
-"""The loader ``rows``: sources, mixed by weight and packed into rows, an equal share of each step for every rank.
+"""The loader ``rows``: mixes sources by weight, packs documents into rows, and divides each step over the ranks.
 
-Step s trains on the global rows ``s * G .. s * G + G - 1`` (G the global batch size), of which data-parallel rank d of
-D takes the contiguous share from ``s * G + d * G / D``. A row is a pure function of sources, weights, seed and its
-number, so the global batch is the same for any number of ranks and workers, and resuming takes one integer.
+Step s trains on the global rows ``s * G .. s * G + G - 1`` (G: the global batch size). Data-parallel rank d of D takes
+the contiguous share that begins at ``s * G + d * G / D``. A row is a pure function of sources, weights, seed and its
+number, so the global batch is the same for any number of ranks and workers, and one integer is enough to resume.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torchladder.data import packing as packings
 from torchladder.data.corpus import Corpus, SourceLoader
 from torchladder.data.dataloader import Batch, SourceUsage, register
 from torchladder.data.disk_cache import DEFAULT_FOLDER, cache_path
-from torchladder.data.mixing.domains import Domains, Shares
-from torchladder.data.mixing.mixture import Interleave
+from torchladder.data.mixing.interleave import PhasedInterleave
+from torchladder.data.mixing.mixture_weights import DomainMultipliers, MixtureWeights
 from torchladder.data.mixing.source_mix import SourceMix, in_order
-from torchladder.data.packed_rows import PackedRows, RankRows, RowDataset, check_division
+from torchladder.data.packed_rows import BatchLayout, PackedRows, RankBatchSampler, RowDataset
 from torchladder.data.packing.shuffle import DocumentOrder, RowOrder
 from torchladder.data.packing.spans import Packing
 from torchladder.data.row_skipping import RowSkipper
@@ -51,67 +51,67 @@ class RowLoader:
     weight_changes: Mapping[int, list[float] | dict[str, float] | None] = field(default_factory=dict)
 
     sources: list[SourceConfig] = field(default_factory=list)
-    """What to train on: files of tokens or text, or sources by name, each with a weight."""
+    """Training data: token files, text files, or registered sources by name, each with a weight."""
     validation_sources: list[SourceConfig] = field(default_factory=list)
-    """What to validate on; empty: the documents of raw text held out by validation_fraction."""
+    """Validation data; empty: the documents of raw text held out by validation_fraction."""
     validation_fraction: float = 0.02
-    """Share of the documents of raw text held out for validation; unused with validation_sources."""
+    """Fraction of the raw-text documents held out for validation; not used with validation_sources."""
     exclude: list[str] = field(default_factory=list)
-    """Sources by label, and files of tokens by path, name or glob, that are left out."""
-    domains: Domains = field(default_factory=dict)
-    """Multipliers of what sources have in tokens: language -> domain -> multiplier, or domain -> multiplier."""
+    """Sources to leave out, by label, and token files to leave out, by path, name or glob."""
+    domains: DomainMultipliers = field(default_factory=dict)
+    """Multipliers of the sizes of sources: language -> domain -> multiplier, or domain -> multiplier."""
     languages: dict[str, float] = field(default_factory=dict)
-    """Share of the rows of each language, relative to the others."""
+    """Proportion of the rows of each language, relative to the others."""
     temperature: float | None = None
-    """Shares by size: 1 as much of each language (else source) as it has, higher evens out; left out: by weight."""
+    """Samples languages (sources without a language) by size: 1 in proportion, more is flatter. Default: by weight."""
     repeat: bool = True
-    """Begin sources anew when they have been read; otherwise a run that reads more than there is, is an error."""
+    """Start sources over when all of them has been read; otherwise a run that needs more data is an error."""
     packing: str = "stream"
-    """How documents fill rows: stream (cut at row ends), best_fit (few cuts, little padding), pad (in order)."""
+    """How documents fill rows: stream (concatenate and cut), best_fit (few cuts, little padding), pad (in order)."""
     labels_across_documents: bool = True
-    """The last token of a document predicts the first one of the next; otherwise it predicts nothing."""
+    """The last token of a document predicts the first one of the next; otherwise it has no label."""
     shuffle: bool = True
-    """Read documents, and the rows that they fill, in an order of their own each epoch."""
+    """Shuffle documents, and the rows that they fill, differently each epoch."""
     seed: int = 0
-    """Decides the order of documents."""
+    """Seed of the shuffle."""
     bos: bool = False
     """Begin each document of raw text with the tokenizer's bos token."""
     cache_folder: str = DEFAULT_FOLDER
-    """Where tokenized text is kept; the default follows XDG_CACHE_HOME."""
+    """Folder for tokenized text; the default follows XDG_CACHE_HOME."""
     skip_rows: list[tuple[int, int]] = field(default_factory=list)
-    """Rows that training leaves out, each range as its first and its last global row; the rows after them move up."""
+    """Ranges [first, last] of global rows that training skips; later rows move up."""
     num_workers: int = 0
-    """Processes that make rows ahead of time; 0 makes them when they are asked for. Never changes the rows."""
+    """Worker processes that make rows ahead of time; 0 makes them in the main process. Does not change the rows."""
     prefetch_factor: int | None = None
-    """Micro-batches each worker keeps ready; 2 when not given. Only with workers."""
+    """Micro-batches that each worker prepares ahead (default 2); only with num_workers above 0."""
     pin_memory: bool = False
-    """Hand out batches in pinned memory, where there is an accelerator to copy them to."""
+    """Return batches in pinned memory if there is an accelerator."""
 
     def __post_init__(self) -> None:
-        self._skipping: RowSkipper = RowSkipper(self.skip_rows if self.split == "train" else [])
-        self._check()
-        corpora = self._open()
+        self._skipper = RowSkipper(self.skip_rows if self.split == "train" else [])
+        self._check_settings()
+        corpora = self._open_sources()
         packings = [self._pack(number, corpus) for number, corpus in enumerate(corpora)]
-        self._supply = SourceMix(
+        self._source_mix = SourceMix(
             corpora,
             packings,
             [self._repeats(source) for source in self._sources],
-            self._mix(packings),
+            self._interleave(packings),
             self.seq_len,
             self.global_batch_size,
         )
         if self.split == "train" and self.steps is not None:
-            end = self._skipping.after(0, self.steps * self.global_batch_size)
-            self._supply.check(-(-end // self.global_batch_size))
-        self.rows = sum(packed.rows or 0 for packed in packings) if self.split == "validation" else None
-        """Global rows there are; None without end."""
-        self._accumulation = self.global_batch_size // (self.dp_degree * self.local_batch_size)
+            end = self._skipper.advance(0, self.steps * self.global_batch_size)
+            self._source_mix.check_enough_data(-(-end // self.global_batch_size))
+        self.num_rows = sum(packed.num_rows or 0 for packed in packings) if self.split == "validation" else None
+        """Number of global rows; None if they never end."""
         self._batches: Iterator[Batch | PackedRows] | None = None
         self.seek(0)
 
     @property
     def row(self) -> int:
-        return self._skipping.after(self._first, self._taken // self._accumulation * self.global_batch_size)
+        steps = self._taken // self._layout.accumulation_steps
+        return self._skipper.advance(self._first_row, steps * self.global_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -121,41 +121,41 @@ class RowLoader:
             self._batches = iter(self._data_loader())
         found = next(self._batches)
         self._taken += 1
-        return found if isinstance(found, Batch) else found.batch()  # where memory is pinned, that thread has done it
+        return found if isinstance(found, Batch) else found.to_batch()  # the pinning thread yields batches
 
     def seek(self, row: int) -> None:
-        """Continues at a global row, which becomes the first of a global batch.
+        """Continues at a global row, which becomes the first one of a step.
 
         Raises:
             ConfigError: the row is negative.
         """
         if row < 0:
-            raise ConfigError(f"there is no row {row}: rows count from 0.")
-        self._first = row
+            raise ConfigError(f"there is no row {row}: rows are counted from 0.")
+        self._first_row = row
         self._taken = 0
         self._batches = None  # workers start with the first batch, not before
 
-    def leave_out(self, rows: Sequence[tuple[int, int]]) -> None:
-        """Leaves out further ranges of rows, first to last, for the seek that follows.
+    def add_skip_rows(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Adds ranges of rows to skip, first and last inclusive. Takes effect with the next ``seek``.
 
         Raises:
-            ConfigError: one of them is no range.
+            ConfigError: a range is invalid.
         """
-        self._skipping = RowSkipper([*self._skipping.ranges, *rows])
+        self._skipper = RowSkipper([*self._skipper.ranges, *rows])
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns what the rows depend on, by content: files may move, ranks and workers may change."""
-        contents = json.dumps([corpus.fingerprint() for corpus in self._supply.corpora])
-        mixture = self._supply.interleave
-        weights, *later = (", ".join(map(str, shares)) for shares in mixture.shares)
-        phases = [f"row {first}: {shares}" for first, shares in zip(mixture.firsts[1:], later, strict=True)]
+        """Returns what the rows depend on, by content: the same after files move, for any ranks and workers."""
+        contents = json.dumps([corpus.fingerprint() for corpus in self._source_mix.corpora])
+        interleave = self._source_mix.interleave
+        weights, *later = (", ".join(map(str, phase)) for phase in interleave.proportions)
+        phases = [f"row {first}: {phase}" for first, phase in zip(interleave.first_rows[1:], later, strict=True)]
         return {
             "sources": hashlib.sha256(contents.encode()).hexdigest(),
             "weights": weights,
             "phases": "; ".join(phases),
             "packing": self.packing,
             "labels_across_documents": str(self.labels_across_documents),
-            "repeat": ", ".join(map(str, self._supply.repeats)),
+            "repeat": ", ".join(map(str, self._source_mix.repeats)),
             "shuffle": str(self.shuffle),
             "seed": str(self.seed),
             "seq_len": str(self.seq_len),
@@ -163,46 +163,48 @@ class RowLoader:
         }
 
     def describe(self) -> list[str]:
-        """Returns a line on the whole, on each source, on each later mixture, and on the epochs of each phase."""
+        """Returns a line on all data, and lines on each source and on the epochs of each phase."""
         order = f"shuffled with seed {self.seed}" if self.shuffle else "in order"
-        order = order if self.rows is None else "in an order that is the same for every run"
-        total = "" if self.rows is None else f", {self.rows:,} rows"
-        tokens = sum(corpus.tokens for corpus in self._supply.corpora)
-        whole = f"{self.split}: {self.packing}, {order}, {tokens:,} tokens{total}"
-        lines = self._supply.describe()
+        order = order if self.num_rows is None else "in the same order in every run"
+        total = "" if self.num_rows is None else f", {self.num_rows:,} rows"
+        tokens = sum(corpus.tokens for corpus in self._source_mix.corpora)
+        summary = f"{self.split}: {self.packing}, {order}, {tokens:,} tokens{total}"
+        lines = self._source_mix.describe()
         if self.split == "train" and self.steps is not None:
-            lines += self._supply.epochs(self._starts(), self.steps)
-        return [whole, *(f"  {line}" for line in lines)]
+            lines += self._source_mix.describe_epochs(self._starts(), self.steps)
+        return [summary, *(f"  {line}" for line in lines)]
 
     def steps_for(self, epochs: float) -> int:
-        return self._supply.steps_for(epochs)
+        return self._source_mix.steps_for(epochs)
 
     def usage(self) -> list[SourceUsage]:
         if self.steps is None:
-            raise ConfigError("what a run reads depends on its steps, which are not known here.")
-        return self._supply.usage(self._starts(), self.steps)
+            raise ConfigError("usage needs the steps of the run: build the loader with steps.")
+        return self._source_mix.usage(self._starts(), self.steps)
 
     def _starts(self) -> list[int]:
         """Returns the first step of each phase, the run's beginning among them."""
         return sorted({0, *self.weight_changes})
 
-    def _check(self) -> None:
+    def _check_settings(self) -> None:
+        """Checks all that can be known before any text is tokenized, which may take long."""
         if not self.sources:
             raise ConfigError('data.sources is empty. For a first run: sources = [{ name = "python-stdlib" }].')
-        check_division(self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size)
+        self._layout = BatchLayout(
+            self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size
+        )
         if self.split not in ("train", "validation"):
             raise ConfigError(f"split is {self.split!r}. Known: train, validation.")
         if self.seed < 0 or self.num_workers < 0:
-            raise ConfigError(f"seed ({self.seed}) and num_workers ({self.num_workers}) are 0 at least.")
+            raise ConfigError(f"seed is {self.seed} and num_workers {self.num_workers}; they must be 0 or more.")
         if self.prefetch_factor is not None and (self.num_workers == 0 or self.prefetch_factor < 1):
-            raise ConfigError("prefetch_factor is 1 at least, and only with num_workers above 0.")
+            raise ConfigError("prefetch_factor must be 1 or more, and only with num_workers above 0.")
         packings.registry.get(self.packing)
-        # All that can be known before any text is tokenized, which may take long:
         self._sources = [source for source in self.sources if source.title not in self.exclude]
         if not self._sources:
             raise ConfigError("data.exclude leaves no source.")
-        self._shares = Shares(self.domains, self.languages, self.temperature)
-        self._shares.check(self._sources)
+        self._mixture_weights = MixtureWeights(self.domains, self.languages, self.temperature)
+        self._mixture_weights.validate(self._sources)
         self._stages([Fraction(1)] * len(self._sources))
         named = {source.title for source in self.sources}
         for source in (*self._sources, *self.validation_sources):
@@ -211,72 +213,72 @@ class RowLoader:
             if pattern not in named:
                 raise unknown_name("source or file of tokens in data.exclude", pattern, named)
 
-    def _open(self) -> list[Corpus]:
-        """Returns the documents of this split, source by source.
+    def _open_sources(self) -> list[Corpus]:
+        """Returns the documents of this split for each source.
 
         Raises:
-            ConfigError: a source cannot be read or holds no tokens, or nothing is held out for validation.
+            ConfigError: a source cannot be read or has no tokens, or no documents are held out for validation.
         """
         fraction = 0.0 if self.validation_sources else self.validation_fraction
-        opener = SourceLoader(self.tokenizer, cache_path(self.cache_folder), fraction, self.bos, self.exclude)
+        loader = SourceLoader(self.tokenizer, cache_path(self.cache_folder), fraction, self.bos, self.exclude)
         if self.split == "train" or self.validation_sources:
             chosen = self._sources if self.split == "train" else self.validation_sources
-            corpora = [opener.open(source, "train") for source in chosen]
+            corpora = [loader.open(source, "train") for source in chosen]
         else:
             raw = [source for source in self._sources if not source.is_tokens]
-            corpora = [opener.open(source, "validation") for source in raw]
-            # A small source may have nothing held out; what the others hold out still serves.
+            corpora = [loader.open(source, "validation") for source in raw]
+            # A small source may have no documents held out; the others still do.
             corpora = [corpus for corpus in corpora if corpus.tokens > 1]
         if not corpora:
             raise ConfigError(
-                "nothing is held out for validation: give data.validation_sources, or raw text sources with a larger "
-                f"validation_fraction than {fraction}."
+                "no documents are held out for validation: set data.validation_sources, or use raw text sources with "
+                f"a validation_fraction above {fraction}."
             )
         for corpus in corpora:
             if corpus.tokens < 2:
-                raise ConfigError(f"the source {corpus.label} has {corpus.tokens} tokens; a row needs 2 at least.")
+                raise ConfigError(f"the source {corpus.label} has {corpus.tokens} tokens; a row needs at least 2.")
         return corpora
 
     def _pack(self, number: int, corpus: Corpus) -> Packing:
         validation = self.split == "validation"
         once = validation or not self._repeats(self._sources[number])
-        part = packings.registry.get(self.packing)
-        facts = {
+        packing_class = packings.registry.get(self.packing)
+        arguments = {
             "lengths": corpus.lengths,
             "seq_len": self.seq_len,
             "order": DocumentOrder(len(corpus.lengths), self.seed, number, shuffle=self.shuffle and not validation),
             "epochs": 1 if once else None,
             "cache": cache_path(self.cache_folder),
         }
-        declared = inspect.signature(part).parameters
-        return part(**{key: value for key, value in facts.items() if key in declared})
+        declared = inspect.signature(packing_class).parameters
+        return packing_class(**{key: value for key, value in arguments.items() if key in declared})
 
-    def _order(self, number: int, packed: Packing) -> Callable[[int], int]:
-        """Returns which row of a packing stands at a row of the source.
+    def _row_order(self, number: int, packed: Packing) -> Callable[[int], int]:
+        """Returns the function from a row of the source to the row of its packing.
 
-        Rows of validation come in random order, too, the same for every run: the first few speak for all.
+        Validation rows are shuffled, too, in the same order in every run: the first few then represent all.
         """
         if self.split == "train" and not self.shuffle:
             return int
-        return RowOrder(packed.epoch_rows, self.seed if self.split == "train" else 0, number)
+        return RowOrder(packed.rows_per_epoch, self.seed if self.split == "train" else 0, number)
 
     def _repeats(self, source: SourceConfig) -> bool:
         return self.repeat if source.repeat is None else source.repeat
 
-    def _mix(self, packings: Sequence[Packing]) -> Interleave:
-        """Returns the source of every row, phase after phase."""
+    def _interleave(self, packings: Sequence[Packing]) -> PhasedInterleave:
+        """Returns the source of every row."""
         if self.split == "validation":
-            # Every source as often as it has rows, so that the first rows are of all sources too.
-            return Interleave([[packed.rows or 0 for packed in packings]], [0])
-        return self._stages([packed.epoch_rows for packed in packings])
+            # In proportion to their rows, so that all sources end together.
+            return PhasedInterleave([[packed.num_rows or 0 for packed in packings]], [0])
+        return self._stages([packed.rows_per_epoch for packed in packings])
 
-    def _stages(self, sizes: Sequence[Fraction]) -> Interleave:
+    def _stages(self, sizes: Sequence[Fraction]) -> PhasedInterleave:
         """Returns the source of every row of the run, where an epoch of the sources takes ``sizes`` rows.
 
         Raises:
             ConfigError: weights that cannot be, or a source that is never read.
         """
-        stages: dict[int, Sequence[float | Fraction]] = {0: self._shares.of(self._sources, sizes)}
+        stages: dict[int, Sequence[float | Fraction]] = {0: self._mixture_weights.proportions(self._sources, sizes)}
         labels = [source.title for source in self.sources]
         for step, weights in self.weight_changes.items():
             if weights is not None:
@@ -286,36 +288,21 @@ class RowLoader:
         for source, of_source in zip(self._sources, zip(*stages.values(), strict=True), strict=True):
             if not any(of_source):
                 raise ConfigError(f"the source {source.title} is never read: its weight is above 0 in no phase.")
-        return Interleave(list(stages.values()), list(stages))
+        return PhasedInterleave(list(stages.values()), list(stages))
 
     def _data_loader(self) -> StatefulDataLoader:
-        sampler = RankRows(
-            self.dp_rank,
-            self.dp_degree,
-            self.local_batch_size,
-            self.global_batch_size,
-            self.rows,
-            self._first,
-            self._skipping,
-        )
+        mix = self._source_mix
+        row_orders = [self._row_order(number, packed) for number, packed in enumerate(mix.packings)]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # of torchdata's own making
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own call
             return StatefulDataLoader(
-                RowDataset(
-                    self._supply.corpora,
-                    self._supply.packings,
-                    [self._order(number, packed) for number, packed in enumerate(self._supply.packings)],
-                    self._supply.interleave,
-                    self.seq_len,
-                    self.labels_across_documents,
-                    self.rows,
-                ),
+                RowDataset(mix, row_orders, self.labels_across_documents, self.num_rows),
                 batch_size=None,  # the sampler yields whole micro-batches
-                sampler=sampler,
+                sampler=RankBatchSampler(self._layout, self.num_rows, self._first_row, self._skipper),
                 num_workers=self.num_workers,
                 prefetch_factor=self.prefetch_factor,
-                snapshot_every_n_steps=1 << 62,  # the row is the whole state, workers need not send theirs
+                snapshot_every_n_steps=1 << 62,  # the row is the whole state: workers need not send theirs
                 pin_memory=self.pin_memory and torch.accelerator.is_available(),
-                # Its own generator: the default one would be advanced by every start, and dropout with it.
+                # A separate generator: each start would advance the default one, and change dropout.
                 generator=torch.Generator(),
             )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchladder.data.dataloader import IGNORED
+from torchladder.data.dataloader import IGNORE_INDEX
 
 PADDING = ~0
 """Token 0 without a label."""
@@ -33,5 +33,5 @@ def split_labels(marked: Tensor) -> tuple[Tensor, Tensor]:
     tokens, labels = (part.to(torch.int64, copy=True) for part in (marked[:, :-1], marked[:, 1:]))
     if marked.min() < 0:
         tokens ^= tokens >> 63  # -1 below 0, so ~token becomes token
-        labels.masked_fill_(labels < 0, IGNORED)
+        labels.masked_fill_(labels < 0, IGNORE_INDEX)
     return tokens, labels

@@ -152,7 +152,7 @@ class FaultTolerance:
             return
         if not isinstance(loader, SupportsSkipping):
             raise ConfigError("resilience.on_bad_step = 'rollback' needs a data loader that can skip rows.")
-        loader.leave_out(rows)
+        loader.add_skip_rows(rows)
         self.skipped_rows += rows
 
     def _end(self) -> None:

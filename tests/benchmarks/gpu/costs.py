@@ -60,10 +60,10 @@ def checkpoints() -> dict[str, float]:
                 run.train_step()
                 wait()
                 begin = time.perf_counter()
-                run.lifeline.save(run.state())
+                run.fault_tolerance.save(run.state())
                 wait()
                 found[f"checkpoint_stall_seconds_{mode}"] = time.perf_counter() - begin
-                run.lifeline.saves.wait()
+                run.checkpointer.wait()
     return found
 
 

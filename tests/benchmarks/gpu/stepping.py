@@ -76,7 +76,7 @@ def trainer(
         try:
             yield made
         finally:
-            made.lifeline.close()
+            made.checkpointer.close()
             made.metrics.close()
             processes.leave()
             vars(made).clear()  # whoever still holds the trainer holds no memory of the device

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from torchladder.data.dataloader import IGNORED
+from torchladder.data.dataloader import IGNORE_INDEX
 from torchladder.data.disk_cache import build_once
 from torchladder.data.extras import missing_package
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter
@@ -90,10 +90,10 @@ def _mark_row(values: dict[str, np.ndarray], where: str) -> np.ndarray:
         if name in values and len(values[name]) != len(tokens):
             raise ConfigError(f"{where} has {len(tokens)} input_ids and {len(values[name])} {name}.")
     if "labels" in values:
-        unlabeled = values["labels"] == IGNORED
+        unlabeled = values["labels"] == IGNORE_INDEX
         unlabeled[:1] = True  # no position predicts the first token
         if (values["labels"] != tokens)[~unlabeled].any():
-            raise ConfigError(f"{where} has labels that are neither its tokens nor {IGNORED}.")
+            raise ConfigError(f"{where} has labels that are neither its tokens nor {IGNORE_INDEX}.")
     if "attention_mask" in values:
         unlabeled |= values["attention_mask"] == 0
     return np.where(unlabeled, mark_unlabeled(tokens), tokens)

@@ -1,1 +1,1 @@
-"""Which source each row is of, and what a run takes of each."""
+"""Mixes sources: the proportion of each, the source of every row, and what a run reads of each."""

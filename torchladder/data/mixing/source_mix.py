@@ -1,4 +1,4 @@
-"""What the sources of a run have, and what the run takes of it: epochs, tokens by phase, what is missing."""
+"""What a run reads of its sources: steps, tokens and epochs by phase, and whether there is enough."""
 
 from __future__ import annotations
 
@@ -11,69 +11,70 @@ from functools import partial
 
 from torchladder.data.corpus import Corpus
 from torchladder.data.dataloader import SourceUsage
-from torchladder.data.mixing.mixture import Interleave
+from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.packing.spans import Packing
 from torchladder.registry import ConfigError, unknown_name
 
 
 @dataclass(frozen=True, eq=False)
 class SourceMix:
-    """Sources, opened and packed, and which of them every row is of.
+    """The sources of a run, packed into rows and interleaved.
 
     Attributes:
         corpora: tokens of each source.
         packings: rows of each source.
-        repeats: whether each source begins anew when it has been read.
-        interleave: the source of every row.
+        repeats: whether each source starts over when all of it has been read.
+        interleave: source of every row.
         seq_len: tokens in a row.
-        batch: rows in a step.
+        global_batch_size: rows in a step.
     """
 
     corpora: Sequence[Corpus]
     packings: Sequence[Packing]
     repeats: Sequence[bool]
-    interleave: Interleave
+    interleave: PhasedInterleave
     seq_len: int
-    batch: int
+    global_batch_size: int
 
-    def check(self, steps: int) -> None:
-        """Refuses a run that reads more of a source than there is.
+    def check_enough_data(self, steps: int) -> None:
+        """Checks that no source runs out.
 
         Raises:
-            ConfigError: a source that does not repeat runs out.
+            ConfigError: the run reads more of a source than it has, and the source does not repeat.
         """
         for i, (corpus, packed) in enumerate(zip(self.corpora, self.packings, strict=True)):
-            rows = math.ceil(packed.epoch_rows)  # padding completes the last one
+            rows = math.ceil(packed.rows_per_epoch)  # the last one is padded
             needed = self._rows(i, steps)
             if self.repeats[i] or needed <= rows:
                 continue
-            missing = math.ceil((needed - packed.epoch_rows) * self.seq_len * Fraction(packed.efficiency))
-            # The rows up to and with a step never become fewer, so the first one that is short is found by halving.
+            missing = math.ceil((needed - packed.rows_per_epoch) * self.seq_len * Fraction(packed.efficiency))
+            # The rows read up to a step never decrease, so bisection finds the first step without enough.
             step = bisect.bisect_right(range(1, steps + 1), rows, key=partial(self._rows, i))
             raise ConfigError(
                 f"the source {corpus.label} runs out at step {step:,} of {steps:,}, {missing:,} tokens are missing: "
-                "take fewer steps, give it a smaller weight, or let it repeat."
+                "train for fewer steps, lower its weight, or set repeat = true."
             )
 
     def steps_for(self, epochs: float) -> int:
-        """Returns the steps that read as much as all sources hold, ``epochs`` times.
+        """Returns the steps that read as many rows as all sources have together, ``epochs`` times.
 
-        The last step is completed from the next epoch; where a source does not repeat, it is left out instead.
+        Rounds up, so the last step reads into the next epoch; rounds down if a source does not repeat.
         """
-        rows = Fraction(str(epochs)) * sum(packed.epoch_rows for packed in self.packings)
-        return max(math.ceil(rows / self.batch) if all(self.repeats) else math.floor(rows / self.batch), 1)
+        rows = Fraction(str(epochs)) * sum(packed.rows_per_epoch for packed in self.packings)
+        steps = rows / self.global_batch_size
+        return max(math.ceil(steps) if all(self.repeats) else math.floor(steps), 1)
 
     def usage(self, starts: Sequence[int], steps: int) -> list[SourceUsage]:
-        """Returns what each phase reads of each source, phase after phase.
+        """Returns what each phase reads of each source, phase by phase.
 
         Args:
-            starts: the first step of each phase, from 0.
+            starts: the first step of each phase; the first one is 0.
             steps: steps of the run.
         """
         found = []
         for step, until in zip(starts, [*starts[1:], steps], strict=True):
             for i, (corpus, packed) in enumerate(zip(self.corpora, self.packings, strict=True)):
-                before, after = (Fraction(self._rows(i, at)) / packed.epoch_rows for at in (step, until))
+                before, after = (Fraction(self._rows(i, at)) / packed.rows_per_epoch for at in (step, until))
                 tokens = round((after - before) * corpus.tokens)
                 found.append(
                     SourceUsage(step, until - step, corpus.label, tokens, float(after - before), float(before))
@@ -81,35 +82,36 @@ class SourceMix:
         return found
 
     def describe(self) -> list[str]:
-        """Returns a line on each source, and one on each later mixture."""
-        shares, *later = self.interleave.shares
+        """Returns a line for each source, and one for each later phase that changes the weights."""
+        proportions, *later = self.interleave.proportions
         lines = []
-        for corpus, packed, share in zip(self.corpora, self.packings, shares, strict=True):
-            line = f"{corpus.label}: {float(share):.1%} of the rows, {len(corpus.lengths):,} documents"
+        for corpus, packed, proportion in zip(self.corpora, self.packings, proportions, strict=True):
+            line = f"{corpus.label}: {float(proportion):.1%} of the rows, {len(corpus.lengths):,} documents"
             line += f", {corpus.tokens:,} tokens"
-            if packed.rows is None and share:
-                line += f", an epoch every {float(packed.epoch_rows / (share * self.batch)):,.1f} steps"
+            if packed.num_rows is None and proportion:
+                steps = packed.rows_per_epoch / (proportion * self.global_batch_size)
+                line += f", an epoch every {float(steps):,.1f} steps"
             if packed.efficiency < 1:
                 cut = float((corpus.lengths > self.seq_len).mean())
                 line += f", rows {packed.efficiency:.1%} full, {cut:.1%} of the documents cut"
             lines.append(line)
-        for first, shares in zip(self.interleave.firsts[1:], later, strict=True):
-            named = (f"{corpus.label} {float(share):.1%}" for corpus, share in zip(self.corpora, shares, strict=True))
-            lines.append(f"from step {first // self.batch:,}: {', '.join(named)}")
+        for first, proportions in zip(self.interleave.first_rows[1:], later, strict=True):
+            named = [f"{corpus.label} {float(p):.1%}" for corpus, p in zip(self.corpora, proportions, strict=True)]
+            lines.append(f"from step {first // self.global_batch_size:,}: {', '.join(named)}")
         return lines
 
-    def epochs(self, starts: Sequence[int], steps: int) -> list[str]:
-        """Returns a line on each phase: up to which epoch it reads every source."""
-        lines = []
-        for step, until in zip(starts, [*starts[1:], steps], strict=True):
-            read = [one for one in self.usage(starts, steps) if one.step == step and one.epochs]
-            named = (f"{one.source} {one.epochs_before:.2f} to {one.epochs_before + one.epochs:.2f}" for one in read)
-            lines.append(f"epochs of steps {step:,} to {until - 1:,}: {', '.join(named)}")
-        return lines
+    def describe_epochs(self, starts: Sequence[int], steps: int) -> list[str]:
+        """Returns a line for each phase with the epochs of each source at its begin and end."""
+        lines: dict[str, list[str]] = {}
+        for one in self.usage(starts, steps):
+            named = lines.setdefault(f"epochs of steps {one.step:,} to {one.step + one.steps - 1:,}: ", [])
+            if one.epochs:
+                named.append(f"{one.source} {one.epochs_before:.2f} to {one.epochs_before + one.epochs:.2f}")
+        return [title + ", ".join(named) for title, named in lines.items()]
 
     def _rows(self, source: int, steps: int) -> int:
-        """Returns the rows that the first steps take of a source."""
-        return self.interleave.counts(steps * self.batch)[source]
+        """Returns the rows of a source that the first ``steps`` steps read."""
+        return self.interleave.counts(steps * self.global_batch_size)[source]
 
 
 def in_order(weights: list[float] | dict[str, float], labels: Sequence[str]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Rows out of documents: which spans make up row n of a source, and in which order. Packings by name."""
+"""Packings: which spans of which documents make up row ``n`` of a source."""
 
 from torchladder.data.packing import bin_packing, stream_packing
 from torchladder.data.packing.spans import Packing, Spans, register, registry

@@ -1,8 +1,8 @@
-"""Rows of whole documents: ``pad`` keeps their order, ``best_fit`` chooses neighbours that fill a row.
+"""``pad`` and ``best_fit``: rows of whole documents, padded at the end.
 
-Both cut documents longer than a row into full rows and a tail, group what is no longer than a row, and never look at
-tokens. Which pieces share a row is settled once per source, for all epochs, and kept in the cache; so every row is
-found at once, in whichever epoch it lies.
+Both cut a document longer than a row into full rows and a tail, then assign pieces to rows by their lengths alone.
+Which pieces share a row is computed once per source, for all epochs, and cached, so any row of any epoch is found at
+once.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import numpy as np
 
 from torchladder.data.disk_cache import build_once
 from torchladder.data.packing.shuffle import DocumentOrder
-from torchladder.data.packing.spans import NOTHING, Spans, register
+from torchladder.data.packing.spans import EMPTY_SPANS, Spans, register
 
-BEST_FIT_HORIZON = 1 << 20
-"""Pieces among which ``best_fit`` looks for neighbours; the next ones are packed on their own."""
-FORMAT = 1
-"""Raised when the same lengths would give other rows."""
+BEST_FIT_HORIZON_PIECES = 1 << 20
+"""``best_fit`` packs this many pieces together, then the next ones separately."""
+PACKING_VERSION = 1
+"""Increment when the same lengths produce other rows."""
 
 
 class EpochRows(NamedTuple):
-    """The rows of one epoch.
+    """The pieces of an epoch, row after row.
 
     Attributes:
-        documents: (pieces,) int32, the document of each piece, row after row.
+        documents: (pieces,) int32, the document of each piece.
         begins: (pieces,) int64, the first token of each piece within its document.
-        bounds: (rows + 1,) int64, where the pieces of each row begin, with their number at the end.
+        bounds: (rows + 1,) int64, the first piece of each row, and the number of pieces.
     """
 
     documents: np.ndarray
@@ -44,7 +44,7 @@ class EpochRows(NamedTuple):
 
 @dataclass(frozen=True)
 class BinPacking:
-    """Rows of pieces that are no longer than a row, padded at the end; a subclass says which pieces share one."""
+    """Rows of pieces no longer than a row, padded at the end; a subclass decides which pieces share a row."""
 
     lengths: np.ndarray
     seq_len: int
@@ -53,44 +53,44 @@ class BinPacking:
     cache: Path | None = None
 
     @property
-    def rows(self) -> int | None:
-        return None if self.epochs is None else self.epochs * self._count
+    def num_rows(self) -> int | None:
+        return None if self.epochs is None else self.epochs * self._num_epoch_rows
 
     @property
-    def epoch_rows(self) -> Fraction:
-        return Fraction(self._count)
+    def rows_per_epoch(self) -> Fraction:
+        return Fraction(self._num_epoch_rows)
 
     @property
     def efficiency(self) -> float:
-        return int(self.lengths.sum()) / (self._count * self.seq_len)
+        return int(self.lengths.sum()) / (self._num_epoch_rows * self.seq_len)
 
     def __call__(self, row: int) -> Spans:
-        epoch, number = divmod(row, self._count)
+        epoch, number = divmod(row, self._num_epoch_rows)
         if self.epochs is not None and epoch >= self.epochs:
-            return NOTHING
-        mine = slice(*self._rows.bounds[number : number + 2].tolist())
-        documents, begins = self._rows.documents[mine].astype(np.int64), np.asarray(self._rows.begins[mine])
-        # A document that goes on in another row lends its next token as the last label.
+            return EMPTY_SPANS
+        pieces = slice(*self._rows.bounds[number : number + 2].tolist())
+        documents, begins = self._rows.documents[pieces].astype(np.int64), np.asarray(self._rows.begins[pieces])
+        # The last label of a full row is the first token of the document's next piece.
         return Spans(documents, begins, np.minimum(self.lengths[documents], begins + self.seq_len + (len(begins) == 1)))
 
     @abstractmethod
-    def group(self, lengths: np.ndarray) -> np.ndarray:
-        """Returns the row of each piece (pieces,) int64, rows counted from 0 without gaps.
+    def assign_rows(self, lengths: np.ndarray) -> np.ndarray:
+        """Returns the row of each piece, (pieces,) int64; rows are numbered from 0 without gaps.
 
         Args:
-            lengths: (pieces,) int64 tokens in each piece, from 1 to ``seq_len``, in the order of the documents.
+            lengths: (pieces,) int64, 1 to ``seq_len`` tokens each, in the order of the documents.
         """
 
     @property
-    def _count(self) -> int:
+    def _num_epoch_rows(self) -> int:
         return len(self._rows.bounds) - 1
 
     @cached_property
     def _rows(self) -> EpochRows:
         if self.cache is None:
             return self._pack()
-        facts = (FORMAT, type(self).__name__, self.seq_len, self.order, self.lengths.dtype.str)
-        digest = hashlib.sha256(repr(facts).encode())
+        settings = (PACKING_VERSION, type(self).__name__, self.seq_len, self.order, self.lengths.dtype.str)
+        digest = hashlib.sha256(repr(settings).encode())
         digest.update(np.ascontiguousarray(self.lengths).data)
 
         def build(folder: Path) -> None:
@@ -104,12 +104,12 @@ class BinPacking:
     def _pack(self) -> EpochRows:
         order = self.order(0)
         lengths = self.lengths[order]
-        pieces = -(-lengths // self.seq_len)  # of each document; none of an empty one
-        documents = np.repeat(order.astype(np.int32), pieces)
-        first = np.cumsum(pieces) - pieces
-        begins = (np.arange(len(documents)) - np.repeat(first, pieces)) * self.seq_len
-        row = self.group(np.minimum(np.repeat(lengths, pieces) - begins, self.seq_len))
-        # Rows in the order of their first pieces, and the pieces of a row in the order of the documents.
+        num_pieces = -(-lengths // self.seq_len)  # of each document; 0 of an empty one
+        documents = np.repeat(order.astype(np.int32), num_pieces)
+        first = np.cumsum(num_pieces) - num_pieces
+        begins = (np.arange(len(documents)) - np.repeat(first, num_pieces)) * self.seq_len
+        row = self.assign_rows(np.minimum(np.repeat(lengths, num_pieces) - begins, self.seq_len))
+        # Sort rows by their first piece, and the pieces of a row by the order of the documents.
         _, firsts = np.unique(row, return_index=True)
         row = np.argsort(np.argsort(firsts, kind="stable"), kind="stable")[row]
         by_row = np.argsort(row, kind="stable")
@@ -119,76 +119,91 @@ class BinPacking:
 
 @register("pad")
 class PadPacking(BinPacking):
-    """Documents in their order, as many whole ones as fit a row; the rest of the row is padding (next fit)."""
+    """Keeps the order of the documents: as many whole ones as fit in a row, then padding (next fit)."""
 
-    def group(self, lengths: np.ndarray) -> np.ndarray:
+    def assign_rows(self, lengths: np.ndarray) -> np.ndarray:
         ends = np.concatenate([[0], np.cumsum(lengths)])
-        # Where the next row begins if one begins at this piece; the chain of these from piece 0 are the rows.
-        follows = (np.searchsorted(ends, ends[:-1] + self.seq_len, side="right") - 1).tolist()
-        starts, piece = np.zeros(len(lengths), np.int64), 0
+        # If a row begins at piece i, the next one begins at next_begin[i]. Following these from piece 0 gives all rows.
+        next_begin = (np.searchsorted(ends, ends[:-1] + self.seq_len, side="right") - 1).tolist()
+        begins_row, piece = np.zeros(len(lengths), np.int64), 0
         while piece < len(lengths):
-            starts[piece] = 1
-            piece = follows[piece]
-        return np.cumsum(starts) - 1
+            begins_row[piece] = 1
+            piece = next_begin[piece]
+        return np.cumsum(begins_row) - 1
 
 
 @register("best_fit")
 class BestFitPacking(BinPacking):
-    """Documents grouped to fill rows: the longest first, each into the fullest row that has room for it.
+    """Groups documents that fill rows: the longest first, each into the fullest row with enough space.
 
-    Best-fit decreasing, as in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830), within windows of
-    2 ** 20 documents. Documents of one length are placed together, so the work grows with the lengths that occur.
+    Best-fit decreasing, as in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830), within
+    ``BEST_FIT_HORIZON_PIECES`` pieces at a time.
     """
 
-    def group(self, lengths: np.ndarray) -> np.ndarray:
+    def assign_rows(self, lengths: np.ndarray) -> np.ndarray:
         row, used = np.empty(len(lengths), np.int64), 0
-        for begin in range(0, len(lengths), BEST_FIT_HORIZON):
-            part = best_fit_decreasing(lengths[begin : begin + BEST_FIT_HORIZON], self.seq_len)
-            row[begin : begin + BEST_FIT_HORIZON] = part + used
-            used += int(part.max()) + 1
+        for begin in range(0, len(lengths), BEST_FIT_HORIZON_PIECES):
+            horizon = slice(begin, begin + BEST_FIT_HORIZON_PIECES)
+            row[horizon] = best_fit_decreasing(lengths[horizon], self.seq_len) + used
+            used = int(row[horizon].max()) + 1
         return row
 
 
-def best_fit_decreasing(lengths: np.ndarray, room: int) -> np.ndarray:
-    """Returns the bin of each piece (pieces,) int64, bins counted from 0 without gaps.
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Returns the bin of each piece, (pieces,) int64; bins are numbered from 0 without gaps.
+
+    Best-fit decreasing puts one piece at a time, the longest first, into the bin with the least space that still has
+    room for it. In Python that is slow for millions of pieces, but there are only as many distinct lengths as tokens in
+    a row. So bins are grouped by the space left in them, and all pieces of one length are placed together: a bin that
+    receives a piece has even less space than the others, hence receives the next ones too, until it has no room.
+
+    Example, capacity 10 and lengths 6 6 3 3 3 2:
+
+    ========  ====================================================  =================
+    length    placed in                                             space left in bins
+    ========  ====================================================  =================
+    6 (two)   two new bins, one piece each                          4 4
+    3 (three) the bins with space 4, one piece each; then a new one  1 1 7
+    2 (one)   the bin with space 7                                  1 1 5
+    ========  ====================================================  =================
 
     Args:
-        lengths: (pieces,) from 1 to ``room``.
-        room: what a bin holds.
+        lengths: (pieces,) from 1 to ``capacity``.
+        capacity: size of a bin.
     """
     bins = np.empty(len(lengths), np.int64)
-    open_bins: dict[int, list[np.ndarray]] = {}  # by the room left
-    some = np.zeros(room + 1, bool)  # whether there are open bins with that much room
+    open_bins: dict[int, list[np.ndarray]] = {}  # space left -> bins
+    has_bins = np.zeros(capacity + 1, bool)  # whether open_bins has an entry for a space
     count = 0
     for length, pieces in _by_length(lengths):
         while len(pieces):
-            left = length + int(some[length:].argmax())
-            if some[left]:
-                candidates = np.concatenate(open_bins.pop(left))
-                some[left] = False
+            space = length + int(has_bins[length:].argmax())  # the least that is enough
+            if has_bins[space]:
+                candidates = np.concatenate(open_bins.pop(space))
+                has_bins[space] = False
             else:
-                left = room
-                candidates = np.arange(count, count - (-len(pieces) // (room // length)))
+                space = capacity
+                candidates = np.arange(count, count - (-len(pieces) // (capacity // length)))
                 count += len(candidates)
-            # The bins with the least room come first, and each stays first until it has no room for another piece.
-            each = left // length
-            chosen = np.repeat(candidates[: -(-len(pieces) // each)], each)[: len(pieces)]
+            per_bin = space // length
+            chosen = np.repeat(candidates[: -(-len(pieces) // per_bin)], per_bin)[: len(pieces)]
             bins[pieces[: len(chosen)]] = chosen
             pieces = pieces[len(chosen) :]
-            full, rest = divmod(len(chosen), each)
-            groups = [(left - each * length, candidates[:full]), (left - rest * length, candidates[full : full + 1])]
-            groups = groups if rest else groups[:1]
-            groups.append((left, candidates[full + bool(rest) :]))
-            for remaining, group in groups:
-                if remaining and len(group):
-                    open_bins.setdefault(remaining, []).append(group)
-                    some[remaining] = True
+            full, rest = divmod(len(chosen), per_bin)
+            for left, group in (
+                (space - per_bin * length, candidates[:full]),
+                (space - rest * length, candidates[full : full + 1]),  # received the last few pieces
+                (space, candidates[full + 1 :]),
+            ):
+                if left and len(group):
+                    open_bins.setdefault(left, []).append(group)
+                    has_bins[left] = True
     return bins
 
 
 def _by_length(lengths: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields each length, the longest first, with the places where it occurs."""
+    """Yields each distinct length, the longest first, with the indices where it occurs."""
     by_length = np.argsort(-lengths, kind="stable")
     values, firsts = np.unique(-lengths[by_length], return_index=True)
-    for value, places in zip(values.tolist(), np.split(by_length, firsts[1:]), strict=True):
-        yield -value, places
+    for value, indices in zip(values.tolist(), np.split(by_length, firsts[1:]), strict=True):
+        yield -value, indices

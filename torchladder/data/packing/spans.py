@@ -1,7 +1,7 @@
-"""Rows out of documents: which spans of which documents make up row ``n`` of one source.
+"""What a packing is: a function from a row's number to the spans of documents that fill it.
 
-A packing sees lengths, never tokens, and answers for any row without having seen another: it is a pure function of the
-lengths, the seed and ``n``. An order gives it the documents of each epoch.
+A packing sees document lengths, never tokens. It is a pure function of the lengths, the order of the documents and the
+row's number, so any row can be computed without the rows before it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torchladder.registry import Registry
 
 
 class Spans(NamedTuple):
-    """The content of a row, piece after piece.
+    """The documents, or pieces of documents, in a row.
 
     Attributes:
-        documents: (pieces,) int64, the document each piece is cut from.
-        begins: (pieces,) int64, its first token within the document.
+        documents: (pieces,) int64, the document that each piece is cut from.
+        begins: (pieces,) int64, first token of the piece within its document.
         ends: (pieces,) int64, one past its last token.
     """
 
@@ -28,41 +28,41 @@ class Spans(NamedTuple):
     ends: np.ndarray
 
 
-NOTHING = Spans(*(np.empty(0, np.int64) for _ in range(3)))
-"""The content of a row that is all padding."""
+EMPTY_SPANS = Spans(*(np.empty(0, np.int64) for _ in range(3)))
+"""A row of padding only."""
 
 
 class Packing(Protocol):
     """Rows of one source.
 
     Attributes:
-        rows: how many rows there are, None when they never end.
-        epoch_rows: rows that read every document once.
-        efficiency: the share of a row's places that hold tokens.
+        num_rows: number of rows; None if the source repeats without end.
+        rows_per_epoch: rows that read every document once.
+        efficiency: fraction of all positions that hold tokens; the rest is padding.
     """
 
     @property
-    def rows(self) -> int | None: ...
+    def num_rows(self) -> int | None: ...
 
     @property
-    def epoch_rows(self) -> Fraction: ...
+    def rows_per_epoch(self) -> Fraction: ...
 
     @property
     def efficiency(self) -> float: ...
 
     def __call__(self, row: int) -> Spans:
-        """Returns the spans of row ``row``: ``seq_len + 1`` tokens at most, the last only a label; past the end 0."""
+        """Returns the spans of a row: at most ``seq_len + 1`` tokens, the last one only a label; past the end none."""
         ...
 
 
 registry: Registry[Packing] = Registry(
     "packing",
     runtime_args={
-        "lengths": "(documents,) int64 tokens in each document",
+        "lengths": "(documents,) int64, tokens in each document",
         "seq_len": "tokens in a row",
-        "order": "epoch -> (documents,) the documents of that epoch",
-        "epochs": "how often the documents are read, None without end",
-        "cache": "folder for what is computed once, None to compute it each time",
+        "order": "epoch -> (documents,), the documents in the order of that epoch",
+        "epochs": "how often the documents are read, None for no end",
+        "cache": "folder for results that are computed once, None to compute them each time",
     },
 )
 register = registry.register

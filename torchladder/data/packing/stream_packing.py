@@ -1,4 +1,4 @@
-"""Rows cut from one endless stream of documents: no token is left out, and nothing is padded."""
+"""``stream``: concatenates all documents and cuts rows every ``seq_len`` tokens; no token is dropped, none padded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torchladder.data.packing.spans import NOTHING, Spans, register
+from torchladder.data.packing.spans import EMPTY_SPANS, Spans, register
 
 
 class _Epoch(NamedTuple):
-    """One pass: its documents and where each begins in the pass, with the end of the last appended."""
+    """One pass over the documents.
+
+    Attributes:
+        documents: (documents,) in the order of the epoch.
+        bounds: (documents + 1,) where each begins in the epoch's tokens, and where the last one ends.
+    """
 
     documents: np.ndarray
     bounds: np.ndarray
@@ -23,11 +28,11 @@ class _Epoch(NamedTuple):
 @register("stream")
 @dataclass(frozen=True)
 class StreamPacking:
-    """All documents in one endless stream, epoch after epoch, cut every ``seq_len`` tokens.
+    """Concatenates all documents, epoch after epoch, and cuts the stream every ``seq_len`` tokens.
 
     A row is the next ``seq_len`` tokens and one more, which is only a label here and the first token of the next row.
-    So every token is a token of exactly one row per epoch; rows cross the border of epochs, and no tail is dropped.
-    With a last epoch, the last row is shorter.
+    So every token is an input of exactly one row per epoch. Rows cross the border of epochs, and no tail is dropped; if
+    there is a last epoch, its last row is shorter.
     """
 
     lengths: np.ndarray
@@ -35,17 +40,17 @@ class StreamPacking:
     order: Callable[[int], np.ndarray]
     epochs: int | None = None
     efficiency: float = field(default=1.0, init=False)
-    _passes: dict[int, _Epoch] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _epochs: dict[int, _Epoch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
-    def rows(self) -> int | None:
+    def num_rows(self) -> int | None:
         if self.epochs is None:
             return None
-        # The very first token is no label: n tokens have n - 1, and the last row has at least one.
+        # The very first token is no label: n tokens have n - 1 labels, and the last row has at least one.
         return -(-max(self.epochs * self._tokens - 1, 0) // self.seq_len)
 
     @property
-    def epoch_rows(self) -> Fraction:
+    def rows_per_epoch(self) -> Fraction:
         return Fraction(self._tokens, self.seq_len)
 
     def __call__(self, row: int) -> Spans:
@@ -53,13 +58,13 @@ class StreamPacking:
         end = begin + self.seq_len + 1
         if self.epochs is not None:
             end = min(end, self.epochs * self._tokens)
-        pieces = [NOTHING]
+        pieces = [EMPTY_SPANS]
         while begin < end:
             epoch, offset = divmod(begin, self._tokens)
             until = min(end - epoch * self._tokens, self._tokens)
-            pieces.append(self._cut(self._pass(epoch), offset, until))
+            pieces.append(self._cut(self._epoch(epoch), offset, until))
             begin += until - offset
-        # Most rows lie within one epoch, and then there is nothing to join.
+        # Most rows lie within one epoch: nothing to concatenate.
         return pieces[-1] if len(pieces) < 3 else Spans(*map(np.concatenate, zip(*pieces, strict=True)))
 
     @cached_property
@@ -67,21 +72,21 @@ class StreamPacking:
         return int(self.lengths.sum())
 
     def _cut(self, epoch: _Epoch, begin: int, end: int) -> Spans:
-        """Returns the pieces of the tokens ``begin .. end`` of one pass."""
+        """Returns the spans of the tokens ``begin .. end`` of one epoch."""
         first = int(epoch.bounds.searchsorted(begin, side="right")) - 1
         last = int(epoch.bounds.searchsorted(end, side="left"))
         bounds = epoch.bounds[first : last + 1].copy()
-        bounds[0], bounds[-1] = begin, end  # only the outermost documents reach further
+        bounds[0], bounds[-1] = begin, end  # only the first and the last document can be cut
         starts = epoch.bounds[first:last]
         return Spans(epoch.documents[first:last], bounds[:-1] - starts, bounds[1:] - starts)
 
-    def _pass(self, epoch: int) -> _Epoch:
-        """Returns an epoch's order, keeping the two read last: workers stand on either side of a border."""
-        if epoch not in self._passes:
-            documents = self.order(epoch)
+    def _epoch(self, number: int) -> _Epoch:
+        """Returns an epoch; keeps the last two, since workers read on both sides of a border."""
+        if number not in self._epochs:
+            documents = self.order(number)
             bounds = np.zeros(len(documents) + 1, np.int64)
             np.cumsum(self.lengths[documents], out=bounds[1:])
-            while len(self._passes) > 1:
-                del self._passes[next(iter(self._passes))]
-            self._passes[epoch] = _Epoch(documents, bounds)
-        return self._passes[epoch]
+            while len(self._epochs) > 1:
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[number] = _Epoch(documents, bounds)
+        return self._epochs[number]

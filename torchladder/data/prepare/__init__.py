@@ -1,1 +1,1 @@
-"""Text to tokens: on first use into the cache, or ahead of time by many processes."""
+"""Tokenizes text: on first use into the cache, or ahead of time with many processes."""

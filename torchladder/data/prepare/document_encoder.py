@@ -1,17 +1,17 @@
-"""Texts to the tokens of documents: the one way that every command and every run goes."""
+"""Encodes texts as documents. Every command and every run tokenizes through this class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError
 
-BATCH = 1 << 22
+BATCH_CHARS = 1 << 22
 """Characters that are tokenized at once."""
 
 T = TypeVar("T")
@@ -19,16 +19,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """How a text becomes a document's tokens: encoded, with the tokens that begin and end it.
+    """Tokenizes texts and adds the tokens that begin and end a document.
 
     Attributes:
-        tokenizer: gives the ids.
-        bos: whether a document begins with the tokenizer's bos.
-        eos: whether a document ends with the tokenizer's eos.
-        threads: cores to use.
+        tokenizer: the tokenizer.
+        bos: whether a document begins with the tokenizer's bos token.
+        eos: whether a document ends with the tokenizer's eos token.
+        threads: CPU threads to tokenize with.
 
     Raises:
-        ConfigError: the tokenizer has no bos.
+        ConfigError: ``bos`` is set, but the tokenizer has no bos token.
     """
 
     tokenizer: Tokenizer
@@ -38,46 +38,46 @@ class DocumentEncoder:
 
     def __post_init__(self) -> None:
         if self.bos and self.tokenizer.bos is None:
-            raise ConfigError("bos is on, but the tokenizer has no bos token: leave bos off.")
+            raise ConfigError("bos is set, but the tokenizer has no bos token: unset bos.")
 
     @property
-    def ends(self) -> dict[str, int | None]:
-        """The ids that begin and end each document, None where none does."""
+    def special_ids(self) -> dict[str, int | None]:
+        """The ids ``bos`` and ``eos`` that are added to each document; None where none is."""
         return {"bos": self.tokenizer.bos if self.bos else None, "eos": self.tokenizer.eos if self.eos else None}
 
-    def __call__(self, texts: list[str], name: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens of all texts back to back (tokens,), and how many each has (documents,).
+    def __call__(self, texts: list[str], location: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens of all texts back to back (tokens,), and the length of each document (documents,).
 
         Args:
             texts: one document each.
-            name: says where the n-th of them comes from.
+            location: returns where text ``n`` comes from, for the error message.
 
         Raises:
             ConfigError: a token is outside the vocabulary.
         """
         encoded = self.tokenizer.encode_batch(texts, self.threads)
-        first, last = ([np.array([end])] if end is not None else [] for end in self.ends.values())
-        pieces = [piece for ids in encoded for piece in (*first, ids, *last)]
+        bos, eos = ([np.array([token])] if token is not None else [] for token in self.special_ids.values())
+        pieces = [piece for ids in encoded for piece in (*bos, ids, *eos)]
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + len(first) + len(last)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + len(bos) + len(eos)
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
             place = int(np.flatnonzero((tokens < 0) | (tokens >= self.tokenizer.vocab_size))[0])
             document = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
             raise ConfigError(
-                f"{name(document)}: the tokenizer gives token {tokens[place]}, "
-                f"its vocabulary has {self.tokenizer.vocab_size}."
+                f"{location(document)}: the tokenizer returns token {tokens[place]}, "
+                f"but its vocabulary has {self.tokenizer.vocab_size} tokens."
             )
         return tokens, lengths
 
 
-def batches(documents: Iterable[T], text: Callable[[T], str]) -> Iterator[list[T]]:
-    """Yields the documents in lists of about ``BATCH`` characters."""
-    batch: list[Any] = []
+def batch_by_chars(documents: Iterable[T], text: Callable[[T], str]) -> Iterator[list[T]]:
+    """Yields lists of documents with about ``BATCH_CHARS`` characters each; ``text`` returns a document's text."""
+    batch: list[T] = []
     size = 0
     for document in documents:
         batch.append(document)
         size += len(text(document))
-        if size >= BATCH:
+        if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
     if batch:

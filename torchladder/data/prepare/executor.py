@@ -1,7 +1,7 @@
-"""Where tasks are done: in this process, in processes of this machine, or on a Ray cluster.
+"""Runs tasks in this process, in worker processes of this machine, or on a Ray cluster.
 
-An executor is called with the work, which is sent to each worker once, and the tasks; it yields what the work returns
-for each task, as they finish.
+An executor is called with a function and a list of tasks. It sends the function to each worker once and yields the
+function's results as tasks finish, in any order.
 """
 
 from __future__ import annotations
@@ -15,166 +15,153 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from torchladder.data.extras import missing_package
 from torchladder.registry import ConfigError, Registry
 
 Task = TypeVar("Task")
-Done = TypeVar("Done")
+Result = TypeVar("Result")
 
 
 class Executor(Protocol):
-    """Does tasks."""
+    """Maps a function over tasks; results come in the order in which tasks finish."""
 
-    def __call__(self, work: Callable[[Task], Done], tasks: Sequence[Task]) -> Iterator[Done]: ...
+    def __call__(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]: ...
 
 
 registry: Registry[Executor] = Registry("executor")
 
 
 @registry.register("local")
-def local(workers: int | None = None) -> Executor:
-    """Processes of this machine.
+def local_executor(workers: int | None = None) -> Executor:
+    """Worker processes of this machine.
 
     Args:
-        workers: how many; every core that this process may use where nothing is said.
+        workers: number of processes; 1 runs in the calling process, None uses every available CPU.
     """
-    count = cores() if workers is None else workers
+    count = available_cpus() if workers is None else workers
     if count < 1:
-        raise ConfigError(f"workers is {count}; it is 1 at least.")
-    return _here if count == 1 else Processes(count)
+        raise ConfigError(f"workers is {count}; it must be 1 or more.")
+    return ProcessPool(count)
 
 
 @registry.register("ray")
-def ray(workers: int | None = None) -> Executor:
-    """A Ray cluster: the one that RAY_ADDRESS names or that runs here, or one made of this machine.
+def ray_executor(workers: int | None = None) -> Executor:
+    """A Ray cluster: the one that RAY_ADDRESS names or that runs on this machine, else a new local one.
 
-    Inputs and outputs lie where every node finds them under the same path.
+    Inputs and outputs must lie under the same path on every node.
 
     Args:
-        workers: how many, one core each; every core of the cluster where nothing is said.
+        workers: number of actors, one CPU each; None uses every CPU of the cluster.
     """
     try:
         import ray as library
     except ImportError:
         raise missing_package("ray", "ray", "--executor ray") from None
     if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}; it is 1 at least.")
-    return Cluster(library, workers)
+        raise ConfigError(f"workers is {workers}; it must be 1 or more.")
+    return RayPool(library, workers)
 
 
-def cores() -> int:
-    """Returns how many cores this process may use."""
+def available_cpus() -> int:
+    """Returns the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _here(work: Callable[[Task], Done], tasks: Sequence[Task]) -> Iterator[Done]:
-    return map(work, tasks)
+@dataclass(frozen=True)
+class ProcessPool:
+    """Worker processes of this machine.
 
-
-class Processes:
-    """Processes of this machine.
-
-    They are forked from a process that has only imported the library, so that they start fast and inherit neither
-    threads nor open files of the caller.
+    They fork from a server process that has only imported the library: they start fast, and inherit neither threads
+    nor open files from the caller.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    workers: int
 
-    def __call__(self, work: Callable[[Task], Done], tasks: Sequence[Task]) -> Iterator[Done]:
-        if len(tasks) < 2:  # not worth a process, which takes seconds to start
-            yield from map(work, tasks)
+    def __call__(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        if min(self.workers, len(tasks)) < 2:  # not worth a process, which takes seconds to start
+            yield from map(function, tasks)
             return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([name for name in sys.modules if name.startswith("torchladder.")])
         pool = ProcessPoolExecutor(
-            min(self.workers, len(tasks)), mp_context=context, initializer=_begin, initargs=(work,)
+            min(self.workers, len(tasks)), mp_context=context, initializer=_init_worker, initargs=(function,)
         )
         try:
-            for future in as_completed([pool.submit(_do, task) for task in tasks]):
+            for future in as_completed([pool.submit(_run_task, task) for task in tasks]):
                 yield future.result()
         except BrokenProcessPool:
             raise ConfigError(
-                "a worker process was killed, often for want of memory: fewer --workers need less. "
-                "What is finished is kept, and the same command continues."
+                "a worker process was killed, often because memory ran out: try fewer --workers. "
+                "Finished parts are kept; run the same command again to continue."
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_work: Any = None
-"""In a worker process: what it was started to do."""
+_worker_function: Any = None
+"""In a worker process: the function that its tasks call."""
 
 
-def _begin(work: Callable[[Any], Any]) -> None:
-    """Prepares a worker process: its work, a quiet end on Ctrl-C, and an end when the caller ends."""
-    global _work
-    _work = work
+def _init_worker(function: Callable[[Any], Any]) -> None:
+    """Sets the worker's function, restores Ctrl-C, and makes the worker exit together with its parent."""
+    global _worker_function
+    _worker_function = function
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_follow_caller, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow_caller() -> None:
-    """Ends this process when the caller has ended, even by a signal that leaves it no last word."""
-    caller = multiprocessing.parent_process()
-    if caller is not None:
-        caller.join()
+def _exit_with_parent() -> None:
+    """Exits as soon as the parent process has ended, even after SIGKILL."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
         os._exit(1)
 
 
-def _do(task: Any) -> Any:
-    return _work(task)
+def _run_task(task: Any) -> Any:
+    return _worker_function(task)
 
 
-class Cluster:
-    """A Ray cluster."""
+@dataclass(frozen=True)
+class RayPool:
+    """Actors of a Ray cluster."""
 
-    def __init__(self, library: Any, workers: int | None) -> None:
-        self.ray = library
-        self.workers = workers
+    ray: Any
+    workers: int | None
 
-    def __call__(self, work: Callable[[Task], Done], tasks: Sequence[Task]) -> Iterator[Done]:
+    def __call__(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         if not tasks:
             return
         ray = self.ray
-        ours = not ray.is_initialized()
-        if ours:
+        started_here = not ray.is_initialized()
+        if started_here:
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
         workers = min(self.workers or int(ray.cluster_resources().get("CPU", 1)), len(tasks))
-        # A worker that is lost with its node comes up elsewhere and does its task again.
-        kind = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=3)(_Worker)
-        actors = [kind.remote(work) for _ in range(workers)]
+        # Ray restarts an actor that was lost with its node, and retries its task.
+        actor_class = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=3)(_RayWorker)
+        actors = [actor_class.remote(function) for _ in range(workers)]
         try:
-            yield from self._done(actors, list(tasks))
+            pool = ray.util.ActorPool(actors)
+            yield from pool.map_unordered(lambda actor, task: actor.run_task.remote(task), tasks)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayActorError as error:
-            raise ConfigError(f"a worker of the cluster failed; the same command continues. {error}") from error
+            raise ConfigError(f"a Ray worker failed; run the same command again to continue. {error}") from error
         finally:
             for actor in actors:
                 ray.kill(actor)
-            if ours:
+            if started_here:
                 ray.shutdown()
 
-    def _done(self, actors: list[Any], tasks: list[Any]) -> Iterator[Any]:
-        waiting = iter(tasks)
-        busy = {actor.do.remote(task): actor for actor, task in zip(actors, waiting, strict=False)}
-        while busy:
-            [ready], _ = self.ray.wait(list(busy), num_returns=1)
-            actor = busy.pop(ready)
-            task = next(waiting, None)
-            if task is not None:
-                busy[actor.do.remote(task)] = actor
-            yield self.ray.get(ready)
 
+@dataclass(frozen=True)
+class _RayWorker:
+    """An actor on a node of the cluster."""
 
-class _Worker:
-    """Does tasks on a node of the cluster."""
+    function: Callable[[Any], Any]
 
-    def __init__(self, work: Callable[[Any], Any]) -> None:
-        self.work = work
-
-    def do(self, task: Any) -> Any:
-        return self.work(task)
+    def run_task(self, task: Any) -> Any:
+        return self.function(task)

@@ -1,10 +1,10 @@
-"""Pairs of tokens to one pair: documents keep their order, and the index counts them on."""
+"""Merges .bin/.idx datasets into one, document after document."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,127 +12,130 @@ import numpy as np
 
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, prefix_of
 from torchladder.data.prepare import metadata
-from torchladder.data.prepare.metadata import Metadata
+from torchladder.data.prepare.metadata import DatasetMetadata
 from torchladder.registry import ConfigError
 
-TOKENS = 1 << 24
-"""Tokens that are copied at once, about; a document is copied whole."""
+COPY_TOKENS = 1 << 24
+"""Tokens that are copied at once, rounded to whole documents."""
 
 
-def append(writer: IndexedWriter, pair: IndexedTokens) -> None:
-    """Writes all documents of a pair behind those that a writer has.
-
-    Raises:
-        ConfigError: its tokens are of another type.
-    """
-    if pair.dtype != writer.dtype:
-        raise ConfigError(f"{pair.prefix} holds tokens as {pair.dtype}, those before it as {writer.dtype}.")
-    for tokens, lengths in _copies(pair):
-        writer.extend(tokens, lengths)
-
-
-def _copies(pair: IndexedTokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the documents of a pair, many at once."""
-    lengths, starts = np.asarray(pair.lengths), np.asarray(pair.starts)
-    ends = np.cumsum(lengths)
-    begin = 0
-    while begin < len(lengths):
-        done = int(ends[begin - 1]) if begin else 0
-        end = max(begin + 1, int(np.searchsorted(ends, done + TOKENS, side="right")))
-        mine = slice(begin, end)
-        if (starts[mine][1:] == (starts[mine] + lengths[mine])[:-1]).all():
-            place = int(starts[begin]) * pair.dtype.itemsize
-            yield np.fromfile(f"{pair.prefix}.bin", pair.dtype, int(lengths[mine].sum()), offset=place), lengths[mine]
-        else:
-            yield np.concatenate([pair[document] for document in range(begin, end)]), lengths[mine]
-        begin = end
-
-
-def merge(output: str, parts: Sequence[str], overwrite: bool = False) -> Metadata:
-    """Writes the documents of several pairs, one after the other, as one pair with its metadata.
-
-    Shards of one preparation are put in their order whatever the order they are named in, and give what the
-    preparation of all would have given, byte for byte.
+def write_merged(output: str, datasets: Iterable[IndexedTokens], about: DatasetMetadata) -> DatasetMetadata:
+    """Writes the documents of all datasets, and then the metadata; returns it with its counts and checksums.
 
     Args:
-        output: prefix of the pair to write.
-        parts: prefixes of pairs, or either of their files.
-        overwrite: whether to replace a pair that is there.
+        output: prefix of the dataset to write.
+        datasets: what to merge, in order.
+        about: dtype, settings and sources of the output.
 
     Raises:
-        ConfigError: a part is missing, damaged or named twice, or they do not belong together.
+        ConfigError: a dataset stores tokens as another dtype.
     """
-    prefixes = [prefix_of(part) for part in parts]
+    with IndexedWriter(output, np.dtype(about.dtype)) as writer:
+        for dataset in datasets:
+            if dataset.dtype != writer.dtype:
+                raise ConfigError(
+                    f"{dataset.prefix} stores tokens as {dataset.dtype}, the datasets before it as {writer.dtype}; "
+                    "merge datasets of one dtype."
+                )
+            for tokens, lengths in _document_batches(dataset):
+                writer.extend(tokens, lengths)
+        metadata.metadata_path(output).unlink(missing_ok=True)  # it describes the dataset that is being replaced
+    counts = len(writer.lengths), sum(writer.lengths)
+    merged = dataclasses.replace(about, documents=counts[0], tokens=counts[1], checksums=writer.checksums)
+    metadata.write_metadata(output, merged)
+    return merged
+
+
+def _document_batches(dataset: IndexedTokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (tokens, lengths) of about ``COPY_TOKENS`` tokens each, at least one document."""
+    lengths, starts = np.asarray(dataset.lengths), np.asarray(dataset.starts)
+    ends = np.cumsum(lengths)
+    first = 0
+    while first < len(lengths):
+        done = int(ends[first - 1]) if first else 0
+        until = max(first + 1, int(np.searchsorted(ends, done + COPY_TOKENS, side="right")))
+        batch = slice(first, until)
+        if (starts[batch][1:] == (starts[batch] + lengths[batch])[:-1]).all():  # back to back: one read
+            offset = int(starts[first]) * dataset.dtype.itemsize
+            count = int(lengths[batch].sum())
+            yield np.fromfile(f"{dataset.prefix}.bin", dataset.dtype, count, offset=offset), lengths[batch]
+        else:
+            yield np.concatenate([dataset[document] for document in range(first, until)]), lengths[batch]
+        first = until
+
+
+def merge_datasets(output: str, inputs: Sequence[str], overwrite: bool = False) -> DatasetMetadata:
+    """Merges datasets into one, and returns its metadata.
+
+    Shards of one ``torchladder prepare --shard`` are sorted first. Merged, they equal the unsharded output byte for
+    byte.
+
+    Args:
+        output: prefix of the dataset to write.
+        inputs: prefixes of datasets, or either of their files.
+        overwrite: whether to replace an existing output.
+
+    Raises:
+        ConfigError: an input is missing, damaged or named twice, or the inputs do not belong together.
+    """
+    prefixes = [prefix_of(name) for name in inputs]
     if len(set(prefixes)) < len(prefixes) or prefix_of(output) in prefixes:
-        raise ConfigError("each part is named once, and the output is none of them.")
+        raise ConfigError("name each input once, and an output that is not one of them.")
     if not overwrite and Path(f"{prefix_of(output)}.bin").exists():
-        raise ConfigError(f"{prefix_of(output)}.bin is there already; --overwrite replaces it.")
-    pairs = [(IndexedTokens(prefix), metadata.read(prefix)) for prefix in prefixes]
-    known = [about for _, about in pairs if about is not None]
-    together = _together(known) if len(known) == len(pairs) else None
+        raise ConfigError(f"{prefix_of(output)}.bin already exists; --overwrite replaces it.")
+    datasets = [(IndexedTokens(prefix), metadata.read_metadata(prefix)) for prefix in prefixes]
+    known = [about for _, about in datasets if about is not None]
+    merged = _merge_metadata(known) if len(known) == len(datasets) else None
     if any(about.shard for about in known):
-        pairs = _in_order(pairs)
-    for pair, about in pairs:
-        broken = about and metadata.damage(pair.prefix, about.checksums)
-        if broken:
-            raise ConfigError(f"{broken} is damaged: it is not what its checksum in {pair.prefix}.json says.")
-    with IndexedWriter(output, pairs[0][0].dtype.newbyteorder("=")) as writer:
-        for pair, _ in pairs:
-            append(writer, pair)
-        metadata.path_of(output).unlink(missing_ok=True)  # what it says of an older pair is over
-    together = together or Metadata(dtype=str(writer.dtype))
-    whole = dataclasses.replace(
-        together,
-        documents=len(writer.lengths),
-        tokens=sum(pair.tokens for pair, _ in pairs),
-        checksums=writer.checksums,
-    )
-    metadata.write(output, whole)
-    return whole
+        datasets = _sort_shards(datasets)
+    for dataset, about in datasets:
+        corrupt = about and metadata.find_corrupt_file(dataset.prefix, about.checksums)
+        if corrupt:
+            raise ConfigError(f"{corrupt} is damaged: it differs from its checksum in {dataset.prefix}.json.")
+    merged = merged or DatasetMetadata(dtype=datasets[0][0].dtype.name)
+    return write_merged(output, [dataset for dataset, _ in datasets], merged)
 
 
-Pairs = list[tuple[IndexedTokens, Metadata | None]]
+Datasets = list[tuple[IndexedTokens, DatasetMetadata | None]]
 
 
-def _in_order(pairs: Pairs) -> Pairs:
-    """Returns the shards of one preparation in their order.
+def _sort_shards(datasets: Datasets) -> Datasets:
+    """Returns the shards of one preparation in order.
 
     Raises:
-        ConfigError: one is missing, or they are of several preparations.
+        ConfigError: a shard is missing, or the shards are of several preparations.
     """
-    shards = {about.shard[0]: (pair, about) for pair, about in pairs if about and about.shard}
-    wholes = [about.shard[1] for _, about in pairs if about and about.shard]
-    first = next(about for _, about in pairs if about and about.shard)
-    for pair, about in pairs:
-        if about is None or about.shard is None or _unsharded(about) != _unsharded(first):
-            raise ConfigError(f"{pair.prefix} is no shard of the same preparation as the others.")
-    missing = sorted(set(range(wholes[0])) - set(shards))
-    if missing or len(set(wholes)) > 1 or len(pairs) != wholes[0]:
-        named = ", ".join(f"{number}/{wholes[0]}" for number in missing) or "none"
-        raise ConfigError(f"these are {len(pairs)} of {wholes[0]} shards; missing: {named}.")
-    return [shards[number] for number in sorted(shards)]
+    shards = {about.shard[0]: (dataset, about) for dataset, about in datasets if about and about.shard}
+    counts = [about.shard[1] for _, about in datasets if about and about.shard]
+    first = next(about for _, about in datasets if about and about.shard)
+    for dataset, about in datasets:
+        if about is None or about.shard is None or _without_shard(about) != _without_shard(first):
+            raise ConfigError(f"{dataset.prefix} is not a shard of the same preparation as the others.")
+    missing = sorted(set(range(counts[0])) - set(shards))
+    if missing or len(set(counts)) > 1 or len(datasets) != counts[0]:
+        named = ", ".join(f"{index}/{counts[0]}" for index in missing) or "none"
+        raise ConfigError(f"got {len(datasets)} of {counts[0]} shards; missing: {named}.")
+    return [shards[index] for index in sorted(shards)]
 
 
-def _unsharded(about: Metadata) -> dict[str, Any]:
+def _without_shard(about: DatasetMetadata) -> dict[str, Any]:
     return {**about.settings(), "shard": None}
 
 
-def _together(known: Sequence[Metadata]) -> Metadata:
-    """Returns what is known of several pairs as one.
+def _merge_metadata(known: Sequence[DatasetMetadata]) -> DatasetMetadata:
+    """Returns the settings, sources and skipped documents of several datasets as one.
 
     Raises:
-        ConfigError: they have different tokenizers, or end their documents differently.
+        ConfigError: the datasets differ in their tokenizer or in the tokens that begin and end documents.
     """
-    first = known[0].settings()
+    first = known[0].settings()["tokenizer"]
     for about in known:
-        if about.settings()["tokenizer"] != first["tokenizer"]:
+        if about.settings()["tokenizer"] != first:
             raise ConfigError(
-                f"the parts are of different tokenizers or ends: {first['tokenizer']} and "
-                f"{about.settings()['tokenizer']}."
+                f"the inputs have different tokenizers or bos/eos tokens: {first} and {about.settings()['tokenizer']}."
             )
+    # All shards of a preparation list all of its sources.
     same_sources = all(about.sources == known[0].sources and about.shard for about in known)
     sources = known[0].sources if same_sources else [source for about in known for source in about.sources]
-    skipped: Counter[str] = Counter()
-    for about in known:
-        skipped.update(about.skipped)
+    skipped = sum((Counter(about.skipped) for about in known), Counter[str]())
     return dataclasses.replace(known[0], sources=sources, skipped=dict(sorted(skipped.items())), shard=None)

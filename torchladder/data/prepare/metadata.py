@@ -1,4 +1,4 @@
-"""What stands beside a pair of tokens: ``PREFIX.json`` says what is in it, how it came to be, and its checksums."""
+"""``PREFIX.json``: what a .bin/.idx dataset holds, the settings it was prepared with, and its checksums."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torchladder.registry import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metadata:
+class DatasetMetadata:
     """The content of ``PREFIX.json``.
 
     Attributes:
-        documents, tokens: how many the pair holds.
+        documents, tokens: number of each in the dataset.
         dtype: type of a token on disk.
-        tokenizer: ``name`` as it was given, ``fingerprint``, ``vocab_size``, and ``bos`` and ``eos``, the ids that
-            begin and end each document or None.
-        text_key: the text's key or column.
-        on_error: what a document that could not be read did.
-        skipped: documents left out or repaired, by reason.
-        shard: which part of the sources this is, as [number from 0, how many]; None is all.
-        sources: ``path`` and ``bytes`` of each file, in order.
-        checksums: SHA-256 of ``bin`` and ``idx``.
+        tokenizer: ``name`` as given on the command line, ``fingerprint``, ``vocab_size``, and ``bos`` and ``eos``: the
+            ids that begin and end each document, None if none is added.
+        text_key: JSON key or column of the text.
+        on_error: how documents that cannot be read were handled.
+        skipped: number of documents skipped or repaired, by reason.
+        shard: [index from 0, number of shards]; None if this is the whole dataset.
+        sources: ``path`` and ``bytes`` of each input file, in order.
+        checksums: SHA-256 of the ``bin`` and ``idx`` files.
     """
 
     documents: int = 0
@@ -43,47 +43,47 @@ class Metadata:
     checksums: dict[str, str] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
-        """Returns what the content of the pair follows from, by name."""
-        known = ("dtype", "tokenizer", "text_key", "on_error", "shard", "sources")
-        settings = {name: getattr(self, name) for name in known}
-        # A tokenizer is what it does, not what it was called.
+        """Returns everything that determines the tokens, by name."""
+        keys = ("dtype", "tokenizer", "text_key", "on_error", "shard", "sources")
+        settings = {key: getattr(self, key) for key in keys}
+        # The fingerprint identifies a tokenizer, its name on the command line does not.
         return settings | {"tokenizer": {key: value for key, value in self.tokenizer.items() if key != "name"}}
 
 
-def path_of(prefix: str | Path) -> Path:
-    """Returns the file that stands beside a pair."""
+def metadata_path(prefix: str | Path) -> Path:
+    """Returns the path of a dataset's metadata file."""
     return Path(f"{prefix_of(prefix)}.json")
 
 
-def read(prefix: str | Path) -> Metadata | None:
-    """Returns what is known of a pair; None for one that another program wrote.
+def read_metadata(prefix: str | Path) -> DatasetMetadata | None:
+    """Returns the metadata of a dataset; None if it has none, because another program wrote it.
 
     Raises:
         ConfigError: the file is damaged.
     """
-    path = path_of(prefix)
+    path = metadata_path(prefix)
     if not path.is_file():
         return None
     try:
-        return Metadata(**json.loads(path.read_text(encoding="utf-8")))
+        return DatasetMetadata(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is not the metadata of a pair of tokens: {error}.") from error
+        raise ConfigError(f"{path} is not the metadata of a token dataset: {error}.") from error
 
 
-def write(prefix: str | Path, metadata: Any) -> None:
-    """Writes a dataclass beside a pair; it appears under its name only when it is on the disk."""
-    path = path_of(prefix)
+def write_metadata(prefix: str | Path, record: Any) -> None:
+    """Writes a dataclass as ``PREFIX.json``, atomically and durably."""
+    path = metadata_path(prefix)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(metadata), file, indent=1, ensure_ascii=False)
+        json.dump(dataclasses.asdict(record), file, indent=1, ensure_ascii=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
-def damage(prefix: str | Path, checksums: dict[str, str]) -> str | None:
-    """Returns the first file of a pair that is not what its checksum says; None when all is well."""
+def find_corrupt_file(prefix: str | Path, checksums: dict[str, str]) -> str | None:
+    """Returns the first file of a dataset that is missing or differs from its checksum; None if all match."""
     for suffix, checksum in checksums.items():
         path = Path(f"{prefix_of(prefix)}.{suffix}")
         if not path.is_file() or file_sha256(path) != checksum:

@@ -1,4 +1,4 @@
-"""Progress of tokenizing, on a terminal and in a log."""
+"""Progress of tokenizing: a bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class PrepareProgress:
-    """A bar with tokens per second and time left on a terminal, a plain line now and then elsewhere.
+    """Shows tokens per second and the time left: a bar on a terminal, otherwise a line every ``interval`` seconds.
 
     Args:
         name: what is tokenized.
-        size: bytes there are to read.
-        already: bytes of them that an earlier process has done.
-        every: seconds between two plain lines.
+        total_bytes: bytes of the input.
+        done_bytes: bytes of the input that an earlier run has tokenized.
+        interval: seconds between two plain lines.
     """
 
-    def __init__(self, name: str, size: int, already: int = 0, every: float = 15.0) -> None:
+    def __init__(self, name: str, total_bytes: int, done_bytes: int = 0, interval: float = 15.0) -> None:
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -29,10 +29,10 @@ class PrepareProgress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._name, self._size, self._already, self._every = name, size, already, every
-        self._documents = self._tokens = self._done = 0
-        self._start = self._said = time.monotonic()
-        self._task = self._bar.add_task(f"tokenizing {name}", total=size, completed=already, rate="")
+        self._name, self._total, self._skipped, self._interval = name, total_bytes, done_bytes, interval
+        self._documents = self._tokens = self._bytes = 0
+        self._start = self._last_line = time.monotonic()
+        self._task = self._bar.add_task(f"tokenizing {name}", total=total_bytes, completed=done_bytes, rate="")
 
     def __enter__(self) -> PrepareProgress:
         self._bar.start()
@@ -41,22 +41,22 @@ class PrepareProgress:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
         if kind is None:
-            self.say(f"{self._line()}, {time.monotonic() - self._start:.1f} s")
+            self.print(f"{self._line()}, {time.monotonic() - self._start:.1f} s")
 
-    def add(self, documents: int, tokens: int, size: int) -> None:
-        """Counts what has been done since the last call."""
+    def update(self, documents: int, tokens: int, num_bytes: int) -> None:
+        """Adds what has been tokenized since the last call."""
         self._documents += documents
         self._tokens += tokens
-        self._done += size
-        self._bar.update(self._task, completed=self._already + self._done, rate=self._rate())
-        if not self._console.is_terminal and time.monotonic() - self._said > self._every:
-            missing = max(self._size - self._already - self._done, 0)
-            left = (time.monotonic() - self._start) * missing / max(self._done, 1)
-            self.say(f"{self._line()}, {1 - missing / max(self._size, 1):.0%}, {left:.0f} s left")
+        self._bytes += num_bytes
+        self._bar.update(self._task, completed=self._skipped + self._bytes, rate=self._rate())
+        if not self._console.is_terminal and time.monotonic() - self._last_line > self._interval:
+            missing = max(self._total - self._skipped - self._bytes, 0)
+            left = (time.monotonic() - self._start) * missing / max(self._bytes, 1)
+            self.print(f"{self._line()}, {1 - missing / max(self._total, 1):.0%}, {left:.0f} s left")
 
-    def say(self, line: str) -> None:
-        """Prints a line; a bar stays below it."""
-        self._said = time.monotonic()
+    def print(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._last_line = time.monotonic()
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _line(self) -> str:

@@ -1,4 +1,4 @@
-"""The input of a preparation, cut into tasks: the same for the same files, whoever does them, in whichever order."""
+"""Splits the input of ``torchladder prepare`` into tasks: a pure function of the files, whatever runs the tasks."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ from torchladder.data.text.file_formats import FileSlice
 from torchladder.data.text.text_files import match_text_files
 from torchladder.registry import ConfigError
 
-FORMAT = 1
-"""Raised when the same text and tokenizer would give other parts, so that unfinished older ones are left alone."""
-TASKS = 1024
-"""Tasks that the input is cut into, as far as they stay within ``SMALLEST`` and ``LARGEST`` bytes."""
-SMALLEST, LARGEST = 4 << 20, 64 << 20
-FILES = 1024
-"""Small files that one task reads at most."""
+TASK_VERSION = 1
+"""Increment when the same text and tokenizer produce other parts: unfinished parts of older versions are ignored."""
+TARGET_TASKS = 1024
+"""Number of tasks to split the input into, within the limits below."""
+MIN_TASK_BYTES, MAX_TASK_BYTES = 4 << 20, 64 << 20
+MAX_TASK_FILES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preparation:
-    """What is to be prepared, and how.
+class PrepareConfig:
+    """What to tokenize, and how.
 
     Attributes:
         inputs: files, folders, globs.
-        output: prefix of the pair; a shard adds its number.
-        framing: how a text becomes tokens.
-        tokenizer: what the tokenizer is called in the metadata.
+        output: prefix of the dataset; a shard's index is appended to it.
+        encoder: turns texts into tokens.
+        tokenizer: the tokenizer's name for the metadata.
         text_key: the text's key in a line of a .jsonl, or its column in a table.
-        on_error: what a document that cannot be read does.
-        shard: the part of the input to prepare, (number from 0, how many); None is all.
-        overwrite: whether to replace a pair that was prepared otherwise.
-        part_bytes: bytes of input in a task; None suits the input. The output does not depend on it.
+        on_error: how to handle documents that cannot be read.
+        shard: (index from 0, number of shards) of the input to prepare; None prepares all of it.
+        overwrite: whether to replace a dataset that was prepared with other settings.
+        part_bytes: bytes of input per task; None chooses by the size of the input. Does not change the output.
     """
 
     inputs: list[str]
     output: str
-    framing: DocumentEncoder
+    encoder: DocumentEncoder
     tokenizer: str = ""
     text_key: str = "text"
     on_error: OnError = "error"
@@ -56,16 +55,16 @@ class Preparation:
         if not self.inputs or not all(self.inputs):
             raise ConfigError("there is no input: name files, folders or globs.")
         if self.shard is not None and not 0 <= self.shard[0] < self.shard[1]:
-            raise ConfigError(f"shard is {self.shard[0]}/{self.shard[1]}; shards of n are 0/n to n-1/n.")
+            raise ConfigError(f"shard is {self.shard[0]}/{self.shard[1]}; N shards are numbered 0/N to N-1/N.")
         if self.part_bytes is not None and self.part_bytes < 1:
-            raise ConfigError(f"part_bytes is {self.part_bytes}; it is 1 at least.")
-        DocumentReader(self.text_key, self.on_error)
+            raise ConfigError(f"part_bytes is {self.part_bytes}; it must be 1 or more.")
+        DocumentReader(self.text_key, self.on_error)  # checks both
 
     @property
     def prefix(self) -> str:
-        """The pair's prefix: of a shard, the output's with the shard's number."""
-        own = prefix_of(self.output)
-        return own if self.shard is None else f"{own}-{self.shard[0]:05}-of-{self.shard[1]:05}"
+        """The output's prefix, with the shard's index if there is one."""
+        prefix = prefix_of(self.output)
+        return prefix if self.shard is None else f"{prefix}-{self.shard[0]:05}-of-{self.shard[1]:05}"
 
 
 @dataclass(frozen=True)
@@ -73,77 +72,72 @@ class PrepareTask:
     """Documents that become one part.
 
     Attributes:
-        key: a hash of all that the part follows from.
-        stretches: of files, in order.
-        stamps: size and time of each stretch's file.
+        key: hash of everything that determines the part.
+        slices: of files, in order.
+        stamps: (size, modification time in ns) of each slice's file.
     """
 
     key: str
-    stretches: tuple[FileSlice, ...]
+    slices: tuple[FileSlice, ...]
     stamps: tuple[tuple[int, int], ...]
 
     @property
-    def size(self) -> int:
-        return sum(stretch.size for stretch in self.stretches)
+    def num_bytes(self) -> int:
+        return sum(part.size for part in self.slices)
 
 
-def expand(inputs: Sequence[str]) -> list[Path]:
+def expand_inputs(inputs: Sequence[str]) -> list[Path]:
     """Lists the files that paths, folders and globs name, the matches of each in sorted order.
 
     Raises:
-        ConfigError: a pattern names no file, or two patterns name the same file.
+        ConfigError: a pattern matches no file, or two patterns match the same file.
     """
     files: dict[str, Path] = {}
     for pattern in inputs:
         for path in match_text_files(pattern):
             if os.path.abspath(path) in files:
-                raise ConfigError(f"{path} is named by two inputs; its documents would be in the output twice.")
+                raise ConfigError(f"{path} matches two inputs, so its documents would be in the output twice.")
             files[os.path.abspath(path)] = path
     return list(files.values())
 
 
-def cut(preparation: Preparation, files: Sequence[Path]) -> list[PrepareTask]:
-    """Cuts the input into tasks, the same whoever does them."""
+def split_into_tasks(config: PrepareConfig, files: Sequence[Path]) -> list[PrepareTask]:
+    """Splits files into tasks of about equal size."""
     stats = {path: path.stat() for path in files}
     total = sum(stat.st_size for stat in stats.values())
-    target = preparation.part_bytes or min(max(total // TASKS, SMALLEST), LARGEST)
-    framing = preparation.framing
-    settings = [FORMAT, framing.tokenizer.fingerprint, framing.ends, preparation.text_key]
-    tasks: list[PrepareTask] = []
-    stretches: list[FileSlice] = []
-    size = 0
-
-    def close() -> None:
-        stamps = tuple((stats[stretch.path].st_size, stats[stretch.path].st_mtime_ns) for stretch in stretches)
-        places = [
-            (os.path.abspath(path), begin, end, stamp)
-            for (path, begin, end, _), stamp in zip(stretches, stamps, strict=True)
-        ]
-        key = hashlib.sha256(json.dumps([*settings, places]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        tasks.append(PrepareTask(key, tuple(stretches), stamps))
-        stretches.clear()
-
+    target = config.part_bytes or min(max(total // TARGET_TASKS, MIN_TASK_BYTES), MAX_TASK_BYTES)
+    groups: list[list[FileSlice]] = [[]]
+    group_bytes = 0
     for path in files:
-        for stretch in file_formats.split_file(path, stats[path].st_size, target):
-            stretches.append(stretch)
-            size += stretch.size
-            if size >= target or len(stretches) == FILES:
-                close()
-                size = 0
-    if stretches:
-        close()
-    return tasks
+        for part in file_formats.split_file(path, stats[path].st_size, target):
+            if group_bytes >= target or len(groups[-1]) == MAX_TASK_FILES:
+                groups.append([])
+                group_bytes = 0
+            groups[-1].append(part)
+            group_bytes += part.size
+    encoder = config.encoder
+    settings = [TASK_VERSION, encoder.tokenizer.fingerprint, encoder.special_ids, config.text_key]
+    return [_task(group, stats, settings) for group in groups if group]
 
 
-def share(tasks: list[PrepareTask], shard: tuple[int, int] | None) -> list[PrepareTask]:
-    """Returns the tasks of a shard: neighbours, so that shards one after the other are the whole."""
+def _task(slices: list[FileSlice], stats: dict[Path, os.stat_result], settings: list[object]) -> PrepareTask:
+    stamps = tuple((stats[part.path].st_size, stats[part.path].st_mtime_ns) for part in slices)
+    content = [
+        (os.path.abspath(part.path), part.begin, part.end, stamp) for part, stamp in zip(slices, stamps, strict=True)
+    ]
+    key = hashlib.sha256(json.dumps([*settings, content]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return PrepareTask(key, tuple(slices), stamps)
+
+
+def select_shard(tasks: list[PrepareTask], shard: tuple[int, int] | None) -> list[PrepareTask]:
+    """Returns the tasks of a shard: consecutive ones, so that the shards in order are the whole output."""
     if shard is None:
         return tasks
-    number, count = shard
-    total, before, mine = sum(task.size for task in tasks), 0, []
+    index, count = shard
+    total, before, chosen = sum(task.num_bytes for task in tasks), 0, []
     for task in tasks:
-        # By the middle of the task: every task is in exactly one shard, and shards are of equal size, about.
-        if min((2 * before + task.size) * count // max(2 * total, 1), count - 1) == number:
-            mine.append(task)
-        before += task.size
-    return mine
+        # The middle of a task decides: each task is in exactly one shard, and shards are of about equal size.
+        if min((2 * before + task.num_bytes) * count // max(2 * total, 1), count - 1) == index:
+            chosen.append(task)
+        before += task.num_bytes
+    return chosen

@@ -64,7 +64,10 @@ class TokenizerFormat(NamedTuple):
 
 registry: Registry[Tokenizer] = Registry(
     "tokenizer",
-    runtime_args={"texts": "returns an iterator over the training texts", "cache": "folder for files that are built once"},
+    runtime_args={
+        "texts": "returns an iterator over the training texts",
+        "cache": "folder for files that are built once",
+    },
 )
 tokenizer_formats: dict[str, TokenizerFormat] = {}
 

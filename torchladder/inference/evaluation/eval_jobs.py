@@ -147,9 +147,9 @@ def compute_losses(
         if (most := np.maximum(content, ~content).max()) >= vocab_size:
             raise ConfigError(f"{job.documents.path} has token {most}, the model's vocabulary is {vocab_size}.")
         tokens, labels = split_labels(torch.from_numpy(content))
-        labels[torch.from_numpy(positions[:-1] < batch.overlaps[:, None])] = data.IGNORED
+        labels[torch.from_numpy(positions[:-1] < batch.overlaps[:, None])] = data.IGNORE_INDEX
         attn_mask = kernel.prepare(start[:longest].expand(rows, longest), loaded.device)
         losses = loaded.model.per_token_loss(tokens.to(loaded.device), attn_mask, labels.to(loaded.device))
-        sums.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORED).sum(0).numpy())
+        sums.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORE_INDEX).sum(0).numpy())
         on_batch(int(lengths.sum()))
     return sums

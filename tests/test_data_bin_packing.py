@@ -34,7 +34,7 @@ def tokens_of(spans, seq_len):
 @settings(max_examples=80, deadline=None)
 def test_every_token_is_read_once_an_epoch(kind, lengths, seq_len, shuffle, data):
     packed = pack(kind, lengths, seq_len, shuffle=shuffle)
-    count = int(packed.epoch_rows)
+    count = int(packed.rows_per_epoch)
     every = [(document, place) for document, length in enumerate(lengths) for place in range(length)]
     epoch = data.draw(st.integers(0, 4))
     rows = data.draw(st.permutations(range(epoch * count, (epoch + 1) * count)))
@@ -47,7 +47,7 @@ def test_every_token_is_read_once_an_epoch(kind, lengths, seq_len, shuffle, data
 @settings(max_examples=100, deadline=None)
 def test_only_documents_longer_than_a_row_are_cut(kind, lengths, seq_len):
     packed = pack(kind, lengths, seq_len)
-    for row in range(int(packed.epoch_rows)):
+    for row in range(int(packed.rows_per_epoch)):
         pieces = pieces_of(packed(row))
         assert 0 < sum(end - begin for _, begin, end in pieces) <= seq_len + 1
         for document, begin, end in pieces:
@@ -68,7 +68,7 @@ def next_fit(lengths, room):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(9, 15))
 @settings(max_examples=100, deadline=None)
 def test_pad_is_next_fit(lengths, room):
-    assert pack(PadPacking, lengths, room).group(np.array(lengths)).tolist() == next_fit(lengths, room)
+    assert pack(PadPacking, lengths, room).assign_rows(np.array(lengths)).tolist() == next_fit(lengths, room)
 
 
 def best_fit(lengths, room):
@@ -92,10 +92,10 @@ def test_best_fit_is_best_fit_decreasing(lengths, room):
     assert sorted((room - used).astype(int).tolist()) == best_fit(lengths, room)
 
 
-def test_windows_are_packed_on_their_own(monkeypatch):
-    monkeypatch.setattr(bin_packing, "BEST_FIT_HORIZON", 4)
+def test_each_horizon_is_packed_separately(monkeypatch):
+    monkeypatch.setattr(bin_packing, "BEST_FIT_HORIZON_PIECES", 4)
     lengths = [5, 4, 3, 2, 5, 4, 3, 2, 5]
-    assert pack(BestFitPacking, lengths, 7, shuffle=False).group(np.array(lengths)).tolist() == [
+    assert pack(BestFitPacking, lengths, 7, shuffle=False).assign_rows(np.array(lengths)).tolist() == [
         0,
         1,
         1,
@@ -117,16 +117,16 @@ def test_best_fit_fills_rows_that_pad_leaves_empty():
 @both
 def test_epochs_are_made_of_the_same_rows(kind):
     packed = pack(kind, list(range(1, 60)), 64)
-    count = int(packed.epoch_rows)
+    count = int(packed.rows_per_epoch)
     assert [pieces_of(packed(row)) for row in range(count)] == [pieces_of(packed(row + count)) for row in range(count)]
 
 
 @both
 def test_a_last_epoch_ends(kind):
     packed = pack(kind, [3, 4, 9], 5, epochs=2)
-    assert packed.rows == 2 * packed.epoch_rows
-    assert pieces_of(packed(packed.rows)) == []
-    assert pack(kind, [3, 4, 9], 5).rows is None
+    assert packed.num_rows == 2 * packed.rows_per_epoch
+    assert pieces_of(packed(packed.num_rows)) == []
+    assert pack(kind, [3, 4, 9], 5).num_rows is None
 
 
 def test_a_long_document_is_cut_and_its_tail_kept():
@@ -154,7 +154,7 @@ def test_the_cache_holds_what_is_computed(kind, tmp_path):
 def test_a_packing_never_changes():
     # By value: a change here would change the data of every run that resumes.
     packed = pack(BestFitPacking, [7, 3, 12, 1, 5, 4, 2], 8, seed=3)
-    assert packed.epoch_rows == Fraction(5)
+    assert packed.rows_per_epoch == Fraction(5)
     assert [pieces_of(packed(row)) for row in range(5)] == GOLDEN
 
 

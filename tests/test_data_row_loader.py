@@ -147,7 +147,7 @@ def test_a_worker_may_be_sent_the_dataset(folder):
     """As spawned workers are; the tokens stay on the disk."""
     dataset = load(folder)._data_loader().dataset
     sent = pickle.dumps(dataset)
-    assert same(pickle.loads(sent)[[3, 900]].batch(), dataset[[3, 900]].batch())
+    assert same(pickle.loads(sent)[[3, 900]].to_batch(), dataset[[3, 900]].to_batch())
 
 
 @given(st.integers(0, 30), st.integers(0, 5))
@@ -205,11 +205,11 @@ def test_validation_reads_every_label_once_and_ranks_agree_on_the_count(folder, 
         for d in range(degree)
     ]
     loader = text(folder, split="validation", validation_fraction=0.3)
-    corpus = loader._supply.corpora[0]
-    assert loader.rows == -(-(corpus.tokens - 1) // 16)
+    corpus = loader._source_mix.corpora[0]
+    assert loader.num_rows == -(-(corpus.tokens - 1) // 16)
     assert len({len(batches) for batches in ranks}) == 1
     labels = torch.cat([batch.labels.flatten() for batches in ranks for batch in batches])
-    kept = labels[labels != data.IGNORED]
+    kept = labels[labels != data.IGNORE_INDEX]
     every = np.concatenate([corpus.shards[0][i] for i in range(len(corpus.lengths))])
     assert sorted(kept.tolist()) == sorted(every[1:].tolist())
     assert sum(batch.num_labels for batches in ranks for batch in batches) == corpus.tokens - 1
@@ -227,11 +227,11 @@ def test_validation_is_finite_the_same_for_any_seed_and_repeats_after_seek(folde
         assert all(map(same, first, again))
 
 
-def test_padding_is_a_document_of_its_own(folder):
+def test_padding_has_its_own_positions(folder):
     *_, last = text(folder, split="validation", validation_fraction=0.3)
     assert 0 < last.num_labels < last.labels.numel()
     for tokens, labels, positions in zip(last.tokens, last.labels, last.positions, strict=True):
-        padded = (labels == data.IGNORED).nonzero().flatten().tolist()
+        padded = (labels == data.IGNORE_INDEX).nonzero().flatten().tolist()
         if padded:
             begin = padded[0] + 1 if padded[0] else 0  # the last real token has no label either
             assert positions[begin:].tolist() == list(range(16 - begin))
@@ -239,11 +239,11 @@ def test_padding_is_a_document_of_its_own(folder):
 
 
 def test_held_out_documents_are_never_trained_on(folder, monkeypatch):
-    monkeypatch.setattr(RowLoader, "_order", lambda *_: int)  # text is easier to read in order
+    monkeypatch.setattr(RowLoader, "_row_order", lambda *_: int)  # text is easier to read in order
     decode = ByteTokenizer().decode
     validation = "".join(decode(row.tolist()) for batch in text(folder, split="validation") for row in batch.tokens)
     loader = text(folder, shuffle=False)
-    steps = -(-loader._supply.corpora[0].tokens // 16)
+    steps = -(-loader._source_mix.corpora[0].tokens // 16)
     train = "".join(decode(row.tolist()) for _ in range(steps) for row in next(loader).tokens)
     held = [i for i in range(200) if data.sources.held_out(f"text.jsonl:{i + 1}", 0.02)]
     assert held
@@ -254,16 +254,16 @@ def test_held_out_documents_are_never_trained_on(folder, monkeypatch):
 
 def test_named_validation_sources_leave_all_documents_for_training(folder):
     changes = dict(validation_sources=[SourceConfig(path=f"{folder}/b.bin"), SourceConfig(path=f"{folder}/a.idx")])
-    assert len(text(folder, **changes)._supply.corpora[0].lengths) == 200
+    assert len(text(folder, **changes)._source_mix.corpora[0].lengths) == 200
     loader = text(folder, split="validation", **changes)
     labels = torch.cat([batch.labels.flatten() for batch in loader])
-    assert int((labels != data.IGNORED).sum()) == sum(corpus.tokens - 1 for corpus in loader._supply.corpora)
+    assert int((labels != data.IGNORE_INDEX).sum()) == sum(corpus.tokens - 1 for corpus in loader._source_mix.corpora)
 
 
 def test_tokens_alone_have_nothing_to_validate_on(folder):
-    with pytest.raises(ConfigError, match="nothing is held out for validation: give data"):
+    with pytest.raises(ConfigError, match="no documents are held out for validation: set data"):
         load(folder, split="validation")
-    with pytest.raises(ConfigError, match="nothing is held out"):
+    with pytest.raises(ConfigError, match="no documents are held out"):
         text(folder, split="validation", validation_fraction=0.0)
 
 
@@ -287,7 +287,7 @@ def test_the_fingerprint_changes_with_whatever_changes_the_rows(folder):
         assert {name for name in base if changed[name] != base[name]} == {key}
 
 
-def test_other_text_and_framing_are_other_sources(folder):
+def test_other_text_and_splits_are_other_sources(folder):
     prints = {text(folder, **changes).fingerprint()["sources"] for changes in ({}, {"validation_fraction": 0.5})}
     assert len(prints) == 2
 
@@ -296,7 +296,7 @@ def test_the_report_names_sources_shares_and_epochs(folder):
     whole, *lines = load(folder).describe()
     assert "shuffled with seed 0" in whole
     assert "a.bin: 66.7% of the rows, 30 documents" in lines[0]
-    tokens = load(folder)._supply.corpora[1].tokens
+    tokens = load(folder)._source_mix.corpora[1].tokens
     assert f"{tokens:,} tokens, an epoch every {tokens / 16 * 3 / 8:.1f} steps" in lines[1]
     assert "rows" in text(folder, split="validation").describe()[0]
 
@@ -323,12 +323,12 @@ def test_training_texts_leave_out_what_is_held_out(folder):
         ({"dp_rank": 1}, "dp_rank is 1"),
         ({"local_batch_size": 0}, "local_batch_size is 0"),
         ({"split": "test"}, "Known: train, validation"),
-        ({"seed": -1}, "0 at least"),
+        ({"seed": -1}, "must be 0 or more"),
         ({"prefetch_factor": 2}, "only with num_workers"),
         ({"packing": "best"}, "unknown packing 'best'"),
     ],
 )
-def test_settings_that_cannot_be(folder, changes, message):
+def test_invalid_settings(folder, changes, message):
     with pytest.raises(ConfigError, match=message):
         load(folder, **changes)
 

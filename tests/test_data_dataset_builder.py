@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from torchladder.data.formats.indexed import IndexedTokens
-from torchladder.data.prepare import executor, merging, metadata, prepared_parts, tasks
+from torchladder.data.prepare import dataset_builder, executor, merging, metadata, tasks
 from torchladder.data.prepare.document_encoder import DocumentEncoder
-from torchladder.data.prepare.executor import local
-from torchladder.data.prepare.tasks import Preparation
+from torchladder.data.prepare.executor import local_executor
+from torchladder.data.prepare.tasks import PrepareConfig
 from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
 
@@ -42,12 +42,12 @@ def prepare(folder, tmp_path):
     def prepare(output="out", workers=1, **settings):
         settings = {
             "inputs": [str(folder)],
-            "framing": DocumentEncoder(ByteTokenizer()),
+            "encoder": DocumentEncoder(ByteTokenizer()),
             "part_bytes": 2000,
             **settings,
         }
-        return prepared_parts.run(
-            Preparation(output=str(tmp_path / output), tokenizer="bytes", **settings), local(workers)
+        return dataset_builder.prepare_dataset(
+            PrepareConfig(output=str(tmp_path / output), tokenizer="bytes", **settings), local_executor(workers)
         )
 
     return prepare
@@ -78,8 +78,8 @@ def test_documents_are_in_order_and_counted(prepare, folder, tmp_path):
     about = prepare()
     assert documents(tmp_path / "out") == expected(folder)
     assert (about.documents, about.tokens) == (420, IndexedTokens(tmp_path / "out").tokens)
-    assert about == metadata.read(tmp_path / "out")
-    assert metadata.damage(tmp_path / "out", about.checksums) is None
+    assert about == metadata.read_metadata(tmp_path / "out")
+    assert metadata.find_corrupt_file(tmp_path / "out", about.checksums) is None
     assert about.tokenizer == {"name": "bytes", "fingerprint": "bytes", "vocab_size": 257, "bos": None, "eos": 256}
     assert [source["path"] for source in about.sources] == sorted(map(str, folder.iterdir()))
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx", "out.json"]
@@ -96,10 +96,10 @@ def test_ends_are_a_setting(prepare, tmp_path):
     class Begun(ByteTokenizer):
         bos, vocab_size, fingerprint = 257, 258, "begun"
 
-    prepare("bare", framing=DocumentEncoder(ByteTokenizer(), eos=False))
-    prepare("both", framing=DocumentEncoder(Begun(), bos=True))
+    prepare("bare", encoder=DocumentEncoder(ByteTokenizer(), eos=False))
+    prepare("both", encoder=DocumentEncoder(Begun(), bos=True))
     assert [[257, *ids, 256] for ids in documents(tmp_path / "bare")] == documents(tmp_path / "both")
-    assert metadata.read(tmp_path / "bare").tokenizer["eos"] is None
+    assert metadata.read_metadata(tmp_path / "bare").tokenizer["eos"] is None
     with pytest.raises(ConfigError, match="no bos token"):
         DocumentEncoder(ByteTokenizer(), bos=True)
 
@@ -111,14 +111,14 @@ def test_shards_merge_to_the_whole(prepare, tmp_path, count):
     for number in range(count):
         prepare("part", shard=(number, count))
         names.append(str(tmp_path / f"part-{number:05}-of-{count:05}"))
-    merging.merge(str(tmp_path / "merged"), names[::-1])
+    merging.merge_datasets(str(tmp_path / "merged"), names[::-1])
     assert content(tmp_path / "merged") == content(tmp_path / "whole")
     if count > 1:
         with pytest.raises(ConfigError, match=rf"{count - 1} of {count} shards; missing: 1/{count}"):
-            merging.merge(str(tmp_path / "some"), [names[0], *names[2:]])
+            merging.merge_datasets(str(tmp_path / "some"), [names[0], *names[2:]])
         prepare("other", shard=(0, count), text_key="title", inputs=[str(tmp_path / "texts" / "*.txt")])
-        with pytest.raises(ConfigError, match="no shard of the same preparation"):
-            merging.merge(str(tmp_path / "some"), [str(tmp_path / f"other-00000-of-{count:05}"), *names[1:]])
+        with pytest.raises(ConfigError, match="is not a shard of the same preparation"):
+            merging.merge_datasets(str(tmp_path / "some"), [str(tmp_path / f"other-00000-of-{count:05}"), *names[1:]])
 
 
 class Fails:
@@ -140,25 +140,25 @@ def test_what_is_done_is_not_done_again(prepare, folder, tmp_path, capfd):
     prepare("whole")
     settings = {
         "inputs": [str(folder)],
-        "framing": DocumentEncoder(ByteTokenizer()),
+        "encoder": DocumentEncoder(ByteTokenizer()),
         "tokenizer": "bytes",
         "part_bytes": 2000,
     }
-    preparation = Preparation(output=str(tmp_path / "out"), **settings)
-    total = len(tasks.cut(preparation, tasks.expand(preparation.inputs)))
+    preparation = PrepareConfig(output=str(tmp_path / "out"), **settings)
+    total = len(tasks.split_into_tasks(preparation, tasks.expand_inputs(preparation.inputs)))
     assert total > 14
     for count in (0, 5, 7):
         with pytest.raises(InterruptedError):
-            prepared_parts.run(preparation, Fails(count))
+            dataset_builder.prepare_dataset(preparation, Fails(count))
         assert not (tmp_path / "out.bin").exists()
         assert not (tmp_path / "out.json").exists()
     rest = Fails(10**6)
-    prepared_parts.run(preparation, rest)
+    dataset_builder.prepare_dataset(preparation, rest)
     assert rest.done == total - 12
-    assert f"continuing: 12 of {total} parts are there" in capfd.readouterr().err
+    assert f"continuing: 12 of {total} parts exist" in capfd.readouterr().err
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     again = Fails(0)
-    prepared_parts.run(preparation, again)
+    dataset_builder.prepare_dataset(preparation, again)
     assert again.done == 0
     assert not (tmp_path / "out.parts").exists()
 
@@ -166,16 +166,16 @@ def test_what_is_done_is_not_done_again(prepare, folder, tmp_path, capfd):
 def test_a_changed_file_is_done_again_and_others_are_not(prepare, folder, tmp_path):
     settings = {
         "inputs": [str(folder)],
-        "framing": DocumentEncoder(ByteTokenizer()),
+        "encoder": DocumentEncoder(ByteTokenizer()),
         "tokenizer": "bytes",
         "part_bytes": 2000,
     }
-    preparation = Preparation(output=str(tmp_path / "out"), **settings)
+    preparation = PrepareConfig(output=str(tmp_path / "out"), **settings)
     with pytest.raises(InterruptedError):
-        prepared_parts.run(preparation, Fails(10))
+        dataset_builder.prepare_dataset(preparation, Fails(10))
     (folder / "0.jsonl").write_text(json.dumps({"text": "new"}) + "\n")
     rest = Fails(10**6)
-    prepared_parts.run(preparation, rest)
+    dataset_builder.prepare_dataset(preparation, rest)
     assert documents(tmp_path / "out") == expected(folder)
 
 
@@ -200,43 +200,46 @@ def test_an_error_in_a_worker_is_the_error(prepare, folder):
         prepare(workers=2)
 
 
-def test_an_output_prepared_otherwise_is_not_replaced_unasked(prepare, folder, tmp_path):
+def test_an_output_with_other_settings_is_not_replaced_unasked(prepare, folder, tmp_path):
     prepare()
     before = content(tmp_path / "out")
     prepare(on_error="skip")  # nothing was to be skipped
-    for settings in ({"framing": DocumentEncoder(ByteTokenizer(), eos=False)}, {"inputs": [str(folder / "*.txt")]}):
-        with pytest.raises(ConfigError, match=r"was prepared otherwise \((tokenizer|sources)\); --overwrite"):
+    for settings in ({"encoder": DocumentEncoder(ByteTokenizer(), eos=False)}, {"inputs": [str(folder / "*.txt")]}):
+        with pytest.raises(ConfigError, match=r"was prepared with other settings \((tokenizer|sources)\); --overwrite"):
             prepare(**settings)
     later = time.time() + 5
     os.utime(folder / "n3.txt", (later, later))
     with pytest.raises(ConfigError, match=r"n3\.txt is newer\); --overwrite"):
         prepare()
     assert content(tmp_path / "out") == before
-    prepare(overwrite=True, framing=DocumentEncoder(ByteTokenizer(), eos=False))
+    prepare(overwrite=True, encoder=DocumentEncoder(ByteTokenizer(), eos=False))
     assert content(tmp_path / "out") != before
     (tmp_path / "out.json").unlink()
-    with pytest.raises(ConfigError, match=r"out\.bin is there already, from elsewhere"):
+    with pytest.raises(ConfigError, match=r"out\.bin already exists and has no metadata"):
         prepare()
 
 
 def test_one_process_at_a_time(prepare, tmp_path):
-    with prepared_parts._alone(str(tmp_path / "out")), pytest.raises(ConfigError, match="another process is preparing"):
+    with (
+        dataset_builder._lock_parts(str(tmp_path / "out")),
+        pytest.raises(ConfigError, match="another process is preparing"),
+    ):
         prepare()
 
 
 def test_a_damaged_part_is_made_again(prepare, folder, tmp_path):
     settings = {
         "inputs": [str(folder)],
-        "framing": DocumentEncoder(ByteTokenizer()),
+        "encoder": DocumentEncoder(ByteTokenizer()),
         "tokenizer": "bytes",
         "part_bytes": 2000,
     }
-    preparation = Preparation(output=str(tmp_path / "out"), **settings)
+    preparation = PrepareConfig(output=str(tmp_path / "out"), **settings)
     with pytest.raises(InterruptedError):
-        prepared_parts.run(preparation, Fails(10))
+        dataset_builder.prepare_dataset(preparation, Fails(10))
     victim = next((tmp_path / "out.parts").glob("*.bin"))
     victim.write_bytes(victim.read_bytes()[:-1] + b"\x07")
-    with pytest.raises(ConfigError, match="missing or damaged; the same command makes it again"):
+    with pytest.raises(ConfigError, match="missing or damaged; run the same command again to make it again"):
         prepare()
     prepare()
     assert documents(tmp_path / "out") == expected(folder)
@@ -247,21 +250,21 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(prepare, folder, tmp_p
         (folder / "0.jsonl").write_text('{"text": "other"}\n')
         return map(work, tasks)
 
-    preparation = Preparation(
-        inputs=[str(folder)], output=str(tmp_path / "out"), framing=DocumentEncoder(ByteTokenizer())
+    preparation = PrepareConfig(
+        inputs=[str(folder)], output=str(tmp_path / "out"), encoder=DocumentEncoder(ByteTokenizer())
     )
-    with pytest.raises(ConfigError, match=r"0\.jsonl was changed while it was read"):
-        prepared_parts.run(preparation, change_first)
+    with pytest.raises(ConfigError, match=r"0\.jsonl changed while it was being read"):
+        dataset_builder.prepare_dataset(preparation, change_first)
 
 
-def test_inputs_that_cannot_be(prepare, folder):
-    with pytest.raises(ConfigError, match=r"0\.jsonl is named by two inputs"):
+def test_invalid_inputs(prepare, folder):
+    with pytest.raises(ConfigError, match=r"0\.jsonl matches two inputs"):
         prepare(inputs=[str(folder), f"{folder}/*.jsonl"])
     with pytest.raises(ConfigError, match="no file matches"):
         prepare(inputs=["none"])
     with pytest.raises(ConfigError, match="there is no input"):
         prepare(inputs=[])
-    with pytest.raises(ConfigError, match=r"shard is 4/4; shards of n are 0/n to n-1/n"):
+    with pytest.raises(ConfigError, match=r"shard is 4/4; N shards are numbered 0/N to N-1/N"):
         prepare(shard=(4, 4))
     with pytest.raises(ConfigError, match="part_bytes is 0"):
         prepare(part_bytes=0)
@@ -273,8 +276,8 @@ def test_a_token_outside_the_vocabulary_names_the_line(prepare):
     class Small(ByteTokenizer):
         vocab_size, fingerprint = 115, "small"
 
-    with pytest.raises(ConfigError, match=r"0\.jsonl:1: the tokenizer gives token 120, its vocabulary has 115"):
-        prepare(framing=DocumentEncoder(Small(), eos=False))
+    with pytest.raises(ConfigError, match=r"0\.jsonl:1: the tokenizer returns token 120, but its vocabulary has 115"):
+        prepare(encoder=DocumentEncoder(Small(), eos=False))
 
 
 class Slow(ByteTokenizer):
@@ -288,7 +291,7 @@ def test_killed_at_any_moment_it_continues(prepare, tmp_path):
     fork = multiprocessing.get_context("fork")
     rng, kept, done = random.Random(time.time_ns()), [0], False
     while not done:
-        process = fork.Process(target=prepare, kwargs={"framing": DocumentEncoder(Slow()), "part_bytes": 1500})
+        process = fork.Process(target=prepare, kwargs={"encoder": DocumentEncoder(Slow()), "part_bytes": 1500})
         process.start()
         process.join(rng.random() * 0.5)
         done = process.exitcode is not None
@@ -304,7 +307,7 @@ def test_killed_at_any_moment_it_continues(prepare, tmp_path):
 
 
 @pytest.mark.parametrize("stop", ["idx unlinked", "bin there", "json missing"])
-def test_killed_while_it_joins_it_continues(prepare, folder, tmp_path, monkeypatch, stop):
+def test_killed_while_it_merges_it_continues(prepare, folder, tmp_path, monkeypatch, stop):
     prepare("whole")
 
     class Killed(BaseException):
@@ -314,8 +317,10 @@ def test_killed_while_it_joins_it_continues(prepare, folder, tmp_path, monkeypat
         raise Killed
 
     if stop == "json missing":
-        real = metadata.write
-        monkeypatch.setattr(metadata, "write", lambda prefix, about: die() if prefix == out else real(prefix, about))
+        real = metadata.write_metadata
+        monkeypatch.setattr(
+            metadata, "write_metadata", lambda prefix, about: die() if prefix == out else real(prefix, about)
+        )
     else:
         real_replace = os.replace
         left = {"idx unlinked": 0, "bin there": 1}[stop]
@@ -353,7 +358,7 @@ def _die(task):
 
 def _caller(pids):
     multiprocessing.forkserver._forkserver.__init__()  # that of the test's own process serves only its own children
-    for pid in local(2)(_sleep, [0.0, 0.0, 60.0, 60.0]):
+    for pid in local_executor(2)(_sleep, [0.0, 0.0, 60.0, 60.0]):
         pids.put(pid)
 
 
@@ -371,17 +376,17 @@ def test_workers_end_with_their_caller():
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
-def test_a_worker_that_is_killed_is_said():
+def test_a_killed_worker_is_reported():
     with pytest.raises(ConfigError, match="a worker process was killed") as error:
-        list(local(2)(_die, [1, 2]))
+        list(local_executor(2)(_die, [1, 2]))
     assert not isinstance(error.value.__cause__, BrokenProcessPool)
 
 
 def test_workers_are_processes():
-    assert list(local(1)(_pid, [1])) == [os.getpid()]
-    assert os.getpid() not in set(local(2)(_pid, [1, 2, 3]))
-    assert list(local(2)(_pid, [])) == []
-    assert executor.cores() >= 1
+    assert list(local_executor(1)(_pid, [1])) == [os.getpid()]
+    assert os.getpid() not in set(local_executor(2)(_pid, [1, 2, 3]))
+    assert list(local_executor(2)(_pid, [])) == []
+    assert executor.available_cpus() >= 1
 
 
 def test_batches_of_long_and_short_documents():

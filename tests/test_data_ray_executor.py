@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from torchladder.data.prepare import executor, prepared_parts
+from torchladder.data.prepare import dataset_builder, executor
 from torchladder.data.prepare.document_encoder import DocumentEncoder
-from torchladder.data.prepare.executor import local
-from torchladder.data.prepare.tasks import Preparation
+from torchladder.data.prepare.executor import local_executor
+from torchladder.data.prepare.tasks import PrepareConfig
 from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
 
@@ -36,17 +36,17 @@ def folder(tmp_path):
 
 
 def prepare(folder, output, run):
-    preparation = Preparation(
-        inputs=[str(folder)], output=str(output), framing=DocumentEncoder(ByteTokenizer()), part_bytes=2000
+    preparation = PrepareConfig(
+        inputs=[str(folder)], output=str(output), encoder=DocumentEncoder(ByteTokenizer()), part_bytes=2000
     )
-    prepared_parts.run(preparation, run)
+    dataset_builder.prepare_dataset(preparation, run)
     return [Path(f"{output}.{suffix}").read_bytes() for suffix in ("bin", "idx", "json")]
 
 
 @pytest.mark.timeout(240)
 def test_a_cluster_gives_the_same_output(cluster, folder, tmp_path):
     run = executor.registry.get("ray")(workers=2)
-    assert prepare(folder, tmp_path / "cluster", run) == prepare(folder, tmp_path / "here", local(1))
+    assert prepare(folder, tmp_path / "cluster", run) == prepare(folder, tmp_path / "here", local_executor(1))
 
     def pid(task):
         return os.getpid()
@@ -76,7 +76,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
         executor.registry.get("ray")(workers=1)
 
 
-def test_workers_are_some():
+def test_zero_workers_are_an_error():
     pytest.importorskip("ray")
     with pytest.raises(ConfigError, match="workers is 0"):
         executor.registry.get("ray")(workers=0)

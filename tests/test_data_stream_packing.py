@@ -62,10 +62,10 @@ def test_with_a_last_epoch_every_token_but_the_first_is_a_label_once(lengths, se
     packed = stream(lengths, seq_len, shuffle=False, epochs=epochs)
     source = endless(lengths, packed.order)
     reference = [next(source) for _ in range(epochs * sum(lengths))]
-    rows = [tokens_of(packed(row)) for row in range(packed.rows)]
+    rows = [tokens_of(packed(row)) for row in range(packed.num_rows)]
     assert [token for row in rows for token in row[1:]] == reference[1:]
     assert all(len(row) >= 2 for row in rows)
-    assert stream(lengths, seq_len).rows is None
+    assert stream(lengths, seq_len).num_rows is None
 
 
 def test_spans_hold_no_more_than_the_row():

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torchladder.data.text.sources import held_out
 
 from torchladder import data, train
-from torchladder.data import IGNORED
+from torchladder.data import IGNORE_INDEX
+from torchladder.data.sources import held_out
 from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
 
@@ -84,7 +84,7 @@ def test_rows_are_the_documents_in_order(load):
 def test_labels_may_end_with_documents(load):
     tokens, labels, positions = take(load(labels_across_documents=False), 20)
     follows = torch.cat([positions[:, 1:] == 0, tokens[:, -1:] == 256], dim=1)
-    assert torch.equal(labels == IGNORED, follows)
+    assert torch.equal(labels == IGNORE_INDEX, follows)
     assert torch.equal(take(load(), 20)[0], tokens)
 
 
@@ -142,7 +142,7 @@ def test_validation_reads_every_label_once_and_ranks_agree(load, named, degree, 
     assert len({len(batches) for batches in ranks}) == 1
     labels = torch.cat([batch.labels.flatten() for batches in ranks for batch in batches])
     expected = [token for i in (range(60) if named else HELD) for token in (*text(i).encode(), 256)]
-    assert sorted(labels[labels != IGNORED].tolist()) == sorted(expected[1:])
+    assert sorted(labels[labels != IGNORE_INDEX].tolist()) == sorted(expected[1:])
     again = load(dp_rank=0, **settings)
     assert len(list(again)) == len(ranks[0])
     again.seek(0)
@@ -174,7 +174,7 @@ def test_the_fingerprint_names_what_differs(load, folder):
 
 def test_the_report_states_the_promise(load):
     assert load(shuffle_buffer=7).describe() == [
-        "train: stream of json, train, shuffled within 7 documents; a resumed run reads again what came before"
+        "train: stream of json, train, shuffled within 7 documents; resuming reads earlier rows again"
     ]
     assert load(split="validation").describe() == ["validation: stream of json, up to 500 documents held out of train"]
 
@@ -191,15 +191,15 @@ def test_the_report_states_the_promise(load):
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
         ({"bos": True}, "no bos token"),
         ({"global_batch_size": 9}, "not a multiple"),
-        ({"split": "validation", "validation_fraction": 0.0}, "nothing is held out"),
+        ({"split": "validation", "validation_fraction": 0.0}, "no documents are held out"),
     ],
 )
-def test_settings_that_cannot_be(load, changes, message):
+def test_invalid_settings(load, changes, message):
     with pytest.raises(ConfigError, match=message):
         load(**changes)
 
 
-def test_documents_that_cannot_be(load, tmp_path):
+def test_invalid_documents(load, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n')
     broken = load(data_files=str(tmp_path / "a.jsonl"), validation_fraction=0.0)
@@ -207,7 +207,7 @@ def test_documents_that_cannot_be(load, tmp_path):
         next(broken)
     with pytest.raises(ConfigError, match="no documents for data-parallel rank 1"):
         next(load(dp_rank=1, dp_degree=2, data_files=str(tmp_path / "b.jsonl")))
-    with pytest.raises(ConfigError, match="no row 3"):
+    with pytest.raises(ConfigError, match="cannot resume at row 3"):
         load(dp_degree=2).seek(3)
 
 
@@ -217,7 +217,7 @@ def test_a_missing_package_names_the_extra(load, monkeypatch):
         load()
 
 
-def test_a_run_on_a_stream_goes_on_bit_for_bit(load, folder, tmp_path):
+def test_a_run_on_a_stream_resumes_bit_for_bit(load, folder, tmp_path):
     def run(*argv):
         debug = str(Path(__file__).parents[1] / "train_configs" / "debug.toml")
         stream = ["--data.name", "hub", "--data.path", str(folder), "--data.validation_fraction", "0.1"]

@@ -10,7 +10,7 @@ import pytest
 from torchladder.data import sources
 from torchladder.data.disk_cache import build_once, cache_path
 from torchladder.data.formats.indexed import IndexedTokens
-from torchladder.data.prepare.cached_tokens import prepare, tokenize
+from torchladder.data.prepare.cached_tokens import tokenize_cached, tokenize_source
 from torchladder.data.text import text_files
 from torchladder.data.tokenizer import ByteTokenizer, Tokenizer
 from torchladder.registry import ConfigError
@@ -45,9 +45,9 @@ def documents(prefix):
     return [read[i].tolist() for i in range(len(read))]
 
 
-def test_documents_are_framed_and_split(folder, tmp_path):
+def test_documents_are_encoded_and_split(folder, tmp_path):
     source = text_files.text(str(folder))
-    out = prepare(source, Shifted(), tmp_path / "cache", validation_fraction=0.2, bos=True)
+    out = tokenize_cached(source, Shifted(), tmp_path / "cache", validation_fraction=0.2, bos=True)
     expected = {True: [], False: []}
     for document in source.documents():
         ids = [1, *Shifted().encode(document.text), 2]
@@ -55,20 +55,20 @@ def test_documents_are_framed_and_split(folder, tmp_path):
     assert documents(out.train) == expected[False]
     assert documents(out.validation) == expected[True]
     assert len(expected[True]) > 5
-    plain = prepare(source, Shifted(), tmp_path / "cache", validation_fraction=0.0)
+    plain = tokenize_cached(source, Shifted(), tmp_path / "cache", validation_fraction=0.0)
     assert documents(plain.train)[0] == [*Shifted().encode("document 0 é\n"), 2]
     assert documents(plain.validation) == []
 
 
 def test_the_cache_is_reused_until_something_matters(folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    first = prepare(text_files.text(str(folder)), ByteTokenizer(), cache)
+    first = tokenize_cached(text_files.text(str(folder)), ByteTokenizer(), cache)
 
     def reads(source, tokenizer, **settings):
         seen = []
         original = tokenizer.encode_batch
         monkeypatch.setattr(tokenizer, "encode_batch", lambda *a: seen.append(1) or original(*a), raising=False)
-        return prepare(source, tokenizer, cache, **settings), bool(seen)
+        return tokenize_cached(source, tokenizer, cache, **settings), bool(seen)
 
     assert reads(text_files.text(str(folder)), ByteTokenizer()) == (first, False)
     os.utime(folder / "000.txt", ns=(1, 1))
@@ -95,27 +95,29 @@ def test_the_cache_is_reused_until_something_matters(folder, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("shift", "vocab_size", "token"), [(10, 200, 205), (-33, 300, -1)])
 def test_a_token_outside_the_vocabulary_is_an_error_and_leaves_nothing(folder, tmp_path, shift, vocab_size, token):
-    with pytest.raises(ConfigError, match=rf"000\.txt: the tokenizer gives token {token}, .* has {vocab_size}"):
-        prepare(text_files.text(str(folder)), Shifted(vocab_size, shift), tmp_path / "cache")
+    with pytest.raises(ConfigError, match=rf"000\.txt: the tokenizer returns token {token}, .* has {vocab_size}"):
+        tokenize_cached(text_files.text(str(folder)), Shifted(vocab_size, shift), tmp_path / "cache")
     assert [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.suffix != ".lock"] == []
 
 
-def test_settings_that_cannot_be(folder, tmp_path):
+def test_invalid_settings(folder, tmp_path):
     source = text_files.text(str(folder))
     with pytest.raises(ConfigError, match="no bos token"):
-        prepare(source, ByteTokenizer(), tmp_path, bos=True)
+        tokenize_cached(source, ByteTokenizer(), tmp_path, bos=True)
     for fraction in (-0.1, 1.0):
         with pytest.raises(ConfigError, match="at least 0 and below 1"):
-            prepare(source, ByteTokenizer(), tmp_path, validation_fraction=fraction)
+            tokenize_cached(source, ByteTokenizer(), tmp_path, validation_fraction=fraction)
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(folder, tmp_path):
-    assert IndexedTokens(tokenize(text_files.text(str(folder)), Shifted(70_000), tmp_path).train).dtype == np.int32
-    assert IndexedTokens(tokenize(text_files.text(str(folder)), Shifted(), tmp_path).train).dtype == np.uint16
+    assert (
+        IndexedTokens(tokenize_source(text_files.text(str(folder)), Shifted(70_000), tmp_path).train).dtype == np.int32
+    )
+    assert IndexedTokens(tokenize_source(text_files.text(str(folder)), Shifted(), tmp_path).train).dtype == np.uint16
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(folder, tmp_path, capfd):
-    tokenize(text_files.text(str(folder)), ByteTokenizer(), tmp_path)
+    tokenize_source(text_files.text(str(folder)), ByteTokenizer(), tmp_path)
     line = capfd.readouterr().err
     assert "100 documents" in line
     assert "tokens/s" in line
@@ -123,7 +125,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(folder, tmp_path, ca
 
 
 def test_the_folder_says_what_it_is(folder, tmp_path):
-    out = prepare(text_files.text(str(folder)), ByteTokenizer(), tmp_path, validation_fraction=0.5)
+    out = tokenize_cached(text_files.text(str(folder)), ByteTokenizer(), tmp_path, validation_fraction=0.5)
     written = json.loads((out.train.parent / "settings.json").read_text())
     assert written["tokenizer"] == "bytes"
     assert written["validation_fraction"] == 0.5

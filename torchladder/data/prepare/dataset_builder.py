@@ -1,0 +1,242 @@
+"""Tokenizes text files into a .bin/.idx dataset with many processes, and continues where it was interrupted.
+
+Each task writes a part, a small dataset named by a hash of everything that determines it, to ``PREFIX.parts``. When
+all parts exist they are merged. A run that was killed at any moment therefore continues with the missing parts, and
+the output is the same byte for byte whatever ran the tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, dtype_for
+from torchladder.data.prepare import merging, metadata
+from torchladder.data.prepare.document_encoder import DocumentEncoder, batch_by_chars
+from torchladder.data.prepare.executor import Executor
+from torchladder.data.prepare.metadata import DatasetMetadata
+from torchladder.data.prepare.progress import PrepareProgress
+from torchladder.data.prepare.tasks import PrepareConfig, PrepareTask, expand_inputs, select_shard, split_into_tasks
+from torchladder.data.text.document_reader import DocumentReader, OnError, document_location, summarize_skipped
+from torchladder.data.text.file_formats import FileSlice
+from torchladder.registry import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedPart:
+    """The result of a task, and the content of ``<key>.json``.
+
+    Attributes:
+        key: of the task.
+        pair: name of the part's .bin/.idx within the folder of parts.
+        documents, tokens: number of each in the part.
+        skipped: number of documents skipped or repaired, by reason.
+        examples: file and line of the first such document, by reason.
+        on_error: how documents that cannot be read were handled.
+        checksums: SHA-256 of the ``bin`` and ``idx`` files.
+    """
+
+    key: str
+    pair: str
+    documents: int
+    tokens: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+    on_error: str = "error"
+    checksums: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PartWriter:
+    """Writes the part of a task; an executor sends this object to its workers."""
+
+    folder: Path
+    encoder: DocumentEncoder
+    text_key: str
+    on_error: OnError
+
+    def __call__(self, task: PrepareTask) -> PreparedPart:
+        reader = DocumentReader(self.text_key, self.on_error)
+        # A unique name: a worker that was given up for lost may still be writing the same part.
+        name = f"{task.key}-{uuid.uuid4().hex[:8]}"
+        with IndexedWriter(self.folder / name, dtype_for(self.encoder.tokenizer.vocab_size)) as writer:
+            for batch in batch_by_chars(_task_documents(reader, task), lambda document: document[2]):
+                texts = [text for _, _, text in batch]
+                writer.extend(*self.encoder(texts, lambda n, batch=batch: document_location(*batch[n][:2])))  # type: ignore[misc]
+        _check_unchanged(task)
+        part = PreparedPart(
+            key=task.key,
+            pair=name,
+            documents=len(writer.lengths),
+            tokens=sum(writer.lengths),
+            skipped=dict(reader.skipped),
+            examples=reader.examples,
+            on_error=self.on_error,
+            checksums=writer.checksums,
+        )
+        metadata.write_metadata(self.folder / task.key, part)
+        return part
+
+
+def _task_documents(reader: DocumentReader, task: PrepareTask) -> Iterator[tuple[FileSlice, int | None, str]]:
+    """Yields the file slice, the number within it, and the text of each document."""
+    for part in task.slices:
+        for number, text in reader.read(part):
+            yield part, number, text
+
+
+def _check_unchanged(task: PrepareTask) -> None:
+    """Raises ConfigError if a file has changed since the tasks were planned."""
+    for part, stamp in zip(task.slices, task.stamps, strict=True):
+        stat = part.path.stat()
+        if (stat.st_size, stat.st_mtime_ns) != stamp:
+            raise ConfigError(f"{part.path} changed while it was being read; run the same command again.")
+
+
+def prepare_dataset(config: PrepareConfig, executor: Executor) -> DatasetMetadata:
+    """Prepares a dataset, or continues an interrupted preparation; returns the dataset's metadata.
+
+    Raises:
+        ConfigError: an input cannot be read, the output exists with other settings, or another process is preparing
+            it.
+    """
+    files = expand_inputs(config.inputs)
+    wanted = _planned_metadata(config, files)
+    with _lock_parts(config.prefix) as folder:
+        done = _existing_output(config.prefix, wanted, config.overwrite)
+        if done is None:
+            tasks = select_shard(split_into_tasks(config, files), config.shard)
+            done = _merge_parts(wanted, config.prefix, folder, _make_parts(config, tasks, folder, executor))
+        shutil.rmtree(folder, ignore_errors=True)
+    return done
+
+
+def _planned_metadata(config: PrepareConfig, files: Sequence[Path]) -> DatasetMetadata:
+    """Returns the output's metadata as far as it is known before the work: the settings and the sources."""
+    tokenizer = config.encoder.tokenizer
+    return DatasetMetadata(
+        dtype=str(dtype_for(tokenizer.vocab_size)),
+        tokenizer={
+            "name": config.tokenizer,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            **config.encoder.special_ids,
+        },
+        text_key=config.text_key,
+        on_error=config.on_error,
+        shard=list(config.shard) if config.shard else None,
+        sources=[{"path": str(path), "bytes": path.stat().st_size} for path in files],
+    )
+
+
+def _existing_output(prefix: str, wanted: DatasetMetadata, overwrite: bool) -> DatasetMetadata | None:
+    """Returns the metadata of an output that is complete and has the wanted settings; None if there is work to do.
+
+    Raises:
+        ConfigError: the output exists with other settings or another origin, and ``overwrite`` is not set.
+    """
+    index = Path(f"{prefix}.idx")
+    found = metadata.read_metadata(prefix)
+    if found is None:
+        merge_was_interrupted = Path(f"{prefix}.parts", "joining").exists()
+        if index.exists() and not merge_was_interrupted and not overwrite:
+            raise ConfigError(f"{prefix}.bin already exists and has no metadata; --overwrite replaces it.")
+        return None
+    made = metadata.metadata_path(prefix).stat().st_mtime_ns
+    newer = [source["path"] for source in wanted.sources if os.stat(source["path"]).st_mtime_ns > made]
+    ours, theirs = wanted.settings(), found.settings()
+    if not found.skipped:
+        theirs["on_error"] = ours["on_error"]  # without an error it made no difference
+    changed = [name for name in ours if ours[name] != theirs[name]] + [f"{path} is newer" for path in newer[:1]]
+    if not changed and index.exists():
+        return found
+    if changed and not overwrite:
+        raise ConfigError(f"{prefix} was prepared with other settings ({', '.join(changed)}); --overwrite replaces it.")
+    return None
+
+
+def _make_parts(
+    config: PrepareConfig, tasks: list[PrepareTask], folder: Path, executor: Executor
+) -> list[PreparedPart]:
+    """Returns the part of each task in order; runs the tasks whose part does not exist yet."""
+    done = {task.key: part for task in tasks if (part := _read_part(folder, task.key, config.on_error))}
+    num_bytes = {task.key: task.num_bytes for task in tasks}
+    writer = PartWriter(folder, config.encoder, config.text_key, config.on_error)
+    done_bytes = sum(num_bytes[key] for key in done)
+    with PrepareProgress(Path(config.prefix).name, sum(num_bytes.values()), done_bytes) as progress:
+        if done:
+            progress.print(f"continuing: {len(done):,} of {len(tasks):,} parts exist")
+        for part in executor(writer, [task for task in tasks if task.key not in done]):
+            done[part.key] = part
+            progress.update(part.documents, part.tokens, num_bytes[part.key])
+        parts = [done[task.key] for task in tasks]
+        examples = {reason: example for part in reversed(parts) for reason, example in part.examples.items()}
+        for line in summarize_skipped(_count_skipped(parts), examples):
+            progress.print(f"{config.on_error}: {line}")
+    return parts
+
+
+def _count_skipped(parts: list[PreparedPart]) -> dict[str, int]:
+    return dict(sorted(sum((Counter(part.skipped) for part in parts), Counter[str]()).items()))
+
+
+def _read_part(folder: Path, key: str, on_error: str) -> PreparedPart | None:
+    """Returns a part from an earlier run, None if there is none with the same ``on_error``.
+
+    A part without skipped documents is the same for every ``on_error``.
+    """
+    path = metadata.metadata_path(folder / key)
+    if not path.is_file():
+        return None
+    part = PreparedPart(**json.loads(path.read_text(encoding="utf-8")))
+    return part if part.on_error == on_error or not part.skipped else None
+
+
+def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list[PreparedPart]) -> DatasetMetadata:
+    """Writes the output from its parts, the metadata last."""
+    (folder / "joining").touch()  # tells the next run that a .bin without metadata is ours
+
+    def verified() -> Iterator[IndexedTokens]:
+        for part in parts:
+            corrupt = metadata.find_corrupt_file(folder / part.pair, part.checksums)
+            if corrupt:
+                metadata.metadata_path(folder / part.key).unlink(missing_ok=True)
+                raise ConfigError(
+                    f"{corrupt} is missing or damaged; run the same command again to make it again. "
+                    f"With several machines, {folder.parent} must be a folder that all of them share."
+                )
+            yield IndexedTokens(folder / part.pair)
+
+    return merging.write_merged(prefix, verified(), dataclasses.replace(wanted, skipped=_count_skipped(parts)))
+
+
+@contextmanager
+def _lock_parts(prefix: str) -> Iterator[Path]:
+    """Creates the folder of parts and yields it under an exclusive lock.
+
+    Raises:
+        ConfigError: another process holds the lock, or the folder cannot be written.
+    """
+    folder = Path(f"{prefix}.parts")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock: Any = open(folder / "lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ConfigError(f"the output folder {folder.parent} cannot be written: {error}.") from error
+    with lock:
+        try:
+            # Released when the file closes, also when the process dies.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is preparing {prefix}; wait for it or end it.") from None
+        yield folder
