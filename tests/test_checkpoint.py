@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from runs import losses, run
 from torch import nn
 
 from torchladder import checkpoint
-from torchladder.checkpoint import CheckpointConfig, Checkpointer, SaveError, checksums, step_folders
+from torchladder.checkpoint import CheckpointConfig, Checkpointer, RunState, SaveError, checksums, step_folders
 from torchladder.registry import ConfigError
 
 
@@ -43,11 +44,11 @@ class Thing:
         return Checkpointer(config, folder, self.model, self.optimizer, files={"config.toml": b"[job]\n"})
 
 
-def run_of(step: int) -> dict:
-    return {"step": step, "row": 4 * step, "fingerprints": {}, "versions": {}}
+def run_of(step: int) -> RunState:
+    return RunState(step=step, row=4 * step)
 
 
-def accept(run: dict) -> None:
+def accept(state: RunState) -> None:
     pass
 
 
@@ -56,7 +57,7 @@ def saved(folder: Path, *steps: int, **settings) -> Thing:
     checkpointer = thing.checkpointer(folder, **settings)
     for step in steps:
         thing.step()
-        checkpointer.save(step, run_of(step))
+        checkpointer.save(run_of(step))
     checkpointer.wait()
     return thing
 
@@ -69,17 +70,17 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, mode):
     thing = Thing()
     checkpointer = thing.checkpointer(tmp_path, async_mode=mode)
-    checkpointer.save(2, run_of(2))
+    checkpointer.save(run_of(2))
     bits = thing.bits()
     thing.step()  # while it is being written
-    checkpointer.save(3, run_of(3))
+    checkpointer.save(run_of(3))
     checkpointer.wait()
     later = thing.bits()
 
     other = Thing(seed=1)
-    assert other.checkpointer(tmp_path).load(accept)["row"] == 12
+    assert other.checkpointer(tmp_path).load(accept).row == 12
     assert equal(other.bits(), later)
-    assert other.checkpointer(tmp_path, load_step=2).load(accept)["step"] == 2
+    assert other.checkpointer(tmp_path, load_step=2).load(accept).step == 2
     assert equal(other.bits(), bits)
 
 
@@ -111,7 +112,7 @@ def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(tmp_path, c
         file.write_bytes(content)
     else:
         file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
-    assert Thing().checkpointer(tmp_path).load(accept)["step"] == 9
+    assert Thing().checkpointer(tmp_path).load(accept).step == 9
     assert "step-10" in caplog.text
     assert "damaged" in caplog.text
     with pytest.raises(ConfigError, match="step-10 is damaged"):
@@ -145,9 +146,9 @@ def test_branching_off_keeps_what_is_later_until_it_is_written_again(tmp_path):
     saved(tmp_path, 2, 4, 6, 8)
     thing = Thing(seed=3)
     checkpointer = thing.checkpointer(tmp_path, keep_latest_k=2)
-    checkpointer.save(4, run_of(4))
+    checkpointer.save(run_of(4))
     assert step_folders.steps(tmp_path) == [2, 4, 6, 8]
-    checkpointer.save(6, run_of(6))
+    checkpointer.save(run_of(6))
     assert step_folders.steps(tmp_path) == [4, 6, 8]
     assert not list(tmp_path.glob("*.old"))
 
@@ -171,7 +172,7 @@ def full_disk(monkeypatch):
 def test_a_full_disk_is_reported_and_tried_again(tmp_path, caplog, full_disk, mode):
     thing = Thing()
     checkpointer = thing.checkpointer(tmp_path, async_mode=mode, max_failures=3, interval=10)
-    checkpointer.save(10, run_of(10))
+    checkpointer.save(run_of(10))
     checkpointer.wait()
     assert "No space left on device" in caplog.text
     assert step_folders.named(tmp_path) == []
@@ -179,7 +180,7 @@ def test_a_full_disk_is_reported_and_tried_again(tmp_path, caplog, full_disk, mo
     assert checkpointer.overdue
     assert checkpointer.due(11, last=False, asked=True)
     full_disk.clear()
-    checkpointer.save(11, run_of(11))
+    checkpointer.save(run_of(11))
     checkpointer.wait()
     assert step_folders.steps(tmp_path) == [11]
     assert not checkpointer.overdue
@@ -187,15 +188,15 @@ def test_a_full_disk_is_reported_and_tried_again(tmp_path, caplog, full_disk, mo
 
 def test_only_max_failures_in_a_row_end_the_run(tmp_path, full_disk):
     checkpointer = Thing().checkpointer(tmp_path, max_failures=3)
-    checkpointer.save(1, run_of(1))
-    checkpointer.save(2, run_of(2))
+    checkpointer.save(run_of(1))
+    checkpointer.save(run_of(2))
     full_disk.clear()
-    checkpointer.save(3, run_of(3))
+    checkpointer.save(run_of(3))
     full_disk.append("Stale file handle")
-    checkpointer.save(4, run_of(4))
-    checkpointer.save(5, run_of(5))
+    checkpointer.save(run_of(4))
+    checkpointer.save(run_of(5))
     with pytest.raises(SaveError, match=r"3 saves in a row failed .*Stale file handle"):
-        checkpointer.save(6, run_of(6))
+        checkpointer.save(run_of(6))
     assert step_folders.steps(tmp_path) == [3]
 
 
@@ -233,20 +234,20 @@ def test_what_killed_saves_have_left_is_cleared_away(tmp_path):
 def test_a_file_in_the_place_of_the_folder_is_no_end(tmp_path, caplog):
     (tmp_path / "saves").write_text("")  # what a mount that is gone looks like, for a process that may do everything
     checkpointer = Thing().checkpointer(tmp_path / "saves")
-    checkpointer.save(1, run_of(1))
+    checkpointer.save(run_of(1))
     assert "is not saved" in caplog.text
     (tmp_path / "saves").unlink()
-    checkpointer.save(2, run_of(2))
+    checkpointer.save(run_of(2))
     assert step_folders.steps(tmp_path / "saves") == [2]
 
 
 def test_what_the_disk_did_not_keep_is_found_before_anything_is_deleted(tmp_path, monkeypatch, caplog):
     checkpointer = Thing().checkpointer(tmp_path, keep_latest_k=2)
-    checkpointer.save(1, run_of(1))
-    checkpointer.save(2, run_of(2))
+    checkpointer.save(run_of(1))
+    checkpointer.save(run_of(2))
     read = checksums.sha256
     monkeypatch.setattr(checksums, "sha256", lambda path: "0" if path.suffix == ".distcp" else read(path))
-    checkpointer.save(3, run_of(3))
+    checkpointer.save(run_of(3))
     assert "does not hold what was written" in caplog.text
     assert step_folders.steps(tmp_path) == [1, 2]
 
@@ -256,7 +257,7 @@ def test_minutes_ask_for_a_checkpoint(tmp_path):
     assert not checkpointer.overdue
     checkpointer._since -= 60
     assert checkpointer.overdue
-    checkpointer.save(3, run_of(3))
+    checkpointer.save(run_of(3))
     assert not checkpointer.overdue
     assert not checkpointer.due(3, last=True)  # it is there
 
@@ -270,12 +271,12 @@ def test_what_is_excluded_is_excluded_once(tmp_path):
     }
     thing = Thing(seed=2, steps=0)
     first = thing.checkpointer(tmp_path / "b", **settings)
-    assert first.load(accept) == run_of(5) | {"row": 0, "excluded": []}
+    assert first.load(accept) == replace(run_of(5), row=0)
     assert not thing.optimizer.state
     thing.step()
-    first.save(6, run_of(6))
+    first.save(run_of(6))
     again = Thing(seed=4)
-    assert again.checkpointer(tmp_path / "b", **settings).load(accept)["row"] == 24
+    assert again.checkpointer(tmp_path / "b", **settings).load(accept).row == 24
     assert equal(again.bits(), thing.bits())
 
     with pytest.raises(ConfigError, match="train_state"):
@@ -285,7 +286,7 @@ def test_what_is_excluded_is_excluded_once(tmp_path):
 def test_a_restart_continues_from_the_newest(tmp_path, monkeypatch):
     saved(tmp_path, 2, 4)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert Thing().checkpointer(tmp_path, load_step=2).load(accept)["step"] == 4
+    assert Thing().checkpointer(tmp_path, load_step=2).load(accept).step == 4
 
 
 def test_finished_asks_the_newest(tmp_path):
@@ -293,7 +294,7 @@ def test_finished_asks_the_newest(tmp_path):
     saved(tmp_path, 2, 4)
     assert checkpoint.finished(tmp_path, 4)
     assert not checkpoint.finished(tmp_path, 5)
-    Thing().checkpointer(tmp_path).save(5, run_of(5) | {"pending": True})
+    Thing().checkpointer(tmp_path).save(replace(run_of(5), post_step_pending=True))
     assert not checkpoint.finished(tmp_path, 5)
 
 

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from torchladder import checkpoint, models
-from torchladder.resilience.bad_steps import BadStepDetector, ResilienceConfig, backward_seed
+from torchladder import checkpoint, models, optim
+from torchladder.resilience.bad_steps import BadStepDetector, ResilienceConfig, StepOutcome, backward_seed
 
 CONFIG = models.LlamaConfig(dim=10, n_layers=2, n_heads=5, n_kv_heads=1, ffn_dim=7, vocab_size=53, tie_embeddings=True)
 TOKENS = torch.randint(53, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -62,7 +62,7 @@ def save_in_a_thread(folder) -> None:
     run = Run(seed=0)
     run.step()
     checkpointer = run.checkpointer(folder / "saves", async_mode="async")
-    checkpointer.save(1, {"step": 1, "row": 2})
+    checkpointer.save(checkpoint.RunState(step=1, row=2))
     expected = run.bits()
     for _ in range(3):  # collectives of training, at the same time as those of the save
         run.step()
@@ -85,29 +85,32 @@ def fail_on_one_rank(folder) -> None:
     if dist.get_rank() == 1:
         checkpoint.checksums._Stream.write = _full
     checkpointer = run.checkpointer(folder / "failing", max_failures=2, retry_minutes=0)
-    checkpointer.save(1, {"step": 1})
+    checkpointer.save(checkpoint.RunState(step=1, row=0))
     assert checkpointer.failures == 1  # on both ranks
     assert not list((folder / "failing").iterdir()) or dist.get_rank() == 1
     with pytest.raises(checkpoint.SaveError, match=r"rank 1: OSError.*No space left"):
-        checkpointer.save(2, {"step": 2})
+        checkpointer.save(checkpoint.RunState(step=2, row=0))
 
 
 def skip_a_bad_step(folder) -> None:
     run = Run(seed=0)
     run.step()
-    guard = BadStepDetector(ResilienceConfig("skip"), run.optimizer, torch.device("cpu"))
+    detector = BadStepDetector(ResilienceConfig("skip"), torch.device("cpu"), optim.is_fused(run.optimizer))
     for poisoned in (False, True):
         before = run.bits()
         loss = run.model(TOKENS, None, TOKENS)
         if poisoned and dist.get_rank() == 1:
             loss = loss + torch.inf  # on one rank alone, and its gradient would be finite
         loss.backward(backward_seed(loss))
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        guard.update(2, (0, 1), whole(norm), [])
+        norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0))
+        bad = detector.check(norm)
+        if optim.accepts_step(run.optimizer, bad):
+            run.optimizer.step()
+        detector.record(StepOutcome(2, (0, 1), bad, norm, []))
         run.optimizer.zero_grad()
         assert poisoned == all(torch.equal(one, other) for one, other in zip(run.bits(), before, strict=True))
-    guard.settle()
-    assert guard.bad_steps == 1  # on both ranks
+    detector.flush()
+    assert detector.num_bad == 1  # on both ranks
 
 
 def _full(stream, data):

@@ -73,13 +73,13 @@ def move(ranks, folder, moves):
     loads = replace(settings, checkpoint=replace(settings.checkpoint, load_only=True))
     for name in dict.fromkeys(name for name, _ in moves):
         run, kept = trainer(ranks, folder / name, settings, **LAYOUTS[name]), {}
-        save = run.lifeline.save
+        save = run.fault_tolerance.save
 
         def keep(state, must=False, run=run, kept=kept, save=save):
-            kept[state["step"]] = gathered(run)
+            kept[state.step] = gathered(run)
             save(state, must)
 
-        run.lifeline.save = keep
+        run.fault_tolerance.save = keep
         run.train()
         for other in (other for one, other in moves if one == name):
             place = folder / f"{name} to {other}"
@@ -118,7 +118,7 @@ def test_a_run_moves_to_another_layout(moved, one, other):
 EVERYTHING = [
     *("--training.steps", "5", "--training.seq_len", "32", "--training.global_batch_size", "4"),
     *("--checkpoint.interval", "1", "--checkpoint.async_mode", "async", "--checkpoint.keep_latest_k", "0"),
-    *("--data.phases", "{ from_step = 1, rope_theta = 5e3 }", "{ from_step = 3, window = 16, lr_factor = 0.5 }"),
+    *("--phases", "{ from_step = 1, rope_theta = 5e3 }", "{ from_step = 3, window = 16, lr_factor = 0.5 }"),
     *("--validation.freq", "2", "--validation.steps", "1"),
     *("--samples.prompts", "import ", "--samples.freq", "2", "--samples.max_new_tokens", "2"),
 ]
