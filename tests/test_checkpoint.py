@@ -16,7 +16,7 @@ from runs import losses, run
 from torch import nn
 
 from torchladder import checkpoint
-from torchladder.checkpoint import CheckpointConfig, Checkpointer, RunState, SaveError, checksums, step_folders
+from torchladder.checkpoint import CheckpointConfig, Checkpointer, RunState, SaveError, checksums, step_folders, storage
 from torchladder.registry import ConfigError
 
 
@@ -41,7 +41,7 @@ class Thing:
 
     def checkpointer(self, folder: Path, **settings) -> Checkpointer:
         config = CheckpointConfig(enable=True, retry_minutes=0, **settings)
-        return Checkpointer(config, folder, self.model, self.optimizer, files={"config.toml": b"[job]\n"})
+        return Checkpointer(config, str(folder), self.model, self.optimizer, {"config.toml": b"[job]\n"})
 
 
 def run_of(step: int) -> RunState:
@@ -90,7 +90,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path):
     assert sorted(os.listdir(path)) == [".metadata", "SHA256SUMS", "__0_0.distcp", "config.toml", "run.json"]
     assert json.loads((path / "run.json").read_text())["row"] == 8
     assert (path / "config.toml").read_text() == "[job]\n"
-    for name, digest in checksums.read(path).items():
+    for name, digest in step_folders.read_checksums(path).items():
         assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
     if shutil.which("sha256sum"):
         assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=path).returncode == 0
@@ -125,7 +125,7 @@ def test_when_all_are_damaged_the_run_does_not_begin_anew(tmp_path):
         (tmp_path / f"step-{step}" / "__0_0.distcp").write_bytes(b"")
     with pytest.raises(ConfigError, match="every checkpoint"):
         Thing().checkpointer(tmp_path).load(accept)
-    with pytest.raises(ConfigError, match="no intact checkpoint"):
+    with pytest.raises(ConfigError, match="not an intact checkpoint"):
         Thing().checkpointer(tmp_path / "new", initial_load_path=str(tmp_path / "step-1")).load(accept)
 
 
@@ -137,9 +137,9 @@ def test_what_is_kept(tmp_path_factory, steps, keep, every):
             (folder / f"step-{step}").mkdir(exist_ok=True)
             (folder / f"step-{step}" / name).touch()
     newest = sorted(steps)[-1]
-    step_folders.prune(folder, newest, keep, every)
+    step_folders.prune(str(folder), newest, keep, every)
     expected = {step for step in steps if every and step % every == 0} | set(sorted(steps)[-keep:])
-    assert set(step_folders.steps(folder)) == expected
+    assert set(checkpoint.complete_steps(folder)) == expected
 
 
 def test_branching_off_keeps_what_is_later_until_it_is_written_again(tmp_path):
@@ -147,9 +147,9 @@ def test_branching_off_keeps_what_is_later_until_it_is_written_again(tmp_path):
     thing = Thing(seed=3)
     checkpointer = thing.checkpointer(tmp_path, keep_latest_k=2)
     checkpointer.save(run_of(4))
-    assert step_folders.steps(tmp_path) == [2, 4, 6, 8]
+    assert checkpoint.complete_steps(tmp_path) == [2, 4, 6, 8]
     checkpointer.save(run_of(6))
-    assert step_folders.steps(tmp_path) == [4, 6, 8]
+    assert checkpoint.complete_steps(tmp_path) == [4, 6, 8]
     assert not list(tmp_path.glob("*.old"))
 
 
@@ -157,14 +157,14 @@ def test_branching_off_keeps_what_is_later_until_it_is_written_again(tmp_path):
 def full_disk(monkeypatch):
     """Writes fail as long as the list has anything in it."""
     broken: list[str] = ["No space left on device"]
-    write = checksums._Stream.write
+    write = checksums.ChecksumStream.write
 
     def fail(stream, data):
         if broken:
             raise OSError(28, broken[0])
         return write(stream, data)
 
-    monkeypatch.setattr(checksums._Stream, "write", fail)
+    monkeypatch.setattr(checksums.ChecksumStream, "write", fail)
     return broken
 
 
@@ -175,14 +175,14 @@ def test_a_full_disk_is_reported_and_tried_again(tmp_path, caplog, full_disk, mo
     checkpointer.save(run_of(10))
     checkpointer.wait()
     assert "No space left on device" in caplog.text
-    assert step_folders.named(tmp_path) == []
+    assert storage.get_storage(tmp_path).steps(str(tmp_path)) == []
     assert not list(tmp_path.iterdir())  # what was written of it must not fill the disk further
     assert checkpointer.overdue
-    assert checkpointer.due(11, last=False, asked=True)
+    assert checkpointer.due(11, last=False, overdue=True)
     full_disk.clear()
     checkpointer.save(run_of(11))
     checkpointer.wait()
-    assert step_folders.steps(tmp_path) == [11]
+    assert checkpoint.complete_steps(tmp_path) == [11]
     assert not checkpointer.overdue
 
 
@@ -197,13 +197,13 @@ def test_only_max_failures_in_a_row_end_the_run(tmp_path, full_disk):
     checkpointer.save(run_of(5))
     with pytest.raises(SaveError, match=r"3 saves in a row failed .*Stale file handle"):
         checkpointer.save(run_of(6))
-    assert step_folders.steps(tmp_path) == [3]
+    assert checkpoint.complete_steps(tmp_path) == [3]
 
 
 def test_a_run_trains_on_while_nothing_can_be_saved(tmp_path, monkeypatch, caplog):
     short = ["--training.steps", "6", "--validation.no_enable", "--training.seq_len", "64"]
     run(tmp_path / "whole", *short)
-    write, calls = checksums._Stream.write, []
+    write, calls = checksums.ChecksumStream.write, []
 
     def fail(stream, data):
         calls.append(1)
@@ -211,16 +211,16 @@ def test_a_run_trains_on_while_nothing_can_be_saved(tmp_path, monkeypatch, caplo
             raise OSError(28, "No space left on device")
         return write(stream, data)
 
-    monkeypatch.setattr(checksums._Stream, "write", fail)
+    monkeypatch.setattr(checksums.ChecksumStream, "write", fail)
     saving = ["--checkpoint.enable", "--checkpoint.interval", "2", "--checkpoint.retry_minutes", "0"]
     run(tmp_path / "run", *short, *saving, "--checkpoint.async_mode", "async")
     assert caplog.text.count("is not saved") == 2
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert step_folders.steps(tmp_path / "run" / "checkpoint")[-1] == 6
+    assert checkpoint.complete_steps(tmp_path / "run" / "checkpoint")[-1] == 6
     calls.clear()
     run(tmp_path / "run", *short, *saving, "--training.steps", "9", "--checkpoint.max_failures", "1", code=1)
     assert "1 saves in a row failed" in caplog.text
-    assert step_folders.steps(tmp_path / "run" / "checkpoint")[-1] == 6
+    assert checkpoint.complete_steps(tmp_path / "run" / "checkpoint")[-1] == 6
 
 
 def test_what_killed_saves_have_left_is_cleared_away(tmp_path):
@@ -238,24 +238,25 @@ def test_a_file_in_the_place_of_the_folder_is_no_end(tmp_path, caplog):
     assert "is not saved" in caplog.text
     (tmp_path / "saves").unlink()
     checkpointer.save(run_of(2))
-    assert step_folders.steps(tmp_path / "saves") == [2]
+    assert checkpoint.complete_steps(tmp_path / "saves") == [2]
 
 
 def test_what_the_disk_did_not_keep_is_found_before_anything_is_deleted(tmp_path, monkeypatch, caplog):
     checkpointer = Thing().checkpointer(tmp_path, keep_latest_k=2)
     checkpointer.save(run_of(1))
     checkpointer.save(run_of(2))
-    read = checksums.sha256
-    monkeypatch.setattr(checksums, "sha256", lambda path: "0" if path.suffix == ".distcp" else read(path))
+    files = storage.FileSystemStorage
+    sha256 = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda self, path: "0" if path.endswith(".distcp") else sha256(self, path))
     checkpointer.save(run_of(3))
     assert "does not hold what was written" in caplog.text
-    assert step_folders.steps(tmp_path) == [1, 2]
+    assert checkpoint.complete_steps(tmp_path) == [1, 2]
 
 
 def test_minutes_ask_for_a_checkpoint(tmp_path):
     checkpointer = Thing().checkpointer(tmp_path, interval=1000, interval_minutes=1)
     assert not checkpointer.overdue
-    checkpointer._since -= 60
+    checkpointer._last_attempt -= 60
     assert checkpointer.overdue
     checkpointer.save(run_of(3))
     assert not checkpointer.overdue
@@ -290,12 +291,23 @@ def test_a_restart_continues_from_the_newest(tmp_path, monkeypatch):
 
 
 def test_finished_asks_the_newest(tmp_path):
-    assert not checkpoint.finished(tmp_path, 4)
+    def finished(total_steps: int) -> bool:
+        """Whether loading leaves a model of another seed as it is."""
+        thing = Thing(seed=5)
+        before, config = thing.bits(), CheckpointConfig(enable=True)
+        state = Checkpointer(config, str(tmp_path), thing.model, thing.optimizer, None, total_steps).load(accept)
+        return state is not None and equal(thing.bits(), before)
+
+    assert not finished(4)
     saved(tmp_path, 2, 4)
-    assert checkpoint.finished(tmp_path, 4)
-    assert not checkpoint.finished(tmp_path, 5)
+    assert finished(4)
+    assert not finished(5)
     Thing().checkpointer(tmp_path).save(replace(run_of(5), post_step_pending=True))
-    assert not checkpoint.finished(tmp_path, 5)
+    assert not finished(5)
+    Thing().checkpointer(tmp_path).save(run_of(5))
+    assert finished(5)
+    (tmp_path / "step-5" / "run.json").write_text("{")
+    assert not finished(5)
 
 
 @pytest.mark.parametrize(

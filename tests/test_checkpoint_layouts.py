@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from torchladder import checkpoint, models, optim
+from torchladder.checkpoint import checksums, step_folders
 from torchladder.resilience.bad_steps import BadStepDetector, ResilienceConfig, StepOutcome, backward_seed
 
 CONFIG = models.LlamaConfig(dim=10, n_layers=2, n_heads=5, n_kv_heads=1, ffn_dim=7, vocab_size=53, tie_embeddings=True)
@@ -43,7 +44,7 @@ class Run:
 
     def checkpointer(self, folder, **settings) -> checkpoint.Checkpointer:
         config = checkpoint.CheckpointConfig(enable=True, **settings)
-        return checkpoint.Checkpointer(config, folder, self.model, self.optimizer)
+        return checkpoint.Checkpointer(config, str(folder), self.model, self.optimizer)
 
     def bits(self) -> list[torch.Tensor]:
         moments = [value for one in self.optimizer.state.values() for value in one.values()]
@@ -83,10 +84,10 @@ def compare(folder) -> None:
 def fail_on_one_rank(folder) -> None:
     run = Run(seed=0)
     if dist.get_rank() == 1:
-        checkpoint.checksums._Stream.write = _full
+        checksums.ChecksumStream.write = _full
     checkpointer = run.checkpointer(folder / "failing", max_failures=2, retry_minutes=0)
     checkpointer.save(checkpoint.RunState(step=1, row=0))
-    assert checkpointer.failures == 1  # on both ranks
+    assert checkpointer.consecutive_failures == 1  # on both ranks
     assert not list((folder / "failing").iterdir()) or dist.get_rank() == 1
     with pytest.raises(checkpoint.SaveError, match=r"rank 1: OSError.*No space left"):
         checkpointer.save(checkpoint.RunState(step=2, row=0))
@@ -132,4 +133,4 @@ def test_any_number_of_ranks_reads_what_three_have_saved(tmp_path):
     compare(tmp_path)
     names = sorted(path.name for path in (tmp_path / "saves" / "step-1").glob("*.distcp"))
     assert names == ["__0_0.distcp", "__1_0.distcp", "__2_0.distcp"]
-    assert set(names) < set(checkpoint.checksums.read(tmp_path / "saves" / "step-1"))
+    assert set(names) < set(step_folders.read_checksums(tmp_path / "saves" / "step-1"))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchladder.data.mixing.phases import Phase, Timetable
 
 from torchladder import data
 from torchladder.data import IGNORED, SourceConfig
 from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.data.mixing.domains import Shares
 from torchladder.data.mixing.mixture import Interleave
-from torchladder.data.mixing.phases import Phase, Timetable
 from torchladder.registry import ConfigError
 
 DEFAULTS = {key: parameter.default for key, parameter in data.registry.parameters("rows").items()}

@@ -21,7 +21,7 @@ RUN = [
     *("--training.steps", "{steps}", "--training.local_batch_size", "2", "--training.global_batch_size", "4"),
     *("--training.seq_len", "64", "--validation.freq", "7", "--validation.steps", "1"),
     *("--metrics.no_enable_tensorboard", "--samples.prompts", "import ", "--samples.freq", "5"),
-    *("--samples.max_new_tokens", "2", "--phases", "{{ from_share = 0.5, window = 32 }}"),
+    *("--samples.max_new_tokens", "2", "--phases", "{{ from_fraction = 0.5, window = 32 }}"),
     *("--checkpoint.enable", "--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "2"),
 ]
 

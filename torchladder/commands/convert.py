@@ -13,7 +13,6 @@ import tomli_w
 import torch
 
 from torchladder import checkpoint, models
-from torchladder.checkpoint import checksums
 from torchladder.config import Config
 from torchladder.data import tokenizer
 from torchladder.inference import hf_export
@@ -82,8 +81,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
         conversion.to_checkpoint(source, step, arguments.vocab_size)
         state = checkpoint.RunState(step=0, row=0, versions={"torch": torch.__version__})
         (step / checkpoint.RUN_STATE_FILE).write_text(state.to_json())
-        sums = {file.name: checksums.sha256(file) for file in step.iterdir()}
-        (step / checksums.SUMS).write_text(checksums.to_text(sums))
+        checkpoint.write_checksums(step)
         (partial / "tokenizer").mkdir()
         for file in source.assets():
             shutil.copyfile(file, partial / "tokenizer" / file.name)
@@ -114,7 +112,7 @@ def _sections(source: Folder, output: Path, vocab_size: int | None) -> dict[str,
 
 def _to_hf(arguments: argparse.Namespace) -> int:
     source, output = arguments.source, arguments.output
-    if not checkpoint.complete(source):
+    if not checkpoint.is_complete(source):
         raise ConfigError(f"{str(source)!r} is no complete checkpoint: a folder step-N is meant.")
     config = hf_export.run_config(source)
     model = models.resolve(config.model)

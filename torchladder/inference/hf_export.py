@@ -15,8 +15,7 @@ import torch
 
 from torchladder import checkpoint, curriculum, data
 from torchladder import config as settings
-from torchladder.checkpoint import checksums
-from torchladder.checkpoint.step_folders import SETTINGS
+from torchladder.checkpoint import CONFIG_FILE
 from torchladder.config import Config
 from torchladder.data.tokenizer import tokenizer_files
 from torchladder.models import Model
@@ -57,7 +56,7 @@ def trained_rope_theta(config: Config, path: Path) -> float | None:
         config: settings of the run.
         path: the weights, a checkpoint of the run or a Hugging Face folder.
     """
-    if checkpoint.complete(path):
+    if checkpoint.is_complete(path):
         return checkpoint.RunState.read(path).rope_theta
     return _last_phase(config, "rope_theta")
 
@@ -94,7 +93,7 @@ def checkpoint_assets(config: Config, tokenizer: Mapping[str, bytes]) -> dict[st
     A plugin's tokenizer goes along if it can be told by ``tokenizer.path`` where its files are.
     """
     files = tokenizer if hasattr(config.tokenizer, "path") else {}
-    return {SETTINGS: config.to_toml().encode()} | {f"{TOKENIZER}/{name}": file for name, file in files.items()}
+    return {CONFIG_FILE: config.to_toml().encode()} | {f"{TOKENIZER}/{name}": file for name, file in files.items()}
 
 
 @contextmanager
@@ -165,7 +164,7 @@ class LastSave:
         Args:
             model: the model's config.
         """
-        if not checkpoint.complete(self._checkpoint) or self._newer():
+        if not checkpoint.is_complete(self._checkpoint) or self._newer():
             return
         named = self.config.model.name, model
         export_checkpoint(
@@ -175,7 +174,7 @@ class LastSave:
 
     def _newer(self) -> bool:
         """Whether the folder is of this checkpoint, not of one of the same step that a run has saved before."""
-        ours, theirs = self._checkpoint / checksums.SUMS, self._path / CONFIG
+        ours, theirs = self._checkpoint / checkpoint.CHECKSUM_FILE, self._path / CONFIG
         return theirs.is_file() and theirs.stat().st_mtime_ns >= ours.stat().st_mtime_ns
 
     @property
@@ -201,9 +200,9 @@ def run_config(path: Path) -> Config:
         ConfigError: there is none.
     """
     for place in (path, *path.resolve().parents[:2]):
-        if (place / SETTINGS).is_file():
+        if (place / CONFIG_FILE).is_file():
             # What the folder said of the model is in the settings, and it may be gone since.
             own = ["--model.hf_assets_path", "", "--checkpoint.no_initial_load_in_hf"]
             own += ["--tokenizer.path", str(path / TOKENIZER)] if (path / TOKENIZER).is_dir() else []
-            return settings.load(["--job.config_file", str(place / SETTINGS), *own])
+            return settings.load(["--job.config_file", str(place / CONFIG_FILE), *own])
     raise ConfigError(f"{path} is of no run that is here: there is no config.toml in it or two folders above.")

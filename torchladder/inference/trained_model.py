@@ -37,7 +37,7 @@ def settings_of(path: Path, seq_len: int | None = None) -> Config:
         if not any((path / name).is_file() for name in tokenizer_files.NAMES):
             own += ["--tokenizer.name", "none"]
         return settings.load(["--model.hf_assets_path", str(path), *own])
-    if not checkpoint.complete(path):
+    if not checkpoint.is_complete(path):
         raise ConfigError(f"{str(path)!r} is neither a complete checkpoint (step-N) nor a Hugging Face folder.")
     return hf_export.run_config(path)
 
@@ -52,7 +52,7 @@ def tokenizer_of(path: Path, config: Config) -> data.Tokenizer | None:
         found = data.build_tokenizer(config.tokenizer, config.data)
     except ConfigError as error:
         raise ConfigError(f"the tokenizer of {path}: {error}") from error
-    known = checkpoint.RunState.read(path).fingerprints.get("data.tokenizer") if checkpoint.complete(path) else None
+    known = checkpoint.RunState.read(path).fingerprints.get("data.tokenizer") if checkpoint.is_complete(path) else None
     if found is not None and known not in (None, found.fingerprint):
         raise ConfigError(
             f"{path} was trained with the tokenizer {known}, and its settings give {found.fingerprint} now."

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchladder import checkpoint
-from torchladder.checkpoint import CheckpointConfig, checksums, step_folders
+from torchladder.checkpoint import CheckpointConfig
 from torchladder.config import Config, toml_files
 from torchladder.inference.trained_model import LoadedModel, settings_of
 from torchladder.models.attention.sdpa import SdpaKernel
@@ -84,7 +84,7 @@ def find(path: Path, seq_len: int | None = None) -> tuple[list[EvalWeights], lis
     found: list[EvalWeights] = []
     damaged: list[UnreadableWeightsError] = []
     known: dict[str, Config] = {}
-    for one in [path] if checkpoint.complete(path) else _checkpoints(path):
+    for one in [path] if checkpoint.is_complete(path) else _checkpoints(path):
         try:
             found.append(_weights(one, _config(one, known)))
         except (OSError, ValueError, KeyError) as error:  # ConfigError is a ValueError
@@ -100,15 +100,15 @@ def find(path: Path, seq_len: int | None = None) -> tuple[list[EvalWeights], lis
 def _checkpoints(path: Path) -> list[Path]:
     """Returns the complete checkpoints in a folder, or in that of the run whose folder it is."""
     folder = path
-    if not checkpoint.steps(path) and (path / "config.toml").is_file():
+    if not checkpoint.complete_steps(path) and (path / "config.toml").is_file():
         section = toml_files.read(path / "config.toml")[0].get("checkpoint", {})
         folder = path / section.get("folder", CheckpointConfig.folder)
-    return [step_folders.path_of(folder, step) for step in checkpoint.steps(folder)]
+    return [folder / f"step-{step}" for step in checkpoint.complete_steps(folder)]
 
 
 def _config(path: Path, known: dict[str, Config]) -> Config:
     """Returns the settings of a checkpoint; those of a run's checkpoints are the same mostly, and read once."""
-    file = path / step_folders.SETTINGS
+    file = path / checkpoint.CONFIG_FILE
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if text not in known:
         known[text] = settings_of(path)
@@ -122,8 +122,8 @@ def _weights(path: Path, config: Config) -> EvalWeights:
         return EvalWeights(path, None, config, stamp, path)
     above = path.resolve().parents[:2]
     home = next((folder for folder in above if (folder / "config.toml").is_file()), above[0])
-    stamp = (path / checksums.SUMS).read_text(encoding="utf-8")
-    if not (path / step_folders.SETTINGS).is_file():
+    stamp = (path / checkpoint.CHECKSUM_FILE).read_text(encoding="utf-8")
+    if not (path / checkpoint.CONFIG_FILE).is_file():
         stamp += config.to_toml()  # they lie elsewhere, and may change
     run = checkpoint.RunState.read(path)
     tokenizer = run.fingerprints.get("data.tokenizer")
