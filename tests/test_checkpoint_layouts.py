@@ -72,6 +72,21 @@ def save_in_a_thread(folder) -> None:
         torch.save(expected, folder / "expected.pt")
 
 
+def save_to_a_url(folder) -> None:
+    run = Run(seed=0)
+    run.step()
+    url = f"file://{folder}/url"
+    for step in (1, 2, 3):
+        run.step()
+        run.checkpointer(url, keep_latest_k=2).save(checkpoint.RunState(step=step, row=0))
+    other = Run(seed=1)
+    assert other.checkpointer(url).load(lambda state: None).step == 3
+    for found, expected in zip(other.bits(), run.bits(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    dist.barrier()
+    assert sorted(os.listdir(folder / "url")) == ["step-2", "step-3"]
+
+
 def compare(folder) -> None:
     run = Run(seed=1)
     run.step()
@@ -123,6 +138,7 @@ def rank_main(rank: int, folder) -> None:
     with_ranks(rank, folder, 3, save_in_a_thread)
     with_ranks(rank, folder, 2, compare)
     with_ranks(rank, folder, 3, compare)
+    with_ranks(rank, folder, 2, save_to_a_url)
     with_ranks(rank, folder, 2, skip_a_bad_step)
     with_ranks(rank, folder, 2, fail_on_one_rank)
 

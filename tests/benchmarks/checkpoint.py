@@ -1,4 +1,4 @@
-"""What a checkpoint costs: how long training stands still for a save, and bytes per second against torch.save.
+"""What a checkpoint costs: how long training waits for a save, and bytes per second against torch.save.
 
 python tests/benchmarks/checkpoint.py [million parameters, 120]
 """
@@ -47,10 +47,10 @@ def main() -> None:
     took["load"].append(time.perf_counter() - begin)
     best = {name: min(seconds) for name, seconds in took.items()}
     names = {
-        "torch.save": "torch.save, not synced, not checked",
-        "disabled": "save, synced and read back: training stands still",
-        "async": "the same in a thread: training stands still",
-        "load": "load, every file checked first",
+        "torch.save": "torch.save, neither synced nor verified",
+        "disabled": "save, synced and read back: training waits",
+        "async": "the same in a thread: training waits",
+        "load": "load, every file verified first",
     }
     print(f"{millions} million parameters and AdamW's state, {size:.2f} GB; the best of 3\n")
     rows = [[names[name], f"{seconds:.2f}", f"{size / seconds:.2f}"] for name, seconds in best.items()]

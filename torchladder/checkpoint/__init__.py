@@ -1,14 +1,5 @@
-"""Checkpoints: model and optimizer by DCP, and the state of the run as readable text.
-
-A checkpoint is the folder ``step-N``:
-
-| file | holds |
-|---|---|
-| ``.metadata``, ``__R_0.distcp`` | model and optimizer in DCP's format: any layout and number of ranks can load them |
-| ``run.json`` | the ``RunState``: step, next row, fingerprints, versions |
-| ``config.toml`` | the settings of the run |
-| ``tokenizer/`` | the files of its tokenizer, if it has any |
-| ``SHA256SUMS`` | a checksum of every file, in the format of ``sha256sum --check`` |
+"""Checkpoints: the folders ``step-N`` with model and optimizer in DCP's format, ``run.json``, ``config.toml``, the
+tokenizer and ``SHA256SUMS``.
 """
 
 from torchladder.checkpoint.checkpoint_config import CheckpointConfig

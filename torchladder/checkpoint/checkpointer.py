@@ -174,7 +174,7 @@ class Checkpointer:
             return finished
         path = step_folders.find_newest_intact(self.folder, load_step, check, self.group)
         if path is not None:
-            state = self._restore(path, model_only=False)
+            state = self._restore(path)
             if state.step != RunState.read(path).step:
                 raise ConfigError(
                     "checkpoint.exclude_from_loading = ['train_state'] restarts at step 0, but this run's own folder "
@@ -185,11 +185,13 @@ class Checkpointer:
         if not config.initial_load_path or config.initial_load_in_hf:  # the trainer loads Hugging Face folders
             return None
         path, model_only = config.initial_load_path.rstrip("/"), config.initial_load_model_only
-        error = step_folders.find_load_error(path, (lambda state: None) if model_only else check, self.group)
+        error = step_folders.find_load_error(path, None if model_only else check, self.group)
         if error is not None:
             raise ConfigError(f"checkpoint.initial_load_path = {path!r} is not an intact checkpoint: {error}.")
-        state = self._restore(path, model_only)
-        return None if model_only else state
+        if model_only:
+            self._load_tensors(path, weights_only=True)
+            return None
+        return self._restore(path)
 
     def _finished_run(self) -> RunState | None:
         """Returns the newest run state if it is that of the last step and nothing is left to do after it."""
@@ -203,19 +205,21 @@ class Checkpointer:
         state = self.group.broadcast(state)
         return None if state is None or state.post_step_pending else state
 
-    def _restore(self, path: str, model_only: bool) -> RunState:
+    def _restore(self, path: str) -> RunState:
         """Loads what is not excluded; everything if the checkpoint was saved under the same exclusions."""
         state = RunState.read(path)
         excluded = set(self.config.exclude_from_loading) - set(state.excluded)
-        weights_only = model_only or state.step == 0 or "optimizer" in excluded
-        model_state.load_state(path, self.model, None if weights_only else self.optimizer, self.group)
-        if self.group.rank == 0:
-            logger.info("loaded %s%s", path, " (weights only)" if weights_only else "")
+        self._load_tensors(path, weights_only=state.step == 0 or "optimizer" in excluded)
         if "train_state" in excluded:
             state = replace(state, step=0)
         if "dataloader" in excluded:
             state = replace(state, row=0)
         return state
+
+    def _load_tensors(self, path: str, weights_only: bool) -> None:
+        model_state.load_state(path, self.model, None if weights_only else self.optimizer, self.group)
+        if self.group.rank == 0:
+            logger.info("loaded %s%s", path, " (weights only)" if weights_only else "")
 
     def _collect(self, step: int, last: bool) -> model_state.StateDict:
         weights_only = last and self.config.last_save_model_only

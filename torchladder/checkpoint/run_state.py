@@ -64,10 +64,10 @@ class RunState:
             return TypeAdapter(cls).validate_json(get_storage(checkpoint).read(path))
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
             raise ConfigError(
-                f"{path} was written by another version of torchladder ({key}: {first['msg']}), so the run cannot "
-                "continue from it. Its weights can be used: set checkpoint.initial_load_path in a new run."
+                f"{path} was written by another version of torchladder ({reason}), so the run cannot continue from it. "
+                "Its weights can be used: set checkpoint.initial_load_path in a new run."
             ) from error
 
     def to_json(self) -> str:

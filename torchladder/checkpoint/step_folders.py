@@ -83,17 +83,19 @@ def find_corruption(path: str | Path, name: str | None = None, rank: int = 0, nu
     return None
 
 
-def find_load_error(path: str, check: RunStateCheck, group: CheckpointGroup) -> str | None:
+def find_load_error(path: str, check: RunStateCheck | None, group: CheckpointGroup) -> str | None:
     """Returns what is wrong with a checkpoint, the same on every rank; None if it is intact.
 
-    Each rank reads its share of the files, after ``check``, since reading all of them may take long.
+    Each rank reads its share of the files, after ``check`` (None: only the weights are of interest), since reading all
+    of them may take long.
 
     Raises:
         ConfigError: ``check`` rejects the checkpoint.
     """
     error = next(filter(None, group.gather(find_corruption(path, RUN_STATE_FILE))), None)
     if error is None:
-        check(RunState.read(path))
+        if check is not None:
+            check(RunState.read(path))
         found = find_corruption(path, rank=group.rank, num_ranks=group.size)
         error = next(filter(None, group.gather(found)), None)
     return error

@@ -154,8 +154,8 @@ class FileSystemStorage(FileSystem, CheckpointStorage):
 
     def write(self, path: str, content: bytes) -> None:
         super().write(path, content)
-        _sync(path)
-        _sync(os.path.dirname(path))
+        _fsync(path)
+        _fsync(os.path.dirname(path))
 
     def sha256(self, path: str) -> str:
         with open(path, "rb") as file:
@@ -173,16 +173,16 @@ class FileSystemStorage(FileSystem, CheckpointStorage):
     def commit(self, path: str) -> None:
         old = f"{path}.old"
         self.rm_tree(old)
-        _sync(self.staging_path(path))
+        _fsync(self.staging_path(path))
         if self.exists(path):  # a damaged checkpoint, or one of a run that continued from an earlier step
             os.rename(path, old)
         os.rename(self.staging_path(path), path)
-        _sync(os.path.dirname(path))
+        _fsync(os.path.dirname(path))
         with suppress(OSError):
             self.rm_tree(old)
 
 
-def _sync(path: str) -> None:
+def _fsync(path: str) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
