@@ -101,7 +101,7 @@ def test_a_run_starts_from_a_folder_and_ends_in_one(folders, tmp_path, capsys):
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
     whole = [*by_file, "--checkpoint.no_initial_load_model_only"]
     assert train.main(argv(folders, tmp_path / "three", *whole)) == 2
-    assert "holds weights alone" in capsys.readouterr().err
+    assert "holds only weights" in capsys.readouterr().err
 
     # The checkpoint beside the folder gives the same folder, and the run goes on from it, not from where it began.
     step = tmp_path / "one" / "checkpoint" / "step-3"
