@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torchladder.data import tokenizer
-from torchladder.data.tokenizer import tokenizer_files, tokenizer_registry, tokenizer_training
+from torchladder.data.tokenizer import tokenizer_registry, tokenizer_training
 from torchladder.data.tokenizer.tiktoken import _split_long
 from torchladder.registry import ConfigError
 
@@ -357,7 +357,7 @@ def own_kind(monkeypatch):
 
     @tokenizer.register("letters", "letters.txt", lambda content: content.startswith(b"LETTERS "))
     def letters(path: str, upper: bool = False) -> tokenizer.Tokenizer:
-        return Letters(tokenizer_files.find_file(path).read_text().split()[1], upper)
+        return Letters(tokenizer_registry.find_tokenizer_file(path).read_text().split()[1], upper)
 
     class Letters(tokenizer.Tokenizer):
         def __init__(self, alphabet: str, upper: bool) -> None:
@@ -373,8 +373,8 @@ def own_kind(monkeypatch):
 
 def test_a_kind_of_a_plugin_is_recognized_by_its_file(own_kind, tmp_path):
     (tmp_path / "letters.txt").write_text("LETTERS abc\n")
-    assert tokenizer_files.file_names() == ["letters.txt", "tokenizer.json", "tokenizer.model"]
-    assert tokenizer_files.recognize_kind(b"LETTERS xyz") == "letters"
+    assert tokenizer_registry.file_names() == ["letters.txt", "tokenizer.json", "tokenizer.model"]
+    assert tokenizer_registry.recognize_kind(b"LETTERS xyz") == "letters"
     for name in (tmp_path, tmp_path / "letters.txt"):
         loaded = tokenizer.load_tokenizer(str(name))
         assert (loaded.encode("cab"), loaded.fingerprint) == ([2, 0, 1], "letters abc False")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 
 def as_list(path: Any) -> list[Any]:
@@ -24,8 +25,7 @@ def match_paths(pattern: str) -> list[Path]:
     """
     full = os.path.expanduser(pattern)
     found = [full] if os.path.exists(full) else glob.glob(full, recursive=True)
-    if not found:
-        raise ConfigError(f"no file matches {pattern!r} (relative to {os.getcwd()}).")
+    require(bool(found), f"no file matches {pattern!r} (relative to {os.getcwd()}).")
     return [Path(path) for path in sorted(found)]
 
 
@@ -40,12 +40,9 @@ def match_files(pattern: str, accept: Callable[[Path], bool], kind: str) -> list
     Raises:
         ConfigError: there are none.
     """
-    inside = [
-        child for path in match_paths(pattern) for child in (sorted(path.rglob("*")) if path.is_dir() else [path])
-    ]
-    files = list(dict.fromkeys(path for path in inside if path.is_file() and accept(path)))
-    if not files:
-        raise ConfigError(f"{pattern!r} names no {kind}.")
+    paths = chain(*(sorted(path.rglob("*")) if path.is_dir() else [path] for path in match_paths(pattern)))
+    files = list(dict.fromkeys(path for path in paths if path.is_file() and accept(path)))
+    require(bool(files), f"{pattern!r} names no {kind}.")
     return files
 
 

@@ -13,7 +13,7 @@ from torchladder.data.corpus import Corpus
 from torchladder.data.dataloader import SourceUsage
 from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.packing.spans import Packing
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError, require, unknown_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,15 +121,14 @@ def in_order(weights: list[float] | dict[str, float], labels: Sequence[str]) -> 
         ConfigError: a source is missing, unknown or ambiguous, or the list has another length.
     """
     if not isinstance(weights, dict):
-        if len(weights) != len(labels):
-            raise ConfigError(f"phases: source_weights = {weights}: there are {len(labels)} sources.")
+        equal = len(weights) == len(labels)
+        require(equal, f"phases: source_weights = {weights}: there are {len(labels)} sources.")
         return weights
     for label in weights:
         if label not in labels:
             raise unknown_name("source in phases.source_weights", label, labels)
     missing = [label for label in labels if label not in weights]
-    if missing:
-        raise ConfigError(f"phases: source_weights lacks {', '.join(missing)}; a weight of 0 leaves a source out.")
-    if len(set(labels)) < len(labels):
-        raise ConfigError("phases: source_weights by label: two sources have the same label; set data.sources.label.")
+    require(not missing, f"phases: source_weights lacks {', '.join(missing)}; a weight of 0 leaves a source out.")
+    unique = len(set(labels)) == len(labels)
+    require(unique, "phases: source_weights by label: two sources have the same label; set data.sources.label.")
     return [weights[label] for label in labels]

@@ -13,12 +13,10 @@ import json
 import os
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, dtype_for
 from torchladder.data.prepare import merging, metadata
@@ -26,10 +24,16 @@ from torchladder.data.prepare.document_encoder import DocumentEncoder, batch_by_
 from torchladder.data.prepare.executor import Executor
 from torchladder.data.prepare.metadata import DatasetMetadata
 from torchladder.data.prepare.progress import PrepareProgress
-from torchladder.data.prepare.tasks import PrepareConfig, PrepareTask, expand_inputs, select_shard, split_into_tasks
+from torchladder.data.prepare.tasks import (
+    PrepareConfig,
+    PrepareTask,
+    expand_inputs,
+    file_stamp,
+    select_shard,
+    split_into_tasks,
+)
 from torchladder.data.text.document_reader import DocumentReader, OnError, document_location, summarize_skipped
-from torchladder.data.text.file_formats import FileSlice
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +74,14 @@ class PartWriter:
         # A unique name: a worker that was given up for lost may still be writing the same part.
         name = f"{task.key}-{uuid.uuid4().hex[:8]}"
         with IndexedWriter(self.folder / name, dtype_for(self.encoder.tokenizer.vocab_size)) as writer:
-            for batch in batch_by_chars(_task_documents(reader, task), lambda document: document[2]):
+            documents = ((part, *document) for part in task.slices for document in reader.read(part))
+            for batch in batch_by_chars(documents, lambda document: document[2]):
                 texts = [text for _, _, text in batch]
                 writer.extend(*self.encoder(texts, lambda n, batch=batch: document_location(*batch[n][:2])))  # type: ignore[misc]
-        _check_unchanged(task)
-        part = PreparedPart(
+        for part, stamp in zip(task.slices, task.stamps, strict=True):
+            unchanged = file_stamp(part.path.stat()) == stamp
+            require(unchanged, f"{part.path} changed while it was being read; run the same command again.")
+        prepared = PreparedPart(
             key=task.key,
             pair=name,
             documents=len(writer.lengths),
@@ -84,31 +91,15 @@ class PartWriter:
             on_error=self.on_error,
             checksums=writer.checksums,
         )
-        metadata.write_metadata(self.folder / task.key, part)
-        return part
-
-
-def _task_documents(reader: DocumentReader, task: PrepareTask) -> Iterator[tuple[FileSlice, int | None, str]]:
-    """Yields the file slice, the number within it, and the text of each document."""
-    for part in task.slices:
-        for number, text in reader.read(part):
-            yield part, number, text
-
-
-def _check_unchanged(task: PrepareTask) -> None:
-    """Raises ConfigError if a file has changed since the tasks were planned."""
-    for part, stamp in zip(task.slices, task.stamps, strict=True):
-        stat = part.path.stat()
-        if (stat.st_size, stat.st_mtime_ns) != stamp:
-            raise ConfigError(f"{part.path} changed while it was being read; run the same command again.")
+        metadata.write_metadata(self.folder / task.key, prepared)
+        return prepared
 
 
 def prepare_dataset(config: PrepareConfig, executor: Executor) -> DatasetMetadata:
     """Prepares a dataset, or continues an interrupted preparation; returns the dataset's metadata.
 
     Raises:
-        ConfigError: an input cannot be read, the output exists with other settings, or another process is preparing
-            it.
+        ConfigError: an input cannot be read, the output has other settings, or another process is preparing it.
     """
     files = expand_inputs(config.inputs)
     wanted = _planned_metadata(config, files)
@@ -181,20 +172,13 @@ def _make_parts(
             progress.update(part.documents, part.tokens, num_bytes[part.key])
         parts = [done[task.key] for task in tasks]
         examples = {reason: example for part in reversed(parts) for reason, example in part.examples.items()}
-        for line in summarize_skipped(_count_skipped(parts), examples):
+        for line in summarize_skipped(metadata.count_skipped(parts), examples):
             progress.print(f"{config.on_error}: {line}")
     return parts
 
 
-def _count_skipped(parts: list[PreparedPart]) -> dict[str, int]:
-    return dict(sorted(sum((Counter(part.skipped) for part in parts), Counter[str]()).items()))
-
-
 def _read_part(folder: Path, key: str, on_error: str) -> PreparedPart | None:
-    """Returns a part from an earlier run, None if there is none with the same ``on_error``.
-
-    A part without skipped documents is the same for every ``on_error``.
-    """
+    """Returns a part of an earlier run that is valid for ``on_error``: any, if it has no skipped documents."""
     path = metadata.metadata_path(folder / key)
     if not path.is_file():
         return None
@@ -217,7 +201,7 @@ def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list
                 )
             yield IndexedTokens(folder / part.pair)
 
-    return merging.write_merged(prefix, verified(), dataclasses.replace(wanted, skipped=_count_skipped(parts)))
+    return merging.write_merged(prefix, verified(), dataclasses.replace(wanted, skipped=metadata.count_skipped(parts)))
 
 
 @contextmanager
@@ -230,7 +214,7 @@ def _lock_parts(prefix: str) -> Iterator[Path]:
     folder = Path(f"{prefix}.parts")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock: Any = open(folder / "lock", "w")  # noqa: SIM115 - closed below
+        lock = open(folder / "lock", "w")  # noqa: SIM115 - entered below, outside of this except
     except OSError as error:
         raise ConfigError(f"the output folder {folder.parent} cannot be written: {error}.") from error
     with lock:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torchladder.data.extras import missing_package
+from torchladder.data.extras import import_extra
 from torchladder.registry import ConfigError
 
 CHUNK_BYTES = 1 << 20
@@ -37,8 +37,18 @@ def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[t
         end: where the next part begins; None reads to the end.
     """
     if path.suffix in SUFFIXES:
-        return _compressed_lines(path, begin, end)
-    return _plain_lines(path, begin, end)
+        yield from _compressed_lines(path, begin, end)
+        return
+    with open(path, "rb") as file:
+        at = begin
+        if begin:
+            file.seek(begin - 1)
+            at += len(file.readline()) - 1  # skips the rest of a line that began before; nothing if one begins here
+        for number, line in enumerate(file, start=1):
+            if end is not None and at >= end:
+                return
+            yield number, line, len(line)
+            at += len(line)
 
 
 def lines_before(path: Path, begin: int) -> int:
@@ -65,19 +75,6 @@ def slice_bytes(path: Path, size: int, target: int) -> int:
         return size  # too slow to decompress again for each slice
     target = max(target, -(-size // MAX_COMPRESSED_SLICES))
     return -(-target // CHUNK_BYTES) * CHUNK_BYTES
-
-
-def _plain_lines(path: Path, begin: int, end: int | None) -> Iterator[tuple[int, bytes, int]]:
-    with open(path, "rb") as file:
-        at = begin
-        if begin:
-            file.seek(begin - 1)
-            at += len(file.readline()) - 1  # skips the rest of a line that began before; nothing if one begins here
-        for number, line in enumerate(file, start=1):
-            if end is not None and at >= end:
-                return
-            yield number, line, len(line)
-            at += len(line)
 
 
 def _compressed_lines(path: Path, begin: int, end: int | None) -> Iterator[tuple[int, bytes, int]]:
@@ -136,10 +133,7 @@ Decompressor = tuple[Callable[[], Any], type[Exception]]
 
 
 def _zst(path: Path) -> Decompressor:
-    try:
-        import zstandard
-    except ImportError:
-        raise missing_package("zstandard", "zstd", f"reading {path}") from None
+    zstandard = import_extra("zstandard", "zstd", f"reading {path}")
     return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
-from torchladder.data.tokenizer import tokenizer_files
-from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, register
+from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, find_tokenizer_file, kind_hint, register
 from torchladder.data.tokenizer.tokenizer_training import train_cached
 from torchladder.registry import ConfigError
 
@@ -42,7 +41,7 @@ def sentencepiece(
     """
     if not path:
         return SentencePiece(train_cached(texts(), cache, vocab_size or DEFAULT_VOCAB_SIZE).read_bytes())
-    tokenizer = SentencePiece(tokenizer_files.find_file(path).read_bytes(), path)
+    tokenizer = SentencePiece(find_tokenizer_file(path).read_bytes(), path)
     if vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(f"tokenizer vocab_size is {vocab_size}, but {path} has {tokenizer.vocab_size} tokens.")
     return tokenizer
@@ -60,9 +59,7 @@ class SentencePiece(Tokenizer):
         try:
             self._model = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ConfigError(
-                f"{name} is no SentencePiece model.{tokenizer_files.kind_hint(model, 'sentencepiece')}"
-            ) from error
+            raise ConfigError(f"{name} is no SentencePiece model.{kind_hint(model, 'sentencepiece')}") from error
         if self._model.eos_id() < 0:
             raise ConfigError(f"{name} has no end-of-sentence token, which ends a document.")
         self.eos = self._model.eos_id()
