@@ -96,11 +96,7 @@ class SourceLoader:
     exclude: Sequence[str] = ()
 
     def open(self, source: SourceConfig, split: Literal["train", "validation"]) -> Corpus:
-        """Returns the documents of one split of a source; all documents of a source of tokens are for training.
-
-        Raises:
-            ConfigError: a file is missing or damaged, or text has no tokenizer.
-        """
+        """Returns the documents of one split of a source; all documents of a source of tokens are for training."""
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
         if source.is_tokens:
             eos = self.tokenizer.eos if self.tokenizer else None

@@ -18,11 +18,7 @@ def as_list(path: Any) -> list[Any]:
 
 
 def match_paths(pattern: str) -> list[Path]:
-    """Returns the files and folders that a path or glob names, sorted.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """Returns the files and folders that a path or glob names, sorted; raises ConfigError if there are none."""
     full = os.path.expanduser(pattern)
     found = [full] if os.path.exists(full) else glob.glob(full, recursive=True)
     require(bool(found), f"no file matches {pattern!r} (relative to {os.getcwd()}).")
@@ -35,10 +31,7 @@ def match_files(pattern: str, accept: Callable[[Path], bool], kind: str) -> list
     Args:
         pattern: a path or a glob.
         accept: which files to return.
-        kind: what these are, for the error: ``"text file. Known: .txt"``.
-
-    Raises:
-        ConfigError: there are none.
+        kind: what these are, for the ConfigError if there are none: ``"text file. Known: .txt"``.
     """
     paths = chain(*(sorted(path.rglob("*")) if path.is_dir() else [path] for path in match_paths(pattern)))
     files = list(dict.fromkeys(path for path in paths if path.is_file() and accept(path)))

@@ -116,17 +116,19 @@ class HubLoader:
         return batch
 
     def seek(self, row: int) -> None:
-        """Continues at a global row; the next batch then reads everything before it again.
-
-        Raises:
-            ConfigError: the row is negative or not a multiple of the number of ranks.
-        """
-        if row < 0 or row % self.dp_degree:
-            raise ConfigError(f"cannot resume at row {row}: must be a multiple of dp_degree {self.dp_degree}.")
+        """Continues at a global row, a multiple of dp_degree; the next batch then reads all rows before it again."""
+        valid = row >= 0 and row % self.dp_degree == 0
+        require(valid, f"cannot resume at row {row}: must be a multiple of dp_degree {self.dp_degree}.")
         if self._prefetched:
             self._prefetched.exception()  # waits: only one thread may read the dataset
-        self._first_row, self._taken = row, 0
-        self._prefetched, self._stream = None, self._micro_batches()
+        self._first_row, self._taken, self._prefetched = row, 0, None
+        layout, first_row = self._layout, row
+        if self.split == "train":  # each rank has a separate stream; in validation the ranks share the rows of one
+            rows, first_row = self._layout.rows_per_rank, row // self.dp_degree
+            layout = replace(self._layout, dp_rank=0, dp_degree=1, global_batch_size=rows)
+            if row:
+                logger.info("hub: reading the %s rows before the current one again", f"{row:,}")
+        self._stream = iter(StreamedRows(self.documents, layout, first_row, self.labels_across_documents))
 
     def fingerprint(self) -> dict[str, str]:
         """Returns what the rows depend on, by name; not the documents' content, which is unknown."""
@@ -198,17 +200,6 @@ class HubLoader:
         if self.shuffle_buffer:
             dataset = dataset.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         return self._datasets.distributed.split_dataset_by_node(dataset, self.dp_rank, self.dp_degree)
-
-    def _micro_batches(self) -> Iterator[PackedRows]:
-        if self.split == "validation":  # the ranks divide the rows of one stream
-            layout, first_row = self._layout, self._first_row
-        else:  # each rank has its own stream, all rows of which are its own
-            rows = self._layout.rows_per_rank
-            layout = replace(self._layout, dp_rank=0, dp_degree=1, global_batch_size=rows)
-            first_row = self._first_row // self.dp_degree
-            if first_row:
-                logger.info("hub: reading the %s rows before the current one again", f"{self._first_row:,}")
-        return iter(StreamedRows(self.documents, layout, first_row, self.labels_across_documents))
 
     def _next_batch(self, stream: Iterator[PackedRows]) -> Batch | None:
         packed = next(stream, None)

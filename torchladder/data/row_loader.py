@@ -89,7 +89,6 @@ class RowLoader:
 
     def __post_init__(self) -> None:
         self._skipper = RowSkipper(self.skip_rows if self.split == "train" else [])
-        self._phase_starts = sorted({0, *self.weight_changes})  # steps
         self._check_settings()
         corpora = self._open_sources()
         packings = [self._pack(number, corpus) for number, corpus in enumerate(corpora)]
@@ -97,8 +96,10 @@ class RowLoader:
             interleave = PhasedInterleave([[packed.num_rows or 0 for packed in packings]], [0])
         else:
             interleave = self._interleave([packed.rows_per_epoch for packed in packings])
-        repeats = [self._repeats(source) for source in self._sources]
-        self._source_mix = SourceMix(corpora, packings, repeats, interleave, self.seq_len, self.global_batch_size)
+        repeats, starts = [self._repeats(source) for source in self._sources], sorted({0, *self.weight_changes})
+        self._source_mix = SourceMix(
+            corpora, packings, repeats, interleave, starts, self.seq_len, self.global_batch_size
+        )
         if self.split == "train" and self.steps is not None:
             end = self._skipper.advance(0, self.steps * self.global_batch_size)
             self._source_mix.check_enough_data(-(-end // self.global_batch_size))
@@ -123,22 +124,14 @@ class RowLoader:
         return found if isinstance(found, Batch) else found.to_batch()  # the pinning thread yields batches
 
     def seek(self, row: int) -> None:
-        """Continues at a global row, which becomes the first one of a step.
-
-        Raises:
-            ConfigError: the row is negative.
-        """
+        """Continues at a global row, which becomes the first one of a step; a negative one is a ConfigError."""
         require(row >= 0, f"there is no row {row}: rows are counted from 0.")
         self._first_row = row
         self._taken = 0
         self._batches = None  # workers start with the first batch, not before
 
     def add_skip_rows(self, rows: Sequence[tuple[int, int]]) -> None:
-        """Adds ranges of rows to skip, first and last inclusive. Takes effect with the next ``seek``.
-
-        Raises:
-            ConfigError: a range is invalid.
-        """
+        """Adds ranges of rows to skip, first and last inclusive. Takes effect with the next ``seek``."""
         self._skipper = RowSkipper([*self._skipper.ranges, *rows])
 
     def fingerprint(self) -> dict[str, str]:
@@ -166,7 +159,7 @@ class RowLoader:
         summary = f"{self.split}: {self.packing}, {order}, {tokens:,} tokens{total}"
         lines = self._source_mix.describe()
         if self.split == "train" and self.steps is not None:
-            lines += self._source_mix.describe_epochs(self._phase_starts, self.steps)
+            lines += self._source_mix.describe_epochs(self.steps)
         return [summary, *(f"  {line}" for line in lines)]
 
     def steps_for(self, epochs: float) -> int:
@@ -175,7 +168,7 @@ class RowLoader:
     def usage(self) -> list[SourceUsage]:
         if self.steps is None:
             raise ConfigError("usage needs the steps of the run: build the loader with steps.")
-        return self._source_mix.usage(self._phase_starts, self.steps)
+        return self._source_mix.usage(self.steps)
 
     def _check_settings(self) -> None:
         """Checks everything that is known before text is tokenized, which may take long."""
@@ -204,11 +197,7 @@ class RowLoader:
                 raise unknown_name("source or file of tokens in data.exclude", pattern, named)
 
     def _open_sources(self) -> list[Corpus]:
-        """Returns the documents of this split for each source.
-
-        Raises:
-            ConfigError: a source cannot be read or has no tokens, or no documents are held out for validation.
-        """
+        """Returns the documents of this split for each source."""
         fraction = 0.0 if self.validation_sources else self.validation_fraction
         loader = SourceLoader(self.tokenizer, cache_path(self.cache_folder), fraction, self.bos, self.exclude)
         if self.split == "train" or self.validation_sources:
@@ -256,11 +245,7 @@ class RowLoader:
         return self.repeat if source.repeat is None else source.repeat
 
     def _interleave(self, rows_per_epoch: Sequence[Fraction]) -> PhasedInterleave:
-        """Returns the source of every training row, by the sizes of the sources and the weights of each phase.
-
-        Raises:
-            ConfigError: the weights are invalid, or a source is never read.
-        """
+        """Returns the source of every training row, by the sizes of the sources and the weights of each phase."""
         weights_from: dict[int, Sequence[float | Fraction]] = {
             0: self._mixture_weights.proportions(self._sources, rows_per_epoch)
         }

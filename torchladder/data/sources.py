@@ -118,9 +118,6 @@ def register_tokens(
         name: of the source.
         suffixes: of its files. A folder is searched for them, and a path with one needs no name.
         recognize: whether a file with such a suffix is of this format, if several formats share the suffix.
-
-    Raises:
-        ConfigError: the name is taken.
     """
 
     def add(component: Component) -> Component:

@@ -54,7 +54,7 @@ class MixtureWeights:
         )
         require(
             self.temperature is None or not self.languages,
-            "data.languages and data.temperature both set the proportions of languages: set one.",
+            "data: languages and temperature both set the proportions of languages: set one.",
         )
         _check_positive("languages", self.languages)
         _check_positive("domains", {key: value for key, value in self.domains.items() if not isinstance(value, dict)})

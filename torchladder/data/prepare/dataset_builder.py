@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,8 +101,16 @@ def prepare_dataset(config: PrepareConfig, executor: Executor) -> DatasetMetadat
     Raises:
         ConfigError: an input cannot be read, the output has other settings, or another process is preparing it.
     """
-    files = expand_inputs(config.inputs)
-    wanted = _planned_metadata(config, files)
+    files, tokenizer = expand_inputs(config.inputs), config.encoder.tokenizer
+    name_and_ids = {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    wanted = DatasetMetadata(
+        dtype=str(dtype_for(tokenizer.vocab_size)),
+        tokenizer=name_and_ids | config.encoder.special_ids,
+        text_key=config.text_key,
+        on_error=config.on_error,
+        shard=list(config.shard) if config.shard else None,
+        sources=[{"path": str(path), "bytes": path.stat().st_size} for path in files],
+    )
     with _lock_parts(config.prefix) as folder:
         done = _existing_output(config.prefix, wanted, config.overwrite)
         if done is None:
@@ -112,30 +120,8 @@ def prepare_dataset(config: PrepareConfig, executor: Executor) -> DatasetMetadat
     return done
 
 
-def _planned_metadata(config: PrepareConfig, files: Sequence[Path]) -> DatasetMetadata:
-    """Returns the output's metadata as far as it is known before the work: the settings and the sources."""
-    tokenizer = config.encoder.tokenizer
-    return DatasetMetadata(
-        dtype=str(dtype_for(tokenizer.vocab_size)),
-        tokenizer={
-            "name": config.tokenizer,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            **config.encoder.special_ids,
-        },
-        text_key=config.text_key,
-        on_error=config.on_error,
-        shard=list(config.shard) if config.shard else None,
-        sources=[{"path": str(path), "bytes": path.stat().st_size} for path in files],
-    )
-
-
 def _existing_output(prefix: str, wanted: DatasetMetadata, overwrite: bool) -> DatasetMetadata | None:
-    """Returns the metadata of an output that is complete and has the wanted settings; None if there is work to do.
-
-    Raises:
-        ConfigError: the output exists with other settings or another origin, and ``overwrite`` is not set.
-    """
+    """Returns the metadata of an output that is complete and has the wanted settings; None if there is work to do."""
     index = Path(f"{prefix}.idx")
     found = metadata.read_metadata(prefix)
     if found is None:
@@ -160,7 +146,12 @@ def _make_parts(
     config: PrepareConfig, tasks: list[PrepareTask], folder: Path, executor: Executor
 ) -> list[PreparedPart]:
     """Returns the part of each task in order; runs the tasks whose part does not exist yet."""
-    done = {task.key: part for task in tasks if (part := _read_part(folder, task.key, config.on_error))}
+    done: dict[str, PreparedPart] = {}
+    for task in tasks:
+        path = metadata.metadata_path(folder / task.key)
+        part = PreparedPart(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if part and (part.on_error == config.on_error or not part.skipped):
+            done[task.key] = part
     num_bytes = {task.key: task.num_bytes for task in tasks}
     writer = PartWriter(folder, config.encoder, config.text_key, config.on_error)
     done_bytes = sum(num_bytes[key] for key in done)
@@ -175,15 +166,6 @@ def _make_parts(
         for line in summarize_skipped(metadata.count_skipped(parts), examples):
             progress.print(f"{config.on_error}: {line}")
     return parts
-
-
-def _read_part(folder: Path, key: str, on_error: str) -> PreparedPart | None:
-    """Returns a part of an earlier run that is valid for ``on_error``: any, if it has no skipped documents."""
-    path = metadata.metadata_path(folder / key)
-    if not path.is_file():
-        return None
-    part = PreparedPart(**json.loads(path.read_text(encoding="utf-8")))
-    return part if part.on_error == on_error or not part.skipped else None
 
 
 def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list[PreparedPart]) -> DatasetMetadata:
@@ -206,11 +188,7 @@ def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list
 
 @contextmanager
 def _lock_parts(prefix: str) -> Iterator[Path]:
-    """Creates the folder of parts and yields it under an exclusive lock.
-
-    Raises:
-        ConfigError: another process holds the lock, or the folder cannot be written.
-    """
+    """Creates the folder of parts and yields it under an exclusive lock."""
     folder = Path(f"{prefix}.parts")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -98,11 +98,7 @@ Datasets = list[tuple[IndexedTokens, DatasetMetadata | None]]
 
 
 def _sort_shards(datasets: Datasets) -> Datasets:
-    """Returns the shards of one preparation in order.
-
-    Raises:
-        ConfigError: a shard is missing, or the shards are of several preparations.
-    """
+    """Returns the shards of one preparation in order."""
     shards = {about.shard[0]: (dataset, about) for dataset, about in datasets if about and about.shard}
     counts = [about.shard[1] for _, about in datasets if about and about.shard]
     settings = [about and {**about.settings(), "shard": about.shard and about.shard[1]} for _, about in datasets]
@@ -117,11 +113,7 @@ def _sort_shards(datasets: Datasets) -> Datasets:
 
 
 def _merge_metadata(known: Sequence[DatasetMetadata]) -> DatasetMetadata:
-    """Returns the settings, sources and skipped documents of several datasets as one.
-
-    Raises:
-        ConfigError: the datasets differ in their tokenizer or in the tokens that begin and end documents.
-    """
+    """Returns the settings, sources and skipped documents of several datasets as one."""
     first = known[0].settings()["tokenizer"]
     for about in known:
         found = about.settings()["tokenizer"]

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from torchladder.data.extras import import_extra
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
+SUFFIXES = (".gz", ".zst", ".bz2")
+"""Of compressed files."""
 CHUNK_BYTES = 1 << 20
 """Bytes that are decompressed at once; slices of a compressed file are multiples of it."""
 MAX_COMPRESSED_SLICES = 8
@@ -105,11 +107,8 @@ def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields a file's content in order, each chunk with the byte of the file that it was decompressed from.
 
     Concatenated members, as of ``cat a.gz b.gz``, are one content.
-
-    Raises:
-        ConfigError: the file is damaged or truncated.
     """
-    new, failure = SUFFIXES[path.suffix](path)
+    new, failure = _decompressor(path)
     member = None
     with open(path, "rb") as file:
         for at in range(0, path.stat().st_size, CHUNK_BYTES):
@@ -124,22 +123,14 @@ def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
                     f"{path} is not a {path.suffix} file, or is damaged within {CHUNK_BYTES} bytes of byte {at}."
                 ) from error
             yield at, b"".join(decompressed)
-    if member is not None and not member.eof:
-        raise ConfigError(f"{path} is truncated: its last member is incomplete.")
+    require(member is None or member.eof, f"{path} is truncated: its last member is incomplete.")
 
 
-Decompressor = tuple[Callable[[], Any], type[Exception]]
-"""What makes the decompressor of one member, and what that raises on damage."""
-
-
-def _zst(path: Path) -> Decompressor:
+def _decompressor(path: Path) -> tuple[Callable[[], Any], type[Exception]]:
+    """Returns what makes the decompressor of one member, and what that raises on damage."""
+    if path.suffix == ".gz":
+        return lambda: zlib.decompressobj(wbits=31), zlib.error
+    if path.suffix == ".bz2":
+        return bz2.BZ2Decompressor, OSError
     zstandard = import_extra("zstandard", "zstd", f"reading {path}")
     return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
-
-
-SUFFIXES: dict[str, Callable[[Path], Decompressor]] = {
-    ".gz": lambda path: (lambda: zlib.decompressobj(wbits=31), zlib.error),
-    ".zst": _zst,
-    ".bz2": lambda path: (bz2.BZ2Decompressor, OSError),
-}
-"""Compressed files by suffix."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torchladder.data.extras import import_extra
 from torchladder.data.text import compression
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError, require, unknown_name
 
 
 class FileSlice(NamedTuple):
@@ -192,15 +192,9 @@ def split_file(path: Path, size: int, target: int) -> list[FileSlice]:
 
 
 def format_of(path: Path) -> FileFormat:
-    """Returns the format of a file.
-
-    Raises:
-        ConfigError: the suffix is unknown.
-    """
-    suffix = compression.inner_suffix(path)
-    if suffix not in FORMATS:
-        raise ConfigError(f"{path} is no {TEXT_FILES}.")
-    return FORMATS[suffix]
+    """Returns the format of a file; raises ConfigError if its suffix is unknown."""
+    require(is_text_file(path), f"{path} is no {TEXT_FILES}.")
+    return FORMATS[compression.inner_suffix(path)]
 
 
 def is_text_file(path: Path) -> bool:

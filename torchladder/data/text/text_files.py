@@ -99,9 +99,5 @@ def text(path: str | list[str], text_key: str = "text", on_error: OnError = "err
 
 
 def match_text_files(pattern: str) -> list[Path]:
-    """Returns the text files of one pattern, in sorted order.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """Returns the text files of one pattern, in sorted order; raises ConfigError if there are none."""
     return match_files(pattern, file_formats.is_text_file, file_formats.TEXT_FILES)

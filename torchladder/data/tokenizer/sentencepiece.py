@@ -11,7 +11,7 @@ import sentencepiece as spm
 
 from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, find_tokenizer_file, kind_hint, register
 from torchladder.data.tokenizer.tokenizer_training import train_cached
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 DEFAULT_VOCAB_SIZE = 4096
 """Tokens of a vocabulary that a run trains, unless it sets another size."""
@@ -60,15 +60,17 @@ class SentencePiece(Tokenizer):
             self._model = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ConfigError(f"{name} is no SentencePiece model.{kind_hint(model, 'sentencepiece')}") from error
-        if self._model.eos_id() < 0:
-            raise ConfigError(f"{name} has no end-of-sentence token, which ends a document.")
+        require(self._model.eos_id() >= 0, f"{name} has no end-of-sentence token, which ends a document.")
         self.eos = self._model.eos_id()
         self.bos = None if self._model.bos_id() < 0 else self._model.bos_id()
         self.vocab_size = self._model.vocab_size()
         self.fingerprint = f"sentencepiece {hashlib.sha256(model).hexdigest()}"
         ids = range(self.vocab_size)
         self._special_ids = {i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
-        self._literal_space = self._bytes_of(SPACE)
+        # The byte tokens of a literal U+2581; empty for a model that lacks them or puts a space before a text.
+        space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        adds_space = self._model.encode("a", out_type=str)[0].startswith(SPACE)
+        self._literal_space = space if all(map(self._model.is_byte, space)) and not adds_space else []
         self._content = model, name
 
     def __reduce__(self) -> tuple[type[SentencePiece], tuple[bytes, str]]:
@@ -90,9 +92,3 @@ class SentencePiece(Tokenizer):
         plain = iter(self._model.encode([text for text in texts if SPACE not in text], num_threads=threads))
         encoded = (self.encode(text) if SPACE in text else next(plain) for text in texts)
         return [np.asarray(ids, dtype=np.int32) for ids in encoded]
-
-    def _bytes_of(self, text: str) -> list[int]:
-        """Returns the byte tokens of a text, empty for a model that lacks them or puts a space before a text."""
-        ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
-        adds_space = self._model.encode("a", out_type=str)[0].startswith(SPACE)
-        return ids if all(map(self._model.is_byte, ids)) and not adds_space else []

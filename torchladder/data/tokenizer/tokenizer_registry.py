@@ -78,11 +78,7 @@ tokenizer_formats: dict[str, TokenizerFormat] = {}
 def register(
     name: str, file_name: str = "", recognize: Callable[[bytes], bool] | None = None
 ) -> Callable[[Component], Component]:
-    """Returns a decorator that registers a kind of tokenizer; one without a file has no ``recognize``.
-
-    Raises:
-        ConfigError: the name is taken.
-    """
+    """Returns a decorator that registers a kind of tokenizer; one without a file has no ``recognize``."""
     if recognize is not None:
         tokenizer_formats[name] = TokenizerFormat(file_name, recognize)
     return registry.register(name)
@@ -99,11 +95,7 @@ def file_names() -> list[str]:
 
 
 def find_tokenizer_file(path: str | Path) -> Path:
-    """Returns the tokenizer file of a path: itself, or the one in a folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Returns the tokenizer file of a path: itself, or the one in a folder; raises ConfigError if there is none."""
     place = Path(path).expanduser()
     if place.is_dir():
         found = [place / name for name in file_names() if (place / name).is_file()]

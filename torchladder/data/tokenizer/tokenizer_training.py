@@ -193,13 +193,11 @@ def _train_byte_bpe(texts: list[str], settings: TokenizerTrainingConfig) -> dict
 
 def _paragraphs(text: str, limit: int = 2000) -> Iterator[str]:
     """Yields a text as runs of whole lines, so that tokens may contain a line break, as in ``":\\n"``."""
-    lines: list[str] = []
-    size = 0
+    lines = ""
     for line in text.splitlines(keepends=True):
-        if size + len(line) > limit and lines:
-            yield "".join(lines)
-            lines, size = [], 0
-        lines.append(line)
-        size += len(line)
+        if lines and len(lines) + len(line) > limit:
+            yield lines
+            lines = ""
+        lines += line
     if lines:
-        yield "".join(lines)
+        yield lines
