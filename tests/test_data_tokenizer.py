@@ -126,7 +126,7 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(ConfigError, match=r"'none\.model' is not a file"):
         tokenizer.sentencepiece(lambda: iter(()), tmp_path, path="none.model")
     (tmp_path / "x.model").write_bytes(b"not a model")
-    with pytest.raises(ConfigError, match=r"x\.model is no SentencePiece model"):
+    with pytest.raises(ConfigError, match=r"x\.model is not a SentencePiece model"):
         tokenizer.sentencepiece(lambda: iter(()), tmp_path, path=str(tmp_path / "x.model"))
 
 
@@ -284,7 +284,7 @@ def test_the_end_of_a_tokenizer_json(places, tmp_path):
     [
         (b"YQ== 0\nYg== x\n", r"x\.model:2 is not a token and its rank"),
         (b"YQ== 0\nYg== 2\n", "do not count from 0"),
-        (b"YQ== 0\nYg== 1\n", "lacks some single bytes"),
+        (b"YQ== 0\nYg== 1\n", "lacks tokens of single bytes"),
     ],
 )
 def test_a_damaged_rank_file_is_named(tmp_path, content, message):
@@ -294,7 +294,7 @@ def test_a_damaged_rank_file_is_named(tmp_path, content, message):
 
 
 def test_a_damaged_tokenizer_json_is_named(tmp_path):
-    for content, message in [("{", "is not JSON"), ("{}", "is no tokenizer.json")]:
+    for content, message in [("{", "is not JSON"), ("{}", "is not a tokenizer.json")]:
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(ConfigError, match=rf"x\.json {message}"):
             tokenizer.load_tokenizer(str(tmp_path / "x.json"))
@@ -388,7 +388,7 @@ def test_what_is_no_tokenizer_lists_the_kinds(tmp_path):
     (tmp_path / "x").write_text("nothing of that kind")
     with pytest.raises(ConfigError, match=r"known kind\. Known: huggingface, sentencepiece, tiktoken"):
         tokenizer.load_tokenizer(str(tmp_path / "x"))
-    with pytest.raises(ConfigError, match="'none' is no tokenizer"):
+    with pytest.raises(ConfigError, match="'none' is not a tokenizer"):
         tokenizer.load_tokenizer("none")
     with pytest.raises(ConfigError, match="bytes tokenizer with its own"):
         tokenizer.load_tokenizer("bytes", bos_token="x")

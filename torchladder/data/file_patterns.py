@@ -35,7 +35,7 @@ def match_files(pattern: str, accept: Callable[[Path], bool], kind: str) -> list
     """
     paths = chain(*(sorted(path.rglob("*")) if path.is_dir() else [path] for path in match_paths(pattern)))
     files = list(dict.fromkeys(path for path in paths if path.is_file() and accept(path)))
-    require(bool(files), f"{pattern!r} names no {kind}.")
+    require(bool(files), f"{pattern!r} matches no {kind}.")
     return files
 
 

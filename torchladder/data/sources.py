@@ -87,7 +87,7 @@ class TokenShard(Protocol):
 
 
 class TokenFormat(NamedTuple):
-    """Which files are of a source of tokens: its suffixes (empty: any) and, if these do not suffice, its content."""
+    """How files of a token source are recognized: by suffix (empty: any) and, if that is ambiguous, by content."""
 
     suffixes: tuple[str, ...]
     recognize: Callable[[Path], bool] | None
@@ -129,7 +129,7 @@ def register_tokens(
 
 
 def detect_source(paths: Sequence[str]) -> str:
-    """Returns the source that reads some paths, by suffix and content; by suffix alone if there is no such file yet."""
+    """Returns the source that reads the paths, by suffix and content; by suffix alone if there is no such file yet."""
     fitting = {
         name: known
         for name, known in token_formats.items()

@@ -140,7 +140,7 @@ class IndexedWriter:
                 digest.update(piece)
             _sync(index)
         self.checksums = {"bin": self._digest.hexdigest(), "idx": digest.hexdigest()}
-        # The old index is removed first and the new one comes last: an index is never beside tokens of another pair.
+        # The old index is removed first and the new one comes last: an index never accompanies tokens of another pair.
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         os.replace(f"{self.prefix}.bin.partial", f"{self.prefix}.bin")
         os.replace(f"{self.prefix}.idx.partial", f"{self.prefix}.idx")

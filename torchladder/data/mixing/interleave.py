@@ -18,7 +18,7 @@ the border of a block are computed without the blocks before it: any row costs o
 The counts at a border S take two steps:
 
 1. At S - W, round r * p down for each source; give the rows still missing to sources that were rounded, the earliest
-   deadlines first. The rule can continue from these counts forever: what must come by some t > S - W has room. (If
+   deadlines first. The rule can continue from these counts forever: what must come by any t > S - W has room. (If
    every source that was given a row has its next deadline by t too, the sum over all sources says so. If not, no other
    rounded source has one by t, and each of the rest owes at most its proportion of the time.)
 2. From there the rule runs for W rows, to S. So the deadlines after S can be met, since the rule could just continue;

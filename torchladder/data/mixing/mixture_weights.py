@@ -9,7 +9,7 @@ P_l is the probability of the language if ``languages`` is set. Otherwise P_l ~ 
 sum of s_j * m_j, is the size of the language: temperature 1 samples languages by size, a large one almost equally
 (multilingual BERT; mT5, arXiv 2010.11934). A source without a language counts as a language by itself.
 
-Example: English has 90 rows, German 10. Temperature 1 gives 0.9 and 0.1; temperature 2 gives
+Example: English has 90 rows, German 10. The proportions are 0.9 and 0.1 at temperature 1. At temperature 2 they are
 sqrt(90) : sqrt(10) = 3 : 1, so 0.75 and 0.25.
 """
 

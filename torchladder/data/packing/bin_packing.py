@@ -122,7 +122,7 @@ class PadPacking(BinPacking):
 
     def assign_rows(self, lengths: np.ndarray) -> np.ndarray:
         ends = np.concatenate([[0], np.cumsum(lengths)])
-        # If a row begins at piece i, the next one begins at next_begin[i]. Following these from piece 0 gives all rows.
+        # If a row begins at piece i, the next one begins at next_begin[i]. Piece 0 leads to all rows.
         next_begin = (np.searchsorted(ends, ends[:-1] + self.seq_len, side="right") - 1).tolist()
         begins_row, piece = np.zeros(len(lengths), np.int64), 0
         while piece < len(lengths):

@@ -193,7 +193,7 @@ def split_file(path: Path, size: int, target: int) -> list[FileSlice]:
 
 def format_of(path: Path) -> FileFormat:
     """Returns the format of a file; raises ConfigError if its suffix is unknown."""
-    require(is_text_file(path), f"{path} is no {TEXT_FILES}.")
+    require(is_text_file(path), f"{path} is not a {TEXT_FILES}.")
     return FORMATS[compression.inner_suffix(path)]
 
 

@@ -20,7 +20,7 @@ EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
 
 @register("huggingface", "tokenizer.json", lambda content: content.lstrip().startswith(b"{"))
 def huggingface(path: str = "", bos_token: str = "", eos_token: str = "") -> Tokenizer:
-    """A ``tokenizer.json``, with the ``tokenizer_config.json`` beside it if there is one.
+    """A ``tokenizer.json``, with the ``tokenizer_config.json`` in the same folder if there is one.
 
     Args:
         path: The file, or a folder that contains it.
@@ -31,8 +31,8 @@ def huggingface(path: str = "", bos_token: str = "", eos_token: str = "") -> Tok
         ConfigError: the file is missing or damaged, or no token ends a document.
     """
     file = find_tokenizer_file(path)
-    beside = file.with_name("tokenizer_config.json")
-    config = _load_json(beside.read_bytes(), beside) if beside.is_file() else {}
+    config_file = file.with_name("tokenizer_config.json")
+    config = _load_json(config_file.read_bytes(), config_file) if config_file.is_file() else {}
     named = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token")}
     return HuggingFace(file.read_bytes(), bos_token or named["bos_token"], eos_token or named["eos_token"], str(file))
 
@@ -53,7 +53,7 @@ class HuggingFace(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises no narrower type
-            raise ConfigError(f"{name} is no tokenizer.json: {error}.{kind_hint(content, 'huggingface')}") from error
+            raise ConfigError(f"{name} is not a tokenizer.json: {error}.{kind_hint(content, 'huggingface')}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "</s>" in a text is four letters, not the end of a document

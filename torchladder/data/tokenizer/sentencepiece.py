@@ -20,7 +20,7 @@ SPACE = "▁"
 
 
 def _recognize(content: bytes) -> bool:
-    """Returns whether the first byte is the tag of a model's first field, which is no JSON: a protobuf has no magic."""
+    """Returns whether the first byte is the tag of a model's first field: a protobuf has no magic."""
     return content.startswith(b"\n") and not content.lstrip().startswith(b"{")
 
 
@@ -37,7 +37,7 @@ def sentencepiece(
         vocab_size: Tokens of a trained vocabulary, 4096 by default; of a .model it only asserts the size.
 
     Raises:
-        ConfigError: the file is missing, is no SentencePiece model or has another size; or the texts are too few.
+        ConfigError: the file is missing, not a SentencePiece model, or of another size; or the texts are too few.
     """
     if not path:
         return SentencePiece(train_cached(texts(), cache, vocab_size or DEFAULT_VOCAB_SIZE).read_bytes())
@@ -59,7 +59,7 @@ class SentencePiece(Tokenizer):
         try:
             self._model = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ConfigError(f"{name} is no SentencePiece model.{kind_hint(model, 'sentencepiece')}") from error
+            raise ConfigError(f"{name} is not a SentencePiece model.{kind_hint(model, 'sentencepiece')}") from error
         require(self._model.eos_id() >= 0, f"{name} has no end-of-sentence token, which ends a document.")
         self.eos = self._model.eos_id()
         self.bos = None if self._model.bos_id() < 0 else self._model.bos_id()

@@ -109,5 +109,5 @@ def _ranks(data: bytes, name: str) -> dict[bytes, int]:
             f"{name} is not a complete rank file: its {len(ranks)} ranks do not count from 0 without gaps."
         )
     if not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ConfigError(f"{name} lacks some single bytes, so it cannot encode every text.")
+        raise ConfigError(f"{name} lacks tokens of single bytes, so it cannot encode every text.")
     return ranks

@@ -59,7 +59,7 @@ class Tokenizer(ABC):
 
 
 class TokenizerFormat(NamedTuple):
-    """The file of a kind of tokenizer: its name in a folder, and whether content is of this kind (and no other)."""
+    """The file of a kind of tokenizer: its name in a folder, and what recognizes its content."""
 
     file_name: str
     recognize: Callable[[bytes], bool]
@@ -125,7 +125,7 @@ def load_tokenizer(name: str, bos_token: str = "", eos_token: str = "") -> Token
         eos_token: the token that ends a document, for kinds with that key.
 
     Raises:
-        ConfigError: there is no such file, it is damaged or of no known kind, or the kind has no such key.
+        ConfigError: there is no such file, it is damaged or of an unknown kind, or the kind has no such key.
     """
     settings = {key: token for key, token in (("bos_token", bos_token), ("eos_token", eos_token)) if token}
     if name in registry.names() and "path" not in registry.parameters(name):
@@ -134,7 +134,7 @@ def load_tokenizer(name: str, bos_token: str = "", eos_token: str = "") -> Token
         kind = recognize_kind(find_tokenizer_file(name).read_bytes())
         settings["path"] = name
     known = ", ".join(sorted(tokenizer_formats))
-    require(bool(kind), f"{name!r} is no tokenizer file of a known kind. Known: {known}.")
+    require(bool(kind), f"{name!r} is not a tokenizer file of a known kind. Known: {known}.")
     parameters = registry.parameters(kind)
     fits = settings.keys() <= parameters.keys()
     require(fits, f"{name!r} is a {kind} tokenizer with its own bos and eos: drop --bos-token and --eos-token.")
@@ -142,5 +142,5 @@ def load_tokenizer(name: str, bos_token: str = "", eos_token: str = "") -> Token
     section = SimpleNamespace(name=kind, **(defaults | settings))
     tokenizer = registry.build(section, texts=lambda: iter(()), cache=cache_path())
     if tokenizer is None:
-        raise ConfigError(f"{name!r} is no tokenizer: name a file, a folder or bytes.")
+        raise ConfigError(f"{name!r} is not a tokenizer: name a file, a folder or bytes.")
     return tokenizer
