@@ -9,7 +9,7 @@ from torchladder import models
 from torchladder.config.sections import Config
 from torchladder.config.toml_files import Origins, RawSettings
 from torchladder.config.values import flag, flags
-from torchladder.data.tokenizer import tokenizer_files
+from torchladder.data.tokenizer import tokenizer_registry
 from torchladder.models.hf import hf_config
 from torchladder.models.hf.hf_folder import CONFIG_FILE, HFFolder
 from torchladder.registry import ConfigError
@@ -62,8 +62,8 @@ def check_hf_settings(config: Config) -> None:
 
 def tokenizer_section(folder: Path) -> dict[str, str]:
     """Returns the ``[tokenizer]`` section of a folder's tokenizer, empty if it has none."""
-    file = next((folder / name for name in tokenizer_files.file_names() if (folder / name).is_file()), None)
-    return {} if file is None else {"name": tokenizer_files.recognize_kind(file.read_bytes()), "path": str(file)}
+    file = next((folder / name for name in tokenizer_registry.file_names() if (folder / name).is_file()), None)
+    return {} if file is None else {"name": tokenizer_registry.recognize_kind(file.read_bytes()), "path": str(file)}
 
 
 def sliding_window_sections(window: int) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 
 from torchladder import checkpoint, data, models
 from torchladder.config import Config
-from torchladder.data.tokenizer import tokenizer_files
+from torchladder.data.tokenizer import tokenizer_registry
 from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
 from torchladder.models import Model
 from torchladder.models.hf import conversion, hf_weights
@@ -54,7 +54,7 @@ def exported_tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dic
     Raises:
         ConfigError: there is no tokenizer at the path.
     """
-    file, known = tokenizer_files.find_file(path) if path else None, tokenizer_files.file_names()
+    file, known = tokenizer_registry.find_tokenizer_file(path) if path else None, tokenizer_registry.file_names()
     if file is None or file.name not in known:
         return {} if tokenizer is None else tokenizer.files()
     # A folder's first known file is its tokenizer: one before this file would replace it.
