@@ -192,9 +192,9 @@ def block_mask(start: Tensor, block_size: int = BLOCK_TOKENS, query_offset: int 
     # Counts and indices of partial blocks, then of full ones.
     kv_blocks = (*_list_blocks((first_kv, first_full), (block, block + 1)), *_list_blocks((first_full, block)))
     if query_offset:
-        rows = slice(query_offset // block_size, None)
         options["seq_lengths"] = (length - query_offset, length)
-        return BlockMask.from_kv_blocks(*(x[:, :, rows].contiguous() for x in kv_blocks), **options)
+        later: list[Any] = [x[:, :, query_offset // block_size :].contiguous() for x in kv_blocks]
+        return BlockMask.from_kv_blocks(*later, **options)
     q_blocks = (*_list_blocks((block, block + 1), (full_end, partial_end)), *_list_blocks((block + 1, full_end)))
     return BlockMask((length, length), *kv_blocks, *q_blocks, **options)
 
