@@ -141,8 +141,8 @@ def test_buffers_that_checkpoints_do_not_have_are_initialized(trained, monkeypat
     class River(models.Llama):
         """A model with a buffer that init_weights fills."""
 
-        def __init__(self, config, attend, seq_len):
-            super().__init__(config, attend, seq_len)
+        def __init__(self, config, attention_fn, seq_len):
+            super().__init__(config, attention_fn, seq_len)
             self.register_buffer("scale", torch.empty(config.dim), persistent=False)
 
         def init_weights(self, seed):
@@ -160,5 +160,5 @@ def test_a_model_without_position_offsets_is_refused():
     class Forward(models.Llama):
         set_position_offset = models.Model.set_position_offset
 
-    with pytest.raises(ConfigError, match=r"Forward cannot start rows at an offset \(set_position_offset\)"):
+    with pytest.raises(ConfigError, match=r"Forward does not implement set_position_offset"):
         Forward(SHAPE).set_position_offset(3)

@@ -13,7 +13,7 @@ import torch
 from timing import table
 from torch import nn
 
-from torchladder.checkpoint import CheckpointConfig, Checkpointer
+from torchladder.checkpoint import CheckpointConfig, Checkpointer, RunState
 
 
 def main() -> None:
@@ -25,12 +25,10 @@ def main() -> None:
         parameter.grad = torch.full_like(parameter, 0.01)
     optimizer.step()
     size = 12 * millions / 1000  # GB: weight and two moments in float32
-    run = {"step": 1, "row": 0, "fingerprints": {}}
-
     took: dict[str, list[float]] = {"torch.save": [], "disabled": [], "async": [], "load": []}
     savers = {
         mode: Checkpointer(
-            CheckpointConfig(enable=True, async_mode=mode, keep_latest_k=2), folder / mode, model, optimizer
+            CheckpointConfig(enable=True, async_mode=mode, keep_latest_k=2), f"{folder}/{mode}", model, optimizer
         )
         for mode in ("disabled", "async")
     }
@@ -41,11 +39,11 @@ def main() -> None:
         took["torch.save"].append(time.perf_counter() - begin)
         for mode, saver in savers.items():
             begin = time.perf_counter()
-            saver.save(turn, run | {"step": turn})
+            saver.save(RunState(step=turn, row=0))
             took[mode].append(time.perf_counter() - begin)
             saver.wait()
     begin = time.perf_counter()
-    savers["disabled"].load(lambda run: None)
+    savers["disabled"].load(lambda state: None)
     took["load"].append(time.perf_counter() - begin)
     best = {name: min(seconds) for name, seconds in took.items()}
     names = {

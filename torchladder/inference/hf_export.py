@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 
 from torchladder import checkpoint, data, models
-from torchladder.checkpoint import checksums
-from torchladder.checkpoint.step_folders import SETTINGS
 from torchladder.config import Config
 from torchladder.data.tokenizer import tokenizer_files
 from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
@@ -75,7 +73,9 @@ def checkpoint_assets(config: Config, tokenizer: Mapping[str, bytes]) -> dict[st
         tokenizer: file name -> content.
     """
     files = tokenizer if hasattr(config.tokenizer, "path") else {}
-    return {SETTINGS: config.to_toml().encode()} | {f"{TOKENIZER_FOLDER}/{name}": file for name, file in files.items()}
+    return {checkpoint.CONFIG_FILE: config.to_toml().encode()} | {
+        f"{TOKENIZER_FOLDER}/{name}": file for name, file in files.items()
+    }
 
 
 @contextmanager
@@ -153,9 +153,9 @@ class LastSave:
 
     def convert(self) -> None:
         """Converts the last checkpoint if its folder is missing or older: the run was killed between the two."""
-        if not checkpoint.complete(self._checkpoint):
+        if not checkpoint.is_complete(self._checkpoint):
             return
-        exported, saved = self._path / CONFIG_FILE, self._checkpoint / checksums.SUMS
+        exported, saved = self._path / CONFIG_FILE, self._checkpoint / checkpoint.CHECKSUM_FILE
         if exported.is_file() and exported.stat().st_mtime_ns >= saved.stat().st_mtime_ns:
             return
         trained = TrainedModel(self._checkpoint, self.config, checkpoint.RunState.read(self._checkpoint))

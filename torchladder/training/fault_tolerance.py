@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 
-from torchladder.checkpoint import Checkpointer, RunState, steps
-from torchladder.checkpoint.selection import Check
+from torchladder.checkpoint import Checkpointer, RunState, RunStateCheck, complete_steps
 from torchladder.config import Config
 from torchladder.data.dataloader import BaseDataLoader, Batch, SupportsSkipping
 from torchladder.distributed.ranks import Ranks
@@ -44,7 +43,7 @@ class FaultTolerance:
         self.total_steps = config.training.steps
         self.skipped_rows: list[tuple[int, int]] = []
         self._overdue = False
-        if config.resilience.on_bad_step == "rollback" and not checkpointer.saves:
+        if config.resilience.on_bad_step == "rollback" and not checkpointer.can_save:
             raise ConfigError("resilience.on_bad_step = 'rollback' returns to checkpoints: set checkpoint.enable.")
 
     def read(self, loader: BaseDataLoader, count: int) -> list[Batch]:
@@ -68,7 +67,7 @@ class FaultTolerance:
             Interrupted: on every rank, if one was asked to end; the step has not begun.
             SaveError: on every rank, if too many saves have failed.
         """
-        requests = self.interrupt.requested, self.checkpointer.settled, self.checkpointer.overdue
+        requests = self.interrupt.requested, self.checkpointer.idle, self.checkpointer.overdue
         labels, all_pairs, stop, settled, overdue = self.ranks.sums(num_labels, pairs, *requests)
         if stop:
             self._end()
@@ -116,7 +115,7 @@ class FaultTolerance:
         except RollBack as rollback:  # the next start continues from the newest checkpoint anyway
             logger.warning("not saved: the run has to roll back, %s", rollback)
 
-    def resume(self, check: Check, loader: BaseDataLoader, newest: bool = False) -> RunState | None:
+    def resume(self, check: RunStateCheck, loader: BaseDataLoader, newest: bool = False) -> RunState | None:
         """Loads the checkpoint to continue from and moves the loader to its row; None if the run starts from scratch.
 
         Args:
@@ -131,14 +130,14 @@ class FaultTolerance:
             loader.seek(state.row)
         return state
 
-    def roll_back(self, rollback: RollBack, check: Check, loader: BaseDataLoader) -> RunState:
+    def roll_back(self, rollback: RollBack, check: RunStateCheck, loader: BaseDataLoader) -> RunState:
         """Returns to the newest checkpoint, and skips the rows of the bad steps from there on.
 
         Raises:
             BadStepError: there is no checkpoint yet.
         """
         self.checkpointer.wait()
-        if not self.checkpointer.group.broadcast(steps(self.checkpointer.folder)):
+        if not self.checkpointer.group.broadcast(complete_steps(self.checkpointer.folder)):
             raise BadStepError(f"a bad step, {rollback}, and no checkpoint yet to roll back to")
         self._skip(rollback.rows, loader)
         state = self.resume(check, loader, newest=True)

@@ -83,7 +83,7 @@ class Trainer:
         tokenizer_files = hf_export.exported_tokenizer_files(self.tokenizer, getattr(config.tokenizer, "path", ""))
         self.last_save = hf_export.LastSave(config, self.tokenizer, tokenizer_files, plan.schedule(plan.steps - 1))
         assets = hf_export.checkpoint_assets(config, tokenizer_files)
-        checkpoints = self.folder / config.checkpoint.folder
+        checkpoints = config.checkpoint.folder_in(self.folder)
         self.checkpointer = Checkpointer(
             config.checkpoint, checkpoints, self.model, self.optimizer, assets, config.training.steps
         )
