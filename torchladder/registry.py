@@ -30,7 +30,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Returns the error for an unknown name; it suggests the closest known one and lists all of them."""
+    """Returns the error for an unknown name, which suggests the nearest known one and lists all of them."""
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -51,11 +51,7 @@ class Registry(Generic[T]):
         self._components: dict[str, Callable[..., T]] = {}
 
     def register(self, name: str) -> Callable[[Component], Component]:
-        """Returns a decorator that registers a component under ``name``.
-
-        Raises:
-            ConfigError: another component has that name.
-        """
+        """Returns a decorator that registers a component under ``name``, which no other component may have."""
 
         def add(component: Component) -> Component:
             taken = self._components.get(name)
@@ -73,11 +69,7 @@ class Registry(Generic[T]):
         return sorted(self._components)
 
     def get(self, name: str) -> Callable[..., T]:
-        """Returns the component registered under ``name``.
-
-        Raises:
-            ConfigError: no component has that name.
-        """
+        """Returns the component registered under ``name``; raises ``ConfigError`` if there is none."""
         if name not in self._components:
             raise unknown_name(self.kind, name, self._components)
         return self._components[name]
@@ -93,11 +85,8 @@ class Registry(Generic[T]):
         }
 
     def docs(self, name: str) -> dict[str, str]:
-        """Returns the documentation of each parameter, from the docstrings of a component and its base classes."""
-        component = self.get(name)
-        objects = reversed(component.__mro__[:-1]) if inspect.isclass(component) else [component]
-        params = [param for documented in objects for param in parse_from_object(documented).params]
-        return {param.arg_name: param.description or "" for param in params}
+        """Returns the help text of each setting."""
+        return parameter_docs(self.get(name))
 
     def config_fields(self, name: str) -> list[tuple[str, Any, Any]]:
         """Returns the settings of a component as ``dataclasses.make_dataclass`` takes them, each with its help."""
@@ -124,6 +113,13 @@ class Registry(Generic[T]):
         declared = inspect.signature(component).parameters
         settings = {key: getattr(section, key) for key in self.parameters(section.name)}
         return component(**settings, **{key: value for key, value in runtime_args.items() if key in declared})
+
+
+def parameter_docs(component: Callable[..., Any]) -> dict[str, str]:
+    """Returns the description of each parameter, from the docstrings of a component and its base classes."""
+    objects = reversed(component.__mro__[:-1]) if inspect.isclass(component) else [component]
+    params = [param for documented in objects for param in parse_from_object(documented).params]
+    return {param.arg_name: param.description or "" for param in params}
 
 
 def _qualified_name(component: Callable[..., Any]) -> str:
