@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,9 @@ class TrainedModel:
             hf_weights.load_hf_weights(model, self.path)
         else:
             try:
-                dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=self.path, no_dist=True)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended here
+                    dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=self.path, no_dist=True)
             except (OSError, CheckpointException) as error:
                 raise UnreadableCheckpointError(f"{self.path} cannot be read: {error}") from error
         if self.rope_theta is not None:
