@@ -105,7 +105,7 @@ def _slices(contexts: Sequence[int], stride: int | None) -> list[EvalSlices]:
 
 
 def _evaluate(jobs: Sequence[EvalJob], batch_tokens: int) -> list[UnreadableCheckpointError]:
-    """Runs the unfinished jobs; returns the errors of the checkpoints that cannot be read."""
+    """Runs the unfinished jobs; returns the errors of unreadable checkpoints."""
     remaining, errors = eval_jobs.unfinished(jobs), []
     with _EvalProgress(remaining) as progress:
         if len(remaining) < len(jobs):
@@ -210,11 +210,11 @@ class _EvalProgress:
 
 
 def _print_table(rows: Sequence[ResultRow]) -> None:
-    table = Table("checkpoint", "file", "context", "tokens", "loss", "perplexity", "bits/byte", box=None)
-    for column in table.columns[:2]:
-        column.overflow = "fold"  # the end of a path distinguishes it
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = Table(box=None)
+    for name in ("checkpoint", "file"):
+        table.add_column(name, overflow="fold")  # the end of a path distinguishes it
+    for name in FIGURES:
+        table.add_column(name.replace("bits_per_byte", "bits/byte"), justify="right")
     for row in rows:
         figures = ["" if row[name] is None else format(row[name], spec) for name, spec in FIGURES.items()]
         table.add_row(Text(row["checkpoint"]), Text(row["file"]), *figures)

@@ -69,13 +69,10 @@ def run(argv: list[str]) -> int:
         return 1 if corrupt else 0
     _print_summary(dataset, about)
     _print_histogram(dataset)
-    _print_sample(dataset, number, decoder)
-    if about is None:
-        print("checksums: none (the dataset has no metadata)")
-    elif not verify:
-        print("checksums: not verified")
-    else:
-        print(f"checksums: MISMATCH, {corrupt} is damaged" if corrupt else "checksums: verified")
+    if len(dataset):
+        _print_sample(dataset, number, decoder)
+    result = f"MISMATCH, {corrupt} is damaged" if corrupt else "verified" if verify else "not verified"
+    print(f"checksums: {result if about else 'none (the dataset has no metadata)'}")
     return 1 if corrupt else 0
 
 
@@ -107,21 +104,19 @@ def _print_summary(dataset: IndexedTokens, about: DatasetMetadata | None) -> Non
 
 
 def _print_histogram(dataset: IndexedTokens) -> None:
-    table = Table("length in tokens", "documents", "% of all tokens", "", box=None, header_style="bold")
-    for column in table.columns[:3]:
-        column.justify = "right"
+    table = Table(box=None, header_style="bold")
+    for name in ("length in tokens", "documents", "% of all tokens"):
+        table.add_column(name, justify="right")
     rows = length_histogram(dataset.lengths)
     most = max((documents for _, _, documents, _ in rows), default=1)
     for low, high, documents, tokens in rows:
         lengths = f"{low:,}" if low >= high else f"{low:,}-{high:,}"
-        percent = f"{tokens / max(dataset.tokens, 1):.1%}"
-        table.add_row(lengths, f"{documents:,}", percent, "█" * -(-documents * MAX_BAR_CHARS // most))
+        bar = "█" * -(-documents * MAX_BAR_CHARS // most)
+        table.add_row(lengths, f"{documents:,}", f"{tokens / max(dataset.tokens, 1):.1%}", bar)
     Console().print(table)
 
 
 def _print_sample(dataset: IndexedTokens, number: int, decoder: Tokenizer | None) -> None:
-    if not len(dataset):
-        return
     ids = dataset[number][:SAMPLE_TOKENS].tolist()
     title = f"document {number}" + (f", first {SAMPLE_TOKENS} tokens" if len(dataset[number]) > SAMPLE_TOKENS else "")
     if decoder is None:

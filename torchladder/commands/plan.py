@@ -164,20 +164,19 @@ def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
 
 
 def _print_windows(plan: Plan, steps: list[int]) -> None:
-    table = Table("step", "window", "tokens seen", box=None, header_style="bold")
-    for column in table.columns:
-        column.justify = "right"
+    table = Table(box=None, header_style="bold")
+    for name in ("step", "window", "tokens seen"):
+        table.add_column(name, justify="right")
     for step in steps:
         table.add_row(f"{step:,}", f"{plan.schedule.window(step):,}", f"{step * plan.tokens_per_step:,}")
     Console().print(table)
 
 
 def _print_phases(phases: list[dict[str, Any]]) -> None:
-    header = ("from step", "steps", "tokens", "sets", "source", "tokens read", "epochs")
-    table = Table(*header, box=None, header_style="bold")
-    for column in table.columns:
-        column.justify = "left" if column.header in ("sets", "source") else "right"
-        column.no_wrap = column.header != "source"
+    table = Table(box=None, header_style="bold")
+    for name in ("from step", "steps", "tokens", "sets", "source", "tokens read", "epochs"):
+        is_text = name in ("sets", "source")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "source")
     for phase in phases:
         # The sources below show in tokens what the weights say.
         sets = {key: value for key, value in phase["sets"].items() if key != "source_weights" or not phase["sources"]}

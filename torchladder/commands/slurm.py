@@ -70,7 +70,15 @@ def run(argv: list[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     train_argv = rest[1:] if rest[:1] == ["--"] else rest
     check_positive(arguments, "nodes", "gpus", "notice", "jobs")
-    _check_settings(config.load(train_argv), arguments.jobs)  # fails now instead of in the queue
+    checkpoint = config.load(train_argv).checkpoint  # invalid settings fail now instead of in the queue
+    require(
+        checkpoint.enable and not checkpoint.load_only,
+        "checkpoint.enable: a requeued job resumes from a checkpoint; set --checkpoint.enable, without load_only.",
+    )
+    require(
+        checkpoint.load_step == -1 or arguments.jobs == 1,
+        "checkpoint.load_step: every job of the chain would restart from that step; remove it.",
+    )
     script = SCRIPT.format(
         **vars(arguments),
         options="".join(f"#SBATCH --{option}\n" for option in arguments.option),
@@ -86,11 +94,7 @@ def run(argv: list[str]) -> int:
 
 
 def submit_jobs(script: Path, jobs: int) -> list[str]:
-    """Submits a script ``jobs`` times, each job depending on the end of the previous one; returns the job ids.
-
-    Raises:
-        ConfigError: sbatch is not installed, or refuses the script.
-    """
+    """Submits a script ``jobs`` times, each job depending on the end of the previous one; returns the job ids."""
     if shutil.which("sbatch") is None:
         raise ConfigError(f"--submit: sbatch is not on PATH. {script} is written; submit it on a Slurm login node.")
     ids: list[str] = []
@@ -102,14 +106,3 @@ def submit_jobs(script: Path, jobs: int) -> list[str]:
         ids.append(result.stdout.strip().split(";")[0])
         print(f"submitted {ids[-1]}{f', after {ids[-2]}' if after else ''}")
     return ids
-
-
-def _check_settings(settings: config.Config, jobs: int) -> None:
-    require(
-        settings.checkpoint.enable and not settings.checkpoint.load_only,
-        "checkpoint.enable: a requeued job resumes from a checkpoint; set --checkpoint.enable, without load_only.",
-    )
-    require(
-        settings.checkpoint.load_step == -1 or jobs == 1,
-        "checkpoint.load_step: every job of the chain would restart from that step; remove it.",
-    )

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from torchladder.commands.arguments import CommandParser, add_input_options, check_positive
 from torchladder.data import tokenizer
@@ -62,23 +62,17 @@ def run(argv: list[str]) -> int:
     for line in summarize_skipped(reader.skipped, reader.examples):
         print(f"{arguments.on_error}: {line}")
     files = tokenizer.train_tokenizer(sample, settings)
-    record = _training_record(settings, sample)
+    digests = b"".join(hashlib.sha256(text.encode()).digest() for text in sample)
+    record = {
+        **asdict(settings),
+        "documents": len(sample),
+        "characters": sum(map(len, sample)),
+        "sample_sha256": hashlib.sha256(digests).hexdigest(),
+        "library": tokenizer_training.training_library(settings.kind),
+    }
     files["training.json"] = json.dumps(record, indent=2, ensure_ascii=False).encode()
     with replace_directory(folder, files):
         pass
     vocab_size = tokenizer.load_tokenizer(str(folder)).vocab_size
     print(f"{folder}: {vocab_size:,} tokens, trained on {record['characters']:,} characters")
     return 0
-
-
-def _training_record(settings: TokenizerTrainingConfig, sample: list[str]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for text in sample:
-        digest.update(hashlib.sha256(text.encode()).digest())
-    return {
-        **asdict(settings),
-        "documents": len(sample),
-        "characters": sum(map(len, sample)),
-        "sample_sha256": digest.hexdigest(),
-        "library": tokenizer_training.training_library(settings.kind),
-    }

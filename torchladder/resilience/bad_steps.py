@@ -62,7 +62,7 @@ class RollBack(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """A step that the host has not checked yet.
+    """The outcome of a step, not read by the host yet.
 
     Attributes:
         step: optimizer steps taken after it.
@@ -80,13 +80,13 @@ class StepOutcome:
 
 
 class BadStepDetector:
-    """Detects bad steps on the device and reports them to the host later.
+    """Detects bad steps on the device; ``flush`` reads the result on the host.
 
     Args:
         config: the section [resilience].
         device: where gradient norms live.
         fused: whether the optimizer can skip a step on the device.
-        is_rank0: whether this rank reports bad steps; the others report only their own losses.
+        is_rank0: whether this rank logs bad steps; the others log only their own losses.
 
     Raises:
         ConfigError: on_bad_step = "skip", with an optimizer that cannot skip a step on the device.
@@ -141,16 +141,14 @@ class BadStepDetector:
             RollBack: there was one and the policy is rollback.
         """
         outcomes, self._unchecked = self._unchecked, []
-        if not outcomes:
-            return
-        flags = torch.stack([outcome.bad for outcome in outcomes]).tolist()
+        flags = torch.stack([outcome.bad for outcome in outcomes]).tolist() if outcomes else []
         bad = [outcome for outcome, flag in zip(outcomes, flags, strict=True) if flag]
         if not bad:
             return
         self.num_bad += len(bad)
         self._bad_since_save += len(bad)
         for outcome in bad:
-            self._report(outcome)
+            self._log(outcome)
         rows = [outcome.rows for outcome in bad]
         if self.config.on_bad_step == "stop":
             raise BadStepError(f"bad step {bad[0].step}: rows {format_rows(rows)} (resilience.on_bad_step = 'stop')")
@@ -162,7 +160,7 @@ class BadStepDetector:
         if self.config.on_bad_step == "rollback":
             raise RollBack(rows)
 
-    def _report(self, outcome: StepOutcome) -> None:
+    def _log(self, outcome: StepOutcome) -> None:
         if self.is_rank0:
             rows, norm = format_rows([outcome.rows]), outcome.grad_norm.item()
             logger.warning("bad step %d: gradient norm %g, rows %s (%d so far)", outcome.step, norm, rows, self.num_bad)

@@ -9,7 +9,7 @@ from typing import Any
 from torchladder import data, models
 from torchladder.config import Config
 from torchladder.data.dataloader import SizedLoader, SourceUsage
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 from torchladder.schedule import Schedule
 
 DEFAULT_STEPS = 10_000
@@ -34,14 +34,13 @@ def batch_sizes(config: Config, data_parallel: int) -> BatchSizes:
     """
     micro, rows = config.training.local_batch_size, config.training.global_batch_size
     at_once = micro * data_parallel
-    if rows == -1:
-        rows = at_once
-    if rows % at_once:
-        below, above = rows // at_once * at_once, -(-rows // at_once) * at_once
-        raise ConfigError(
-            f"training.global_batch_size = {rows} is not a multiple of training.local_batch_size {micro} x "
-            f"{data_parallel} data-parallel ranks = {at_once}. Nearest: {below or above} or {above}."
-        )
+    rows = at_once if rows == -1 else rows
+    below, above = rows // at_once * at_once, -(-rows // at_once) * at_once
+    require(
+        below == above,
+        f"training.global_batch_size = {rows} is not a multiple of training.local_batch_size {micro} x "
+        f"{data_parallel} data-parallel ranks = {at_once}. Nearest: {below or above} or {above}.",
+    )
     return BatchSizes(rows, micro, rows // at_once, data_parallel)
 
 
@@ -87,7 +86,7 @@ def build_loader(
         raise ConfigError(
             f"phases: source_weights: the data loader {config.data.name!r} does not mix sources; the loader rows does."
         )
-    train = split == "train"
+    micro_batches = batch.accumulation if split == "train" else 1
     return data.registry.build(
         config.data,
         split=split,
@@ -96,7 +95,7 @@ def build_loader(
         dp_rank=dp_rank,
         dp_degree=batch.data_parallel,
         local_batch_size=batch.micro_batch_size,
-        global_batch_size=batch.global_batch_size if train else batch.micro_batch_size * batch.data_parallel,
+        global_batch_size=batch.micro_batch_size * batch.data_parallel * micro_batches,
         steps=None if config.training.steps == -1 else config.training.steps,
         weight_changes={step: changes.get(step) for step in schedule.starts} if schedule else {},
     )

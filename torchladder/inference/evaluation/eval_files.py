@@ -36,11 +36,10 @@ class EvalDocuments:
 
 @dataclass(frozen=True)
 class EvalFiles:
-    """Files to evaluate on, tokenized once per tokenizer.
+    """Files of text or tokens to evaluate on, tokenized once per tokenizer.
 
     Attributes:
-        paths: files of text or tokens.
-        text_key: key or column of the text; None: that of the run's sources if they have a single one.
+        text_key: key or column of the text; None: that of the run's sources if all have the same.
         on_error: how to handle an unreadable document.
         bos: whether documents of text begin with the tokenizer's bos; None: as in the run.
 

@@ -91,9 +91,9 @@ class EvalJob:
                 | {"loss": total.mean, "perplexity": total.perplexity}
                 | {"total_loss": total.loss if total.tokens else None}
             )
-        size = self.documents.bytes
-        rows[0] |= {"documents": len(self.documents.corpus.lengths), "bytes": size}
-        rows[0] |= {"bits_per_byte": losses.total().bits_per_byte(size)}
+        corpus, size = self.documents.corpus, self.documents.bytes
+        per_byte = losses.total().bits_per_byte(size)
+        rows[0] |= {"documents": len(corpus.lengths), "bytes": size, "bits_per_byte": per_byte}
         return rows
 
     @property
@@ -107,7 +107,7 @@ def path_label(path: Path) -> str:
 
 
 def unfinished(jobs: Sequence[EvalJob]) -> list[EvalJob]:
-    """Returns the jobs whose tables lack some of their rows."""
+    """Returns the jobs that lack rows in their tables."""
     known = {table: {row_key(row) for row in table.rows()} for table in {job.table for job in jobs}}
     return [job for job in jobs if not known[job.table].issuperset(job.row_keys)]
 
