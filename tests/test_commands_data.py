@@ -162,7 +162,7 @@ def test_a_tokenizer_is_trained_and_used(here, capsys):
         ("--kind byte-bpe --character-coverage 0.9", "not for byte-bpe"),
         ("--normalization nfc", "unknown normalization for bpe 'nfc'"),
         ("--special-tokens <a> <a>", "special_tokens is"),
-        ("--sample-chars 0", "--sample-chars is 0"),
+        ("--sample-chars 0", "--sample-chars 0: must be 1 or more"),
         ("--vocab-size 0", "vocab_size is 0"),
     ],
 )

@@ -61,7 +61,7 @@ def test_only_an_interrupted_run_is_requeued(cluster, ends, code, requeued):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--nodes", "0", "--", *RUN], "--nodes = 0"),
+        (["--nodes", "0", "--", *RUN], "--nodes 0: must be 1 or more"),
         (["--", *DEBUG], r"resumes from a checkpoint; set --checkpoint\.enable"),
         (["--jobs", "2", "--", *RUN, "--checkpoint.load_step", "4"], "load_step"),
         (["--", *RUN, "--job.config_file", "nowhere.toml"], "nowhere.toml"),

@@ -19,7 +19,7 @@ from torchladder.commands import convert, evaluate, generate
 from torchladder.data import tokenizer
 from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.inference import hf_export
-from torchladder.inference.evaluation import ResultTable
+from torchladder.inference.evaluation.result_table import ResultTable
 from torchladder.inference.trained_model import TrainedModel
 from torchladder.models.hf.hf_folder import HFFolder
 from torchladder.registry import ConfigError

@@ -25,11 +25,12 @@ from torchladder.commands import convert
 from torchladder.commands import evaluate as command
 from torchladder.data.corpus import Corpus
 from torchladder.data.formats.indexed import IndexedWriter
-from torchladder.inference import evaluation
-from torchladder.inference.evaluation import EvalJob, EvalSlices, ResultTable
+from torchladder.inference.evaluation import eval_jobs
 from torchladder.inference.evaluation.eval_files import EvalDocuments
+from torchladder.inference.evaluation.eval_jobs import EvalJob
+from torchladder.inference.evaluation.eval_slices import EvalSlices
 from torchladder.inference.evaluation.position_losses import PositionLosses, position_buckets
-from torchladder.inference.evaluation.result_table import COLUMNS
+from torchladder.inference.evaluation.result_table import COLUMNS, ResultTable
 from torchladder.inference.trained_model import LoadedModel, TrainedModel
 from torchladder.models.attention.dense import DenseKernel
 from torchladder.models.attention.sdpa import SdpaKernel
@@ -154,7 +155,7 @@ def test_losses_are_those_of_each_token_alone(tiny, documents, cut, budget, name
     start = mask.registry.get(name)(torch.arange(context, dtype=torch.int32)[None], window)[0]
     job = job_of(tiny, documents, context, stride)
     read = []
-    losses = evaluation.compute_losses(LoadedModel(fast, start, torch.device("cpu")), job, budget, read.append)
+    losses = eval_jobs.compute_losses(LoadedModel(fast, start, torch.device("cpu")), job, budget, read.append)
     with torch.no_grad():
         expected = list(alone(slow, start, documents, context, stride))
     for first, last in (None, None), *position_buckets(context):
@@ -186,7 +187,7 @@ def test_a_token_that_the_model_does_not_have_is_named(tiny):
     model = models.Llama(SHAPE, SdpaKernel.attention, seq_len=4)
     loaded_model = LoadedModel(model, torch.zeros(4, dtype=torch.int32), torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"memory\.bin has token 11, the model's vocabulary is 11"):
-        evaluation.compute_losses(loaded_model, job_of(tiny, [[1, V, 2]], 4, 4), 100, len)
+        eval_jobs.compute_losses(loaded_model, job_of(tiny, [[1, V, 2]], 4, 4), 100, len)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -414,7 +415,7 @@ def test_finished_evaluations_are_skipped(root, tmp_path, monkeypatch, capsys):
 
 def test_rows_that_another_process_adds_meanwhile_are_not_added_twice(root, tmp_path, monkeypatch):
     output = tmp_path / "results.csv"
-    compute, calls = evaluation.compute_losses, []
+    compute, calls = eval_jobs.compute_losses, []
 
     def compute_late(*of):
         calls.append(1)
@@ -422,7 +423,7 @@ def test_rows_that_another_process_adds_meanwhile_are_not_added_twice(root, tmp_
             evaluate(root, output=output)  # all of it, while the first is in hand
         return compute(*of)
 
-    monkeypatch.setattr(evaluation, "compute_losses", compute_late)
+    monkeypatch.setattr(eval_jobs, "compute_losses", compute_late)
     rows = evaluate(root, output=output)
     assert len(calls) == 3  # the other's two and the one in hand, not the second one again
     assert [row["step"] for row in rows] == [1, 2]
@@ -602,7 +603,7 @@ def test_too_little_memory_is_an_error(root, tmp_path, monkeypatch):
     def exhaust(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(evaluation, "compute_losses", exhaust)
+    monkeypatch.setattr(eval_jobs, "compute_losses", exhaust)
     with pytest.raises(ConfigError, match="--batch-tokens 16384 and a context of 64 need more memory than cpu has"):
         evaluate(root, output=tmp_path / "a.csv")
 
@@ -611,7 +612,7 @@ def test_ctrl_c_ends_the_command(root, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "compute_losses", interrupt)
+    monkeypatch.setattr(eval_jobs, "compute_losses", interrupt)
     assert evaluate(root, code=130, output=tmp_path / "a.csv") == []
     assert "run the same command again to continue" in capsys.readouterr().err
 

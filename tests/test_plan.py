@@ -147,7 +147,7 @@ def test_the_plan_needs_no_data(capsys):
     argv = ["--job.config_file", str(CONFIGS / "llama120m_doc.toml"), "--training.local_batch_size", "32"]
     assert command.run([*argv, *phases]) == 0
     shown = capsys.readouterr().out
-    assert "data        not here to count epochs: no file matches" in shown
+    assert "data        epochs not counted: no file matches" in shown
     assert "weights [2" in shown
 
 

@@ -13,13 +13,14 @@ import tomli_w
 import torch
 
 from torchladder import checkpoint, models
+from torchladder.commands.arguments import CommandParser, check_positive
 from torchladder.config import hf_defaults
 from torchladder.data import tokenizer
 from torchladder.inference import hf_export
 from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
 from torchladder.models.hf import conversion, hf_config
 from torchladder.models.hf.hf_folder import CONFIG_FILE, HFFolder
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 EPILOG = """
 examples:
@@ -36,48 +37,37 @@ MAX_SEQ_LEN = 8192
 
 
 def run(argv: list[str]) -> int:
-    """Converts in the direction that the first word names."""
-    arguments = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
-    for option in ("vocab_size", "seq_len"):
-        number = getattr(arguments, option, None)
-        if number is not None and number < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} {number}: must be 1 or more.")
-    if arguments.output.exists() and not arguments.overwrite:
-        raise ConfigError(f"--output {arguments.output} exists already; --overwrite replaces it.")
-    if arguments.output.is_file():
-        raise ConfigError(f"--output {arguments.output} is a file; it must be a folder.")
-    if arguments.source.resolve().is_relative_to(arguments.output.resolve()):
-        raise ConfigError(f"--output {arguments.output} would replace the source {arguments.source}.")
-    return _from_hf(arguments) if arguments.command == "from-hf" else _to_hf(arguments)
-
-
-def _parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="torchladder convert", description=__doc__, epilog=EPILOG, allow_abbrev=False, formatter_class=layout
-    )
+    """Converts in the direction of the subcommand, from-hf or to-hf."""
+    parser = CommandParser(prog="torchladder convert", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="from-hf|to-hf")
-    from_hf = commands.add_parser("from-hf", help="Hugging Face folder to checkpoint", allow_abbrev=False)
-    from_hf.add_argument("source", type=Path, metavar="DIR", help="folder with config.json and safetensors")
-    from_hf.add_argument(
-        "--vocab-size", type=int, metavar="N", help="rows of the vocabulary; new ones are the mean of the others"
-    )
-    to_hf = commands.add_parser("to-hf", help="checkpoint to Hugging Face folder", allow_abbrev=False)
-    to_hf.add_argument("source", type=Path, metavar="CHECKPOINT", help="checkpoint of a run: .../checkpoint/step-N")
-    to_hf.add_argument("--vocab-size", type=int, metavar="N", help="rows of the vocabulary to keep, without padding")
-    to_hf.add_argument("--seq-len", type=int, metavar="N", help="max_position_embeddings (default: training.seq_len)")
-    to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as saved)")
-    to_hf.add_argument("--tokenizer", metavar="T", help="tokenizer file or folder, or none (default: the run's)")
+    from_hf = commands.add_parser("from-hf", help="Hugging Face folder to checkpoint")
+    add = from_hf.add_argument
+    add("source", type=Path, metavar="DIR", help="folder with config.json and safetensors")
+    add("--vocab-size", type=int, metavar="N", help="rows of the vocabulary; new ones are the mean of the others")
+    to_hf = commands.add_parser("to-hf", help="checkpoint to Hugging Face folder")
+    add = to_hf.add_argument
+    add("source", type=Path, metavar="CHECKPOINT", help="checkpoint of a run: .../checkpoint/step-N")
+    add("--vocab-size", type=int, metavar="N", help="rows of the vocabulary to keep, without padding")
+    add("--seq-len", type=int, metavar="N", help="max_position_embeddings (default: training.seq_len)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as saved)")
+    add("--tokenizer", metavar="T", help="tokenizer file or folder, or none (default: the run's)")
     for command in (from_hf, to_hf):
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
         command.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    return parser
+    arguments = parser.parse_args(argv)
+    check_positive(arguments, "vocab_size", "seq_len")
+    source, output = arguments.source, arguments.output
+    require(not output.exists() or arguments.overwrite, f"--output {output} exists already; --overwrite replaces it.")
+    require(not output.is_file(), f"--output {output} is a file; it must be a folder.")
+    replaces_source = source.resolve().is_relative_to(output.resolve())
+    require(not replaces_source, f"--output {output} would replace the source {source}.")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
+    return _from_hf(arguments) if arguments.command == "from-hf" else _to_hf(arguments)
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
     source, output = HFFolder(arguments.source), arguments.output
-    sections = _run_settings(source, output, arguments.vocab_size)
+    settings = _run_settings(source, output, arguments.vocab_size)
     with hf_export.replace_directory(output, {}) as partial:
         step = partial / "checkpoint" / "step-0"
         conversion.hf_to_checkpoint(source, step, arguments.vocab_size)
@@ -87,7 +77,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
         (partial / TOKENIZER_FOLDER).mkdir()
         for file in source.asset_files():
             shutil.copyfile(file, partial / TOKENIZER_FOLDER / file.name)
-        (partial / checkpoint.CONFIG_FILE).write_text(tomli_w.dumps(sections))
+        (partial / checkpoint.CONFIG_FILE).write_text(tomli_w.dumps(settings))
     print(f"{output}: checkpoint/step-0 to start from, config.toml to extend")
     return 0
 
@@ -112,40 +102,35 @@ def _run_settings(source: HFFolder, output: Path, vocab_size: int | None) -> dic
 
 def _to_hf(arguments: argparse.Namespace) -> int:
     source, output, vocab_size = arguments.source, arguments.output, arguments.vocab_size
-    if not checkpoint.is_complete(source):
-        raise ConfigError(f"{str(source)!r} is not a complete checkpoint (step-N).")
+    require(checkpoint.is_complete(source), f"{str(source)!r} is not a complete checkpoint (step-N).")
     trained = TrainedModel.open(source)
     config = trained.config
-    rows = models.resolve(config.model).vocab_size
-    if vocab_size is not None and vocab_size > rows:
-        raise ConfigError(f"--vocab-size {vocab_size}: the model has only {rows} rows.")
-    found, files = _tokenizer(arguments, trained)
-    if vocab_size is not None and found is not None and found.vocab_size > vocab_size:
-        raise ConfigError(f"--vocab-size {vocab_size}: the tokenizer has {found.vocab_size} tokens.")
-    metadata = hf_export.hf_metadata(config, found, trained.final_window, trained.rope_theta)
+    own, files = _tokenizer_to_export(arguments, trained)
+    if vocab_size is not None:
+        rows, tokens = models.resolve(config.model).vocab_size, own.vocab_size if own else 0
+        require(vocab_size <= rows, f"--vocab-size {vocab_size}: the model has only {rows} rows.")
+        require(vocab_size >= tokens, f"--vocab-size {vocab_size}: the tokenizer has {tokens} tokens.")
+    metadata = hf_export.hf_metadata(config, own, trained.final_window, trained.rope_theta)
     metadata = replace(metadata, seq_len=arguments.seq_len or metadata.seq_len)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     hf_export.export_checkpoint(trained, output, metadata, files, dtype, vocab_size)
     print(f"{output}: {CONFIG_FILE}, weights, {', '.join(files) or 'no tokenizer (add one with --tokenizer)'}")
-    causal = {"causal", "sliding"}
-    if trained.final_window >= config.training.seq_len:
-        causal.add("chunk")  # of the whole row
-    for mask in sorted({*config.attention.masks} - causal):
+    full = trained.final_window >= config.training.seq_len  # then chunk is causal
+    for mask in sorted({*config.attention.masks} - {"causal", "sliding", *(["chunk"] if full else [])}):
         print(f"Hugging Face has no mask {mask!r}: the exported model attends to all tokens before each token.")
     return 0
 
 
-def _tokenizer(
+def _tokenizer_to_export(
     arguments: argparse.Namespace, trained: TrainedModel
 ) -> tuple[tokenizer.Tokenizer | None, dict[str, bytes]]:
-    """Returns the tokenizer to export, the given one or the run's, and its files."""
+    """Returns the tokenizer to export, that of ``--tokenizer`` or the run's, and its files."""
     if arguments.tokenizer == "none":
         return None, {}
-    if arguments.tokenizer:
-        found = tokenizer.load_tokenizer(arguments.tokenizer)
-        return found, hf_export.exported_tokenizer_files(found, arguments.tokenizer)
+    path = arguments.tokenizer or getattr(trained.config.tokenizer, "path", "")
     try:
-        own = trained.build_tokenizer()
+        own = tokenizer.load_tokenizer(path) if arguments.tokenizer else trained.build_tokenizer()
     except ConfigError as error:
-        raise ConfigError(f"{error} Choose another with --tokenizer, or none.") from error
-    return own, hf_export.exported_tokenizer_files(own, getattr(trained.config.tokenizer, "path", ""))
+        hint = "" if arguments.tokenizer else " Choose another with --tokenizer, or none."
+        raise ConfigError(f"{error}{hint}") from error
+    return own, hf_export.exported_tokenizer_files(own, path)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import get_args
 
 import torch
 from rich.console import Console
@@ -18,9 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from torchladder import plots
-from torchladder.data.text.document_reader import OnError
-from torchladder.inference import evaluation
-from torchladder.inference.evaluation import EvalJob, EvalSlices, ResultRow, ResultTable, path_label
+from torchladder.commands.arguments import CommandParser, add_on_error_option, check_positive
+from torchladder.inference.evaluation import eval_jobs
+from torchladder.inference.evaluation.eval_files import EvalFiles, expand_paths
+from torchladder.inference.evaluation.eval_jobs import EvalJob, path_label
+from torchladder.inference.evaluation.eval_slices import EvalSlices
+from torchladder.inference.evaluation.result_table import ResultRow, ResultTable
 from torchladder.inference.trained_model import TrainedModel, UnreadableCheckpointError
 from torchladder.models.attention.sdpa import SdpaKernel
 from torchladder.registry import ConfigError
@@ -34,22 +35,34 @@ examples:
 files: .txt, .md and .py are one document each, .jsonl has one per line, .csv and .parquet one per row; each may be
 compressed (.gz, .zst, .bz2). Files of tokens are named by their .bin, or are .parquet.
 
-exit code: 1 if a checkpoint is damaged; the others are evaluated all the same.
+exit code: 1 if a checkpoint is damaged; the others are evaluated nevertheless.
 """
 
 FIGURES = {"context": ",", "tokens": ",", "loss": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f"}
-"""Columns of numbers in the printed table -> format."""
+"""Columns with numbers in the printed table -> format."""
 
 
 def run(argv: list[str]) -> int:
     """Evaluates; returns 1 if a checkpoint is damaged and 130 after Ctrl-C."""
-    arguments = _parser().parse_args(argv)
-    _slices(arguments.context or [], arguments.stride)  # invalid ones are refused before anything is read
-    if arguments.batch_tokens < 1:
-        raise ConfigError(f"--batch-tokens {arguments.batch_tokens}: must be 1 or more.")
+    parser = CommandParser(prog="torchladder evaluate", description=__doc__, epilog=EPILOG)
+    add = parser.add_argument
+    add("models", nargs="+", type=Path, metavar="MODEL", help="run folder, checkpoint step-N, or Hugging Face folder")
+    add("--files", nargs="+", required=True, metavar="PATH", help="files, folders or globs to evaluate on")
+    add("--context", nargs="+", type=int, metavar="N", help="maximum tokens read at once (default: training.seq_len)")
+    add("--stride", type=int, metavar="N", help="tokens from one slice of a document to the next (default: --context)")
+    add("--by-position", action="store_true", help="also report loss by position")
+    add("--batch-tokens", type=int, default=16384, metavar="N", help="tokens per batch (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)")
+    add("--text-key", metavar="KEY", help="key or column of the text (default: as in the run)")
+    add_on_error_option(parser)
+    add("--bos", action=argparse.BooleanOptionalAction, help="begin documents with bos (default: as in the run)")
+    add("--output", type=Path, metavar="FILE", help=".csv or .jsonl to add to (default: evaluation.csv in MODEL's run)")
+    add("--plot", type=Path, metavar="FILE", help="also plot the results (.png, .svg, .pdf)")
+    arguments = parser.parse_args(argv)
+    _slices(arguments.context or [], arguments.stride)  # refuses invalid ones before anything is read
+    check_positive(arguments, "batch_tokens")
     if arguments.plot:
         plots.check_picture_path(arguments.plot)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -58,8 +71,7 @@ def run(argv: list[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    paths = evaluation.expand_paths(arguments.files)
-    files = evaluation.EvalFiles(paths, arguments.text_key, arguments.on_error, arguments.bos)
+    files = EvalFiles(expand_paths(arguments.files), arguments.text_key, arguments.on_error, arguments.bos)
     models: list[TrainedModel] = []
     errors: list[UnreadableCheckpointError] = []
     for path in dict.fromkeys(arguments.models):
@@ -75,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for documents in files.open_for(trained):
             jobs += [EvalJob(trained, documents, slices, *options) for slices in _slices(contexts, arguments.stride)]
     errors += _evaluate(jobs, arguments.batch_tokens)
-    rows = evaluation.finished_rows(jobs)
+    rows = eval_jobs.finished_rows(jobs)
     if errors and not rows:
         raise errors[0]
     for error in errors:
@@ -92,61 +104,31 @@ def _slices(contexts: Sequence[int], stride: int | None) -> list[EvalSlices]:
     return [EvalSlices(context, context if stride is None else stride) for context in dict.fromkeys(contexts)]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchladder evaluate",
-        description=__doc__,
-        epilog=EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("models", nargs="+", type=Path, metavar="MODEL", help="run folder, checkpoint step-N, or Hugging Face folder")
-    add("--files", nargs="+", required=True, metavar="PATH", help="files, folders or globs to evaluate on")
-    add("--context", nargs="+", type=int, metavar="N", help="maximum tokens read at once (default: training.seq_len)")
-    add("--stride", type=int, metavar="N", help="tokens from one slice of a document to the next (default: --context)")
-    add("--by-position", action="store_true", help="also report loss by position")
-    add("--batch-tokens", type=int, default=16384, metavar="N", help="tokens per batch (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)")
-    add("--text-key", metavar="KEY", help="key or column of the text (default: as in the run)")
-    add(
-        "--on-error",
-        choices=get_args(OnError),
-        default="error",
-        help="for a document that cannot be read: stop with its file and line (default), skip it, or repair it by "
-        "removing bytes that are not UTF-8 (other documents are skipped)",
-    )
-    add("--bos", action=argparse.BooleanOptionalAction, help="begin documents with bos (default: as in the run)")
-    add("--output", type=Path, metavar="FILE", help=".csv or .jsonl to add to (default: evaluation.csv in MODEL's run)")
-    add("--plot", type=Path, metavar="FILE", help="also plot the results (.png, .svg, .pdf)")
-    return parser
-
-
 def _evaluate(jobs: Sequence[EvalJob], batch_tokens: int) -> list[UnreadableCheckpointError]:
-    """Runs the unfinished jobs; returns the errors of the checkpoints that cannot be read."""
-    remaining, errors = evaluation.unfinished(jobs), []
+    """Runs the unfinished jobs; returns the errors of unreadable checkpoints."""
+    remaining, errors = eval_jobs.unfinished(jobs), []
     with _EvalProgress(remaining) as progress:
         if len(remaining) < len(jobs):
             progress.log(f"{len(jobs) - len(remaining)} of {len(jobs)} evaluations are already finished")
-        for line in _remarks(remaining):
+        for line in _warnings(remaining):
             progress.log(line)
         for trained, group in groupby(remaining, key=lambda job: job.trained):
-            own = list(group)
+            model_jobs = list(group)
             try:
                 trained.verify()
-                max_context = max(job.slices.context for job in own)
-                loaded = trained.load(SdpaKernel.attention, max_context, getattr(torch, own[0].dtype))
+                max_context = max(job.slices.context for job in model_jobs)
+                loaded = trained.load(SdpaKernel.attention, max_context, getattr(torch, model_jobs[0].dtype))
             except UnreadableCheckpointError as error:
                 errors.append(error)
-                progress.skip(own)
+                progress.skip(model_jobs)
                 continue
-            for job in own:
-                if not evaluation.unfinished([job]):  # another process has finished it in the meantime
+            for job in model_jobs:
+                if not eval_jobs.unfinished([job]):  # another process has finished it in the meantime
                     progress.skip([job])
                     continue
                 progress.begin(job)
                 try:
-                    losses = evaluation.compute_losses(loaded, job, batch_tokens, progress.advance)
+                    losses = eval_jobs.compute_losses(loaded, job, batch_tokens, progress.advance)
                 except torch.OutOfMemoryError:
                     raise ConfigError(
                         f"--batch-tokens {batch_tokens} and a context of {job.slices.context} need more memory than "
@@ -155,12 +137,11 @@ def _evaluate(jobs: Sequence[EvalJob], batch_tokens: int) -> list[UnreadableChec
                 rows = job.rows(losses)
                 job.table.add(rows)
                 progress.end(rows[0])
-            del loaded  # before the next model: memory is for one
+            del loaded  # so that memory holds one model at a time
     return errors
 
 
-def _remarks(jobs: Sequence[EvalJob]) -> list[str]:
-    """Returns what is unusual about the jobs, each remark once."""
+def _warnings(jobs: Sequence[EvalJob]) -> list[str]:
     lines = []
     for job in jobs:
         if job.slices.context > job.trained.max_seq_len:
@@ -174,12 +155,7 @@ def _remarks(jobs: Sequence[EvalJob]) -> list[str]:
 
 
 class _EvalProgress:
-    """Shows a progress bar on a terminal, and a line for each result; logs get a line at an interval instead.
-
-    Args:
-        jobs: all that will be evaluated.
-        interval: seconds between lines in a log.
-    """
+    """Prints a line per result and shows a progress bar; in a log, a line every ``interval`` seconds instead of it."""
 
     def __init__(self, jobs: Sequence[EvalJob], interval: float = 30.0) -> None:
         self._console = Console(stderr=True)
@@ -208,7 +184,6 @@ class _EvalProgress:
         self._bar.update(self._task, description=self._current)
 
     def advance(self, tokens: int) -> None:
-        """Adds tokens that the model has read."""
         self._read += tokens
         self._remaining -= tokens
         self._bar.update(self._task, advance=tokens, rate=self._rate())
@@ -227,7 +202,6 @@ class _EvalProgress:
         self.log(f"{name}: {result}, {row['tokens']:,} tokens, {self._rate()}")
 
     def log(self, line: str) -> None:
-        """Prints a line above the bar."""
         self._last_log = time.monotonic()
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -236,13 +210,13 @@ class _EvalProgress:
 
 
 def _print_table(rows: Sequence[ResultRow]) -> None:
-    table = Table("checkpoint", "file", "context", "tokens", "loss", "perplexity", "bits/byte", box=None)
-    for column in table.columns[:2]:
-        column.overflow = "fold"  # the end of a path distinguishes it
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = Table(box=None)
+    for name in ("checkpoint", "file"):
+        table.add_column(name, overflow="fold")  # the end of a path distinguishes it
+    for name in FIGURES:
+        table.add_column(name.replace("bits_per_byte", "bits/byte"), justify="right")
     for row in rows:
         figures = ["" if row[name] is None else format(row[name], spec) for name, spec in FIGURES.items()]
         table.add_row(Text(row["checkpoint"]), Text(row["file"]), *figures)
-    # A file has no width that lines must fit into.
+    # A file does not limit the width of lines.
     Console(width=None if Console().is_terminal else 500).print(table)

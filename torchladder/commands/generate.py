@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from pathlib import Path
 
 import torch
 
+from torchladder.commands.arguments import CommandParser, check_positive
 from torchladder.config import SamplesConfig
 from torchladder.inference.decoding import IncrementalDecoder, generate
 from torchladder.inference.trained_model import TrainedModel
@@ -22,13 +21,7 @@ example:
 def run(argv: list[str]) -> int:
     """Prints each prompt with its continuation."""
     defaults = SamplesConfig()
-    parser = argparse.ArgumentParser(
-        prog="torchladder generate",
-        description=__doc__,
-        epilog=EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="torchladder generate", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="checkpoint step-N or Hugging Face folder")
     add("--prompt", nargs="+", required=True, metavar="TEXT", help="texts to continue")
@@ -39,9 +32,7 @@ def run(argv: list[str]) -> int:
     add("--batch-size", type=int, default=8, metavar="N", help="prompts per batch (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.batch_size < 1:
-        raise ConfigError(f"--batch-size {arguments.batch_size}: must be 1 or more.")
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
+    check_positive(arguments, "batch_size")
     samples = SamplesConfig(
         max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, top_p=arguments.top_p
     )

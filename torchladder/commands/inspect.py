@@ -1,18 +1,17 @@
-"""Shows what a .bin/.idx dataset holds: documents, lengths, a sample; and verifies its checksums."""
+"""Shows the documents, lengths and a sample of a .bin/.idx dataset, and verifies its checksums."""
 
 from __future__ import annotations
 
-import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from torchladder.commands.prepare import add_tokenizer_options, tokenizer_of_arguments
+from torchladder.commands.arguments import CommandParser, add_tokenizer_options, tokenizer_of_arguments
 from torchladder.data import tokenizer
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.prepare import metadata
@@ -31,14 +30,8 @@ example:
 
 
 def run(argv: list[str]) -> int:
-    """Prints what a dataset holds; returns 1 if a checksum differs."""
-    parser = argparse.ArgumentParser(
-        prog="torchladder inspect",
-        description=__doc__,
-        epilog=EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Prints a summary of a dataset; returns 1 if a checksum differs."""
+    parser = CommandParser(prog="torchladder inspect", description=__doc__, epilog=EPILOG)
     parser.add_argument("prefix", metavar="PREFIX", help="prefix of the dataset, or either of its files")
     add_tokenizer_options(parser, required=False)
     parser.add_argument("--document", type=int, metavar="N", help="document to show, counted from 0 (default: 0)")
@@ -46,27 +39,40 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args(argv)
     dataset, about = IndexedTokens(arguments.prefix), metadata.read_metadata(arguments.prefix)
+    known = about.tokenizer if about else {}
     number = arguments.document or 0
     if arguments.document is not None and not 0 <= number < len(dataset):
         raise ConfigError(f"--document {number}: the dataset has {len(dataset)} documents, counted from 0.")
-    decoder = tokenizer_of_arguments(arguments) if arguments.tokenizer else _recorded_tokenizer(about)
-    written_with = about.tokenizer.get("fingerprint") if about else None
+    decoder = None
+    if arguments.tokenizer:
+        decoder = tokenizer_of_arguments(arguments)
+    elif known.get("name"):
+        with suppress(ConfigError):  # its files may be elsewhere
+            decoder = tokenizer.load_tokenizer(known["name"])
+    written_with = known.get("fingerprint")
     if written_with and decoder is not None and decoder.fingerprint != written_with:
         raise ConfigError(f"the dataset was written with the tokenizer {written_with}, not {decoder.fingerprint}.")
     verify = about is not None and not arguments.no_checksums
     corrupt = metadata.find_corrupt_file(dataset.prefix, about.checksums) if about and verify else None
     if arguments.json:
-        print(json.dumps(_summary(dataset, about) | {"damaged": corrupt, "checksums_tested": verify}))
+        summary = {
+            "documents": len(dataset),
+            "tokens": dataset.tokens,
+            "dtype": dataset.dtype.name,
+            "histogram": [list(row) for row in length_histogram(dataset.lengths)],
+            "settings": about.settings() if about else None,
+            "skipped": about.skipped if about else None,
+            "damaged": corrupt,
+            "checksums_tested": verify,
+        }
+        print(json.dumps(summary))
         return 1 if corrupt else 0
     _print_summary(dataset, about)
     _print_histogram(dataset)
-    _print_sample(dataset, number, decoder)
-    if about is None:
-        print("checksums: none (the dataset has no metadata)")
-    elif not verify:
-        print("checksums: not verified")
-    else:
-        print(f"checksums: MISMATCH, {corrupt} is damaged" if corrupt else "checksums: verified")
+    if len(dataset):
+        _print_sample(dataset, number, decoder)
+    result = f"MISMATCH, {corrupt} is damaged" if corrupt else "verified" if verify else "not verified"
+    print(f"checksums: {result if about else 'none (the dataset has no metadata)'}")
     return 1 if corrupt else 0
 
 
@@ -78,17 +84,6 @@ def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int, int]]:
     used = np.flatnonzero(counts)
     shown = range(int(used[0]), int(used[-1]) + 1) if len(used) else range(0)
     return [(2 ** (i - 1) if i else 0, 2**i - 1, int(counts[i]), int(tokens[i])) for i in shown]
-
-
-def _summary(dataset: IndexedTokens, about: DatasetMetadata | None) -> dict[str, Any]:
-    return {
-        "documents": len(dataset),
-        "tokens": dataset.tokens,
-        "dtype": dataset.dtype.name,
-        "histogram": [list(row) for row in length_histogram(dataset.lengths)],
-        "settings": about.settings() if about else None,
-        "skipped": about.skipped if about else None,
-    }
 
 
 def _print_summary(dataset: IndexedTokens, about: DatasetMetadata | None) -> None:
@@ -109,33 +104,22 @@ def _print_summary(dataset: IndexedTokens, about: DatasetMetadata | None) -> Non
 
 
 def _print_histogram(dataset: IndexedTokens) -> None:
-    table = Table("length in tokens", "documents", "% of all tokens", "", box=None, header_style="bold")
-    for column in table.columns[:3]:
-        column.justify = "right"
+    table = Table(box=None, header_style="bold")
+    for name in ("length in tokens", "documents", "% of all tokens"):
+        table.add_column(name, justify="right")
     rows = length_histogram(dataset.lengths)
     most = max((documents for _, _, documents, _ in rows), default=1)
     for low, high, documents, tokens in rows:
         lengths = f"{low:,}" if low >= high else f"{low:,}-{high:,}"
-        percent = f"{tokens / max(dataset.tokens, 1):.1%}"
-        table.add_row(lengths, f"{documents:,}", percent, "█" * -(-documents * MAX_BAR_CHARS // most))
+        bar = "█" * -(-documents * MAX_BAR_CHARS // most)
+        table.add_row(lengths, f"{documents:,}", f"{tokens / max(dataset.tokens, 1):.1%}", bar)
     Console().print(table)
 
 
 def _print_sample(dataset: IndexedTokens, number: int, decoder: Tokenizer | None) -> None:
-    if not len(dataset):
-        return
     ids = dataset[number][:SAMPLE_TOKENS].tolist()
     title = f"document {number}" + (f", first {SAMPLE_TOKENS} tokens" if len(dataset[number]) > SAMPLE_TOKENS else "")
     if decoder is None:
         print(f"{title} (pass --tokenizer to decode): {' '.join(map(str, ids))}")
     else:
         Console().print(f"[bold]{title}:[/bold]\n{escape(decoder.decode(ids))}", highlight=False)
-
-
-def _recorded_tokenizer(about: DatasetMetadata | None) -> Tokenizer | None:
-    """Returns the tokenizer that the metadata names, None if it cannot be loaded."""
-    name = about.tokenizer.get("name") if about else None
-    try:
-        return tokenizer.load_tokenizer(name) if name else None
-    except ConfigError:
-        return None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
+from torchladder.commands.arguments import CommandParser
 from torchladder.commands.prepare import describe_dataset
 from torchladder.data.formats.indexed import prefix_of
 from torchladder.data.prepare.merging import merge_datasets
@@ -18,13 +17,7 @@ example:
 
 def run(argv: list[str]) -> int:
     """Merges datasets."""
-    parser = argparse.ArgumentParser(
-        prog="torchladder merge",
-        description=__doc__,
-        epilog=EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="torchladder merge", description=__doc__, epilog=EPILOG)
     parser.add_argument("output", metavar="OUTPUT", help="prefix of the dataset to write")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="prefixes of datasets, or their .bin files")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")

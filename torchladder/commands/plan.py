@@ -1,8 +1,7 @@
-"""Says what a run will do before an hour is spent: ladder, tokens, sources, FLOPs, memory."""
+"""Shows what a run will do before it starts: windows, tokens, sources, FLOPs, memory."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
@@ -13,76 +12,94 @@ from rich.console import Console
 from rich.table import Table
 
 from torchladder import config, plots
+from torchladder.commands.arguments import CommandParser, check_positive
 from torchladder.data.dataloader import SourceUsage
 from torchladder.distributed import fake_ranks
 from torchladder.registry import ConfigError
-from torchladder.training import data_setup
-from torchladder.training import run_plan as plans
+from torchladder.training.data_setup import source_usage
 from torchladder.training.memory_estimate import MemoryEstimator, RankMemory, Traffic
+from torchladder.training.run_plan import Plan, make_plan, summary_lines
 
-SHOWN_STEPS = 12
-"""Rows of the table of windows."""
+EPILOG = """
+All other options are settings of the run. They and its data are checked as at the start of a training.
+
+example:
+  torchladder plan --job.config_file train_configs/llama1b_dm8.toml --world-size 8 --gpu-memory 80GiB
+"""
+
+NUM_SHOWN_STEPS = 12
+"""Steps in the table of windows, unless --at lists them."""
 
 PHASE_SETTINGS = ("source_weights", "window", "lr_factor", "rope_theta")
-"""What a phase may set."""
+"""Settings that a phase may change."""
 
 
 def run(argv: list[str]) -> int:
-    """Prints the plan; every argument that is not the command's own is a setting of the run."""
-    parser = argparse.ArgumentParser(prog="torchladder plan", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--at", default="", metavar="STEPS", help="steps whose windows to show: 0,1000,65280")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ladder to a .png, .svg or .pdf")
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run, which need not exist")
-    parser.add_argument("--gpu-memory", metavar="80GiB", help="what a rank has; a layout that takes more is refused")
-    own, settings = parser.parse_known_args(argv)
-    if own.world_size < 1:
-        raise ConfigError(f"--world-size {own.world_size}: must be 1 or more.")
-    plan = plans.make_plan(config.load(settings), own.world_size)
-    memory, traffic = _dry_run(plan, own.world_size, own.gpu_memory)
-    steps = _steps(own.at, plan.steps)
-    if own.plot:
+    """Prints the plan of a run; unknown options are settings of the run."""
+    parser = CommandParser(prog="torchladder plan", description=__doc__, epilog=EPILOG)
+    add = parser.add_argument
+    add("--json", action="store_true", help="print one JSON object and nothing else")
+    add("--at", default="", metavar="STEPS", help="steps whose windows to show: 0,1000,65280")
+    add("--plot", type=Path, metavar="FILE", help="plot the windows over the run (.png, .svg, .pdf)")
+    add("--world-size", type=int, default=1, metavar="N", help="number of ranks; they need not exist (default: 1)")
+    add("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 80GiB; fail if the run needs more")
+    arguments, settings = parser.parse_known_args(argv)
+    check_positive(arguments, "world_size")
+    plan = make_plan(config.load(settings), arguments.world_size)
+    memory, traffic = _estimate_memory(plan, arguments.world_size, arguments.gpu_memory)
+    steps = _shown_steps(arguments.at, plan.steps)
+    try:
+        usage, no_usage = source_usage(plan.config, plan.batch, plan.schedule), ""
+    except ConfigError as error:
+        usage, no_usage = [], str(error)
+    phases = _phases(plan, usage)
+    if arguments.plot:
         plots.plot_curriculum(
-            own.plot, plan.steps, plan.schedule.window, plan.config.training.seq_len, plan.config.attention.masks
+            arguments.plot, plan.steps, plan.schedule.window, plan.config.training.seq_len, plan.config.attention.masks
         )
-    if own.json:
-        taken = {"memory_per_rank": dataclasses.asdict(memory), "sent_per_rank_and_step": dataclasses.asdict(traffic)}
-        print(json.dumps(_object(plan, steps) | taken))
+    if arguments.json:
+        bytes_per_rank = {
+            "memory_per_rank": dataclasses.asdict(memory),
+            "sent_per_rank_and_step": dataclasses.asdict(traffic),
+        }
+        print(json.dumps(_summary(plan, steps) | {"phases": phases} | bytes_per_rank))
         return 0
-    print("\n".join(plans.summary_lines(plan)))
+    print("\n".join(summary_lines(plan)))
     print(f"attention   {plan.attention_share:.1%} of the FLOPs at full context")
-    print(f"ranks       {own.world_size:,}: {plan.degrees}")
-    print(f"memory      {_gib(memory.total)} per rank: {_parts(memory)}")
-    print(f"sent        {_gib(sum(dataclasses.astuple(traffic)))} per rank and step: {_parts(traffic)}")
-    _print_ladder(plan, steps)
-    _print_phases(plan)
-    if own.plot:
-        print(f"wrote {own.plot}")
+    print(f"ranks       {arguments.world_size:,}: {plan.degrees}")
+    print(f"memory      {_gib(memory.total)} per rank: {_breakdown(memory)}")
+    print(f"sent        {_gib(sum(dataclasses.astuple(traffic)))} per rank and step: {_breakdown(traffic)}")
+    _print_windows(plan, steps)
+    _print_phases(phases)
+    if no_usage:
+        print(f"data        epochs not counted: {no_usage}")
+    if arguments.plot:
+        print(f"wrote {arguments.plot}")
     return 0
 
 
-def _dry_run(plan: plans.Plan, ranks: int, limit: str | None) -> tuple[RankMemory, Traffic]:
-    """Builds the sharded model on ranks that do not exist; returns what a rank holds and sends.
+def _estimate_memory(plan: Plan, ranks: int, limit: str | None) -> tuple[RankMemory, Traffic]:
+    """Shards the model on a fake process group; returns the bytes that a rank holds, and sends per step.
 
     Raises:
-        ConfigError: it takes more than the limit; the message names the nearest layouts that take less.
+        ConfigError: a rank holds more than the limit; the message lists the nearest layouts that fit.
     """
-    at_most = _bytes(limit) if limit else None
+    max_bytes = _parse_bytes(limit) if limit else None
     with fake_ranks.fake_process_group(ranks):
-        model = MemoryEstimator(plan)
-        memory, traffic = model.memory(), model.traffic()
-        if at_most is None or memory.total <= at_most:
+        estimator = MemoryEstimator(plan)
+        memory, traffic = estimator.memory(), estimator.traffic()
+        if max_bytes is None or memory.total <= max_bytes:
             return memory, traffic
-        others = model.fitting(at_most)
-    lines = [f"{_gib(memory.total)} per rank do not fit {limit}: {_parts(memory)}."]
-    for layout, taken in others:
-        settings = " ".join(f"--{key} {value}" for key, value in model.changes(layout).items())
-        lines.append(f"  {_gib(taken.total)} with {settings}")
-    lines.insert(1, "Nearest layouts that fit:" if others else f"No layout of {ranks} ranks fits: take more ranks.")
+        fitting = estimator.find_fitting(max_bytes)
+    lines = [f"{_gib(memory.total)} per rank do not fit {limit}: {_breakdown(memory)}."]
+    lines.append("Nearest layouts that fit:" if fitting else f"No layout of {ranks} ranks fits: take more ranks.")
+    for layout, needed in fitting:
+        settings = " ".join(f"--{key} {value}" for key, value in estimator.changes(layout).items())
+        lines.append(f"  {_gib(needed.total)} with {settings}")
     raise ConfigError("\n".join(lines))
 
 
-def _bytes(size: str) -> int:
+def _parse_bytes(size: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB|MB)", size)
     if not match:
         raise ConfigError(f"--gpu-memory {size}: must be a number with GiB, GB, MiB or MB, for example 80GiB.")
@@ -93,16 +110,16 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _parts(sizes: RankMemory | Traffic) -> str:
+def _breakdown(sizes: RankMemory | Traffic) -> str:
     return ", ".join(f"{name} {_gib(size)}" for name, size in dataclasses.asdict(sizes).items() if size) or "nothing"
 
 
-def _steps(at: str, total: int) -> list[int]:
-    """Returns the steps to show: those asked for, or some spread over the run."""
+def _shown_steps(at: str, total: int) -> list[int]:
+    """Returns the steps that ``--at`` lists, by default ``NUM_SHOWN_STEPS`` from the first to the last."""
     if not at:
-        return sorted({round(part * (total - 1) / (SHOWN_STEPS - 1)) for part in range(SHOWN_STEPS)})
+        return sorted({round(i * (total - 1) / (NUM_SHOWN_STEPS - 1)) for i in range(NUM_SHOWN_STEPS)})
     try:
-        steps = [int(part) for part in at.split(",")]
+        steps = [int(step) for step in at.split(",")]
     except ValueError:
         raise ConfigError(f"--at {at}: must be steps with commas between them, for example 0,1000,65280.") from None
     for step in steps:
@@ -111,7 +128,7 @@ def _steps(at: str, total: int) -> list[int]:
     return steps
 
 
-def _object(plan: plans.Plan, steps: list[int]) -> dict[str, object]:
+def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
     return {
         "steps": plan.steps,
         "tokens_per_step": plan.tokens_per_step,
@@ -125,69 +142,51 @@ def _object(plan: plans.Plan, steps: list[int]) -> dict[str, object]:
         "full_context_from_step": plan.full_at,
         "state_bytes_per_rank": plan.state_bytes,
         "windows": {str(step): plan.schedule.window(step) for step in steps},
-        "phases": _phases(plan, _read(plan)[0]),
     }
 
 
-def _print_ladder(plan: plans.Plan, steps: list[int]) -> None:
-    table = Table("step", "window", "tokens seen", box=None, header_style="bold")
-    for column in table.columns:
-        column.justify = "right"
-    for step in steps:
-        table.add_row(f"{step:,}", f"{plan.schedule.window(step):,}", f"{step * plan.tokens_per_step:,}")
-    Console().print(table)
-
-
-def _phases(plan: plans.Plan, read: list[SourceUsage]) -> list[dict[str, Any]]:
-    """Returns what each phase is: when it begins, how long it takes, what is set by then, what it reads."""
+def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
+    """Returns the first step of each phase, its length, the settings that hold in it, and what it reads."""
     starts = sorted({0, *plan.schedule.starts})
     phases = []
-    for step, until in zip(starts, [*starts[1:], plan.steps], strict=True):
+    for step, end in zip(starts, [*starts[1:], plan.steps], strict=True):
         settings = {key: plan.schedule.override(key, step) for key in PHASE_SETTINGS}
         phases.append(
             {
                 "step": step,
-                "steps": until - step,
-                "tokens": (until - step) * plan.tokens_per_step,
+                "steps": end - step,
+                "tokens": (end - step) * plan.tokens_per_step,
                 "sets": {key: value for key, value in settings.items() if value is not None},
-                "sources": [dataclasses.asdict(one) for one in read if one.step == step],
+                "sources": [dataclasses.asdict(source) for source in usage if source.step == step],
             }
         )
     return phases
 
 
-def _read(plan: plans.Plan) -> tuple[list[SourceUsage], str]:
-    """Returns what the run reads of its sources, or why that cannot be told here."""
-    try:
-        return data_setup.source_usage(plan.config, plan.batch, plan.schedule), ""
-    except ConfigError as error:
-        return [], str(error)
-
-
-def _print_phases(plan: plans.Plan) -> None:
-    """Prints the stage table and, where the data is here, what each phase reads of each source."""
-    table = Table(
-        "from step", "steps", "tokens", "sets", "source", "tokens read", "epochs", box=None, header_style="bold"
-    )
-    for column in table.columns:
-        column.justify = "left" if column.header in ("sets", "source") else "right"
-        column.no_wrap = column.header != "source"
-    read, why = _read(plan)
-    for phase in _phases(plan, read):
-        # Weights say what the sources that follow say in tokens.
-        sets = {key: value for key, value in phase["sets"].items() if key != "source_weights" or not phase["sources"]}
-        head = [f"{phase[key]:,}" for key in ("step", "steps", "tokens")]
-        head.append("\n".join(f"{key} {value}" for key, value in sets.items()))
-        for source in phase["sources"] or [{}]:
-            table.add_row(*head, *_cells(source))
-            head = [""] * len(head)
+def _print_windows(plan: Plan, steps: list[int]) -> None:
+    table = Table(box=None, header_style="bold")
+    for name in ("step", "window", "tokens seen"):
+        table.add_column(name, justify="right")
+    for step in steps:
+        table.add_row(f"{step:,}", f"{plan.schedule.window(step):,}", f"{step * plan.tokens_per_step:,}")
     Console().print(table)
-    if why:
-        print(f"data        not here to count epochs: {why}")
 
 
-def _cells(source: dict[str, Any]) -> list[str]:
-    if not source:
-        return []
-    before, after = source["epochs_before"], source["epochs_before"] + source["epochs"]
-    return [source["source"], f"{source['tokens']:,}", f"{before:.2f} to {after:.2f}" if source["epochs"] else "-"]
+def _print_phases(phases: list[dict[str, Any]]) -> None:
+    table = Table(box=None, header_style="bold")
+    for name in ("from step", "steps", "tokens", "sets", "source", "tokens read", "epochs"):
+        is_text = name in ("sets", "source")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "source")
+    for phase in phases:
+        # The sources below show in tokens what the weights say.
+        sets = {key: value for key, value in phase["sets"].items() if key != "source_weights" or not phase["sources"]}
+        cells = [f"{phase[key]:,}" for key in ("step", "steps", "tokens")]
+        cells.append("\n".join(f"{key} {value}" for key, value in sets.items()))
+        if not phase["sources"]:
+            table.add_row(*cells)
+        for source in phase["sources"]:
+            before, epochs = source["epochs_before"], source["epochs"]
+            read = f"{before:.2f} to {before + epochs:.2f}" if epochs else "-"
+            table.add_row(*cells, source["source"], f"{source['tokens']:,}", read)
+            cells = [""] * len(cells)
+    Console().print(table)

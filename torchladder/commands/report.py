@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,22 +9,27 @@ from rich.console import Console
 from rich.table import Table
 
 from torchladder import plots
+from torchladder.commands.arguments import CommandParser
 from torchladder.metrics import METRICS_FILE, read_jsonl
+
+EPILOG = """
+example:
+  torchladder report outputs/full outputs/ladder --output ladder.png
+"""
 
 
 def run(argv: list[str]) -> int:
     """Writes the plot and prints the table."""
-    parser = argparse.ArgumentParser(prog="torchladder report", description=__doc__)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (job.dump_folder), or its metrics.jsonl"
-    )
-    parser.add_argument("--output", type=Path, default=Path("report.png"), help="plot to write (.png, .svg, .pdf)")
+    parser = CommandParser(prog="torchladder report", description=__doc__, epilog=EPILOG)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (job.dump_folder), or its metrics.jsonl")
+    add("--output", type=Path, default=Path("report.png"), help="plot to write (.png, .svg, .pdf)")
     arguments = parser.parse_args(argv)
     runs = read_runs(arguments.runs)
     plots.compare_runs(arguments.output, runs)
-    table = Table("run", "validation loss", "tokens", "minutes", "FLOPs", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("run", box=None, header_style="bold")
+    for name in ("validation loss", "tokens", "minutes", "FLOPs"):
+        table.add_column(name, justify="right")
     for curves in runs:
         table.add_row(
             curves.name,
@@ -40,14 +44,7 @@ def run(argv: list[str]) -> int:
 
 
 def read_runs(paths: Sequence[Path]) -> list[plots.RunCurves]:
-    """Returns the metrics of runs, each named after its folder, or by its path if two folders have the same name.
-
-    Args:
-        paths: folders of runs, or their metrics.jsonl.
-
-    Raises:
-        ConfigError: a metrics.jsonl does not exist or has no training step.
-    """
+    """Reads the metrics of runs, each named after its folder, or by its path if two folders have the same name."""
     files = [path / METRICS_FILE if path.is_dir() else path for path in paths]
     folders = [file.resolve().parent for file in files]
     names = [folder.name for folder in folders]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 from torchladder import config
-from torchladder.registry import ConfigError
+from torchladder.commands.arguments import CommandParser, check_positive
+from torchladder.registry import ConfigError, require
 from torchladder.resilience.interrupt import REQUEUE
 
 EPILOG = """\
@@ -51,36 +51,36 @@ exit "$code"
 
 def run(argv: list[str]) -> int:
     """Writes the script; with --submit also submits it, as a chain of --jobs jobs."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="torchladder slurm",
         description=__doc__,
         usage="torchladder slurm [options] -- --job.config_file FILE [--section.key value ...]",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("--output", type=Path, default=Path("job.sbatch"), help="script to write (default: job.sbatch)")
-    parser.add_argument("--name", default="torchladder", help="job name (default: torchladder)")
-    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default: 1)")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs per node, one rank each (default: 8)")
-    parser.add_argument("--time", default="24:00:00", help="time limit of a job (default: 24:00:00)")
-    parser.add_argument(
-        "--notice", type=int, default=300, help="seconds before the time limit at which the run saves (default: 300)"
-    )
-    parser.add_argument(
-        "--option", action="append", default=[], help="another sbatch option, such as partition=main; repeatable"
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="with --submit: length of the chain of jobs (default: 1)")
-    parser.add_argument("--submit", action="store_true", help="submit the script with sbatch")
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("job.sbatch"), help="script to write (default: %(default)s)")
+    add("--name", default="torchladder", help="job name (default: %(default)s)")
+    add("--nodes", type=int, default=1, help="number of nodes (default: %(default)s)")
+    add("--gpus", type=int, default=8, help="GPUs per node, one rank each (default: %(default)s)")
+    add("--time", default="24:00:00", help="time limit of a job (default: %(default)s)")
+    add("--notice", type=int, default=300, help="seconds before the time limit to save at (default: %(default)s)")
+    add("--option", action="append", default=[], help="another sbatch option, such as partition=main; repeatable")
+    add("--jobs", type=int, default=1, help="with --submit: length of the chain of jobs (default: %(default)s)")
+    add("--submit", action="store_true", help="submit the script with sbatch")
     arguments, rest = parser.parse_known_args(argv)
     train_argv = rest[1:] if rest[:1] == ["--"] else rest
-    _check_arguments(arguments, train_argv)
+    check_positive(arguments, "nodes", "gpus", "notice", "jobs")
+    checkpoint = config.load(train_argv).checkpoint  # invalid settings fail now instead of in the queue
+    require(
+        checkpoint.enable and not checkpoint.load_only,
+        "checkpoint.enable: a requeued job resumes from a checkpoint; set --checkpoint.enable, without load_only.",
+    )
+    require(
+        checkpoint.load_step == -1 or arguments.jobs == 1,
+        "checkpoint.load_step: every job of the chain would restart from that step; remove it.",
+    )
     script = SCRIPT.format(
-        name=arguments.name,
-        nodes=arguments.nodes,
-        gpus=arguments.gpus,
-        time=arguments.time,
-        notice=arguments.notice,
+        **vars(arguments),
         options="".join(f"#SBATCH --{option}\n" for option in arguments.option),
         train_argv=shlex.join(train_argv),
         requeue_code=REQUEUE,
@@ -94,11 +94,7 @@ def run(argv: list[str]) -> int:
 
 
 def submit_jobs(script: Path, jobs: int) -> list[str]:
-    """Submits a script ``jobs`` times, each job depending on the end of the previous one; returns the job ids.
-
-    Raises:
-        ConfigError: sbatch is not installed, or refuses the script.
-    """
+    """Submits a script ``jobs`` times, each job depending on the end of the previous one; returns the job ids."""
     if shutil.which("sbatch") is None:
         raise ConfigError(f"--submit: sbatch is not on PATH. {script} is written; submit it on a Slurm login node.")
     ids: list[str] = []
@@ -110,16 +106,3 @@ def submit_jobs(script: Path, jobs: int) -> list[str]:
         ids.append(result.stdout.strip().split(";")[0])
         print(f"submitted {ids[-1]}{f', after {ids[-2]}' if after else ''}")
     return ids
-
-
-def _check_arguments(arguments: argparse.Namespace, train_argv: list[str]) -> None:
-    for name in ("nodes", "gpus", "notice", "jobs"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} = {getattr(arguments, name)}: must be 1 or more.")
-    settings = config.load(train_argv)  # fails now instead of in the queue
-    if not settings.checkpoint.enable or settings.checkpoint.load_only:
-        raise ConfigError(
-            "checkpoint.enable: a requeued job resumes from a checkpoint; set --checkpoint.enable, without load_only."
-        )
-    if settings.checkpoint.load_step != -1 and arguments.jobs > 1:
-        raise ConfigError("checkpoint.load_step: every job of the chain would restart from that step; remove it.")

@@ -1,4 +1,4 @@
-"""Generates text: prompts are continued token by token, from a cache of keys and values."""
+"""Generates text token by token, with a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def generate(
         next_logits: the model. It always receives all rows, finished ones too.
         prompts: token ids, at least one each.
         config: number of new tokens, temperature and top-p.
-        max_len: tokens that the model reads at most; of longer texts only the last ones are read.
-        seed: of each prompt's own generator, on the CPU, so that all ranks sample the same tokens.
+        max_len: maximum tokens that the model reads: the last ones of longer texts.
+        seed: of each prompt's generator, which is on the CPU so that all ranks sample the same tokens.
         eos: the token that ends a text.
 
     Returns:
@@ -66,7 +66,7 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
 
 
 class IncrementalDecoder:
-    """Returns next-token logits; reads only the last token of rows that grew by one token, the rest is cached.
+    """Returns next-token logits; reuses the KV cache for rows that grew by one token.
 
     Args:
         trained: the model.
@@ -83,7 +83,6 @@ class IncrementalDecoder:
         self._rows: list[list[int]] = []
 
     def reset(self) -> None:
-        """Discards the cached rows."""
         self._rows = []
 
     @torch.no_grad()

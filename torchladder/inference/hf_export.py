@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,22 +26,19 @@ logger = logging.getLogger(__name__)
 
 
 def hf_metadata(config: Config, tokenizer: data.Tokenizer | None, window: int, rope_theta: float | None) -> HFMetadata:
-    """Returns what config.json says beside the shape of the model.
+    """Returns the values of config.json that are not the model's shape.
 
     Args:
         config: the settings of the run.
         tokenizer: of the run.
-        window: tokens a query may attend to, itself included; said only under a sliding mask.
+        window: tokens a query may attend to, itself included; exported only under a sliding mask.
         rope_theta: RoPE base of the weights, None for that of the model's config.
     """
-    slides = "sliding" in config.attention.masks and window < config.training.seq_len
-    ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-    return HFMetadata(
-        config.training.seq_len,
-        window=window if slides else None,
-        rope_theta=rope_theta,
-        token_ids={key: token for key, token in ids.items() if token is not None},
-    )
+    seq_len = config.training.seq_len
+    slides = "sliding" in config.attention.masks and window < seq_len
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos} if tokenizer else {}
+    token_ids = {key: token for key, token in ids.items() if token is not None}
+    return HFMetadata(seq_len, window=window if slides else None, rope_theta=rope_theta, token_ids=token_ids)
 
 
 def exported_tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dict[str, bytes]:
@@ -49,7 +46,7 @@ def exported_tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dic
 
     Args:
         tokenizer: the tokenizer, read from files or trained by the run.
-        path: its file or folder, with its other files; empty if it was not read from files.
+        path: its file or folder; empty if it was not read from files.
 
     Raises:
         ConfigError: there is no tokenizer at the path.
@@ -64,13 +61,9 @@ def exported_tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dic
 
 
 def checkpoint_assets(config: Config, tokenizer: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Returns the files with which a checkpoint can be opened without its run: the settings and the tokenizer.
+    """Returns path -> content of the files that make a checkpoint usable without its run: settings and tokenizer.
 
     A plugin's tokenizer is included if it has a setting ``path``.
-
-    Args:
-        config: the settings of the run.
-        tokenizer: file name -> content.
     """
     files = tokenizer if hasattr(config.tokenizer, "path") else {}
     return {checkpoint.CONFIG_FILE: config.to_toml().encode()} | {
@@ -85,7 +78,7 @@ def replace_directory(path: Path, assets: Mapping[str, bytes], is_writer: bool =
     Args:
         path: the final directory.
         assets: file name -> content, added at the end.
-        is_writer: whether this rank writes; on the others this does nothing.
+        is_writer: whether this rank writes; the other ranks do nothing.
     """
     partial = path.with_name(f"{path.name}.partial")
     if is_writer:
@@ -112,13 +105,13 @@ def export_checkpoint(
     Args:
         trained: a checkpoint.
         path: the folder to create or replace.
-        metadata: what config.json says beside the model's shape.
+        metadata: of config.json.
         assets: file name -> content of the tokenizer.
         dtype: of the exported weights; None: as stored.
         vocab_size: rows of the vocabulary to keep; None: all.
 
     Raises:
-        ConfigError: the checkpoint is damaged, or its model cannot be exported.
+        ConfigError: the checkpoint is damaged, or Hugging Face has no such model.
     """
     trained.verify()
     config = models.resolve(trained.config.model)
@@ -129,52 +122,42 @@ def export_checkpoint(
         conversion.checkpoint_to_hf(trained.path, partial, (trained.config.model.name, config), metadata, dtype)
 
 
-@dataclass(frozen=True)
 class LastSave:
-    """Saves ``step-N-hf`` beside the last checkpoint ``step-N`` of a run (``checkpoint.last_save_in_hf``).
+    """Saves ``step-N-hf`` next to the last checkpoint ``step-N`` of a run (``checkpoint.last_save_in_hf``).
 
-    Attributes:
-        config: settings of the run.
+    Args:
+        config: the settings of the run.
         tokenizer: of the run.
-        files: of the tokenizer, read when the run began.
+        tokenizer_files: file name -> content, read at the start of the run.
         final: the settings of the last step.
     """
 
-    config: Config
-    tokenizer: data.Tokenizer | None
-    files: Mapping[str, bytes]
-    final: StepSettings
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: data.Tokenizer | None,
+        tokenizer_files: Mapping[str, bytes],
+        final: StepSettings,
+    ) -> None:
+        self.config, self.tokenizer_files = config, tokenizer_files
+        self.checkpoint = Path(config.job.dump_folder, config.checkpoint.folder, f"step-{config.training.steps}")
+        self.path = self.checkpoint.with_name(f"{self.checkpoint.name}-hf")
+        self.metadata = hf_metadata(config, tokenizer, final.window, final.rope_theta)
+        self.dtype = getattr(torch, config.checkpoint.export_dtype)
 
     def write(self, model: Model, is_writer: bool) -> None:
-        """Saves the model in memory. All ranks take part; one of them writes."""
-        with replace_directory(self._path, self.files, is_writer) as partial:
-            hf_weights.save_hf_weights(model, partial, self._metadata, self._dtype, is_writer)
-        logger.info("saved %s", self._path)
+        """Saves the model in memory; a collective call, and one rank writes."""
+        with replace_directory(self.path, self.tokenizer_files, is_writer) as partial:
+            hf_weights.save_hf_weights(model, partial, self.metadata, self.dtype, is_writer)
+        logger.info("saved %s", self.path)
 
     def convert(self) -> None:
-        """Converts the last checkpoint if its folder is missing or older: the run was killed between the two."""
-        if not checkpoint.is_complete(self._checkpoint):
+        """Converts the last checkpoint if its export is missing or older: the run was killed between the two."""
+        if not checkpoint.is_complete(self.checkpoint):
             return
-        exported, saved = self._path / CONFIG_FILE, self._checkpoint / checkpoint.CHECKSUM_FILE
+        exported, saved = self.path / CONFIG_FILE, self.checkpoint / checkpoint.CHECKSUM_FILE
         if exported.is_file() and exported.stat().st_mtime_ns >= saved.stat().st_mtime_ns:
             return
-        trained = TrainedModel(self._checkpoint, self.config, checkpoint.RunState.read(self._checkpoint))
-        export_checkpoint(trained, self._path, self._metadata, self.files, self._dtype)
-        logger.info("saved %s", self._path)
-
-    @property
-    def _metadata(self) -> HFMetadata:
-        return hf_metadata(self.config, self.tokenizer, self.final.window, self.final.rope_theta)
-
-    @property
-    def _path(self) -> Path:
-        return self._checkpoint.with_name(f"{self._checkpoint.name}-hf")
-
-    @property
-    def _checkpoint(self) -> Path:
-        folder = Path(self.config.job.dump_folder) / self.config.checkpoint.folder
-        return folder / f"step-{self.config.training.steps}"
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return getattr(torch, self.config.checkpoint.export_dtype)
+        trained = TrainedModel(self.checkpoint, self.config, checkpoint.RunState.read(self.checkpoint))
+        export_checkpoint(trained, self.path, self.metadata, self.tokenizer_files, self.dtype)
+        logger.info("saved %s", self.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,18 @@ from torchladder.config import Config, hf_defaults, toml_files
 from torchladder.models import AttentionFunction, Model
 from torchladder.models.hf import hf_weights
 from torchladder.models.hf.hf_folder import HFFolder, is_hf_folder
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 TOKENIZER_FOLDER = "tokenizer"
 """Folder of a checkpoint with the files of its tokenizer."""
 
 
 class UnreadableCheckpointError(ConfigError):
-    """A checkpoint is damaged, or has been deleted in the meantime."""
+    """A checkpoint is damaged, or was deleted in the meantime."""
 
 
 class NoTokenizerError(ConfigError):
-    """The tokenizer of a model cannot be built."""
+    """The files or the library of a model's tokenizer are missing."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,7 @@ class LoadedModel:
     """A model with its weights on one device.
 
     Attributes:
-        model: the model.
         start: (T) int32 on the device, the mask of one document that fills the longest row.
-        device: of the weights.
     """
 
     model: Model
@@ -56,9 +55,9 @@ class TrainedModel:
 
     Attributes:
         path: the checkpoint or Hugging Face folder.
-        config: the settings of its run, or those that follow from the Hugging Face folder.
+        config: the settings of its run, or those derived from the Hugging Face folder.
         run_state: run.json of a checkpoint; None for a Hugging Face folder.
-        weights_id: identifies the content of the weights; another text if they change.
+        weights_id: changes if the weights change.
     """
 
     path: Path
@@ -95,11 +94,11 @@ class TrainedModel:
     def find_all(
         cls, path: Path, seq_len: int | None = None
     ) -> tuple[list[TrainedModel], list[UnreadableCheckpointError]]:
-        """Returns all models at a path, oldest first, and the errors of the checkpoints that cannot be read.
+        """Returns all models at a path, oldest first, and the errors of unreadable checkpoints.
 
         Args:
             path: a run's folder, its folder of checkpoints, one checkpoint, or a Hugging Face folder.
-            seq_len: as ``open`` takes it.
+            seq_len: see ``open``.
 
         Raises:
             ConfigError: there is no model.
@@ -112,16 +111,14 @@ class TrainedModel:
         configs: dict[str, Config] = {}  # most checkpoints of a run have the same settings
         for folder in [path] if checkpoint.is_complete(path) else _checkpoints(path):
             try:
-                file = folder / CONFIG_FILE
-                text = file.read_text(encoding="utf-8") if file.is_file() else ""
+                text = (folder / CONFIG_FILE).read_text(encoding="utf-8") if (folder / CONFIG_FILE).is_file() else ""
                 if text not in configs:
                     configs[text] = _run_config(folder)
                 found.append(cls._open_checkpoint(folder, configs[text]))
-            except (OSError, ValueError, KeyError) as error:  # a running training may delete it now
+            except (OSError, ValueError, KeyError) as error:  # damaged, or deleted by a running training
                 errors.append(UnreadableCheckpointError(f"{folder} cannot be read: {error}"))
-        if not found and not errors:
-            known = "a run with a complete checkpoint, a complete checkpoint (step-N) or a Hugging Face folder"
-            raise ConfigError(f"{str(path)!r} is not {known}.")
+        known = "a run with a complete checkpoint, a complete checkpoint (step-N) or a Hugging Face folder"
+        require(bool(found or errors), f"{str(path)!r} is not {known}.")
         return found, errors
 
     @classmethod
@@ -142,13 +139,13 @@ class TrainedModel:
         if self.run_state is None:
             return self.path
         parents = self.path.resolve().parents[:2]
-        return Path(os.path.relpath(next((one for one in parents if (one / CONFIG_FILE).is_file()), parents[0])))
+        return Path(os.path.relpath(next((path for path in parents if (path / CONFIG_FILE).is_file()), parents[0])))
 
     @property
     def max_seq_len(self) -> int:
         """Tokens in the longest row that the model was trained for."""
-        stated = HFFolder(self.path).config if self.run_state is None else {}
-        return stated.get("max_position_embeddings") or self.config.training.seq_len
+        hf_config = HFFolder(self.path).config if self.run_state is None else {}
+        return hf_config.get("max_position_embeddings") or self.config.training.seq_len
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
@@ -166,15 +163,15 @@ class TrainedModel:
         if self.run_state is not None and self.run_state.final_window is not None:
             return self.run_state.final_window
         training = replace(self.config.training, steps=max(self.config.training.steps, 1))
-        schedule = replace(self.config, training=training).schedule(tokens_per_step=1)  # there are no phases here
+        schedule = replace(self.config, training=training).schedule(tokens_per_step=1)  # no phases without a run
         return schedule.window(training.steps - 1)
 
     def build_tokenizer(self) -> data.Tokenizer | None:
         """Returns the tokenizer, None if the model has none.
 
         Raises:
-            NoTokenizerError: it cannot be built.
-            ConfigError: it is not the one that the model was trained with.
+            NoTokenizerError: its files or its library are missing.
+            ConfigError: the model was trained with another tokenizer.
         """
         try:
             tokenizer = data.build_tokenizer(self.config.tokenizer, self.config.data)
@@ -183,22 +180,18 @@ class TrainedModel:
         known = self.tokenizer_fingerprint
         if tokenizer is not None and known not in (None, tokenizer.fingerprint):
             raise ConfigError(
-                f"the tokenizer of {self.path} has changed: it was trained with {known}, and its settings now build "
-                f"{tokenizer.fingerprint}."
+                f"the tokenizer of {self.path} has changed: the model was trained with {known}, and its settings now "
+                f"build {tokenizer.fingerprint}."
             )
         return tokenizer
 
     def verify(self) -> None:
-        """Compares all files of a checkpoint with their checksums.
-
-        Raises:
-            UnreadableCheckpointError: a file differs.
-        """
+        """Raises ``UnreadableCheckpointError`` if a file of a checkpoint differs from its checksum."""
         if self.run_state is not None and (error := checkpoint.find_corruption(self.path)):
             raise UnreadableCheckpointError(f"{self.path} is damaged: {error}.")
 
     def load(self, attention_fn: AttentionFunction, seq_len: int, dtype: torch.dtype = torch.float32) -> LoadedModel:
-        """Returns the model with its weights, under the masks and the window at the end of its run.
+        """Loads the model, with the masks and the window at the end of its run.
 
         Args:
             attention_fn: the attention function of a kernel or a cache.
@@ -206,7 +199,7 @@ class TrainedModel:
             dtype: of the weights.
 
         Raises:
-            UnreadableCheckpointError: the checkpoint cannot be read.
+            UnreadableCheckpointError: the checkpoint is damaged or was deleted.
         """
         config = self.config
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -218,13 +211,16 @@ class TrainedModel:
             hf_weights.load_hf_weights(model, self.path)
         else:
             try:
-                dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=self.path, no_dist=True)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended here
+                    dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=self.path, no_dist=True)
             except (OSError, CheckpointException) as error:
                 raise UnreadableCheckpointError(f"{self.path} cannot be read: {error}") from error
         if self.rope_theta is not None:
             model.set_rope_theta(self.rope_theta)
-        full = self.final_window >= config.training.seq_len  # then longer rows are read in full as well
-        window = max(seq_len, self.final_window) if full else self.final_window
+        window = self.final_window
+        if window >= config.training.seq_len:  # full context: longer rows are read in full as well
+            window = max(seq_len, window)
         positions = torch.arange(seq_len, dtype=torch.int32)[None]
         start = mask.from_names(config.attention.masks, positions, window)[0]
         return LoadedModel(model.to(dtype), start.to(device), device)
@@ -245,7 +241,7 @@ def _run_config(path: Path) -> Config:
     """Returns the settings in a checkpoint, or else in its run's folder, with the tokenizer in the checkpoint."""
     for folder in (path, *path.resolve().parents[:2]):
         if (folder / CONFIG_FILE).is_file():
-            # The settings have all that the Hugging Face folder said, which may be gone.
+            # The settings include those of the Hugging Face folder, which may have been deleted.
             overrides = {"model.hf_assets_path": "", "checkpoint.initial_load_in_hf": False}
             if (path / TOKENIZER_FOLDER).is_dir():
                 overrides["tokenizer.path"] = str(path / TOKENIZER_FOLDER)

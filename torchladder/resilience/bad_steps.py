@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,9 @@ class ResilienceConfig:
     """Bad steps between two checkpoints that skip and rollback tolerate; one more stops the run."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sigma_factor < math.inf:
-            raise ConfigError(f"resilience.sigma_factor = {self.sigma_factor}: must be 0 or more.")
-        if self.max_bad_steps < 1:
-            raise ConfigError(f"resilience.max_bad_steps = {self.max_bad_steps}: must be 1 or more.")
+        sigma, most = self.sigma_factor, self.max_bad_steps
+        require(0 <= sigma < math.inf, f"resilience.sigma_factor = {sigma}: must be 0 or more.")
+        require(most >= 1, f"resilience.max_bad_steps = {most}: must be 1 or more.")
 
 
 class BadStepError(RuntimeError):
@@ -63,7 +62,7 @@ class RollBack(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """A step that the host has not checked yet.
+    """The outcome of a step, not read by the host yet.
 
     Attributes:
         step: optimizer steps taken after it.
@@ -81,24 +80,24 @@ class StepOutcome:
 
 
 class BadStepDetector:
-    """Detects bad steps on the device and reports them to the host later.
+    """Detects bad steps on the device; ``flush`` reads the result on the host.
 
     Args:
         config: the section [resilience].
         device: where gradient norms live.
         fused: whether the optimizer can skip a step on the device.
-        is_rank0: whether this rank reports bad steps; the others report only their own losses.
+        is_rank0: whether this rank logs bad steps; the others log only their own losses.
 
     Raises:
         ConfigError: on_bad_step = "skip", with an optimizer that cannot skip a step on the device.
     """
 
     def __init__(self, config: ResilienceConfig, device: torch.device, fused: bool, is_rank0: bool = True) -> None:
-        if config.on_bad_step == "skip" and device.type != "cpu" and not fused:
-            raise ConfigError(
-                "resilience.on_bad_step = 'skip' on a GPU needs optimizer.implementation = 'fused': any other "
-                "implementation would have to synchronize with the GPU at every step."
-            )
+        require(
+            config.on_bad_step != "skip" or device.type == "cpu" or fused,
+            "resilience.on_bad_step = 'skip' on a GPU needs optimizer.implementation = 'fused': any other "
+            "implementation would have to synchronize with the GPU at every step.",
+        )
         self.config = config
         self.is_rank0 = is_rank0
         self.grad_norms = torch.full((HISTORY_STEPS,), torch.nan, dtype=torch.float64, device=device)
@@ -112,8 +111,8 @@ class BadStepDetector:
     def check(self, grad_norm: Tensor) -> Tensor:
         """Returns () fp32 on the device: 1 for a bad step, else 0. Never synchronizes.
 
-        The norm alone tells: gradients that contain a NaN have the norm NaN, and backward makes all of them NaN if the
-        loss is not finite (``backward_seed``). So every rank gets the same answer.
+        The norm suffices: gradients that contain a NaN have the norm NaN, and backward makes all of them NaN if the
+        loss is not finite (``backward_seed``). So every rank gets the same result.
         """
         norm = grad_norm.detach().to(torch.float64)
         bad = ~norm.isfinite()
@@ -142,16 +141,14 @@ class BadStepDetector:
             RollBack: there was one and the policy is rollback.
         """
         outcomes, self._unchecked = self._unchecked, []
-        if not outcomes:
-            return
-        flags = torch.stack([outcome.bad for outcome in outcomes]).tolist()
+        flags = torch.stack([outcome.bad for outcome in outcomes]).tolist() if outcomes else []
         bad = [outcome for outcome, flag in zip(outcomes, flags, strict=True) if flag]
         if not bad:
             return
         self.num_bad += len(bad)
         self._bad_since_save += len(bad)
         for outcome in bad:
-            self._report(outcome)
+            self._log(outcome)
         rows = [outcome.rows for outcome in bad]
         if self.config.on_bad_step == "stop":
             raise BadStepError(f"bad step {bad[0].step}: rows {format_rows(rows)} (resilience.on_bad_step = 'stop')")
@@ -163,13 +160,13 @@ class BadStepDetector:
         if self.config.on_bad_step == "rollback":
             raise RollBack(rows)
 
-    def _report(self, outcome: StepOutcome) -> None:
+    def _log(self, outcome: StepOutcome) -> None:
         if self.is_rank0:
             rows, norm = format_rows([outcome.rows]), outcome.grad_norm.item()
             logger.warning("bad step %d: gradient norm %g, rows %s (%d so far)", outcome.step, norm, rows, self.num_bad)
-        for mine, loss in outcome.losses:
+        for own_rows, loss in outcome.losses:
             if not loss.isfinite():
-                rows = ", ".join(map(str, mine)) or "unknown"
+                rows = ", ".join(map(str, own_rows)) or "unknown"
                 logger.warning("bad step %d: the loss is %g on rows %s", outcome.step, loss.item(), rows)
 
     def saved(self) -> None:
@@ -177,7 +174,7 @@ class BadStepDetector:
         self._bad_since_save = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs to decide as an uninterrupted one would."""
+        """Returns the state with which a resumed run decides as an uninterrupted one would."""
         count = int(self.num_good)
         return {
             "grad_norms": self.grad_norms.tolist()[: min(count, HISTORY_STEPS)],
@@ -198,7 +195,7 @@ class BadStepDetector:
 def backward_seed(loss: Tensor) -> Tensor:
     """Returns the gradient to start backward with: 1, or NaN if the loss is not finite.
 
-    So a bad loss reaches every gradient and, through the reduction over ranks, every rank, without a further exchange.
+    So a bad loss reaches every gradient and, through the reduction over ranks, every rank, without another collective.
     """
     return 1 + 0 * loss.detach()
 

@@ -1,8 +1,8 @@
 """Ending a run early: signals and a time limit.
 
 A signal handler only sets a flag. The trainer checks it before each step, validation batch and sampled token, in an
-exchange with the other ranks, so all of them stop at the same place and save. What only this process waits for
-(building the model, reading data) is interrupted at once: nothing would be lost.
+all-reduce with the other ranks, so all of them stop at the same step and save. Work that only this process waits for
+(building the model, reading data) is interrupted at once: nothing is lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FINISHED, FAILED, REQUEUE = 0, 1, 75
 
 
 class Interrupted(Exception):  # noqa: N818
-    """The run must end here, in good order; the message says why."""
+    """The run must stop here and save; the message is the reason."""
 
 
 class Interrupt:
@@ -32,7 +32,7 @@ class Interrupt:
         max_minutes: time limit from now on; 0 for none.
 
     Attributes:
-        reason: why; empty while there is no reason.
+        reason: a signal or the time limit; empty while there is none.
     """
 
     def __init__(self, max_minutes: float = 0.0) -> None:
@@ -60,11 +60,7 @@ class Interrupt:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Lets a signal interrupt the body.
-
-        Raises:
-            Interrupted: there is or was one.
-        """
+        """Raises ``Interrupted`` in the body on a signal, or at once if this process should end already."""
         try:
             self._interruptible = True
             if self.requested:

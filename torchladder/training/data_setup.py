@@ -1,20 +1,63 @@
-"""The data loaders of a run, how many steps its epochs take, and what it reads of each source."""
+"""The data of a run: how a step's rows are divided, its loaders, its length in epochs, what it reads of each source."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torchladder import data
+from torchladder import data, models
 from torchladder.config import Config
 from torchladder.data.dataloader import SizedLoader, SourceUsage
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 from torchladder.schedule import Schedule
-from torchladder.training.batch_sizes import BatchSizes
 
 DEFAULT_STEPS = 10_000
 """Optimizer steps of a run that sets neither steps nor epochs."""
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The rows of one step: ``global_batch_size = data_parallel * micro_batch_size * accumulation``."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    data_parallel: int
+
+
+def batch_sizes(config: Config, data_parallel: int) -> BatchSizes:
+    """Divides the rows of a step over data-parallel ranks and micro-batches.
+
+    Raises:
+        ConfigError: they do not divide; the message has the nearest sizes that do.
+    """
+    micro, rows = config.training.local_batch_size, config.training.global_batch_size
+    at_once = micro * data_parallel
+    rows = at_once if rows == -1 else rows
+    below, above = rows // at_once * at_once, -(-rows // at_once) * at_once
+    require(
+        below == above,
+        f"training.global_batch_size = {rows} is not a multiple of training.local_batch_size {micro} x "
+        f"{data_parallel} data-parallel ranks = {at_once}. Nearest: {below or above} or {above}.",
+    )
+    return BatchSizes(rows, micro, rows // at_once, data_parallel)
+
+
+def build_checked_tokenizer(config: Config) -> data.Tokenizer | None:
+    """Builds the tokenizer of a run; None if it has none.
+
+    Raises:
+        ConfigError: it has more tokens than the model's vocabulary.
+    """
+    tokenizer = data.build_tokenizer(config.tokenizer, config.data)
+    vocab_size = models.resolve(config.model).vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size = {vocab_size}: "
+            f"set model.vocab_size to {tokenizer.vocab_size} or more."
+        )
+    return tokenizer
 
 
 def build_loader(
@@ -32,7 +75,7 @@ def build_loader(
         batch: how its rows are divided.
         schedule: of the run; None to measure the data without its phases.
         split: ``train`` or ``validation``.
-        tokenizer: of the run.
+        tokenizer: of the run; None builds it.
         dp_rank: the data-parallel rank.
 
     Raises:
@@ -43,16 +86,16 @@ def build_loader(
         raise ConfigError(
             f"phases: source_weights: the data loader {config.data.name!r} does not mix sources; the loader rows does."
         )
-    train = split == "train"
+    micro_batches = batch.accumulation if split == "train" else 1
     return data.registry.build(
         config.data,
         split=split,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or build_checked_tokenizer(config),
         seq_len=config.training.seq_len,
         dp_rank=dp_rank,
         dp_degree=batch.data_parallel,
         local_batch_size=batch.micro_batch_size,
-        global_batch_size=batch.global_batch_size if train else batch.micro_batch_size * batch.data_parallel,
+        global_batch_size=batch.micro_batch_size * batch.data_parallel * micro_batches,
         steps=None if config.training.steps == -1 else config.training.steps,
         weight_changes={step: changes.get(step) for step in schedule.starts} if schedule else {},
     )
@@ -66,7 +109,7 @@ def with_steps(config: Config, batch: BatchSizes) -> Config:
     """
     epochs, steps = config.training.epochs, config.training.steps
     if epochs is not None:
-        loader = build_loader(config, batch, tokenizer=data.build_tokenizer(config.tokenizer, config.data))
+        loader = build_loader(config, batch)
         if not isinstance(loader, SizedLoader):
             raise ConfigError(f"the data loader {config.data.name!r} has no epochs: set training.steps.")
         steps = loader.steps_for(epochs)
@@ -74,36 +117,25 @@ def with_steps(config: Config, batch: BatchSizes) -> Config:
     return replace(config, training=replace(config.training, steps=steps, epochs=None))
 
 
-def check_data_suffices(config: Config, batch: BatchSizes, schedule: Schedule) -> None:
-    """Opens the data of a run if not all of its sources repeat.
-
-    Raises:
-        ConfigError: a source runs out before the last step.
-    """
-    if not _repeats(config.data):
-        tokenizer = data.build_tokenizer(config.tokenizer, config.data)
-        build_loader(config, batch, schedule, tokenizer=tokenizer)
+def all_sources_repeat(section: Any) -> bool:
+    """Returns whether no source of ``[data]`` can run out before the last step."""
+    repeat = getattr(section, "repeat", True)
+    return all(repeat if source.repeat is None else source.repeat for source in getattr(section, "sources", []))
 
 
 def source_usage(config: Config, batch: BatchSizes, schedule: Schedule) -> list[SourceUsage]:
     """Returns what each phase reads of each source, provided that this takes no longer than reading indices.
 
     Raises:
-        ConfigError: the data is not here, or not tokenized yet.
+        ConfigError: the data does not exist, or is not tokenized yet.
     """
     sources = getattr(config.data, "sources", [])
     if not sources:
-        raise ConfigError(f"the data loader {config.data.name!r} cannot tell in advance.")
-    if _repeats(config.data):  # otherwise all of it has been tokenized already, to see whether it suffices
+        raise ConfigError(f"the data loader {config.data.name!r} has no data.sources.")
+    if all_sources_repeat(config.data):  # otherwise the plan has tokenized all of it, to see whether it suffices
         for source in sources:
             source.check()
             if not source.is_tokens:
                 raise ConfigError(f"{source.title} is raw text, tokenized when a run first needs it.")
-    tokenizer = data.build_tokenizer(config.tokenizer, config.data)
-    loader = build_loader(config, batch, schedule, tokenizer=tokenizer)
+    loader = build_loader(config, batch, schedule)
     return loader.usage() if isinstance(loader, SizedLoader) else []
-
-
-def _repeats(section: Any) -> bool:
-    repeat = getattr(section, "repeat", True)
-    return all(repeat if source.repeat is None else source.repeat for source in getattr(section, "sources", []))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 
-from torchladder.checkpoint import Checkpointer, RunState, RunStateCheck, complete_steps
-from torchladder.config import Config
+from torchladder.checkpoint import Checkpointer, RunState, check_fingerprints, complete_steps
 from torchladder.data.dataloader import BaseDataLoader, Batch, SupportsSkipping
 from torchladder.distributed.ranks import Ranks
 from torchladder.registry import ConfigError
 from torchladder.resilience.bad_steps import BadStepDetector, BadStepError, RollBack
 from torchladder.resilience.interrupt import Interrupt, Interrupted
+from torchladder.training.run_plan import Plan, fingerprints
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +20,11 @@ class FaultTolerance:
     """Saves, ends and rolls back on all ranks at the same step.
 
     Args:
-        config: the settings of the run.
+        plan: of the run.
         ranks: this process among all.
-        interrupt: whether this process has been asked to end.
+        interrupt: whether this process should end.
         checkpointer: saves and loads the run.
-        bad_steps: which steps were bad.
+        bad_steps: detects bad steps.
 
     Attributes:
         skipped_rows: ranges of rows, first to last, that roll-backs have removed from the run.
@@ -34,16 +34,17 @@ class FaultTolerance:
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks, interrupt: Interrupt, checkpointer: Checkpointer, bad_steps: BadStepDetector
+        self, plan: Plan, ranks: Ranks, interrupt: Interrupt, checkpointer: Checkpointer, bad_steps: BadStepDetector
     ) -> None:
+        self.plan = plan
         self.ranks = ranks
         self.interrupt = interrupt
         self.checkpointer = checkpointer
         self.bad_steps = bad_steps
-        self.total_steps = config.training.steps
+        self.total_steps = plan.steps
         self.skipped_rows: list[tuple[int, int]] = []
         self._overdue = False
-        if config.resilience.on_bad_step == "rollback" and not checkpointer.can_save:
+        if plan.config.resilience.on_bad_step == "rollback" and not checkpointer.can_save:
             raise ConfigError("resilience.on_bad_step = 'rollback' returns to checkpoints: set checkpoint.enable.")
 
     def read(self, loader: BaseDataLoader, count: int) -> list[Batch]:
@@ -64,36 +65,32 @@ class FaultTolerance:
             Labels and pairs of the whole step.
 
         Raises:
-            Interrupted: on every rank, if one was asked to end; the step has not begun.
+            Interrupted: on every rank, if one should end; the step has not begun.
             SaveError: on every rank, if too many saves have failed.
         """
         requests = self.interrupt.requested, self.checkpointer.idle, self.checkpointer.overdue
         labels, all_pairs, stop, settled, overdue = self.ranks.sums(num_labels, pairs, *requests)
         if stop:
-            self._end()
+            raise Interrupted(self._reason)
         if settled == self.ranks.size:
             self.checkpointer.wait()  # returns at once: the save in flight has completed or failed on every rank
         self._overdue = overdue > 0
         return round(labels / model_parallel), round(all_pairs / model_parallel)
 
     def stop_if_requested(self) -> None:
-        """Interrupts something long on every rank if one of them was asked to end.
-
-        Raises:
-            Interrupted: on every rank.
-        """
+        """Raises ``Interrupted`` on every rank if one of them should end; for work longer than a step."""
         if self.ranks.max(int(self.interrupt.requested)):
-            self._end()
+            raise Interrupted(self._reason)
 
     def save_due(self, step: int) -> bool:
-        """Whether to save a checkpoint after that many steps."""
+        """Returns whether to save a checkpoint after ``step`` steps."""
         return step > 0 and self.checkpointer.due(step, step == self.total_steps, self._overdue)
 
     def save(self, state: RunState, must: bool = False) -> None:
         """Saves a checkpoint, unless a step since the last one was bad.
 
         Args:
-            state: where the run stands.
+            state: the progress of the run.
             must: the process ends afterwards: retry until it succeeds or too many saves have failed.
 
         Raises:
@@ -115,14 +112,21 @@ class FaultTolerance:
         except RollBack as rollback:  # the next start continues from the newest checkpoint anyway
             logger.warning("not saved: the run has to roll back, %s", rollback)
 
-    def resume(self, check: RunStateCheck, loader: BaseDataLoader, newest: bool = False) -> RunState | None:
-        """Loads the checkpoint to continue from and moves the loader to its row; None if the run starts from scratch.
+    def resume(self, loader: BaseDataLoader, newest: bool = False) -> RunState | None:
+        """Loads the checkpoint to resume from and moves the loader to its row; None if the run starts from scratch.
 
         Args:
-            check: raises ConfigError if a checkpoint is of another run.
             loader: of the training rows.
             newest: ignore checkpoint.load_step.
+
+        Raises:
+            ConfigError: the checkpoint is of another run.
         """
+
+        def check(state: RunState) -> None:
+            now, accepted = fingerprints(self.plan, loader), self.plan.config.checkpoint.accept_changes
+            check_fingerprints(state.fingerprints, now, accepted)
+
         state = self.checkpointer.load(check, newest)
         if state is not None:
             self.bad_steps.load_state_dict(state.bad_steps)
@@ -130,8 +134,8 @@ class FaultTolerance:
             loader.seek(state.row)
         return state
 
-    def roll_back(self, rollback: RollBack, check: RunStateCheck, loader: BaseDataLoader) -> RunState:
-        """Returns to the newest checkpoint, and skips the rows of the bad steps from there on.
+    def roll_back(self, rollback: RollBack, loader: BaseDataLoader) -> RunState:
+        """Loads the newest checkpoint; the loader then skips the rows of the bad steps.
 
         Raises:
             BadStepError: there is no checkpoint yet.
@@ -140,7 +144,7 @@ class FaultTolerance:
         if not self.checkpointer.group.broadcast(complete_steps(self.checkpointer.folder)):
             raise BadStepError(f"a bad step, {rollback}, and no checkpoint yet to roll back to")
         self._skip(rollback.rows, loader)
-        state = self.resume(check, loader, newest=True)
+        state = self.resume(loader, newest=True)
         assert state is not None
         if self.ranks.first:
             logger.warning("rolled back to step %d, %s", state.step, rollback)
@@ -154,5 +158,6 @@ class FaultTolerance:
         loader.add_skip_rows(rows)
         self.skipped_rows += rows
 
-    def _end(self) -> None:
-        raise Interrupted(self.interrupt.reason or "another rank was asked to end")
+    @property
+    def _reason(self) -> str:
+        return self.interrupt.reason or "another rank was interrupted"

@@ -1,4 +1,4 @@
-"""What a layout takes before any rank exists: memory per rank, bytes sent per step, and which layouts would fit."""
+"""Estimates a layout before its ranks exist: memory per rank, communication per step, and layouts that fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchladder.training.run_plan import Plan
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank at the end of a forward pass, when most is held."""
+    """Bytes on one rank at the end of a forward pass, where memory peaks."""
 
     parameters: int
     gradients: int
@@ -36,7 +36,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sends in a step."""
+    """Bytes that one rank sends in a step, by mesh dimension."""
 
     shard: int
     replicate: int
@@ -46,184 +46,185 @@ class Traffic:
 
 @dataclass(frozen=True)
 class CandidateLayout:
-    """What a search for one that fits may change.
+    """The settings that the search for a layout that fits may change.
 
     Attributes:
-        degrees: how the ranks are divided.
-        local: rows that a rank puts through the model at once.
-        mode: none, full, op, or n to recompute every n-th block.
+        degrees: the degrees of parallelism.
+        micro_batch_size: rows of a micro-batch on one data-parallel rank.
+        ac_mode: activation checkpointing: none, full, op, or n to checkpoint every n-th block.
     """
 
     degrees: Degrees
-    local: int
-    mode: str
+    micro_batch_size: int
+    ac_mode: str
 
 
 class MemoryEstimator:
-    """The model of a run on ranks that do not exist; to be made and asked inside ``fake_ranks.fake_process_group``.
+    """Estimates the memory and communication of a run; use it inside ``fake_ranks.fake_process_group``.
 
     Args:
-        plan: the run, on so many ranks.
+        plan: the run.
     """
 
     def __init__(self, plan: Plan) -> None:
-        training, recompute = plan.config.training, plan.config.activation_checkpoint
-        self.plan, self.config = plan, plan.config
-        mode = recompute.selective_ac_option if recompute.mode == "selective" else recompute.mode
-        self.layout = CandidateLayout(plan.degrees, plan.batch.micro_batch_size, mode)
-        self.compute = getattr(torch, training.mixed_precision_param)
-        self.reduced = getattr(torch, training.mixed_precision_reduce).itemsize
-        model = self._model()
-        self.numbers, self.heads = model.num_parameters(), model.heads()
-        self.blocks = [sum(p.numel() for p in block.parameters()) for block in model.layers.values()]
-        table = next(p for name, p in model.named_parameters() if not name.startswith("layers.") and p.dim() == 2)
-        self.vocabulary, self.dim = table.shape
-        self._kept: dict[tuple[int, int, int], tuple[dict[str, int], int]] = {}
+        training, checkpointing = plan.config.training, plan.config.activation_checkpoint
+        self.plan, self.config, self.seq_len = plan, plan.config, training.seq_len
+        selective = checkpointing.mode == "selective"
+        ac_mode = checkpointing.selective_ac_option if selective else checkpointing.mode
+        self.layout = CandidateLayout(plan.degrees, plan.batch.micro_batch_size, ac_mode)
+        self.dtype = getattr(torch, training.mixed_precision_param)
+        self.reduce_bytes = getattr(torch, training.mixed_precision_reduce).itemsize
+        self.keeps_gathered = plan.config.parallelism.fsdp_reshard_after_forward == "never"
+        model = self._build_meta_model()
+        self.num_parameters, self.heads = model.num_parameters(), model.heads()
+        self.block_sizes = [sum(p.numel() for p in block.parameters()) for block in model.layers.values()]
+        embedding = next(p for name, p in model.named_parameters() if not name.startswith("layers.") and p.dim() == 2)
+        self.vocab_size, self.dim = embedding.shape
+        self._block_bytes: dict[tuple[int, int, int], tuple[dict[str, int], int]] = {}
 
     def memory(self, layout: CandidateLayout | None = None) -> RankMemory:
-        """Returns what a layout takes on a rank, the run's own as its model is sharded, another by its degrees."""
-        own, layout = layout is None, layout or self.layout
-        degrees, size = layout.degrees, self.compute.itemsize
-        parameters = self._sharded() if own else 4 * self.numbers // (degrees.shard * degrees.model_parallel)
-        root, block = self.numbers - sum(self.blocks), max(self.blocks)
+        """Returns the memory of a rank: exact shards for the run's own layout (None), an estimate for another."""
+        shards, layout = (None if layout else self._sharded_bytes()), layout or self.layout
+        degrees, itemsize = layout.degrees, self.dtype.itemsize
+        parameters = shards or 4 * self.num_parameters // (degrees.shard * degrees.model_parallel)
         if degrees.data * degrees.model_parallel == 1:
-            gathered = self.numbers * size if size < 4 else 0  # autocast keeps what it has cast
+            gathered = self.num_parameters * itemsize if itemsize < 4 else 0  # autocast keeps the weights it casts
         else:
-            kept = self.config.parallelism.fsdp_reshard_after_forward == "never"
-            # One block computes while the next is gathered, and one's gradient is on its way.
-            blocks = sum(self.blocks) if kept else 2 * block
-            gathered = (size * (root + blocks) + self.reduced * block) // degrees.tensor
-        tokens = layout.local * self.config.training.seq_len // degrees.context
-        logits = min(MAX_LOGITS_GPU, tokens * self.vocabulary // degrees.tensor)
-        head = 4 * self.vocabulary * self.dim // degrees.tensor
+            root, largest = self.num_parameters - sum(self.block_sizes), max(self.block_sizes)
+            # One block computes while the next is gathered, and the gradient of one is being reduced.
+            blocks = sum(self.block_sizes) if self.keeps_gathered else 2 * largest
+            gathered = (itemsize * (root + blocks) + self.reduce_bytes * largest) // degrees.tensor
+        tokens = layout.micro_batch_size * self.seq_len // degrees.context
+        logits = min(MAX_LOGITS_GPU, tokens * self.vocab_size // degrees.tensor)
+        head_gradient = 4 * self.vocab_size * self.dim // degrees.tensor
         return RankMemory(
             parameters=parameters,
             gradients=parameters,
             optimizer=2 * parameters,
             gathered=gathered,
-            activations=self._activations(layout),
-            loss=logits * (4 + 2 * size) + head + tokens * self.dim * size,
+            activations=self._activation_bytes(layout),
+            loss=logits * (4 + 2 * itemsize) + head_gradient + tokens * self.dim * itemsize,
         )
 
     def traffic(self) -> Traffic:
-        """Returns the bytes that a rank of the run's own layout sends in a step, under the widest mask."""
-        degrees, layout, micro = self.layout.degrees, self.layout, self.plan.batch.accumulation
-        size, layers = self.compute.itemsize, len(self.blocks)
-        gathers = 1 if self.config.parallelism.fsdp_reshard_after_forward == "never" else 2
+        """Returns the bytes that a rank of the run's own layout sends in a step, under its widest window."""
+        degrees, micro_batches = self.layout.degrees, self.plan.batch.accumulation
+        itemsize, layers = self.dtype.itemsize, len(self.block_sizes)
+        all_gathers = 1 if self.keeps_gathered else 2
         n, r, t, c = degrees.shard * degrees.context, degrees.replicate, degrees.tensor, degrees.context
-        mine = self.numbers // t
-        tokens = layout.local * self.config.training.seq_len // c
-        # A block gathers tokens twice and scatters them twice, forward and backward; the embedding and the head once.
-        moves = (8 + (4 if layout.mode == "full" else 0)) * layers + 4
-        _, keys = self._block(layout)
+        parameters = self.num_parameters // t
+        tokens = self.layout.micro_batch_size * self.seq_len // c
+        # A block all-gathers and reduce-scatters tokens twice each, forward and backward; embedding and head once.
+        collectives = (8 + (4 if self.layout.ac_mode == "full" else 0)) * layers + 4
+        _, kv_bytes = self._measure_block(self.layout)
         return Traffic(
-            shard=micro * (gathers * size + self.reduced) * mine * (n - 1) // n,
-            replicate=micro * 2 * self.reduced * mine // n * (r - 1) // r,
-            tensor=micro * moves * tokens * self.dim * size * (t - 1) // t,
-            context=micro * layers * 2 * keys * self._reach(c) // (self.config.training.seq_len // c),
+            shard=micro_batches * (all_gathers * itemsize + self.reduce_bytes) * parameters * (n - 1) // n,
+            replicate=micro_batches * 2 * self.reduce_bytes * parameters // n * (r - 1) // r,
+            tensor=micro_batches * collectives * tokens * self.dim * itemsize * (t - 1) // t,
+            context=micro_batches * layers * 2 * kv_bytes * self._max_sent_keys(c) // (self.seq_len // c),
         )
 
-    def fitting(self, limit: int) -> list[tuple[CandidateLayout, RankMemory]]:
-        """Returns up to three layouts that take no more than ``limit`` bytes, those with the fewest changes first."""
-        found = [(layout, self.memory(layout)) for layout in self._candidates()]
-        fits = [(layout, memory) for layout, memory in found if memory.total <= limit]
-        fits.sort(key=lambda one: (len(self.changes(one[0])), one[0].degrees.model_parallel, -one[0].local))
-        return fits[:3]
+    def find_fitting(self, limit: int) -> list[tuple[CandidateLayout, RankMemory]]:
+        """Returns up to three layouts of at most ``limit`` bytes per rank, those with the fewest changes first."""
+        estimates = ((layout, self.memory(layout)) for layout in self._candidates())
+        fitting = [(layout, memory) for layout, memory in estimates if memory.total <= limit]
+        fitting.sort(key=lambda x: (len(self.changes(x[0])), x[0].degrees.model_parallel, -x[0].micro_batch_size))
+        return fitting[:3]
 
     def changes(self, layout: CandidateLayout) -> dict[str, int | str]:
-        """Returns the settings that make the run's own layout into another."""
-        own, other = self._settings(self.layout), self._settings(layout)
-        return {key: value for key, value in other.items() if own.get(key) != value}
+        """Returns the settings that turn the run's own layout into another: key -> value."""
+        own = self._settings(self.layout)
+        return {key: value for key, value in self._settings(layout).items() if own.get(key) != value}
 
     def _settings(self, layout: CandidateLayout) -> dict[str, int | str]:
-        degrees, selective = layout.degrees, layout.mode not in ("none", "full")
+        degrees, selective = layout.degrees, layout.ac_mode not in ("none", "full")
         settings: dict[str, int | str] = {
             "parallelism.data_parallel_replicate_degree": degrees.replicate,
             "parallelism.tensor_parallel_degree": degrees.tensor,
             "parallelism.context_parallel_degree": degrees.context,
-            "training.local_batch_size": layout.local,
-            "activation_checkpoint.mode": "selective" if selective else layout.mode,
+            "training.local_batch_size": layout.micro_batch_size,
+            "activation_checkpoint.mode": "selective" if selective else layout.ac_mode,
         }
         if self.config.parallelism.data_parallel_shard_degree != -1:
             settings["parallelism.data_parallel_shard_degree"] = degrees.shard
-        return settings | ({"activation_checkpoint.selective_ac_option": layout.mode} if selective else {})
+        return settings | ({"activation_checkpoint.selective_ac_option": layout.ac_mode} if selective else {})
 
     def _candidates(self) -> Iterator[CandidateLayout]:
-        ranks = self.layout.degrees.data * self.layout.degrees.model_parallel
-        replicates = {self.layout.degrees.replicate, 1}
-        locals_ = {self.layout.local >> shift for shift in range(self.layout.local.bit_length())}
-        for replicate, heads, parts, local in product(replicates, (1, 2, 4, 8), (1, 2, 4, 8, 16), locals_):
-            rest = replicate * heads * parts
-            if ranks % rest or any(number % heads for number in self.heads):
-                continue
-            degrees = Degrees(replicate, ranks // rest, parts, heads)
-            if self.config.training.seq_len % (parts * heads) or self.plan.batch.global_batch_size % (
-                local * degrees.data
+        """Yields the layouts of the same ranks whose degrees divide ranks, heads, tokens and rows."""
+        own = self.layout
+        ranks = own.degrees.data * own.degrees.model_parallel
+        micro_batch_sizes = {own.micro_batch_size >> shift for shift in range(own.micro_batch_size.bit_length())}
+        for replicate, tensor, context, micro_batch_size in product(
+            {own.degrees.replicate, 1}, (1, 2, 4, 8), (1, 2, 4, 8, 16), micro_batch_sizes
+        ):
+            degrees = Degrees(replicate, ranks // (replicate * tensor * context), context, tensor)
+            if (
+                degrees.data * degrees.model_parallel == ranks
+                and not any(heads % tensor for heads in self.heads)
+                and self.seq_len % (context * tensor) == 0
+                and self.plan.batch.global_batch_size % (micro_batch_size * degrees.data) == 0
             ):
-                continue
-            for mode in {self.layout.mode, "op", "full"}:
-                yield CandidateLayout(degrees, local, mode)
+                for ac_mode in dict.fromkeys((own.ac_mode, "op", "full")):
+                    yield CandidateLayout(degrees, micro_batch_size, ac_mode)
 
-    def _reach(self, parts: int) -> int:
-        """Returns the most keys that a rank gives away, in tokens of a row, under any window of the run."""
-        length = self.config.training.seq_len
-        row = torch.arange(length, dtype=torch.int32)[None]
+    def _max_sent_keys(self, context: int) -> int:
+        """Returns the most keys per row that a rank sends to later ranks, under the widest window of the run."""
+        row = torch.arange(self.seq_len, dtype=torch.int32)[None]
         widest = max(self.plan.schedule.window(step) for step in {0, self.plan.steps // 2, self.plan.steps - 1})
         start = mask.from_names(self.config.attention.masks, row, widest)
-        tokens = length // parts
-        needs = start[0, ::tokens].tolist()
-        given = [
-            sum(min(max((part + 1) * tokens - need, 0), tokens) for need in needs[part + 1 :]) for part in range(parts)
-        ]
-        return max(given)
+        tokens = self.seq_len // context
+        first_keys = start[0, ::tokens].tolist()  # of each rank
+        return max(
+            sum(min(max((rank + 1) * tokens - first, 0), tokens) for first in first_keys[rank + 1 :])
+            for rank in range(context)
+        )
 
-    def _activations(self, layout: CandidateLayout) -> int:
-        kept, _ = self._block(layout)
-        layers = len(self.blocks)
-        if layout.mode in kept:
-            all_blocks = layers * kept[layout.mode]
+    def _activation_bytes(self, layout: CandidateLayout) -> int:
+        saved, _ = self._measure_block(layout)
+        layers = len(self.block_sizes)
+        if layout.ac_mode in saved:
+            all_blocks = layers * saved[layout.ac_mode]
         else:
-            again = -(-layers // int(layout.mode))
-            all_blocks = again * kept["full"] + (layers - again) * kept["none"]
-        at_work = kept["none"] if layout.mode != "none" else 0  # the block that is computed again
-        return all_blocks + at_work + 2 * kept["full"]  # and what goes into the norm and the head
+            checkpointed = -(-layers // int(layout.ac_mode))
+            all_blocks = checkpointed * saved["full"] + (layers - checkpointed) * saved["none"]
+        recomputed = saved["none"] if layout.ac_mode != "none" else 0  # one block at a time
+        return all_blocks + recomputed + 2 * saved["full"]  # and the inputs of the last norm and of the head
 
-    def _block(self, layout: CandidateLayout) -> tuple[dict[str, int], int]:
-        """Returns what a block keeps, by mode, and the bytes of its keys and values."""
-        degrees, length = layout.degrees, self.config.training.seq_len
-        key = (degrees.tensor, degrees.context, layout.local)
-        if key in self._kept:
-            return self._kept[key]
-        keys = 0
+    def _measure_block(self, layout: CandidateLayout) -> tuple[dict[str, int], int]:
+        """Returns the bytes that a block saves for backward, by checkpointing mode, and the bytes of its K and V."""
+        degrees = layout.degrees
+        key = (degrees.tensor, degrees.context, layout.micro_batch_size)
+        if key in self._block_bytes:
+            return self._block_bytes[key]
+        kv_bytes = 0
 
         def attention_fn(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
-            nonlocal keys
-            keys = 2 * k.numel() * k.element_size()
-            if degrees.context > 1:  # the last rank has the keys of the whole row
-                k, v = (x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (k, v))
+            nonlocal kv_bytes
+            kv_bytes = 2 * k.nbytes
+            if degrees.context > 1:  # the last rank receives the keys of the whole row
+                k, v = (x.new_empty(*x.shape[:2], self.seq_len, x.shape[3]) for x in (k, v))
             return SdpaKernel.attention(q, k, v, attn_mask)
 
-        model = self._model(attention_fn).to(self.compute)
+        model = self._build_meta_model(attention_fn).to(self.dtype)
         if degrees.tensor > 1:
             ranks = mesh.build(Degrees(1, 1, 1, degrees.tensor), 0, "cpu").tensor
             assert ranks is not None
             tensor_parallel.apply_tensor_parallel(model, model.parallel_plan(), ranks, loss_parallel=True)
-        tokens = length // degrees.context // degrees.tensor
-        x = torch.empty(layout.local, tokens, self.dim, dtype=self.compute, device="meta", requires_grad=True)
-        attn_mask = torch.zeros(layout.local, length, dtype=torch.int32)
-        kept = fake_ranks.activation_bytes(next(iter(model.layers.values())), x, attn_mask, SdpaKernel.saved_ops)
-        self._kept[key] = kept, keys
-        return kept, keys
+        shape = layout.micro_batch_size, self.seq_len // degrees.context // degrees.tensor, self.dim
+        x = torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
+        attn_mask = torch.zeros(layout.micro_batch_size, self.seq_len, dtype=torch.int32)
+        saved = fake_ranks.activation_bytes(next(iter(model.layers.values())), x, attn_mask, SdpaKernel.saved_ops)
+        self._block_bytes[key] = saved, kv_bytes
+        return saved, kv_bytes
 
-    def _sharded(self) -> int:
-        """Returns the bytes of this rank's parameters in the model as it is sharded."""
-        model = self._model()
+    def _sharded_bytes(self) -> int:
+        """Returns the bytes of this rank's parameters in the run's own layout."""
+        model = self._build_meta_model()
         parallelism = replace(self.config.parallelism, enable_async_tensor_parallel=False)
         ranks = mesh.build(self.layout.degrees, 0, "cpu")
         parallelize.parallelize_model(model, model.parallel_plan(), ranks, ParallelizeConfig(parallelism), saved_ops=())
         return fake_ranks.local_parameter_bytes(model)
 
-    def _model(self, attention_fn: models.AttentionFunction | None = None) -> models.Model:
+    def _build_meta_model(self, attention_fn: models.AttentionFunction | None = None) -> models.Model:
         with torch.device("meta"):
-            seq_len = self.config.training.seq_len
-            return models.registry.build(self.config.model, attention_fn=attention_fn, seq_len=seq_len)
+            return models.build(self.config.model, attention_fn=attention_fn, seq_len=self.seq_len)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 import torch
 
@@ -13,10 +15,16 @@ from torchladder import curriculum, mask, models
 from torchladder.config import Config
 from torchladder.data.dataloader import BaseDataLoader
 from torchladder.distributed import mesh
+from torchladder.distributed.parallelize import ParallelizeConfig, Precision
+from torchladder.distributed.ranks import Ranks
+from torchladder.metrics import RunInfo
+from torchladder.models.attention import AttentionKernel
 from torchladder.registry import ConfigError
 from torchladder.schedule import Schedule
 from torchladder.training import data_setup
-from torchladder.training.batch_sizes import BatchSizes, batch_sizes
+from torchladder.training.data_setup import BatchSizes, batch_sizes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,8 @@ class Plan:
         parameters: trainable parameters of the model.
         flops: forward and backward FLOPs of the whole run under its windows.
         flops_full_context: the same with every row at full causal context.
-        attention_flops_full_context: the part of the latter that attention takes.
-        full_at: the first step from which on the window is the whole row, None if it never is.
+        attention_flops_full_context: the attention FLOPs in ``flops_full_context``.
+        full_at: the first step from which the window stays the whole row; None if the last window is shorter.
         state_bytes: weights, gradients and optimizer state on one rank.
         batch: how the rows of a step are divided.
         degrees: how the ranks are divided.
@@ -78,12 +86,13 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         ConfigError: settings that are out of range or do not fit together.
     """
     degrees = mesh.degrees(config.parallelism, ranks)
-    batch = batch_sizes(config.training, degrees.data)
+    batch = batch_sizes(config, degrees.data)
     config = data_setup.with_steps(config, batch)
     training, rows = config.training, batch.global_batch_size
     schedule = config.schedule(tokens_per_step=rows * training.seq_len)
     _check_window_is_used(config, schedule)
-    data_setup.check_data_suffices(config, batch, schedule)
+    if not data_setup.all_sources_repeat(config.data):
+        data_setup.build_loader(config, batch, schedule)  # fails if a source runs out before the last step
 
     with torch.device("meta"):
         model = models.registry.build(config.model, attention_fn=None, seq_len=training.seq_len)
@@ -140,17 +149,54 @@ def summary_lines(plan: Plan) -> list[str]:
     ]
 
 
-def fingerprints(plan: Plan, model: Any, loader: BaseDataLoader) -> dict[str, str]:
-    """Returns what must not change when a run continues: data, tokenizer, and what gives the saved state its meaning.
+def log_plan(plan: Plan, kernel: AttentionKernel, loaders: list[BaseDataLoader], step: int) -> None:
+    """Writes the resolved settings to config.toml and logs what the run will do after its first ``step`` steps."""
+    config, text = plan.config, plan.config.to_toml()
+    folder = Path(config.job.dump_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(text)
+    lines = [config.job.description] if config.job.description else []
+    lines += [*summary_lines(plan), f"kernel      {kernel.name}: {kernel.reason}"]
+    lines += [f"data        {line}" for loader in loaders for line in loader.describe()]
+    lines += [f"resume      after step {step:,}"] if step else []
+    lines += [f"settings:\n{text}"] if config.job.print_config else []
+    for line in lines:
+        logger.info("%s", line)
 
-    Args:
-        plan: of the run.
-        model: the config of its model, a dataclass.
-        loader: of its training rows.
-    """
+
+def run_info(plan: Plan, ranks: Ranks, flops: Callable[[int, int], int]) -> RunInfo:
+    """Returns what the metrics report about a run; ``flops`` is the model's ``(tokens, pairs) -> FLOPs``."""
+    return RunInfo(
+        folder=Path(plan.config.job.dump_folder),
+        steps=plan.steps,
+        seq_len=plan.config.training.seq_len,
+        flops=flops,
+        device=ranks.device,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        settings=dataclasses.asdict(plan.config),
+    )
+
+
+def parallelize_config(config: Config) -> ParallelizeConfig:
+    """Returns the sections that ``parallelize_model`` applies."""
+    training = config.training
+    dtypes = (getattr(torch, name) for name in (training.mixed_precision_param, training.mixed_precision_reduce))
+    return ParallelizeConfig(
+        config.parallelism,
+        config.float8,
+        config.activation_checkpoint,
+        config.compile,
+        Precision(*dtypes),
+        offload=training.enable_cpu_offload,
+    )
+
+
+def fingerprints(plan: Plan, loader: BaseDataLoader) -> dict[str, str]:
+    """Returns all that must be unchanged when a run resumes: data, tokenizer, and the settings behind its state."""
     config = plan.config
     settings = {
-        "model": dataclasses.asdict(model),
+        "model": dataclasses.asdict(models.resolve(config.model)),
         "curriculum": vars(config.curriculum),
         "attention": {"masks": config.attention.masks},
         "training": {"global_batch_size": plan.batch.global_batch_size, "max_norm": config.training.max_norm},

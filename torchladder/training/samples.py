@@ -29,7 +29,7 @@ class Samples:
         config: the settings of the run.
         tokenizer: of the run.
         logits: tokens (1, T) int64 on the CPU -> logits (1, T, V).
-        multiple_of: what the length of a row must be divisible by (tensor-parallel ranks share its tokens).
+        multiple_of: divides the length of a row (tensor-parallel ranks share its tokens).
 
     Raises:
         ConfigError: there are prompts but no tokenizer.
@@ -50,7 +50,7 @@ class Samples:
 
     @torch.no_grad()
     def sample(self, step: int, write: bool) -> None:
-        """Completes each prompt after that many steps; one rank writes."""
+        """Completes each prompt after ``step`` steps; only the rank with ``write`` writes."""
         config, tokenizer = self.config.samples, self.tokenizer
         assert tokenizer is not None
         texts = []
@@ -65,7 +65,7 @@ class Samples:
                 file.write(f"--- step {step}\n{text}\n")
 
     def rewind(self, step: int) -> None:
-        """Drops the samples of later steps, which will be taken again."""
+        """Deletes the samples of later steps, which the resumed run repeats."""
         if self.file.exists():
             head, *parts = re.split(rb"(?m)^(?=--- step \d+\n)", self.file.read_bytes())
             kept = [part for part in parts if int(part.split(maxsplit=3)[2]) <= step]
@@ -76,8 +76,8 @@ class Samples:
     def _next_logits(self, rows: list[list[int]]) -> Tensor:
         """Returns the logits (1, V) of the token after the row."""
         (row,) = rows
-        doubled = MIN_ROW_TOKENS << max((len(row) - 1) // MIN_ROW_TOKENS, 0).bit_length()
-        length = min(doubled, self.config.training.seq_len)
+        padded = MIN_ROW_TOKENS << max((len(row) - 1) // MIN_ROW_TOKENS, 0).bit_length()
+        length = min(padded, self.config.training.seq_len)
         length = -(-length // self.multiple_of) * self.multiple_of
         tokens = F.pad(torch.tensor([row]), (0, length - len(row)))  # causal: padding changes nothing before it
         return self.logits(tokens)[:, len(row) - 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 import platform
@@ -14,21 +13,20 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchladder import data, mask, models, optim, plots, profiling
-from torchladder.checkpoint import Checkpointer, RunState, check_fingerprints
-from torchladder.data import Batch
+from torchladder import mask, models, optim, plots, profiling
+from torchladder.checkpoint import Checkpointer, RunState
+from torchladder.data import BaseDataLoader, Batch
 from torchladder.distributed import context_parallel, float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.inference import hf_export
-from torchladder.metrics import METRICS_FILE, MetricsProcessor, RunInfo, read_jsonl
+from torchladder.metrics import METRICS_FILE, MetricsProcessor, read_jsonl
 from torchladder.models import attention
 from torchladder.models.hf import hf_weights
-from torchladder.registry import ConfigError
 from torchladder.resilience.bad_steps import BadStepDetector, RollBack, StepOutcome, backward_seed
 from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training import data_setup
 from torchladder.training.fault_tolerance import FaultTolerance
-from torchladder.training.run_plan import Plan, fingerprints, summary_lines
+from torchladder.training.run_plan import Plan, fingerprints, log_plan, parallelize_config, run_info
 from torchladder.training.samples import Samples
 from torchladder.training.validation import Validation
 
@@ -41,12 +39,12 @@ class Trainer:
     Args:
         plan: the settings of the run, checked, with its schedule and batch sizes.
         ranks: this process among all.
-        interrupt: whether this process has been asked to end.
+        interrupt: whether this process should end.
 
     Attributes:
         step: optimizer steps taken.
         row: the next global row of the training data.
-        post_step_pending: whether validation, samples or saving after the last step are still to be done.
+        post_step_pending: whether validation, samples or saving after the last step are still pending.
 
     Raises:
         ConfigError: a component refuses its settings, or its input is missing.
@@ -62,17 +60,22 @@ class Trainer:
 
         self.mesh = mesh.build(plan.degrees, ranks.rank, ranks.device.type)
         self.shard = context_parallel.ContextShard(self.mesh, config.training.seq_len)
-        self.parallel_config = self._parallel_config()
+        self.parallel_config = parallelize_config(config)
         parallelize.check_parallelize_config(self.mesh, self.parallel_config, ranks.device)
-        tokens_per_rank = self.shard.tokens if self.mesh.context else None
-        names = config.attention.masks
         self.kernel = attention.build_kernel(
-            config.attention.kernel, names, ranks.device, tokens_per_rank=tokens_per_rank
+            config.attention.kernel,
+            config.attention.masks,
+            ranks.device,
+            tokens_per_rank=self.shard.tokens if self.mesh.context else None,
         )
-        self.tokenizer = self._build_tokenizer()
-        self.loader = self._build_loader("train")
-        self.validation = self._build_validation() if config.validation.enable else None
-        self.samples = Samples(config, self.tokenizer, self._logits, plan.degrees.tensor)
+        tokenizer = data_setup.build_checked_tokenizer(config)
+
+        def build_loader(split: str) -> BaseDataLoader:
+            return data_setup.build_loader(config, plan.batch, plan.schedule, split, tokenizer, self.mesh.data_rank)
+
+        self.loader = build_loader("train")
+        self.validation = Validation(plan, ranks, build_loader("validation")) if config.validation.enable else None
+        self.samples = Samples(config, tokenizer, self._logits, plan.degrees.tensor)
 
         self.model = self._build_model()
         self.optimizer = optim.build(config.optimizer, self.model)
@@ -80,29 +83,44 @@ class Trainer:
             self.optimizer.register_step_post_hook(after_step)
         self.lr_scheduler = optim.LRScheduler(self.optimizer)
 
-        tokenizer_files = hf_export.exported_tokenizer_files(self.tokenizer, getattr(config.tokenizer, "path", ""))
-        self.last_save = hf_export.LastSave(config, self.tokenizer, tokenizer_files, plan.schedule(plan.steps - 1))
+        tokenizer_files = hf_export.exported_tokenizer_files(tokenizer, getattr(config.tokenizer, "path", ""))
+        self.last_save = hf_export.LastSave(config, tokenizer, tokenizer_files, plan.schedule(plan.steps - 1))
         assets = hf_export.checkpoint_assets(config, tokenizer_files)
         checkpoints = config.checkpoint.folder_in(self.folder)
         self.checkpointer = Checkpointer(
             config.checkpoint, checkpoints, self.model, self.optimizer, assets, config.training.steps
         )
-        fused = optim.is_fused(self.optimizer)
-        self.bad_steps = BadStepDetector(config.resilience, ranks.device, fused, ranks.first)
-        self.fault_tolerance = FaultTolerance(
-            config, ranks, interrupt or Interrupt(), self.checkpointer, self.bad_steps
+        self.bad_steps = BadStepDetector(
+            config.resilience, ranks.device, optim.is_fused(self.optimizer), is_rank0=ranks.first
         )
+        self.fault_tolerance = FaultTolerance(plan, ranks, interrupt or Interrupt(), self.checkpointer, self.bad_steps)
         self._resume()
         self._set_rope_theta(self.plan.schedule.override("rope_theta", self.step))
-        self._announce()
-        self.metrics = MetricsProcessor(config.metrics, self._run_info(), self.step)
         if ranks.first:
+            loaders = [self.loader, self.validation.loader] if self.validation else [self.loader]
+            log_plan(plan, self.kernel, loaders, self.step)
             self.samples.rewind(self.step - self.post_step_pending)
+        self.metrics = MetricsProcessor(config.metrics, run_info(plan, ranks, self.model.flops), self.step)
+
+    def _build_model(self) -> models.Model:
+        """Builds the model on meta, parallelizes it, then allocates and initializes its weights."""
+        config, training = self.config, self.config.training
+        with torch.device("meta"):
+            attention_fn = self.shard.wrap_attention(self.kernel.attention)
+            model = models.registry.build(config.model, attention_fn=attention_fn, seq_len=training.seq_len)
+        if self.mesh.context:
+            model.set_position_offset(self.shard.offset)
+        parallelize.parallelize_model(
+            model, model.parallel_plan(), self.mesh, self.parallel_config, self.kernel.saved_ops
+        )
+        parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
+        model.init_weights(config.debug.seed)
+        return model
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self) -> bool:
-        """Trains from the current step to the last; returns whether it finished, or was asked to end before."""
+        """Trains from the current step to the last; returns False if the run was interrupted."""
         config, first = self.config, self.step
         if config.checkpoint.create_seed_checkpoint:
             with self.metrics:
@@ -112,7 +130,7 @@ class Trainer:
             self.metrics.close()
             if config.checkpoint.last_save_in_hf and self.ranks.first:
                 self.last_save.convert()
-            logger.info("all %d steps are taken: nothing to do", config.training.steps)
+            logger.info("all %d steps are done: nothing to train", config.training.steps)
             return True
         gc.disable()
         with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, first) as profiler:
@@ -124,8 +142,7 @@ class Trainer:
                         self.train_step()
                         self.after_step()
                     except RollBack as rollback:
-                        state = self.fault_tolerance.roll_back(rollback, self._check, self.loader)
-                        self.restore_progress(state)
+                        self.restore_progress(self.fault_tolerance.roll_back(rollback, self.loader))
                         self.metrics.rewind(self.step)
                         if self.ranks.first:
                             self.samples.rewind(self.step)
@@ -186,7 +203,7 @@ class Trainer:
         return loss.detach()
 
     def after_step(self) -> None:
-        """Does what is due after a step: validation, samples, a checkpoint."""
+        """Validates, samples and saves a checkpoint, each if it is due."""
         config, step = self.config, self.step
         last = step == config.training.steps
         self.post_step_pending = True
@@ -223,14 +240,15 @@ class Trainer:
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Computes in the run's dtype; FSDP2 casts by itself."""
-        if self.mesh.data is not None or self.parallel_config.precision.compute == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.ranks.device.type, self.parallel_config.precision.compute)
+        dtype = self.parallel_config.precision.compute
+        single = self.mesh.data is None and dtype != torch.float32
+        return torch.autocast(self.ranks.device.type, dtype) if single else nullcontext()
 
     def _validate(self) -> None:
         """Logs the validation losses: of all windows or, if interrupted, of none."""
         if self.validation is not None:
-            for window, loss in self.validation.losses().items():
+            losses = self.validation.losses(self._summed_loss, self.fault_tolerance.stop_if_requested)
+            for window, loss in losses.items():
                 self.metrics.log_validation(self.step, loss, window)
 
     def _set_rope_theta(self, theta: float | None) -> None:
@@ -240,12 +258,12 @@ class Trainer:
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state(self) -> RunState:
-        """Returns what a checkpoint holds beside model and optimizer."""
+        """Returns the state that a checkpoint holds in addition to model and optimizer."""
         last = self.plan.schedule(max(self.step - 1, 0))
         return RunState(
             step=self.step,
             row=self.row,
-            fingerprints=self._fingerprints(),
+            fingerprints=fingerprints(self.plan, self.loader),
             window=last.window,
             final_window=self.plan.schedule.window(self.plan.steps - 1),
             rope_theta=last.rope_theta,
@@ -264,101 +282,10 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continues from the newest checkpoint of this run, if any."""
-        state = self.fault_tolerance.resume(self._check, self.loader)
+        state = self.fault_tolerance.resume(self.loader)
         if state is not None:
             self.restore_progress(state)
         elif self.config.checkpoint.initial_load_in_hf:
             path = self.config.checkpoint.initial_load_path or self.config.model.hf_assets_path
             hf_weights.load_hf_weights(self.model, path)
             logger.info("loaded the weights of %s", path)
-
-    def _check(self, state: RunState) -> None:
-        check_fingerprints(state.fingerprints, self._fingerprints(), self.config.checkpoint.accept_changes)
-
-    def _fingerprints(self) -> dict[str, str]:
-        return fingerprints(self.plan, self.model.config, self.loader)
-
-    # --- building -----------------------------------------------------------------------------------------------------
-
-    def _build_tokenizer(self) -> data.Tokenizer | None:
-        model = models.registry.resolve(self.config.model)
-        tokenizer = data.build_tokenizer(self.config.tokenizer, self.config.data)
-        if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size = {model.vocab_size}: "
-                f"set model.vocab_size to {tokenizer.vocab_size} or more."
-            )
-        return tokenizer
-
-    def _build_loader(self, split: str) -> data.BaseDataLoader:
-        plan = self.plan
-        return data_setup.build_loader(
-            plan.config, plan.batch, plan.schedule, split, self.tokenizer, self.mesh.data_rank
-        )
-
-    def _build_validation(self) -> Validation:
-        def stop_if_requested() -> None:
-            self.fault_tolerance.stop_if_requested()  # which is built later
-
-        return Validation(self.plan, self.ranks, self._build_loader("validation"), self._summed_loss, stop_if_requested)
-
-    def _build_model(self) -> models.Model:
-        """Builds the model on meta, parallelizes it, then allocates and initializes its weights."""
-        config, training = self.config, self.config.training
-        with torch.device("meta"):
-            attention_fn = self.shard.wrap_attention(self.kernel.attention)
-            model = models.registry.build(config.model, attention_fn=attention_fn, seq_len=training.seq_len)
-        if self.mesh.context:
-            model.set_position_offset(self.shard.offset)
-        parallelize.parallelize_model(
-            model, model.parallel_plan(), self.mesh, self.parallel_config, self.kernel.saved_ops
-        )
-        parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
-        model.init_weights(config.debug.seed)
-        return model
-
-    def _parallel_config(self) -> parallelize.ParallelizeConfig:
-        config, training = self.config, self.config.training
-        return parallelize.ParallelizeConfig(
-            parallelism=config.parallelism,
-            float8=config.float8,
-            activation_checkpoint=config.activation_checkpoint,
-            compile=config.compile,
-            precision=parallelize.Precision(
-                compute=getattr(torch, training.mixed_precision_param),
-                reduce=getattr(torch, training.mixed_precision_reduce),
-            ),
-            offload=training.enable_cpu_offload,
-        )
-
-    # --- reporting ----------------------------------------------------------------------------------------------------
-
-    def _run_info(self) -> RunInfo:
-        return RunInfo(
-            folder=self.folder,
-            steps=self.config.training.steps,
-            seq_len=self.config.training.seq_len,
-            flops=self.model.flops,
-            device=self.ranks.device,
-            rank=self.ranks.rank,
-            ranks=self.ranks.size,
-            settings=dataclasses.asdict(self.config),
-        )
-
-    def _announce(self) -> None:
-        """Logs what the run will do, and writes its resolved settings."""
-        if not self.ranks.first:
-            return
-        config = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.toml").write_text(config.to_toml())
-        lines = [config.job.description] if config.job.description else []
-        lines += [*summary_lines(self.plan), f"kernel      {self.kernel.name}: {self.kernel.reason}"]
-        lines += [f"data        {line}" for line in self.loader.describe()]
-        lines += [f"            {line}" for line in self.validation.loader.describe()] if self.validation else []
-        if self.step:
-            lines.append(f"resume      after step {self.step:,}")
-        for line in lines:
-            logger.info(line)
-        if config.job.print_config:
-            logger.info("settings:\n%s", config.to_toml())

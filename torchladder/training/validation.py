@@ -7,13 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchladder import data, mask
-from torchladder.data import Batch
+from torchladder import mask
+from torchladder.data import BaseDataLoader, Batch
 from torchladder.distributed.ranks import Ranks
 from torchladder.training.run_plan import Plan
-
-SummedLoss = Callable[[Batch, Tensor], Tensor]
-"""``(batch, start) -> loss``, summed over the labels of this rank's tokens."""
 
 
 class Validation:
@@ -25,37 +22,33 @@ class Validation:
         plan: of the run.
         ranks: this process among all.
         loader: of held-out rows.
-        loss: of the model.
-        stop_if_requested: called before each batch; may raise to interrupt the validation.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        ranks: Ranks,
-        loader: data.BaseDataLoader,
-        loss: SummedLoss,
-        stop_if_requested: Callable[[], None],
-    ) -> None:
-        self.plan, self.ranks, self.loader, self.loss = plan, ranks, loader, loss
-        self.stop_if_requested = stop_if_requested
+    def __init__(self, plan: Plan, ranks: Ranks, loader: BaseDataLoader) -> None:
+        self.plan, self.ranks, self.loader = plan, ranks, loader
 
     @torch.no_grad()
-    def losses(self) -> dict[int, float]:
-        """Returns window -> mean loss per label over all ranks."""
-        config = self.plan.config
-        windows = sorted({*config.validation.windows, config.training.seq_len})
-        return {window: self._mean_loss(window) for window in windows}
+    def losses(
+        self, summed_loss: Callable[[Batch, Tensor], Tensor], stop_if_requested: Callable[[], None]
+    ) -> dict[int, float]:
+        """Returns window -> mean loss per label over all ranks.
 
-    def _mean_loss(self, window: int) -> float:
-        config, degrees = self.plan.config, self.plan.degrees
-        self.loader.seek(0)
-        loss, num_labels = torch.zeros((), device=self.ranks.device), 0
-        for number, batch in enumerate(self.loader):
-            if number == config.validation.steps:
-                break
-            self.stop_if_requested()
-            start = mask.from_names(config.attention.masks, batch.positions, window)
-            num_labels += batch.num_labels
-            loss += self.loss(batch.to(self.ranks.device), start)
-        return self.ranks.sum(loss.item(), degrees.tensor) / max(self.ranks.sum(num_labels, degrees.model_parallel), 1)
+        Args:
+            summed_loss: ``(batch, start) -> loss``, summed over the labels of this rank's tokens.
+            stop_if_requested: called before each batch; may raise to interrupt the validation.
+        """
+        config, ranks, degrees = self.plan.config, self.ranks, self.plan.degrees
+        losses = {}
+        for window in sorted({*config.validation.windows, config.training.seq_len}):
+            self.loader.seek(0)
+            loss, num_labels = torch.zeros((), device=ranks.device), 0
+            for number, batch in enumerate(self.loader):
+                if number == config.validation.steps:
+                    break
+                stop_if_requested()
+                start = mask.from_names(config.attention.masks, batch.positions, window)
+                num_labels += batch.num_labels
+                loss += summed_loss(batch.to(ranks.device), start)
+            total = ranks.sum(loss.item(), degrees.tensor)
+            losses[window] = total / max(ranks.sum(num_labels, degrees.model_parallel), 1)
+        return losses

@@ -1,4 +1,4 @@
-"""Opens files to evaluate on: text is tokenized once into the cache, files of tokens are read as they are."""
+"""Opens files to evaluate on: text is tokenized once into the cache, token files are read directly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EvalDocuments:
     """The documents of a file as tokens.
 
     Attributes:
-        path: the file, as the user gave it.
+        path: the file, as named on the command line.
         corpus: its tokens.
         bytes: of its text in UTF-8; None for a file of tokens.
     """
@@ -36,12 +36,11 @@ class EvalDocuments:
 
 @dataclass(frozen=True)
 class EvalFiles:
-    """Files to evaluate on, tokenized once per tokenizer.
+    """Files of text or tokens to evaluate on, tokenized once per tokenizer.
 
     Attributes:
-        paths: files of text or tokens.
-        text_key: key or column of the text; None: that of the run's sources if they have a single one.
-        on_error: what to do with a document that cannot be read.
+        text_key: key or column of the text; None: that of the run's sources if all have the same.
+        on_error: how to handle an unreadable document.
         bos: whether documents of text begin with the tokenizer's bos; None: as in the run.
 
     Raises:
@@ -62,8 +61,8 @@ class EvalFiles:
         """Returns the files as tokens of a model's tokenizer.
 
         Raises:
-            ConfigError: a document cannot be read, the tokenizer is missing and a file is text, or the tokenizer is
-                not the one that the model was trained with.
+            ConfigError: a document is unreadable, a file is text and there is no tokenizer, or the tokenizer differs
+                from the one that the model was trained with.
         """
         config = trained.config
         key = repr((config.tokenizer, config.data, trained.tokenizer_fingerprint))
@@ -106,13 +105,13 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
     Raises:
         ConfigError: a pattern matches no file.
     """
+
+    def is_readable(file: Path) -> bool:
+        return file_formats.is_text_file(file) or file.suffix in (".bin", ".idx")
+
     found: dict[str, Path] = {}
     for pattern in patterns:
-        for file in match_files(pattern, _is_readable, file_formats.TEXT_FILES):
+        for file in match_files(pattern, is_readable, file_formats.TEXT_FILES):
             file = file.with_suffix(".bin") if file.suffix == ".idx" else file
             found.setdefault(os.path.abspath(file), Path(os.path.normpath(file)))
     return list(found.values())
-
-
-def _is_readable(file: Path) -> bool:
-    return file_formats.is_text_file(file) or file.suffix in (".bin", ".idx")

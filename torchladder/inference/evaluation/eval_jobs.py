@@ -1,4 +1,4 @@
-"""Evaluations: one model on one file at one context, which of them are finished, and computing the losses."""
+"""Evaluation jobs, each of one model on one file at one context: computes their losses, finds the unfinished."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from torchladder.inference.evaluation.position_losses import PositionLosses, pos
 from torchladder.inference.evaluation.result_table import ResultRow, ResultTable, RowKey, row_key
 from torchladder.inference.trained_model import LoadedModel, TrainedModel
 from torchladder.models import attention
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 FINGERPRINT_VERSION = 1
-"""Increment it when the same weights and documents lead to other numbers, so that they are evaluated again."""
+"""Increment when the results of the same weights and documents change, so that they are evaluated again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class EvalJob:
         slices: how its documents are cut.
         dtype: of the weights.
         by_position: whether to report the loss by position, too.
-        table: where the result is written.
+        table: receives the result.
     """
 
     trained: TrainedModel
@@ -51,7 +51,7 @@ class EvalJob:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that determines the result, and of the file's name."""
+        """Hash of all that determines the result, and of the file's name."""
         content = [FINGERPRINT_VERSION, self.trained.weights_id]
         content += [self.documents.path.name, self.documents.corpus.fingerprint()]
         content += [self.slices.context, self.slices.stride, self.dtype]
@@ -91,9 +91,9 @@ class EvalJob:
                 | {"loss": total.mean, "perplexity": total.perplexity}
                 | {"total_loss": total.loss if total.tokens else None}
             )
-        size = self.documents.bytes
-        rows[0] |= {"documents": len(self.documents.corpus.lengths), "bytes": size}
-        rows[0] |= {"bits_per_byte": losses.total().bits_per_byte(size)}
+        corpus, size = self.documents.corpus, self.documents.bytes
+        per_byte = losses.total().bits_per_byte(size)
+        rows[0] |= {"documents": len(corpus.lengths), "bytes": size, "bits_per_byte": per_byte}
         return rows
 
     @property
@@ -107,7 +107,7 @@ def path_label(path: Path) -> str:
 
 
 def unfinished(jobs: Sequence[EvalJob]) -> list[EvalJob]:
-    """Returns the jobs whose tables lack some of their rows."""
+    """Returns the jobs that lack rows in their tables."""
     known = {table: {row_key(row) for row in table.rows()} for table in {job.table for job in jobs}}
     return [job for job in jobs if not known[job.table].issuperset(job.row_keys)]
 
@@ -144,8 +144,10 @@ def compute_losses(
         positions = np.arange(longest + 1)
         content = np.full((rows, longest + 1), PADDING, dtype=np.int64)  # the last column has only labels
         content[positions <= lengths[:, None]] = corpus.read(Spans(batch.documents, batch.begins, batch.ends + 1))
-        if (most := np.maximum(content, ~content).max()) >= vocab_size:
-            raise ConfigError(f"{job.documents.path} has token {most}, the model's vocabulary is {vocab_size}.")
+        largest = np.maximum(content, ~content).max()
+        require(
+            largest < vocab_size, f"{job.documents.path} has token {largest}, the model's vocabulary is {vocab_size}."
+        )
         tokens, labels = split_labels(torch.from_numpy(content))
         labels[torch.from_numpy(positions[:-1] < batch.overlaps[:, None])] = data.IGNORE_INDEX
         attn_mask = kernel.prepare(start[:longest].expand(rows, longest), loaded.device)

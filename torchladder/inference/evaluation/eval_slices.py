@@ -1,4 +1,4 @@
-"""Cuts documents into slices: the tokens that a model reads at once, and those that it predicts there."""
+"""Cuts documents into slices: the tokens that a model reads at once, and those that it predicts from them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 SORTED_SLICES = 1 << 14
-"""Slices that are sorted by length at once. Batches have slices of similar lengths, and little is kept in memory."""
+"""Slices that are sorted by length together, so that batches have similar lengths and memory stays bounded."""
 
 
 class SliceBatch(NamedTuple):
@@ -49,13 +49,12 @@ class EvalSlices:
     stride: int
 
     def __post_init__(self) -> None:
-        if self.context < 1:
-            raise ConfigError(f"a context of {self.context} tokens: must be 1 or more.")
-        if not 1 <= self.stride <= self.context:
-            raise ConfigError(
-                f"a stride of {self.stride} tokens: must be from 1 to the context ({self.context}); a larger one would "
-                "leave out tokens."
-            )
+        require(self.context >= 1, f"a context of {self.context} tokens: must be 1 or more.")
+        require(
+            1 <= self.stride <= self.context,
+            f"a stride of {self.stride} tokens: must be from 1 to the context ({self.context}); a larger one would "
+            "skip tokens.",
+        )
 
     def count_tokens(self, lengths: np.ndarray) -> int:
         """Returns the tokens in all slices of documents with these lengths."""

@@ -9,12 +9,7 @@ import numpy as np
 
 
 class LossSum(NamedTuple):
-    """The sum of the losses of some tokens.
-
-    Attributes:
-        loss: in nats.
-        tokens: their number.
-    """
+    """The loss of ``tokens`` tokens, summed, in nats."""
 
     loss: float
     tokens: int
@@ -26,16 +21,12 @@ class LossSum(NamedTuple):
 
     @property
     def perplexity(self) -> float | None:
-        """e to the power of the mean, infinity if that is too large for a float, None without tokens."""
-        if self.mean is None:
-            return None
-        try:
-            return math.exp(self.mean)
-        except OverflowError:
-            return math.inf
+        """exp(mean), infinity if that overflows a float, None without tokens."""
+        with np.errstate(over="ignore"):
+            return None if self.mean is None else float(np.exp(self.mean))
 
     def bits_per_byte(self, size: int | None) -> float | None:
-        """Returns bits per byte of a text with ``size`` bytes, None if the size is unknown."""
+        """Returns the bits per byte of a text of ``size`` bytes, None if the size is unknown."""
         return self.loss / math.log(2) / size if size and self.tokens else None
 
 
@@ -51,7 +42,7 @@ class PositionLosses:
         self._tokens = np.zeros(context, dtype=np.int64)
 
     def add(self, losses: np.ndarray, tokens: np.ndarray) -> None:
-        """Adds sums of losses (positions,) and numbers of tokens (positions,), from position 0."""
+        """Adds the losses (positions,) and the numbers of tokens (positions,), from position 0."""
         self._losses[: len(losses)] += losses
         self._tokens[: len(tokens)] += tokens
 

@@ -15,10 +15,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError, require, unknown_name
 
 ResultRow = dict[str, Any]
-"""A line of the table: a value or None for each of ``COLUMNS``."""
+"""A row of the table: a value or None for each of ``COLUMNS``."""
 
 COLUMNS: dict[str, type] = {
     "time": str,
@@ -41,11 +41,11 @@ COLUMNS: dict[str, type] = {
 }
 
 RowKey = tuple[str, int | None]
-"""What identifies a row: the fingerprint of the evaluation and the first position, None for all positions."""
+"""Identifies a row: the fingerprint of the evaluation and the first position, None for all positions."""
 
 
 def row_key(row: ResultRow) -> RowKey:
-    """Returns what identifies a row."""
+    """Returns the key of a row."""
     return row["fingerprint"], row["first_position"]
 
 
@@ -60,12 +60,10 @@ class ResultTable:
     """
 
     def __init__(self, path: Path) -> None:
-        if path.suffix not in FORMATS:
-            raise ConfigError(f"{path}: a table of results must end in {' or '.join(FORMATS)}.")
+        require(path.suffix in FORMATS, f"{path}: a table of results must end in {' or '.join(FORMATS)}.")
         self.path = path
         self._format = FORMATS[path.suffix]
-        with self._open() as file:
-            self._read(file)
+        self.rows()  # checks the file
 
     def rows(self) -> list[ResultRow]:
         """Returns all complete rows.
@@ -74,20 +72,20 @@ class ResultTable:
             ConfigError: the file has a line that is not a row.
         """
         with self._open() as file:
-            return self._read(file)
+            return self._read(file)[0]
 
     def add(self, rows: Sequence[ResultRow]) -> None:
-        """Appends those of the rows that the file lacks: all or none, and on disk when this returns.
+        """Appends the rows that the file lacks: all or none, and synced to disk.
 
         Raises:
             ConfigError: the file cannot be written.
         """
         with self._open() as file:
-            known = {row_key(row) for row in self._read(file)}
-            missing = [row for row in rows if row_key(row) not in known]
-            end = _complete_bytes(_content(file))
+            existing, end = self._read(file)
+            known = set(map(row_key, existing))
             file.truncate(end)  # an incomplete line is of a killed process: others wait for the lock
             try:
+                missing = [row for row in rows if row_key(row) not in known]
                 remaining = memoryview(self._format.write(missing, end == 0))
                 while remaining:
                     remaining = remaining[file.write(remaining) :]
@@ -102,38 +100,25 @@ class ResultTable:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by the end of the process
+                fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, even if the process dies
                 yield file
         except OSError as error:
             raise ConfigError(
                 f"{self.path} cannot be written: {error.strerror}. Choose another file with --output."
             ) from error
 
-    def _read(self, file: FileIO) -> list[ResultRow]:
-        content = _content(file)
-        end = _complete_bytes(content)
+    def _read(self, file: FileIO) -> tuple[list[ResultRow], int]:
+        """Returns the rows, and the bytes of all complete lines."""
+        file.seek(0)
+        content, start = file.read(), self._format.start
+        end = content.rfind(b"\n") + 1
         try:
-            beginning = self._format.beginning
-            if not end and content[: len(beginning)] != beginning[: len(content)]:
-                raise ConfigError("its only line is incomplete.")
-            return self._format.parse(content[:end].decode())
+            require(end > 0 or content[: len(start)] == start[: len(content)], "its only line is incomplete.")
+            return self._format.parse(content[:end].decode()), end
         except (ValueError, csv.Error) as error:
             raise ConfigError(
                 f"{self.path} is not a table of evaluations: {error} Choose another file with --output."
             ) from None
-
-
-def _content(file: FileIO) -> bytes:
-    file.seek(0)
-    return file.read()
-
-
-def _complete_bytes(content: bytes) -> int:
-    """Returns the size of all complete lines."""
-    return content.rfind(b"\n") + 1
-
-
-# --- CSV --------------------------------------------------------------------------------------------------------------
 
 
 def _to_csv(rows: Sequence[ResultRow], with_header: bool) -> bytes:
@@ -150,58 +135,43 @@ def _from_csv(text: str) -> list[ResultRow]:
     if lines:
         _check_columns(lines[0], 1)
     for number, line in enumerate(lines, start=1):
-        if len(line) != len(COLUMNS):
-            raise ConfigError(f"line {number} has {len(line)} values, not {len(COLUMNS)}.")
+        require(len(line) == len(COLUMNS), f"line {number} has {len(line)} values, not {len(COLUMNS)}.")
     return [
         {name: kind(value) if value else None for (name, kind), value in zip(COLUMNS.items(), line, strict=True)}
         for line in lines[1:]
     ]
 
 
-# --- JSON Lines -------------------------------------------------------------------------------------------------------
+def _to_jsonl(rows: Sequence[ResultRow], _: bool) -> bytes:
+    def encode(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN or infinity
 
-
-def _to_jsonl(rows: Sequence[ResultRow], with_header: bool) -> bytes:
-    lines = ({name: _finite_or_none(row[name]) for name in COLUMNS} for row in rows)
+    lines = ({name: encode(row[name]) for name in COLUMNS} for row in rows)
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
 def _from_jsonl(text: str) -> list[ResultRow]:
-    rows = []
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ConfigError(f"line {number} is not an object.")
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    for number, row in enumerate(rows, start=1):
+        require(isinstance(row, dict), f"line {number} is not an object.")
         _check_columns(list(row), number)
-        rows.append(row)
     return rows
-
-
-def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has neither NaN nor infinity
 
 
 def _check_columns(names: Sequence[str], line: int) -> None:
     for name in names:
         if name not in COLUMNS:
             raise ConfigError(f"line {line}: {unknown_name('column', name, COLUMNS)}")
-    if list(names) != list(COLUMNS):
-        raise ConfigError(f"line {line} has the columns {', '.join(names)}, not {', '.join(COLUMNS)}.")
+    require(list(names) == list(COLUMNS), f"line {line} has the columns {', '.join(names)}, not {', '.join(COLUMNS)}.")
 
 
 @dataclass(frozen=True)
 class TableFormat:
-    """A file format of tables.
-
-    Attributes:
-        write: returns rows as bytes; the flag is whether they are the first of the file.
-        parse: returns the rows of a text.
-        beginning: the first bytes of every file.
-    """
+    """A file format: ``write(rows, with_header)``, ``parse(text)``, and the first bytes of every file."""
 
     write: Callable[[Sequence[ResultRow], bool], bytes]
     parse: Callable[[str], list[ResultRow]]
-    beginning: bytes
+    start: bytes
 
 
 FORMATS = {
