@@ -11,12 +11,13 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 
-from torchladder.registry import ConfigError, Registry
+from torchladder.registry import Registry, check_bounds, require
 
 logger = logging.getLogger(__name__)
 
@@ -50,19 +51,19 @@ class AdamW:
         ConfigError: a setting is out of range.
     """
 
-    lr: float = 8e-4
+    lr: Annotated[float, Ge(0), Lt(math.inf)] = 8e-4
     """Peak learning rate; [lr_scheduler] scales it at each step."""
 
-    beta1: float = 0.9
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Decay rate of the first moment (Adam's β₁)."""
 
-    beta2: float = 0.95
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
     """Decay rate of the second moment (Adam's β₂)."""
 
-    eps: float = 1e-8
+    eps: Annotated[float, Ge(0), Lt(math.inf)] = 1e-8
     """Added to the denominator for numerical stability."""
 
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Ge(0), Lt(math.inf)] = 0.1
     """Decoupled weight decay."""
 
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
@@ -72,16 +73,11 @@ class AdamW:
     """Apply weight decay to matrices (embeddings included) but not to vectors (norms, biases)."""
 
     def __post_init__(self) -> None:
-        for key in ("lr", "eps", "weight_decay"):
-            value = getattr(self, key)
-            _require(0 <= value < math.inf, f"optimizer.{key} = {value}: must be 0 or more.")
-        for key in ("beta1", "beta2"):
-            value = getattr(self, key)
-            _require(0 <= value < 1, f"optimizer.{key} = {value}: must be at least 0 and below 1.")
+        check_bounds(self, "optimizer")
 
     def __call__(self, model: nn.Module) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        _require(bool(parameters), "the model has no trainable parameters.")
+        require(bool(parameters), "the model has no trainable parameters.")
         groups = self.groups(parameters)
         options = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
         return self.make(groups, **options, **self.kernel(parameters))
@@ -170,30 +166,25 @@ class LRSchedulerConfig:
         ConfigError: a setting is out of range.
     """
 
-    warmup_steps: int = 200
+    warmup_steps: Annotated[int, Ge(0)] = 200
     """Steps of linear warmup: step s, from 0, has (s + 1) / warmup_steps of the peak."""
 
-    total_steps: int | None = None
+    total_steps: Annotated[int | None, Ge(1)] = None
     """Step at which the decay ends (default: training.steps)."""
 
-    decay_ratio: float | None = None
+    decay_ratio: Annotated[float | None, Ge(0), Le(1)] = None
     """Fraction of all steps that the final decay takes (default: it begins right after the warmup)."""
 
     decay_type: str = "linear"
     """Shape of the decay: linear, sqrt (the 1 - sqrt cooldown), cosine, exponential, constant, or a plugin's."""
 
-    min_lr_factor: float = 0.0
+    min_lr_factor: Annotated[float, Ge(0), Le(1)] = 0.0
     """Learning rate at the end of the decay, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         decays.get(self.decay_type)
-        for key, least in (("warmup_steps", 0), ("total_steps", 1)):
-            value = getattr(self, key)
-            _require(value is None or value >= least, f"lr_scheduler.{key} = {value}: must be {least} or more.")
-        for key in ("decay_ratio", "min_lr_factor"):
-            value = getattr(self, key)
-            _require(value is None or 0 <= value <= 1, f"lr_scheduler.{key} = {value}: must be from 0 to 1.")
-        _require(
+        check_bounds(self, "lr_scheduler")
+        require(
             self.decay_type != "exponential" or self.min_lr_factor > 0,
             "lr_scheduler.min_lr_factor = 0: an exponential decay never reaches 0; set a value above 0.",
         )
@@ -253,8 +244,3 @@ def accepts_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
         optimizer.found_inf = bad  # type: ignore[attr-defined]
         return True
     return bad.device.type != "cpu" or not bad
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

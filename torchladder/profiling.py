@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch.profiler import ProfilerActivity
 
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, check_bounds, require
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +36,13 @@ class ProfilingConfig:
     save_traces_folder: str = "profile_traces"
     """Folder of the traces, inside job.dump_folder."""
 
-    profile_freq: int = 10
+    profile_freq: Annotated[int, Ge(1)] = 10
     """Steps from one trace to the next, and from one memory snapshot to the next."""
 
-    profiler_warmup: int = 3
+    profiler_warmup: Annotated[int, Ge(0)] = 3
     """Warmup steps before a trace: they run under the profiler and are discarded."""
 
-    profiler_active: int = 1
+    profiler_active: Annotated[int, Ge(1)] = 1
     """Steps in a trace."""
 
     enable_memory_snapshot: bool = False
@@ -50,14 +52,12 @@ class ProfilingConfig:
     """Folder of the memory snapshots, inside job.dump_folder."""
 
     def __post_init__(self) -> None:
-        for key, minimum in (("profile_freq", 1), ("profiler_warmup", 0), ("profiler_active", 1)):
-            if getattr(self, key) < minimum:
-                raise ConfigError(f"profiling.{key} = {getattr(self, key)}: must be {minimum} or more.")
-        if self.profiler_warmup + self.profiler_active > self.profile_freq:
-            raise ConfigError(
-                f"profiling.profile_freq = {self.profile_freq}: must be at least profiler_warmup + profiler_active = "
-                f"{self.profiler_warmup} + {self.profiler_active}."
-            )
+        check_bounds(self, "profiling")
+        require(
+            self.profiler_warmup + self.profiler_active <= self.profile_freq,
+            f"profiling.profile_freq = {self.profile_freq}: must be at least profiler_warmup + profiler_active = "
+            f"{self.profiler_warmup} + {self.profiler_active}.",
+        )
 
 
 class Profiler:

@@ -8,6 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Lt
 
 from torchladder.metrics.device import get_peak_flops, peak_memory
 from torchladder.metrics.interval import Interval, RunInfo
@@ -21,7 +24,7 @@ from torchladder.metrics.outputs import (
     WandBOutput,
     rewind_jsonl,
 )
-from torchladder.registry import ConfigError
+from torchladder.registry import check_bounds
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ logger = logging.getLogger(__name__)
 class MetricsConfig:
     """The section ``[metrics]``."""
 
-    log_freq: int = 10
+    log_freq: Annotated[int, Ge(1)] = 10
     """Steps between reports; the first and the last step always report."""
 
     enable_tensorboard: bool = True
@@ -48,14 +51,11 @@ class MetricsConfig:
     disable_progress_bar: bool = False
     """Print the time left in each line instead of a progress bar; only a terminal ever shows a bar."""
 
-    peak_flops: float | None = None
-    """Peak FLOP/s of one device, for MFU; default: looked up by the device's name."""
+    peak_flops: Annotated[float | None, Gt(0), Lt(math.inf)] = None
+    """Peak FLOP/s of one device, for MFU, such as 989e12; default: looked up by the device's name."""
 
     def __post_init__(self) -> None:
-        if self.log_freq < 1:
-            raise ConfigError(f"metrics.log_freq = {self.log_freq}: must be 1 or more.")
-        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
-            raise ConfigError(f"metrics.peak_flops = {self.peak_flops}: must be above 0, for example 989e12.")
+        check_bounds(self, "metrics")
 
 
 class MetricsProcessor:
