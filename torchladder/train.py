@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             return run(config, interruption)
     except ConfigError as error:
         processes.record_error(error)
-        return settings.fail(error)
+        return settings.print_config_error(error)
 
 
 def run(config: settings.Config, interruption: interrupt.Interrupt) -> int:

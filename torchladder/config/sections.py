@@ -1,4 +1,4 @@
-"""All sections of a config; those that belong to one package are defined there, the others here."""
+"""All sections of a config; a section of one package is defined there, the others here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from torchladder import curriculum, mask, optim
 from torchladder.checkpoint import CheckpointConfig
-from torchladder.config.values import tables
+from torchladder.config.values import tables_argument
 from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import ParallelismConfig
@@ -31,10 +31,10 @@ class JobConfig:
     """The run as a whole: files, plugins, limits."""
 
     config_file: str = ""
-    """A TOML file with the run's settings; the command line wins over it."""
+    """A TOML file with the run's settings; the command line overrides it."""
 
     extends: str = ""
-    """In a file: another TOML file, relative to this one, that this one overrides."""
+    """In a file: the TOML file that it overrides, by a path relative to it."""
 
     plugins: list[str] = field(default_factory=list)
     """Python modules to import first; they register components. Found on the Python path, in the working folder or
@@ -44,13 +44,13 @@ class JobConfig:
     """Output folder of the run."""
 
     description: str = ""
-    """A line on the purpose of the run, logged at the start."""
+    """Purpose of the run in one line, logged at the start."""
 
     print_config: bool = False
     """Print the resolved settings at the start."""
 
     max_minutes: Annotated[float, Ge(0), Lt(math.inf)] = 0.0
-    """Minutes after which the run saves and exits with code 75, to be started again; 0: no limit."""
+    """Save and exit with code 75, for a restart, after this many minutes; 0: no limit."""
 
     exit_interval: Annotated[int, Ge(0)] = 0
     """Save and exit with code 75 at every multiple of this many steps; 0: never."""
@@ -110,7 +110,7 @@ class TrainingConfig:
     """Keep weights, gradients and optimizer state in CPU memory and run the optimizer there (FSDP2)."""
 
     gc_freq: Annotated[int, Ge(1)] = 50
-    """Steps between Python garbage collections, which are off otherwise so that no rank waits for another's."""
+    """Steps between Python garbage collections; automatic ones are off, so that no rank waits for another's."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "training")
@@ -166,7 +166,7 @@ class SamplesConfig:
         check_bounds(self, "samples")
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether samples are to be drawn after that many steps."""
+        """Returns whether to generate samples after a step."""
         return bool(self.prompts) and (last or (self.freq > 0 and step % self.freq == 0))
 
 
@@ -184,18 +184,33 @@ class DebugConfig:
     """Only warn about operations without a deterministic algorithm."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComponentSection:
+    """A section whose other keys are the parameters of the component ``name``; ``config_type`` adds them."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection(ComponentSection):
+    """The section ``[model]``; its other keys are the fields of the model's config."""
+
+    flavor: str
+    hf_assets_path: str
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
     job: JobConfig
-    model: Any
-    tokenizer: Any
-    data: Any
+    model: ModelSection
+    tokenizer: ComponentSection
+    data: ComponentSection
     attention: AttentionConfig
-    curriculum: Any
+    curriculum: ComponentSection
     training: TrainingConfig
-    optimizer: Any
+    optimizer: ComponentSection
     lr_scheduler: optim.LRSchedulerConfig
     parallelism: ParallelismConfig
     activation_checkpoint: ActivationCheckpointConfig
@@ -209,22 +224,22 @@ class Config:
     profiling: ProfilingConfig
     comm: CommConfig
     debug: DebugConfig
-    phases: Annotated[list[Phase], tables(list[Phase])] = field(default_factory=list)
+    phases: Annotated[list[Phase], tables_argument(list[Phase])] = field(default_factory=list)
     """Overrides of window, learning rate, RoPE theta and source weights from a step on; a table each, [[phases]]."""
 
     def schedule(self, tokens_per_step: int) -> Schedule:
-        """Returns what changes during the run, as a function of the step; ``training.steps`` must be known.
+        """Returns the schedule of the run; ``training.steps`` must be resolved.
 
         Args:
             tokens_per_step: tokens of one optimizer step over all ranks.
 
         Raises:
-            ConfigError: the curriculum refuses its settings, or the phases do not fit the run.
+            ConfigError: a setting of the curriculum is invalid, or the phases do not fit the run.
         """
         steps, seq_len = self.training.steps, self.training.seq_len
-        ladder = curriculum.registry.build(self.curriculum, steps=steps, seq_len=seq_len)
+        windows = curriculum.registry.build(self.curriculum, steps=steps, seq_len=seq_len)
         schedule = Schedule(
-            ladder, lambda step: self.lr_scheduler.factor(step, steps), self.phases, steps, tokens_per_step
+            windows, lambda step: self.lr_scheduler.factor(step, steps), self.phases, steps, tokens_per_step
         )
         for window in schedule.overrides("window").values():
             require(window <= seq_len, f"phases: window = {window}: a row has {seq_len} tokens (training.seq_len).")

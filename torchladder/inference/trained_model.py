@@ -235,7 +235,7 @@ def _checkpoints(path: Path) -> list[Path]:
     """Returns the complete checkpoints in a folder, or in the checkpoint folder of a run, by step."""
     folder = path
     if not checkpoint.steps(path) and (path / SETTINGS).is_file():
-        section = toml_files.read(path / SETTINGS)[0].get("checkpoint", {})
+        section = toml_files.read_settings(path / SETTINGS)[0].get("checkpoint", {})
         folder = path / section.get("folder", CheckpointConfig.folder)
     return [step_folders.path_of(folder, step) for step in checkpoint.steps(folder)]
 
