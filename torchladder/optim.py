@@ -1,8 +1,7 @@
 """Optimizers, and learning-rate schedules as pure functions of the step.
 
-An optimizer is a registered frozen dataclass of settings that returns a ``torch.optim.Optimizer`` when called with a
-model. The learning rate of a step is the peak times ``LRSchedulerConfig.factor(step)``: warmup, plateau, decay. It has
-no state to save.
+An optimizer is a registered dataclass of settings that, called with a model, returns a ``torch.optim.Optimizer``. The
+learning rate of a step is the peak times ``LRSchedulerConfig.factor(step)``: warmup, plateau, decay. It has no state.
 """
 
 from __future__ import annotations
@@ -78,43 +77,30 @@ class AdamW:
     def __call__(self, model: nn.Module) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         require(bool(parameters), "the model has no trainable parameters.")
-        groups = self.groups(parameters)
+        # DTensor.ndim is that of the global shape.
+        decayed = [parameter for parameter in parameters if parameter.ndim >= 2 or not self.decay_matrices_only]
+        others = [parameter for parameter in parameters if parameter.ndim < 2 and self.decay_matrices_only]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
         options = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
         return self.make(groups, **options, **self.kernel(parameters))
 
     def make(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, **options)
 
-    def groups(self, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-        """Returns one parameter group per weight decay."""
-        # DTensor.ndim is that of the global shape.
-        decayed = [parameter for parameter in parameters if parameter.ndim >= 2 or not self.decay_matrices_only]
-        others = [parameter for parameter in parameters if parameter.ndim < 2 and self.decay_matrices_only]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
-
     def kernel(self, parameters: list[nn.Parameter]) -> dict[str, bool]:
-        """Returns torch's flags for the implementation; tries one fused step to see whether the device supports it."""
-        flags = {"fused": False, "foreach": False}
-        if self.implementation == "for-loop":
-            return flags
-        if self.implementation == "fused":
-            kinds = {(parameter.device, parameter.dtype) for parameter in parameters}
-            problem = next(filter(None, (self._problem(*kind) for kind in kinds)), None)
-            if problem is None:
-                return flags | {"fused": True}
-            logger.warning("optimizer.implementation: fused is not supported here, using foreach (%s)", problem)
-        return flags | {"foreach": True}
-
-    def _problem(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Returns why a fused step fails for such parameters, None if it works."""
-        weight = nn.Parameter(torch.zeros(2, device=device, dtype=dtype))
-        weight.grad = torch.zeros_like(weight)
-        try:
-            self.make([{"params": [weight]}], fused=True).step()
-        except (RuntimeError, NotImplementedError) as error:
-            return f"{device}, {dtype}: {str(error).splitlines()[0]}"
-        return None
+        """Returns torch's flags for the implementation; tries a fused step to see whether the device supports it."""
+        fused = self.implementation == "fused"
+        for device, dtype in {(parameter.device, parameter.dtype) for parameter in parameters} if fused else ():
+            weight = nn.Parameter(torch.zeros(2, device=device, dtype=dtype))
+            weight.grad = torch.zeros_like(weight)
+            try:
+                self.make([{"params": [weight]}], fused=True).step()
+            except (RuntimeError, NotImplementedError) as error:
+                fused, reason = False, f"{device}, {dtype}: {str(error).splitlines()[0]}"
+                logger.warning("optimizer.implementation: fused is not supported here, using foreach (%s)", reason)
+                break
+        return {"fused": fused, "foreach": not fused and self.implementation != "for-loop"}
 
 
 @register("Adam")
@@ -207,10 +193,10 @@ class LRSchedulerConfig:
 
 
 class LRScheduler:
-    """Sets the learning rate of an optimizer; remembers the peaks and nothing else.
+    """Sets the learning rate of an optimizer; has no state but the peaks.
 
     Args:
-        optimizer: fresh, each group's ``lr`` being its peak; loading a checkpoint later does not change the peaks.
+        optimizer: new, so that each group's ``lr`` is its peak; loading a checkpoint later does not change the peaks.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -233,8 +219,8 @@ def accepts_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
     """Returns whether to call ``optimizer.step()``, for a step that may turn out to be bad.
 
     A fused optimizer reads ``found_inf`` on the device, as under ``torch.amp.GradScaler``: at 1 it changes neither
-    weights nor state, and the host does not wait to find out. On a CPU the host knows anyway. A GPU optimizer that is
-    not fused steps in any case: ``resilience.on_bad_step`` then is stop or rollback, which discard the result.
+    weights nor state, and the host does not wait for the value. On a CPU reading ``bad`` costs nothing. A GPU optimizer
+    that is not fused always steps: ``resilience.on_bad_step`` is then stop or rollback, which discard the result.
 
     Args:
         optimizer: the optimizer.

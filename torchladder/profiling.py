@@ -14,7 +14,7 @@ import torch
 from annotated_types import Ge
 from torch.profiler import ProfilerActivity
 
-from torchladder.registry import ConfigError, check_bounds, require
+from torchladder.registry import check_bounds, require
 
 logger = logging.getLogger(__name__)
 
@@ -60,23 +60,12 @@ class ProfilingConfig:
         )
 
 
-class Profiler:
-    """The enabled profilers; call ``step`` after each training step."""
-
-    def __init__(self) -> None:
-        self.steps: list[Callable[[], None]] = []
-
-    def step(self) -> None:
-        for step in self.steps:
-            step()
-
-
 @contextmanager
-def profile(config: ProfilingConfig, folder: Path, rank: int = 0, step: int = 0) -> Iterator[Profiler]:
-    """Profiles the training loop inside, as far as the config enables it.
+def profile(config: ProfilingConfig, folder: Path, rank: int = 0, step: int = 0) -> Iterator[Callable[[], None]]:
+    """Runs the enabled profilers; yields the function to call after each training step.
 
     Writes ``<traces>/iteration_N/rankR_trace.json`` and ``<snapshots>/iteration_N/rankR_memory_snapshot.pickle``, N the
-    steps taken; when CUDA runs out of memory, the snapshot goes to ``iteration_N_exit``.
+    steps taken. When CUDA runs out of memory, the last snapshot goes to ``iteration_N_exit``.
 
     Args:
         config: the section ``[profiling]``.
@@ -88,14 +77,19 @@ def profile(config: ProfilingConfig, folder: Path, rank: int = 0, step: int = 0)
         ConfigError: memory snapshots are enabled without CUDA.
     """
     with ExitStack() as stack:
-        profiler = Profiler()
+        profilers: list[Callable[[], None]] = []
         if config.enable_memory_snapshot:
-            if not torch.cuda.is_available():
-                raise ConfigError("profiling.enable_memory_snapshot: snapshots record CUDA memory; there is no GPU.")
-            profiler.steps.append(stack.enter_context(_memory_snapshots(config, folder, rank, step)))
+            available = torch.cuda.is_available()
+            require(available, "profiling.enable_memory_snapshot: snapshots record CUDA memory; there is no GPU.")
+            profilers.append(stack.enter_context(_memory_snapshots(config, folder, rank, step)))
         if config.enable_profiling:
-            profiler.steps.append(stack.enter_context(_trace_profiler(config, folder, rank, step)).step)
-        yield profiler
+            profilers.append(stack.enter_context(_trace_profiler(config, folder, rank, step)).step)
+
+        def step_profilers() -> None:
+            for step_profiler in profilers:
+                step_profiler()
+
+        yield step_profilers
 
 
 def _trace_profiler(config: ProfilingConfig, folder: Path, rank: int, step: int) -> torch.profiler.profile:

@@ -13,8 +13,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Lt
 
 from torchladder.metrics.device import get_peak_flops, peak_memory
-from torchladder.metrics.interval import Interval, RunInfo
-from torchladder.metrics.metric_table import Report, Value, training_report, validation_report
+from torchladder.metrics.metric_table import Interval, Report, RunInfo, Value, training_report, validation_report
 from torchladder.metrics.outputs import (
     METRICS_FILE,
     JsonlOutput,
@@ -84,11 +83,20 @@ class MetricsProcessor:
         self.close()
 
     def rewind(self, step: int) -> None:
-        """Continues after ``step`` steps, and deletes the reports of later ones."""
+        """Deletes the reports after ``step`` and continues there."""
         self.close()
         self.totals: dict[str, float] = {"tokens": 0, "flops": 0, "seconds": 0.0}
         if self.run.rank == 0:
-            self._open_outputs(step)
+            config, folder = self.config, self.run.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            if config.enable_wandb:  # first: if wandb is not installed, no file is touched
+                self.outputs.append(WandBOutput(folder, self.run.settings))
+            self.totals |= rewind_jsonl(folder / METRICS_FILE, step)
+            self.outputs.append(JsonlOutput(folder / METRICS_FILE))
+            if config.enable_tensorboard:
+                self.outputs.append(TensorBoardOutput(folder / config.save_tb_folder, step))
+            colors, bar = not config.disable_color_printing, not config.disable_progress_bar
+            self.outputs.append(TerminalOutput(self.run.steps, step, colors, bar))
         self.last_step = step
         self.tokens = self.pairs = 0
         self.last_time = time.perf_counter()
@@ -151,18 +159,6 @@ class MetricsProcessor:
         for output in self.outputs:
             output.close()
         self.outputs = []
-
-    def _open_outputs(self, step: int) -> None:
-        config, run = self.config, self.run
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if config.enable_wandb:  # first: if wandb is not installed, no file is touched
-            self.outputs.append(WandBOutput(run.folder, run.settings))
-        self.totals |= rewind_jsonl(run.folder / METRICS_FILE, step)
-        self.outputs.append(JsonlOutput(run.folder / METRICS_FILE))
-        if config.enable_tensorboard:
-            self.outputs.append(TensorBoardOutput(run.folder / config.save_tb_folder, step))
-        colors, bar = not config.disable_color_printing, not config.disable_progress_bar
-        self.outputs.append(TerminalOutput(run.steps, step, colors, bar))
 
     def _write(self, report: Report) -> None:
         for output in self.outputs:
