@@ -38,7 +38,7 @@ class JobConfig:
 
     plugins: list[str] = field(default_factory=list)
     """Python modules to import first; they register components. Found on the Python path, in the working folder or
-    beside the config file."""
+    in the folder of the config file."""
 
     dump_folder: str = "./outputs"
     """Output folder of the run."""

@@ -90,7 +90,7 @@ METRICS: dict[str, Metric] = {
             jsonl=False,
         ),
         Metric("lr", tag="lr"),
-        Metric("window", tag="curriculum/window"),  # on the console beside attention_saved
+        Metric("window", tag="curriculum/window"),  # on the console with attention_saved
         Metric("tokens", lambda i: i.totals["tokens"]),
         Metric("tps", lambda i: i.per_device(i.tokens), "throughput(tps)", "tps: {tps:,.0f}", "blue"),
         Metric("flops", lambda i: i.totals["flops"]),
