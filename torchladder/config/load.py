@@ -6,20 +6,18 @@ read first, then plugins are imported, then the sections are made and everything
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import tyro
 
 from torchladder.config import hf_defaults, toml_files
 from torchladder.config.component_sections import config_type
 from torchladder.config.sections import Config
-from torchladder.config.values import describe_error, fields, flag, flags, type_adapter
+from torchladder.config.values import check_type, fields, flag, flags
 from torchladder.registry import ConfigError, unknown_name
 
 RENAMED_KEYS = {
@@ -98,7 +96,8 @@ def _load_defaults(file: Path | None, overrides: Mapping[str, Any], argv: list[s
     sections: dict[str, Any] = {}
     for name, field in fields(kind).items():
         if name in toml_files.TABLES:
-            sections[name] = _check_type(field.kind, settings.get(name, []), name, toml_files.origin(origins, name))
+            place = f"{toml_files.origin(origins, name)}: {name}"
+            sections[name] = check_type(field.kind, settings.get(name, []), place)
         else:
             sections[name] = _make_section(field.kind, name, settings.get(name, {}), origins)
     return kind(**sections)
@@ -111,23 +110,12 @@ def _make_section(kind: type, name: str, settings: dict[str, Any], origins: toml
         file = toml_files.origin(origins, name, key)
         if key not in known:
             raise unknown_name(f"key in [{name}] of {file}", key, known)
-        values[key] = _check_type(known[key].kind, value, f"{name}.{key}", file)
+        values[key] = check_type(known[key].kind, value, f"{file}: {name}.{key}")
     try:
         return kind(**values)
     except ConfigError as error:
         files = {str(toml_files.origin(origins, name, key)) for key in settings}
         raise ConfigError(f"{', '.join(sorted(files)) or 'defaults'}: {error}") from None
-
-
-def _check_type(kind: Any, value: Any, key: str, file: Path | str) -> Any:
-    """Returns a value of a file as its type, without conversion: "3" is not 3."""
-    try:
-        # JSON has the types of TOML, except dates, and its strict mode allows a list as a tuple.
-        return type_adapter(kind).validate_json(json.dumps(value), strict=True)
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{file}: {key} = {value!r}: {describe_error(error)}") from None
-    except TypeError:
-        raise ConfigError(f"{file}: {key} = {value!r}: dates and times are not allowed here.") from None
 
 
 def _refuse_renamed_keys(keys: Iterable[str], place: str) -> None:

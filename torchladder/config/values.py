@@ -12,47 +12,50 @@ import tomli
 import tyro
 from docstring_parser import parse_from_object
 
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError, require, unknown_name
 
 
-def type_adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
-    """Returns the validator of a type; in a list of tables, unknown keys are errors.
+def check_type(kind: Any, value: Any, place: str) -> Any:
+    """Returns a value of a file as its type, without conversion: "3" is not 3. ``place`` begins the error message.
 
-    A dataclass whose keys depend on the entry, as in ``data.sources``, has the methods ``subclass_for(table)``,
-    the dataclass of an entry, and ``subclasses()``, all of them by name.
+    A dataclass in a list of tables whose keys depend on the entry, as in ``data.sources``, has the methods
+    ``subclass_for(table)``, the dataclass of an entry, and ``subclasses()``, all of them by name.
+
+    Raises:
+        ConfigError: another type, or an unknown or missing key of a table.
     """
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if get_origin(kind) is list and dataclasses.is_dataclass(item := get_args(kind)[0]):
-        kind = list[Annotated[Any, pydantic.PlainValidator(partial(_validate_table, item))]]
-    return pydantic.TypeAdapter(kind, config=pydantic.ConfigDict(extra="forbid"))
+        kind = list[Annotated[Any, pydantic.PlainValidator(partial(_make_table, item))]]
+    try:
+        # JSON has the types of TOML, except dates, and its strict mode allows a list as a tuple.
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{place} = {value!r}: {_describe_error(error)}") from None
+    except TypeError:
+        raise ConfigError(f"{place} = {value!r}: dates and times are not allowed here.") from None
 
 
-def _validate_table(item: Any, table: Any) -> Any:
+def _make_table(item: Any, table: Any) -> Any:
     if not isinstance(table, dict):
         raise ValueError(f"must be a table such as {TABLE!r}")
     kind = item.subclass_for(table) if hasattr(item, "subclass_for") else item
+    known = fields(kind)
     for key in table:
-        if key not in fields(kind):
-            raise unknown_name("key", key, fields(kind))
-    try:
-        return pydantic.TypeAdapter(kind).validate_json(json.dumps(table), strict=True)
-    except pydantic.ValidationError as error:
-        raise ConfigError(describe_error(error)) from None
+        if key not in known:
+            raise unknown_name("key", key, known)
+    for key, field in known.items():
+        require(key in table or not field.required, f"the key {key!r} is required.")
+    return kind(**{key: check_type(known[key].kind, value, key) for key, value in table.items()})
 
 
-def describe_error(error: pydantic.ValidationError) -> str:
+def _describe_error(error: pydantic.ValidationError) -> str:
     """Returns the message of the first error, with its place inside a list or table."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] != "value_error":  # a message of pydantic, in the terms of JSON
-        for word, ours in (
-            ("Input should", "must"),
-            ("array", "list"),
-            ("object", "table"),
-            ("keyword argument", "key"),
-        ):
-            message = message.replace(word, ours)
+        message = message.replace("Input should", "must").replace("array", "list").replace("object", "table")
     return f"{place}: {message}" if place else message
 
 
@@ -65,11 +68,9 @@ def tables_argument(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any
     def parse(words: list[str]) -> Any:
         try:
             tables = [tomli.loads(f"table = {word}")["table"] for word in words]
-            return type_adapter(kind).validate_json(json.dumps(tables), strict=True)
         except tomli.TOMLDecodeError as error:
             raise ValueError(f"{words} must be tables as in a file, such as {TABLE!r}: {error}") from None
-        except pydantic.ValidationError as error:
-            raise ValueError(describe_error(error)) from None
+        return check_type(kind, tables, "value")
 
     def show(tables: list[Any]) -> list[str]:
         keys = [[f"{key} = {json.dumps(value)}" for key, value in vars(table).items() if value] for table in tables]
