@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, get_type_hints
 
+from annotated_types import Ge, Gt, Le, Lt
 from docstring_parser import parse_from_object
 
 T = TypeVar("T")
@@ -27,6 +29,25 @@ def require(condition: bool, message: str) -> None:
     """Raises ``ConfigError`` with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+_BOUNDS = {Ge: (operator.ge, "{} or more"), Gt: (operator.gt, "above {}")}
+_BOUNDS |= {Le: (operator.le, "at most {}"), Lt: (operator.lt, "below {}")}
+
+
+def check_bounds(config: Any, section: str) -> None:
+    """Checks the fields of a dataclass against the bounds in their annotations; None and defaults are always valid.
+
+    Example: ``seq_len: Annotated[int, Ge(1)] = 2048`` refuses 0: "training.seq_len = 0: must be 1 or more."
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, metadata = getattr(config, field.name), getattr(hints[field.name], "__metadata__", ())
+        bounds = [(*_BOUNDS[type(bound)], *dataclasses.astuple(bound)) for bound in metadata if type(bound) in _BOUNDS]
+        if value not in (None, field.default) and not all(holds(value, limit) for holds, _, limit in bounds):
+            allowed = " and ".join(text.format(limit) for _, text, limit in bounds)
+            unset = ", or -1" if field.default == -1 else ""
+            raise ConfigError(f"{section}.{field.name} = {value}: must be {allowed}{unset}.")
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:

@@ -19,7 +19,7 @@ def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) 
     """Adds the folder's model, tokenizer and sliding window to the settings that do not set them.
 
     Raises:
-        ConfigError: the folder has no config.json, or its model is not supported or not the one that is named.
+        ConfigError: the folder has no config.json, or its model is not supported or is not model.name.
     """
     given = flags(argv, "model.hf_assets_path")
     path = given[-1] if given else settings.get("model", {}).get("hf_assets_path", "")
@@ -29,7 +29,7 @@ def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) 
     model = hf_config.model_section(folder.config)
     name = flag(argv, "model.name") or settings.get("model", {}).get("name", model["name"])
     if name != model["name"]:
-        raise ConfigError(f"model.name = {name!r}, but the model in {path} is {model['name']!r}.")
+        raise ConfigError(f"model.name = {name!r}: the model in {path} is {model['name']!r}.")
     sections: dict[str, dict[str, Any]] = {"model": model}
     tokenizer = tokenizer_section(folder.path)
     if tokenizer.get("name") == (flag(argv, "tokenizer.name") or settings.get("tokenizer", tokenizer).get("name")):

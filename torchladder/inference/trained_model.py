@@ -230,7 +230,7 @@ def _checkpoints(path: Path) -> list[Path]:
     """Returns the complete checkpoints in a folder, or in the checkpoint folder of a run, by step."""
     folder = str(path)
     if not checkpoint.complete_steps(folder) and (path / CONFIG_FILE).is_file():
-        section = toml_files.read(path / CONFIG_FILE)[0].get("checkpoint", {})
+        section = toml_files.read_settings(path / CONFIG_FILE)[0].get("checkpoint", {})
         folder = CheckpointConfig(folder=section.get("folder", CheckpointConfig.folder)).folder_in(path)
         if "://" in folder:
             raise ConfigError(f"the checkpoints of {path} are at {folder}: copy one to a local folder first.")
