@@ -6,12 +6,13 @@ head to the embedding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torchladder.models.attention import AttentionFunction
 from torchladder.models.hf.adapter import HFAdapter
-from torchladder.models.llama import LLAMA_ADAPTER, Block, Llama
+from torchladder.models.hf.qwen3_adapter import QWEN3_ADAPTER
+from torchladder.models.llama import Block, Llama
 from torchladder.models.llama_config import LlamaConfig
 from torchladder.models.model import register
 
@@ -45,19 +46,6 @@ FLAVORS = {
     "14b": _qwen3(40, 5120, (40, 8), 17408, tied=False),
     "32b": _qwen3(64, 5120, (64, 8), 25600, tied=False),
 }
-
-
-QWEN3_ADAPTER = replace(
-    LLAMA_ADAPTER,
-    architectures={"qwen3": "Qwen3ForCausalLM"},
-    tensor_names={
-        **LLAMA_ADAPTER.tensor_names,
-        "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
-        "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
-    },
-    defaults={**LLAMA_ADAPTER.defaults, "head_dim": 128},
-    sliding_window_type="",
-)
 
 
 @register("qwen3", flavors=FLAVORS)

@@ -1,0 +1,19 @@
+"""Qwen3 in Hugging Face: Llama's tensors and keys, norms of queries and keys, and heads of 128 features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torchladder.models.hf.llama_adapter import LLAMA_ADAPTER
+
+QWEN3_ADAPTER = replace(
+    LLAMA_ADAPTER,
+    architectures={"qwen3": "Qwen3ForCausalLM"},
+    tensor_names={
+        **LLAMA_ADAPTER.tensor_names,
+        "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
+        "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
+    },
+    defaults={**LLAMA_ADAPTER.defaults, "head_dim": 128},
+    sliding_window_type="",
+)
