@@ -1,6 +1,6 @@
 """Cost of a checkpoint: how long a save blocks training, and its bytes per second against torch.save.
 
-python tests/benchmarks/checkpoint.py [million parameters, 120]
+python -m tests.benchmarks.checkpoint [million parameters, 120]
 """
 
 import shutil
@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import torch
-from timing import table
 from torch import nn
 
-from torchladder.checkpoint import CheckpointConfig, Checkpointer
+from tests.benchmarks.timing import table
+from torchladder.checkpoint import CheckpointConfig, Checkpointer, RunState
 
 
 def main() -> None:
@@ -25,7 +25,6 @@ def main() -> None:
         parameter.grad = torch.full_like(parameter, 0.01)
     optimizer.step()
     size = 12 * millions / 1000  # GB: weight and two moments in float32
-    run = {"step": 1, "row": 0, "fingerprints": {}}
 
     took: dict[str, list[float]] = {"torch.save": [], "disabled": [], "async": [], "load": []}
     savers = {
@@ -41,7 +40,7 @@ def main() -> None:
         took["torch.save"].append(time.perf_counter() - begin)
         for mode, saver in savers.items():
             begin = time.perf_counter()
-            saver.save(turn, run | {"step": turn})
+            saver.save(RunState(step=turn, row=0))
             took[mode].append(time.perf_counter() - begin)
             saver.wait()
     begin = time.perf_counter()
