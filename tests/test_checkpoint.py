@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from runs import losses, run
 from torch import nn
 
 from torchladder import checkpoint
-from torchladder.checkpoint import CheckpointConfig, Checkpointer, SaveError, checksums, step_folders
+from torchladder.checkpoint import CheckpointConfig, Checkpointer, RunState, SaveError, checksums, step_folders, storage
 from torchladder.registry import ConfigError
 
 
@@ -40,14 +41,14 @@ class Thing:
 
     def checkpointer(self, folder: Path, **settings) -> Checkpointer:
         config = CheckpointConfig(enable=True, retry_minutes=0, **settings)
-        return Checkpointer(config, folder, self.model, self.optimizer, files={"config.toml": b"[job]\n"})
+        return Checkpointer(config, str(folder), self.model, self.optimizer, {"config.toml": b"[job]\n"})
 
 
-def run_of(step: int) -> dict:
-    return {"step": step, "row": 4 * step, "fingerprints": {}, "versions": {}}
+def run_of(step: int) -> RunState:
+    return RunState(step=step, row=4 * step)
 
 
-def accept(run: dict) -> None:
+def accept(state: RunState) -> None:
     pass
 
 
@@ -56,7 +57,7 @@ def saved(folder: Path, *steps: int, **settings) -> Thing:
     checkpointer = thing.checkpointer(folder, **settings)
     for step in steps:
         thing.step()
-        checkpointer.save(step, run_of(step))
+        checkpointer.save(run_of(step))
     checkpointer.wait()
     return thing
 
@@ -69,17 +70,17 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, mode):
     thing = Thing()
     checkpointer = thing.checkpointer(tmp_path, async_mode=mode)
-    checkpointer.save(2, run_of(2))
+    checkpointer.save(run_of(2))
     bits = thing.bits()
     thing.step()  # while it is being written
-    checkpointer.save(3, run_of(3))
+    checkpointer.save(run_of(3))
     checkpointer.wait()
     later = thing.bits()
 
     other = Thing(seed=1)
-    assert other.checkpointer(tmp_path).load(accept)["row"] == 12
+    assert other.checkpointer(tmp_path).load(accept).row == 12
     assert equal(other.bits(), later)
-    assert other.checkpointer(tmp_path, load_step=2).load(accept)["step"] == 2
+    assert other.checkpointer(tmp_path, load_step=2).load(accept).step == 2
     assert equal(other.bits(), bits)
 
 
@@ -89,7 +90,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path):
     assert sorted(os.listdir(path)) == [".metadata", "SHA256SUMS", "__0_0.distcp", "config.toml", "run.json"]
     assert json.loads((path / "run.json").read_text())["row"] == 8
     assert (path / "config.toml").read_text() == "[job]\n"
-    for name, digest in checksums.read(path).items():
+    for name, digest in step_folders.read_checksums(path).items():
         assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
     if shutil.which("sha256sum"):
         assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=path).returncode == 0
@@ -111,7 +112,7 @@ def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(tmp_path, c
         file.write_bytes(content)
     else:
         file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
-    assert Thing().checkpointer(tmp_path).load(accept)["step"] == 9
+    assert Thing().checkpointer(tmp_path).load(accept).step == 9
     assert "step-10" in caplog.text
     assert "damaged" in caplog.text
     with pytest.raises(ConfigError, match="step-10 is damaged"):
@@ -124,7 +125,7 @@ def test_when_all_are_damaged_the_run_does_not_begin_anew(tmp_path):
         (tmp_path / f"step-{step}" / "__0_0.distcp").write_bytes(b"")
     with pytest.raises(ConfigError, match="every checkpoint"):
         Thing().checkpointer(tmp_path).load(accept)
-    with pytest.raises(ConfigError, match="no intact checkpoint"):
+    with pytest.raises(ConfigError, match="not an intact checkpoint"):
         Thing().checkpointer(tmp_path / "new", initial_load_path=str(tmp_path / "step-1")).load(accept)
 
 
@@ -136,19 +137,19 @@ def test_what_is_kept(tmp_path_factory, steps, keep, every):
             (folder / f"step-{step}").mkdir(exist_ok=True)
             (folder / f"step-{step}" / name).touch()
     newest = sorted(steps)[-1]
-    step_folders.prune(folder, newest, keep, every)
+    step_folders.prune(str(folder), newest, keep, every)
     expected = {step for step in steps if every and step % every == 0} | set(sorted(steps)[-keep:])
-    assert set(step_folders.steps(folder)) == expected
+    assert set(checkpoint.complete_steps(folder)) == expected
 
 
 def test_branching_off_keeps_what_is_later_until_it_is_written_again(tmp_path):
     saved(tmp_path, 2, 4, 6, 8)
     thing = Thing(seed=3)
     checkpointer = thing.checkpointer(tmp_path, keep_latest_k=2)
-    checkpointer.save(4, run_of(4))
-    assert step_folders.steps(tmp_path) == [2, 4, 6, 8]
-    checkpointer.save(6, run_of(6))
-    assert step_folders.steps(tmp_path) == [4, 6, 8]
+    checkpointer.save(run_of(4))
+    assert checkpoint.complete_steps(tmp_path) == [2, 4, 6, 8]
+    checkpointer.save(run_of(6))
+    assert checkpoint.complete_steps(tmp_path) == [4, 6, 8]
     assert not list(tmp_path.glob("*.old"))
 
 
@@ -156,14 +157,14 @@ def test_branching_off_keeps_what_is_later_until_it_is_written_again(tmp_path):
 def full_disk(monkeypatch):
     """Writes fail as long as the list has anything in it."""
     broken: list[str] = ["No space left on device"]
-    write = checksums._Stream.write
+    write = checksums.ChecksumStream.write
 
     def fail(stream, data):
         if broken:
             raise OSError(28, broken[0])
         return write(stream, data)
 
-    monkeypatch.setattr(checksums._Stream, "write", fail)
+    monkeypatch.setattr(checksums.ChecksumStream, "write", fail)
     return broken
 
 
@@ -171,38 +172,38 @@ def full_disk(monkeypatch):
 def test_a_full_disk_is_reported_and_tried_again(tmp_path, caplog, full_disk, mode):
     thing = Thing()
     checkpointer = thing.checkpointer(tmp_path, async_mode=mode, max_failures=3, interval=10)
-    checkpointer.save(10, run_of(10))
+    checkpointer.save(run_of(10))
     checkpointer.wait()
     assert "No space left on device" in caplog.text
-    assert step_folders.named(tmp_path) == []
+    assert storage.get_storage(tmp_path).steps(str(tmp_path)) == []
     assert not list(tmp_path.iterdir())  # what was written of it must not fill the disk further
     assert checkpointer.overdue
-    assert checkpointer.due(11, last=False, asked=True)
+    assert checkpointer.due(11, last=False, overdue=True)
     full_disk.clear()
-    checkpointer.save(11, run_of(11))
+    checkpointer.save(run_of(11))
     checkpointer.wait()
-    assert step_folders.steps(tmp_path) == [11]
+    assert checkpoint.complete_steps(tmp_path) == [11]
     assert not checkpointer.overdue
 
 
 def test_only_max_failures_in_a_row_end_the_run(tmp_path, full_disk):
     checkpointer = Thing().checkpointer(tmp_path, max_failures=3)
-    checkpointer.save(1, run_of(1))
-    checkpointer.save(2, run_of(2))
+    checkpointer.save(run_of(1))
+    checkpointer.save(run_of(2))
     full_disk.clear()
-    checkpointer.save(3, run_of(3))
+    checkpointer.save(run_of(3))
     full_disk.append("Stale file handle")
-    checkpointer.save(4, run_of(4))
-    checkpointer.save(5, run_of(5))
+    checkpointer.save(run_of(4))
+    checkpointer.save(run_of(5))
     with pytest.raises(SaveError, match=r"3 saves in a row failed .*Stale file handle"):
-        checkpointer.save(6, run_of(6))
-    assert step_folders.steps(tmp_path) == [3]
+        checkpointer.save(run_of(6))
+    assert checkpoint.complete_steps(tmp_path) == [3]
 
 
 def test_a_run_trains_on_while_nothing_can_be_saved(tmp_path, monkeypatch, caplog):
     short = ["--training.steps", "6", "--validation.no_enable", "--training.seq_len", "64"]
     run(tmp_path / "whole", *short)
-    write, calls = checksums._Stream.write, []
+    write, calls = checksums.ChecksumStream.write, []
 
     def fail(stream, data):
         calls.append(1)
@@ -210,16 +211,16 @@ def test_a_run_trains_on_while_nothing_can_be_saved(tmp_path, monkeypatch, caplo
             raise OSError(28, "No space left on device")
         return write(stream, data)
 
-    monkeypatch.setattr(checksums._Stream, "write", fail)
+    monkeypatch.setattr(checksums.ChecksumStream, "write", fail)
     saving = ["--checkpoint.enable", "--checkpoint.interval", "2", "--checkpoint.retry_minutes", "0"]
     run(tmp_path / "run", *short, *saving, "--checkpoint.async_mode", "async")
     assert caplog.text.count("is not saved") == 2
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert step_folders.steps(tmp_path / "run" / "checkpoint")[-1] == 6
+    assert checkpoint.complete_steps(tmp_path / "run" / "checkpoint")[-1] == 6
     calls.clear()
     run(tmp_path / "run", *short, *saving, "--training.steps", "9", "--checkpoint.max_failures", "1", code=1)
     assert "1 saves in a row failed" in caplog.text
-    assert step_folders.steps(tmp_path / "run" / "checkpoint")[-1] == 6
+    assert checkpoint.complete_steps(tmp_path / "run" / "checkpoint")[-1] == 6
 
 
 def test_what_killed_saves_have_left_is_cleared_away(tmp_path):
@@ -233,30 +234,31 @@ def test_what_killed_saves_have_left_is_cleared_away(tmp_path):
 def test_a_file_in_the_place_of_the_folder_is_no_end(tmp_path, caplog):
     (tmp_path / "saves").write_text("")  # what a mount that is gone looks like, for a process that may do everything
     checkpointer = Thing().checkpointer(tmp_path / "saves")
-    checkpointer.save(1, run_of(1))
+    checkpointer.save(run_of(1))
     assert "is not saved" in caplog.text
     (tmp_path / "saves").unlink()
-    checkpointer.save(2, run_of(2))
-    assert step_folders.steps(tmp_path / "saves") == [2]
+    checkpointer.save(run_of(2))
+    assert checkpoint.complete_steps(tmp_path / "saves") == [2]
 
 
 def test_what_the_disk_did_not_keep_is_found_before_anything_is_deleted(tmp_path, monkeypatch, caplog):
     checkpointer = Thing().checkpointer(tmp_path, keep_latest_k=2)
-    checkpointer.save(1, run_of(1))
-    checkpointer.save(2, run_of(2))
-    read = checksums.sha256
-    monkeypatch.setattr(checksums, "sha256", lambda path: "0" if path.suffix == ".distcp" else read(path))
-    checkpointer.save(3, run_of(3))
+    checkpointer.save(run_of(1))
+    checkpointer.save(run_of(2))
+    files = storage.FileSystemStorage
+    sha256 = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda self, path: "0" if path.endswith(".distcp") else sha256(self, path))
+    checkpointer.save(run_of(3))
     assert "does not hold what was written" in caplog.text
-    assert step_folders.steps(tmp_path) == [1, 2]
+    assert checkpoint.complete_steps(tmp_path) == [1, 2]
 
 
 def test_minutes_ask_for_a_checkpoint(tmp_path):
     checkpointer = Thing().checkpointer(tmp_path, interval=1000, interval_minutes=1)
     assert not checkpointer.overdue
-    checkpointer._since -= 60
+    checkpointer._last_attempt -= 60
     assert checkpointer.overdue
-    checkpointer.save(3, run_of(3))
+    checkpointer.save(run_of(3))
     assert not checkpointer.overdue
     assert not checkpointer.due(3, last=True)  # it is there
 
@@ -270,12 +272,12 @@ def test_what_is_excluded_is_excluded_once(tmp_path):
     }
     thing = Thing(seed=2, steps=0)
     first = thing.checkpointer(tmp_path / "b", **settings)
-    assert first.load(accept) == run_of(5) | {"row": 0, "excluded": []}
+    assert first.load(accept) == replace(run_of(5), row=0)
     assert not thing.optimizer.state
     thing.step()
-    first.save(6, run_of(6))
+    first.save(run_of(6))
     again = Thing(seed=4)
-    assert again.checkpointer(tmp_path / "b", **settings).load(accept)["row"] == 24
+    assert again.checkpointer(tmp_path / "b", **settings).load(accept).row == 24
     assert equal(again.bits(), thing.bits())
 
     with pytest.raises(ConfigError, match="train_state"):
@@ -285,16 +287,27 @@ def test_what_is_excluded_is_excluded_once(tmp_path):
 def test_a_restart_continues_from_the_newest(tmp_path, monkeypatch):
     saved(tmp_path, 2, 4)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert Thing().checkpointer(tmp_path, load_step=2).load(accept)["step"] == 4
+    assert Thing().checkpointer(tmp_path, load_step=2).load(accept).step == 4
 
 
 def test_finished_asks_the_newest(tmp_path):
-    assert not checkpoint.finished(tmp_path, 4)
+    def finished(total_steps: int) -> bool:
+        """Whether loading leaves a model of another seed as it is."""
+        thing = Thing(seed=5)
+        before, config = thing.bits(), CheckpointConfig(enable=True)
+        state = Checkpointer(config, str(tmp_path), thing.model, thing.optimizer, None, total_steps).load(accept)
+        return state is not None and equal(thing.bits(), before)
+
+    assert not finished(4)
     saved(tmp_path, 2, 4)
-    assert checkpoint.finished(tmp_path, 4)
-    assert not checkpoint.finished(tmp_path, 5)
-    Thing().checkpointer(tmp_path).save(5, run_of(5) | {"pending": True})
-    assert not checkpoint.finished(tmp_path, 5)
+    assert finished(4)
+    assert not finished(5)
+    Thing().checkpointer(tmp_path).save(replace(run_of(5), post_step_pending=True))
+    assert not finished(5)
+    Thing().checkpointer(tmp_path).save(run_of(5))
+    assert finished(5)
+    (tmp_path / "step-5" / "run.json").write_text("{")
+    assert not finished(5)
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,13 @@ def move(ranks, folder, moves):
     loads = replace(settings, checkpoint=replace(settings.checkpoint, load_only=True))
     for name in dict.fromkeys(name for name, _ in moves):
         run, kept = trainer(ranks, folder / name, settings, **LAYOUTS[name]), {}
-        save = run.lifeline.save
+        save = run.fault_tolerance.save
 
         def keep(state, must=False, run=run, kept=kept, save=save):
-            kept[state["step"]] = gathered(run)
+            kept[state.step] = gathered(run)
             save(state, must)
 
-        run.lifeline.save = keep
+        run.fault_tolerance.save = keep
         run.train()
         for other in (other for one, other in moves if one == name):
             place = folder / f"{name} to {other}"

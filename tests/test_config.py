@@ -1,11 +1,14 @@
+import math
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tomli
 
-from torchladder import config
+from torchladder import config, curriculum, data, mask, metrics, models, optim
 from torchladder.registry import ConfigError
 
 PLUGIN = '''
@@ -181,6 +184,42 @@ def test_every_setting_of_every_part_is_documented(section):
     ours = [name for name in registry.names() if registry.get(name).__module__.startswith("torchladder.")]
     silent = [f"{part}.{key}" for part in ours for key in registry.parameters(part) if not registry.docs(part).get(key)]
     assert not silent
+
+
+def test_the_docs_list_every_registry():
+    page = (Path(__file__).parents[1] / "docs" / "config.md").read_text()
+    exported = {
+        f"{package.__name__.removeprefix('torchladder.')}.{name}"
+        for package in (curriculum, mask, models, models.attention, optim, data, data.sources, data.packing,
+                        data.tokenizer, metrics)
+        for name in vars(package) if name.startswith("register") and callable(getattr(package, name))
+    }  # fmt: skip
+    listed = set(re.findall(r"^\| `(\S+)`", page.partition("| registry |")[2], re.MULTILINE))
+    assert listed == exported | {"optim.decays.register"}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "allowed"),
+    [
+        ("training", "seq_len", 0, "1 or more."),
+        ("training", "steps", -2, "1 or more, or -1."),
+        ("training", "epochs", math.nan, "above 0 and below inf."),
+        ("samples", "top_p", 1.5, "above 0 and at most 1."),
+        ("curriculum", "initial_window", 0, "1 or more."),
+    ],
+)
+def test_bounds_hold_for_files_command_lines_and_plain_construction(write, capsys, section, key, value, allowed):
+    text = f"{section}.{key} = {value}: must be {allowed}"
+    message = re.escape(text)
+    name = {"curriculum": 'name = "linear"\n'}.get(section, "")
+    with pytest.raises(ConfigError, match=message):
+        load(write(f"[{section}]\n{name}{key} = {value}\n")).schedule(1)
+    with pytest.raises((ConfigError, SystemExit)) as error:
+        load(write(f"[{section}]\n{name}"), f"--{section}.{key}={value}").schedule(1)
+    assert text in str(error.value) + capsys.readouterr().err
+    kinds = {"training": config.TrainingConfig, "samples": config.SamplesConfig}
+    with pytest.raises(ConfigError, match=message):
+        kinds.get(section, partial(curriculum.Linear, steps=9, seq_len=64))(**{key: value})
 
 
 @pytest.mark.parametrize(

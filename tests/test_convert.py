@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from torchladder import checkpoint, commands, config, data, train
-from torchladder.checkpoint import CheckpointConfig, checksums, step_folders
+from torchladder.checkpoint import CheckpointConfig, step_folders
 from torchladder.commands import convert, evaluate, generate
 from torchladder.data import tokenizer
 from torchladder.data.formats.indexed import IndexedWriter
@@ -205,7 +205,7 @@ def test_a_checkpoint_reads_the_tokenizer_of_its_run(tmp_path, monkeypatch, kind
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     shutil.rmtree(here)
-    for name in (step_folders.METADATA, checksums.SUMS):
+    for name in (step_folders.METADATA_FILE, checkpoint.CHECKSUM_FILE):
         (tmp_path / "step-1" / name).write_text("{}")
     (tmp_path / "step-1" / checkpoint.RUN_STATE_FILE).write_text(checkpoint.RunState(step=1, row=8).to_json())
     monkeypatch.setattr(TrainedModel, "tokenizer_fingerprint", own.fingerprint)

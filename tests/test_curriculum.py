@@ -211,7 +211,7 @@ def make_constant(window):
         ({"initial_window": 0}, "initial_window = 0: must be 1 or more"),
         ({"initial_window": 2000}, "initial_window = 2000: must be at most the final window, 1024"),
         ({"initial_window": 64, "final_window": 32}, "initial_window = 64: must be at most the final window, 32"),
-        ({"final_window": 2048}, "final_window = 2048: must be at most training.seq_len = 1024"),
+        ({"final_window": 2048}, "final_window = 2048: must be from 1 to training.seq_len = 1024"),
         ({"every": 0}, "every = 0"),
         ({"every": -3}, "every = -3"),
         ({"ramp": 0.0}, "ramp = 0.0: must be above 0"),

@@ -10,7 +10,7 @@ import pytest
 from torchladder.data import sources
 from torchladder.data.disk_cache import build_once, cache_path
 from torchladder.data.formats.indexed import IndexedTokens
-from torchladder.data.prepare.cached_tokens import tokenize_cached, tokenize_source
+from torchladder.data.prepare.cached_tokens import tokenize_cached
 from torchladder.data.text import text_files
 from torchladder.data.tokenizer import ByteTokenizer, Tokenizer
 from torchladder.registry import ConfigError
@@ -52,12 +52,12 @@ def test_documents_are_encoded_and_split(folder, tmp_path):
     for document in source.documents():
         ids = [1, *Shifted().encode(document.text), 2]
         expected[sources.held_out(document.identity, 0.2)].append(ids)
-    assert documents(out.train) == expected[False]
-    assert documents(out.validation) == expected[True]
+    assert documents(out / "train") == expected[False]
+    assert documents(out / "validation") == expected[True]
     assert len(expected[True]) > 5
     plain = tokenize_cached(source, Shifted(), tmp_path / "cache", validation_fraction=0.0)
-    assert documents(plain.train)[0] == [*Shifted().encode("document 0 é\n"), 2]
-    assert documents(plain.validation) == []
+    assert documents(plain / "train")[0] == [*Shifted().encode("document 0 é\n"), 2]
+    assert documents(plain / "validation") == []
 
 
 def test_the_cache_is_reused_until_something_matters(folder, tmp_path, monkeypatch):
@@ -110,14 +110,14 @@ def test_invalid_settings(folder, tmp_path):
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(folder, tmp_path):
-    assert (
-        IndexedTokens(tokenize_source(text_files.text(str(folder)), Shifted(70_000), tmp_path).train).dtype == np.int32
-    )
-    assert IndexedTokens(tokenize_source(text_files.text(str(folder)), Shifted(), tmp_path).train).dtype == np.uint16
+    source = text_files.text(str(folder))
+    large, small = (tokenize_cached(source, Shifted(size), tmp_path / f"{size}") for size in (70_000, 300))
+    assert IndexedTokens(large / "train").dtype == np.int32
+    assert IndexedTokens(small / "train").dtype == np.uint16
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(folder, tmp_path, capfd):
-    tokenize_source(text_files.text(str(folder)), ByteTokenizer(), tmp_path)
+    tokenize_cached(text_files.text(str(folder)), ByteTokenizer(), tmp_path)
     line = capfd.readouterr().err
     assert "100 documents" in line
     assert "tokens/s" in line
@@ -126,7 +126,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(folder, tmp_path, ca
 
 def test_the_folder_says_what_it_is(folder, tmp_path):
     out = tokenize_cached(text_files.text(str(folder)), ByteTokenizer(), tmp_path, validation_fraction=0.5)
-    written = json.loads((out.train.parent / "settings.json").read_text())
+    written = json.loads((out / "settings.json").read_text())
     assert written["tokenizer"] == "bytes"
     assert written["validation_fraction"] == 0.5
 

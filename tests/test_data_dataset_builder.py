@@ -15,7 +15,7 @@ import pytest
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.prepare import dataset_builder, executor, merging, metadata, tasks
 from torchladder.data.prepare.document_encoder import DocumentEncoder
-from torchladder.data.prepare.executor import local_executor
+from torchladder.data.prepare.executor import LocalExecutor
 from torchladder.data.prepare.tasks import PrepareConfig
 from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
@@ -47,7 +47,7 @@ def prepare(folder, tmp_path):
             **settings,
         }
         return dataset_builder.prepare_dataset(
-            PrepareConfig(output=str(tmp_path / output), tokenizer="bytes", **settings), local_executor(workers)
+            PrepareConfig(output=str(tmp_path / output), tokenizer="bytes", **settings), LocalExecutor(workers)
         )
 
     return prepare
@@ -358,7 +358,7 @@ def _die(task):
 
 def _caller(pids):
     multiprocessing.forkserver._forkserver.__init__()  # that of the test's own process serves only its own children
-    for pid in local_executor(2)(_sleep, [0.0, 0.0, 60.0, 60.0]):
+    for pid in LocalExecutor(2)(_sleep, [0.0, 0.0, 60.0, 60.0]):
         pids.put(pid)
 
 
@@ -378,14 +378,14 @@ def test_workers_end_with_their_caller():
 
 def test_a_killed_worker_is_reported():
     with pytest.raises(ConfigError, match="a worker process was killed") as error:
-        list(local_executor(2)(_die, [1, 2]))
+        list(LocalExecutor(2)(_die, [1, 2]))
     assert not isinstance(error.value.__cause__, BrokenProcessPool)
 
 
 def test_workers_are_processes():
-    assert list(local_executor(1)(_pid, [1])) == [os.getpid()]
-    assert os.getpid() not in set(local_executor(2)(_pid, [1, 2, 3]))
-    assert list(local_executor(2)(_pid, [])) == []
+    assert list(LocalExecutor(1)(_pid, [1])) == [os.getpid()]
+    assert os.getpid() not in set(LocalExecutor(2)(_pid, [1, 2, 3]))
+    assert list(LocalExecutor(2)(_pid, [])) == []
     assert executor.available_cpus() >= 1
 
 

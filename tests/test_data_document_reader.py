@@ -233,5 +233,5 @@ def test_invalid_settings(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown on_error 'skp'\. Did you mean 'skip'"):
         DocumentReader(on_error="skp")
     (tmp_path / "x.png").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"is no text file\. Known: \.jsonl"):
+    with pytest.raises(ConfigError, match=r"is not a text file\. Known: \.jsonl"):
         read(tmp_path / "x.png")

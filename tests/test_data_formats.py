@@ -206,7 +206,7 @@ def test_a_folder_is_searched_to_the_bottom(tmp_path):
     chunk(tmp_path / "x" / "y" / "b.bin", [3, EOS])
     chunk(tmp_path / "x" / "a.bin", [1, EOS])
     assert documents(corpus(tmp_path / "x", tmp_path / "cache", name="litpkds")) == [[1, EOS], [3, EOS]]
-    with pytest.raises(ConfigError, match=r"names no tokens. Known: .parquet"):
+    with pytest.raises(ConfigError, match=r"matches no tokens. Known: .parquet"):
         corpus(tmp_path / "x", tmp_path, name="parquet")
 
 

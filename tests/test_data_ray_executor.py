@@ -10,7 +10,7 @@ import pytest
 
 from torchladder.data.prepare import dataset_builder, executor
 from torchladder.data.prepare.document_encoder import DocumentEncoder
-from torchladder.data.prepare.executor import local_executor
+from torchladder.data.prepare.executor import LocalExecutor
 from torchladder.data.prepare.tasks import PrepareConfig
 from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
@@ -46,7 +46,7 @@ def prepare(folder, output, run):
 @pytest.mark.timeout(240)
 def test_a_cluster_gives_the_same_output(cluster, folder, tmp_path):
     run = executor.registry.get("ray")(workers=2)
-    assert prepare(folder, tmp_path / "cluster", run) == prepare(folder, tmp_path / "here", local_executor(1))
+    assert prepare(folder, tmp_path / "cluster", run) == prepare(folder, tmp_path / "here", LocalExecutor(1))
 
     def pid(task):
         return os.getpid()

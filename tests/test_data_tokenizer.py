@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torchladder.data import tokenizer
-from torchladder.data.tokenizer import tokenizer_files, tokenizer_registry, tokenizer_training
+from torchladder.data.tokenizer import tokenizer_registry, tokenizer_training
 from torchladder.data.tokenizer.tiktoken import _split_long
 from torchladder.registry import ConfigError
 
@@ -126,7 +126,7 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(ConfigError, match=r"'none\.model' is not a file"):
         tokenizer.sentencepiece(lambda: iter(()), tmp_path, path="none.model")
     (tmp_path / "x.model").write_bytes(b"not a model")
-    with pytest.raises(ConfigError, match=r"x\.model is no SentencePiece model"):
+    with pytest.raises(ConfigError, match=r"x\.model is not a SentencePiece model"):
         tokenizer.sentencepiece(lambda: iter(()), tmp_path, path=str(tmp_path / "x.model"))
 
 
@@ -284,7 +284,7 @@ def test_the_end_of_a_tokenizer_json(places, tmp_path):
     [
         (b"YQ== 0\nYg== x\n", r"x\.model:2 is not a token and its rank"),
         (b"YQ== 0\nYg== 2\n", "do not count from 0"),
-        (b"YQ== 0\nYg== 1\n", "lacks some single bytes"),
+        (b"YQ== 0\nYg== 1\n", "lacks tokens of single bytes"),
     ],
 )
 def test_a_damaged_rank_file_is_named(tmp_path, content, message):
@@ -294,7 +294,7 @@ def test_a_damaged_rank_file_is_named(tmp_path, content, message):
 
 
 def test_a_damaged_tokenizer_json_is_named(tmp_path):
-    for content, message in [("{", "is not JSON"), ("{}", "is no tokenizer.json")]:
+    for content, message in [("{", "is not JSON"), ("{}", "is not a tokenizer.json")]:
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(ConfigError, match=rf"x\.json {message}"):
             tokenizer.load_tokenizer(str(tmp_path / "x.json"))
@@ -357,7 +357,7 @@ def own_kind(monkeypatch):
 
     @tokenizer.register("letters", "letters.txt", lambda content: content.startswith(b"LETTERS "))
     def letters(path: str, upper: bool = False) -> tokenizer.Tokenizer:
-        return Letters(tokenizer_files.find_file(path).read_text().split()[1], upper)
+        return Letters(tokenizer_registry.find_tokenizer_file(path).read_text().split()[1], upper)
 
     class Letters(tokenizer.Tokenizer):
         def __init__(self, alphabet: str, upper: bool) -> None:
@@ -373,8 +373,8 @@ def own_kind(monkeypatch):
 
 def test_a_kind_of_a_plugin_is_recognized_by_its_file(own_kind, tmp_path):
     (tmp_path / "letters.txt").write_text("LETTERS abc\n")
-    assert tokenizer_files.file_names() == ["letters.txt", "tokenizer.json", "tokenizer.model"]
-    assert tokenizer_files.recognize_kind(b"LETTERS xyz") == "letters"
+    assert tokenizer_registry.file_names() == ["letters.txt", "tokenizer.json", "tokenizer.model"]
+    assert tokenizer_registry.recognize_kind(b"LETTERS xyz") == "letters"
     for name in (tmp_path, tmp_path / "letters.txt"):
         loaded = tokenizer.load_tokenizer(str(name))
         assert (loaded.encode("cab"), loaded.fingerprint) == ([2, 0, 1], "letters abc False")
@@ -388,7 +388,7 @@ def test_what_is_no_tokenizer_lists_the_kinds(tmp_path):
     (tmp_path / "x").write_text("nothing of that kind")
     with pytest.raises(ConfigError, match=r"known kind\. Known: huggingface, sentencepiece, tiktoken"):
         tokenizer.load_tokenizer(str(tmp_path / "x"))
-    with pytest.raises(ConfigError, match="'none' is no tokenizer"):
+    with pytest.raises(ConfigError, match="'none' is not a tokenizer"):
         tokenizer.load_tokenizer("none")
     with pytest.raises(ConfigError, match="bytes tokenizer with its own"):
         tokenizer.load_tokenizer("bytes", bos_token="x")

@@ -624,8 +624,8 @@ VAL = ["--files", "{root}/val.jsonl"]
     ("argv", "message"),
     [
         (["{root}/run", "--files", "{root}/nothing.jsonl"], "no file matches"),
-        (["{root}/run", "--files", "{root}/run/config.toml"], "names no text file. Known: .jsonl"),
-        (["{root}/run", "--files", "{root}/empty"], "names no text file. Known: .jsonl"),
+        (["{root}/run", "--files", "{root}/run/config.toml"], "matches no text file. Known: .jsonl"),
+        (["{root}/run", "--files", "{root}/empty"], "matches no text file. Known: .jsonl"),
         (["{root}/run", *VAL, "--text-key", "bodi"], "Did you mean 'body'"),
         (["{root}/run", *VAL, "--context", "0"], "a context of 0 tokens"),
         (["{root}/run", *VAL, "--context", "8", "4", "--stride", "5"], "from 1 to the context (4)"),

@@ -17,6 +17,7 @@ from torchladder.models import attention
 from torchladder.models.hf import conversion, hf_config, hf_folder, hf_weights
 from torchladder.models.hf.adapter import HFMetadata
 from torchladder.models.hf.hf_folder import HFFolder
+from torchladder.models.layers import rope_angles
 from torchladder.registry import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -203,7 +204,7 @@ def test_linear_scaling_is_a_condensed_position():
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**again))
     with torch.device("meta"):
         condensed = models.build(SimpleNamespace(**read), seq_len=8)
-    frequencies = condensed.rope.rope_parameters.angles(2, 8, torch.device("cpu"))[1]
+    frequencies = rope_angles(condensed.config, condensed.config.rope_theta, 2, torch.device("cpu"))[1]
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies)
 
 

@@ -9,7 +9,7 @@ import pytest
 from runs import lines, losses, run, start, validations
 
 from torchladder import checkpoint, metrics, train
-from torchladder.checkpoint import checksums
+from torchladder.checkpoint import step_folders
 from torchladder.data.row_loader import RowLoader
 from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training import samples, trainer
@@ -54,7 +54,7 @@ MOMENTS = {
     "samples": (samples, "generate", 2, 3),
     "last samples": (samples, "generate", 3, 6),
     "save": (checkpoint.Checkpointer, "save", 1, 2),
-    "checksums of a save": (checksums, "verify", 1, None),
+    "checksums of a save": (step_folders, "verify_written", 1, None),
     "report": (metrics.MetricsProcessor, "log", 5, 5),
 }
 
@@ -65,7 +65,7 @@ def test_a_signal_ends_a_run_at_any_moment_and_nothing_is_lost(whole, tmp_path, 
     with monkeypatch.context() as patch:
         kill_in(patch, owner, name, call)
         run(tmp_path, *RUN, code=75)
-    saves = checkpoint.steps(tmp_path / "checkpoint")
+    saves = checkpoint.complete_steps(tmp_path / "checkpoint")
     assert step is None or saves[-1] == step
     run(tmp_path, *RUN)
     assert losses(tmp_path) == losses(whole)
@@ -81,7 +81,7 @@ def test_every_signal_counts_and_handlers_are_given_back(tmp_path, monkeypatch, 
     before = signal.getsignal(number)
     kill_in(monkeypatch, trainer.Trainer, "forward_backward", 1, number)
     run(tmp_path, *RUN, code=75)
-    assert checkpoint.steps(tmp_path / "checkpoint") == [1]
+    assert checkpoint.complete_steps(tmp_path / "checkpoint") == [1]
     assert signal.getsignal(number) == before
 
 
@@ -101,7 +101,7 @@ def test_a_wait_for_data_is_broken_off(whole, tmp_path, monkeypatch):
         begun = time.monotonic()
         run(tmp_path, *RUN, "--validation.no_enable", code=75)
         assert time.monotonic() - begun < 50
-    assert checkpoint.steps(tmp_path / "checkpoint") == [2]
+    assert checkpoint.complete_steps(tmp_path / "checkpoint") == [2]
     run(tmp_path, *RUN)
     assert losses(tmp_path) == losses(whole)
 
@@ -115,9 +115,9 @@ def test_a_signal_while_the_run_is_being_built(tmp_path, monkeypatch):
 
 def test_minutes_and_steps_end_a_run_too(whole, tmp_path):
     run(tmp_path, *RUN, "--job.exit_interval", "4", code=75)
-    assert checkpoint.steps(tmp_path / "checkpoint")[-1] == 4
+    assert checkpoint.complete_steps(tmp_path / "checkpoint")[-1] == 4
     run(tmp_path, *RUN, "--job.max_minutes", "1e-9", code=75)
-    assert checkpoint.steps(tmp_path / "checkpoint")[-1] == 4
+    assert checkpoint.complete_steps(tmp_path / "checkpoint")[-1] == 4
     run(tmp_path, *RUN, "--job.exit_interval", "4")
     assert losses(tmp_path) == losses(whole)
     stamp = (tmp_path / "ladder.png").stat().st_mtime_ns
@@ -147,7 +147,7 @@ def test_two_ranks_stop_together_when_one_is_asked_and_torchrun_sees_no_failure(
     assert len(ranks) == 2
     assert "ending after step" in said
     assert code.read_text() == "75"
-    assert checkpoint.steps(tmp_path / "checkpoint")[-1] >= 3
+    assert checkpoint.complete_steps(tmp_path / "checkpoint")[-1] >= 3
 
 
 def _parent(pid: str) -> int:

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchladder import mask, models
 from torchladder.models import attention
-from torchladder.models.layers import RoPE, RopeParameters
+from torchladder.models.layers import RoPE, rope_angles
 from torchladder.registry import ConfigError
 
 SMALL = models.LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
@@ -289,14 +290,19 @@ def test_without_positions_order_before_a_query_does_not_matter():
 
 def test_rope_follows_its_formula():
     x = torch.randn(1, 20, 2, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(RoPE(8, 20, RopeParameters(theta=500.0))(x), rotated(x, 500.0), atol=1e-5, rtol=1e-4)
+    rope = RoPE(replace(SMALL, head_dim=8, rope_theta=500.0), 20)
+    torch.testing.assert_close(rope(x), rotated(x, 500.0), atol=1e-5, rtol=1e-4)
+
+
+def angles(seq_len, **changes):
+    config = replace(SMALL, **changes)
+    return rope_angles(config, config.rope_theta, seq_len, torch.device("cpu"))
 
 
 def test_rope_scaling_slows_the_slow_rotations():
     """The figures of the published Llama 3.1 code for base 500,000, head 128, factor 8, 1, 4, 8192."""
-    scaling = RopeParameters(theta=500000.0, factor=8.0)
-    scaled = scaling.angles(2, 128, torch.device("cpu"))[1]
-    plain = RopeParameters(theta=500000.0).angles(2, 128, torch.device("cpu"))[1]
+    scaled = angles(2, head_dim=128, rope_theta=500000.0, rope_scaling_factor=8.0)[1]
+    plain = angles(2, head_dim=128, rope_theta=500000.0)[1]
     wavelength = 2 * math.pi / plain
     assert torch.equal(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
     torch.testing.assert_close(scaled[wavelength > 8192], plain[wavelength > 8192] / 8)
@@ -306,9 +312,9 @@ def test_rope_scaling_slows_the_slow_rotations():
 
 
 def test_positions_can_be_condensed_or_restart():
-    plain = RopeParameters().angles(12, 8, torch.device("cpu"))
-    torch.testing.assert_close(RopeParameters(condense_ratio=4.0).angles(12, 8, torch.device("cpu")), plain / 4)
-    torch.testing.assert_close(RopeParameters(restart=5).angles(12, 8, torch.device("cpu"))[5:10], plain[:5])
+    plain = angles(12)
+    torch.testing.assert_close(angles(12, rope_condense_ratio=4.0), plain / 4)
+    torch.testing.assert_close(angles(12, rope_restart=5)[5:10], plain[:5])
 
 
 def test_the_table_stays_fp32_and_moves_with_the_model():
@@ -322,7 +328,7 @@ def test_the_table_stays_fp32_and_moves_with_the_model():
 def test_theta_can_change_while_a_model_lives():
     model, other = make(), make(models.LlamaConfig(**{**vars(SMALL), "rope_theta": 5000.0}))
     before = model.rope.cos
-    model.rope.set_parameters(other.config.rope_parameters)
+    model.set_rope_theta(other.config.rope_theta)
     assert model.rope.cos is before
     assert torch.equal(model(tokens(), None), other(tokens(), None))
 

@@ -106,7 +106,7 @@ def test_fused_gives_way_only_where_torch_refuses(monkeypatch, caplog):
     [
         ({"lr": -1.0}, r"optimizer\.lr = -1\.0"),
         ({"lr": math.inf}, r"optimizer\.lr = inf"),
-        ({"beta1": 1.0}, r"optimizer\.beta1 = 1\.0: must be at least 0 and below 1"),
+        ({"beta1": 1.0}, r"optimizer\.beta1 = 1\.0: must be 0 or more and below 1"),
         ({"beta2": -0.1}, r"optimizer\.beta2"),
         ({"eps": -1e-8}, r"optimizer\.eps"),
         ({"weight_decay": math.nan}, r"optimizer\.weight_decay = nan"),
@@ -224,7 +224,7 @@ def test_no_step_is_taken_at_zero():
     [
         ({"warmup_steps": -1}, "warmup_steps = -1"),
         ({"total_steps": 0}, "total_steps = 0"),
-        ({"decay_ratio": 1.1}, r"decay_ratio = 1\.1: must be from 0 to 1"),
+        ({"decay_ratio": 1.1}, r"decay_ratio = 1\.1: must be 0 or more and at most 1"),
         ({"min_lr_factor": -0.1}, "min_lr_factor"),
         ({"decay_type": "exponential"}, "never reaches 0"),
         ({"decay_type": "cosin"}, "unknown decay type 'cosin'. Did you mean 'cosine'"),

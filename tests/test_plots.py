@@ -14,7 +14,7 @@ from torchladder import curriculum, plots
 from torchladder.commands import report
 from torchladder.metrics import read_jsonl
 from torchladder.plots import RunCurves
-from torchladder.plots.curves import smooth
+from torchladder.plots.run_curves import smooth
 from torchladder.plots.style import GRID
 from torchladder.registry import ConfigError
 

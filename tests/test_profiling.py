@@ -9,11 +9,11 @@ from torchladder.profiling import ProfilingConfig, profile
 from torchladder.registry import ConfigError
 
 
-def work(steps, profiler):
+def work(steps, step_profilers):
     for step in range(steps):
         with torch.profiler.record_function(f"step {step}"):
             torch.ones(8, 8) @ torch.ones(8, 8)
-        profiler.step()
+        step_profilers()
 
 
 def names(path):
@@ -21,15 +21,15 @@ def names(path):
 
 
 def test_nothing_is_written_by_default(tmp_path):
-    with profile(ProfilingConfig(), tmp_path) as profiler:
-        work(20, profiler)
+    with profile(ProfilingConfig(), tmp_path) as step_profilers:
+        work(20, step_profilers)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_traces_are_written_by_iteration_and_rank(tmp_path):
     config = ProfilingConfig(enable_profiling=True, profile_freq=4, profiler_warmup=1, profiler_active=2)
-    with profile(config, tmp_path, rank=3) as profiler:
-        work(9, profiler)
+    with profile(config, tmp_path, rank=3) as step_profilers:
+        work(9, step_profilers)
     traces = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.json"))
     assert [str(trace) for trace in traces] == [
         "profile_traces/iteration_4/rank3_trace.json",
@@ -44,8 +44,8 @@ def test_a_resumed_run_continues_the_iteration_count(tmp_path):
     config = ProfilingConfig(
         enable_profiling=True, profile_freq=2, profiler_warmup=0, profiler_active=1, save_traces_folder="traces"
     )
-    with profile(config, tmp_path, step=100) as profiler:
-        work(2, profiler)
+    with profile(config, tmp_path, step=100) as step_profilers:
+        work(2, step_profilers)
     assert [path.parent.name for path in tmp_path.glob("traces/*/rank0_trace.json")] == ["iteration_102"]
 
 
@@ -70,8 +70,8 @@ def snapshots(monkeypatch):
 
 def test_memory_snapshots_are_written_by_iteration_and_rank(tmp_path, snapshots):
     config = ProfilingConfig(enable_memory_snapshot=True, profile_freq=5)
-    with profile(config, tmp_path, rank=1) as profiler:
-        work(11, profiler)
+    with profile(config, tmp_path, rank=1) as step_profilers:
+        work(11, step_profilers)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.pickle")) == [
         "memory_snapshot/iteration_10/rank1_memory_snapshot.pickle",
         "memory_snapshot/iteration_5/rank1_memory_snapshot.pickle",
@@ -83,8 +83,8 @@ def test_running_out_of_memory_writes_a_snapshot(tmp_path, snapshots):
     config = ProfilingConfig(enable_memory_snapshot=True)
 
     def fill():
-        with profile(config, tmp_path, step=7) as profiler:
-            work(1, profiler)
+        with profile(config, tmp_path, step=7) as step_profilers:
+            work(1, step_profilers)
             raise torch.cuda.OutOfMemoryError
 
     with pytest.raises(torch.cuda.OutOfMemoryError):

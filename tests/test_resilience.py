@@ -211,7 +211,7 @@ def saved_losses(folder) -> dict[int, float]:
 def test_stop_saves_nothing_bad(tmp_path, monkeypatch, caplog):
     poison(monkeypatch)
     run(tmp_path, *RUN, code=1)
-    assert checkpoint.steps(tmp_path / "checkpoint") == [3]
+    assert checkpoint.complete_steps(tmp_path / "checkpoint") == [3]
     assert "bad step 5: rows 16 to 19" in caplog.text
     assert "the loss is nan on rows 18, 19" in caplog.text
 

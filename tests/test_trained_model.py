@@ -160,5 +160,5 @@ def test_a_model_without_position_offsets_is_refused():
     class Forward(models.Llama):
         set_position_offset = models.Model.set_position_offset
 
-    with pytest.raises(ConfigError, match="Forward does not implement set_position_offset"):
+    with pytest.raises(ConfigError, match=r"Forward does not implement set_position_offset"):
         Forward(SHAPE).set_position_offset(3)

@@ -1,7 +1,7 @@
 """Curricula: the number of tokens a query may see (the window), as a pure function of the optimizer step.
 
-A curriculum is a callable ``curriculum(step) -> window``. It has no state and knows no tensors. It counts optimizer
-steps rather than samples, so the windows are the same after a restart, on any number of ranks and at any batch size.
+A curriculum is a callable ``curriculum(step) -> window`` without state. It counts optimizer steps rather than samples,
+so the windows are the same after a restart, on any number of ranks and at any batch size.
 
 Ramps move the window from ``initial_window`` to ``final_window`` (SkyLadder, arXiv 2503.15450, table 20). ``skyladder``
 builds one from a schedule name of that paper's code, such as ``dm8``.
@@ -16,8 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
+from typing import Annotated
 
-from torchladder.registry import ConfigError, Registry, unknown_name
+from annotated_types import Ge, Gt, Le
+
+from torchladder.registry import ConfigError, Registry, check_bounds, require, unknown_name
 
 Curriculum = Callable[[int], int]
 """``(step) -> window``; optimizer steps count from 0."""
@@ -48,39 +51,41 @@ class Ramp:
     seq_len: int
     """Tokens in a row."""
 
-    initial_window: int = 32
+    initial_window: Annotated[int, Ge(1)] = 32
     """Window at step 0, in tokens, including the query itself."""
 
     final_window: int | None = None
     """Window after the ramp, in tokens; default: the whole row."""
 
-    every: int | None = None
+    every: Annotated[int | None, Ge(1)] = None
     """Steps per token of growth: the ramp takes (final_window - initial_window) * every steps. Excludes ramp."""
 
-    ramp: float | None = None
+    ramp: Annotated[float | None, Gt(0), Le(1)] = None
     """Length of the ramp as a fraction of the run, above 0 and at most 1; default: 0.64, unless every is set."""
 
-    multiple_of: int = 1
+    multiple_of: Annotated[int, Ge(1)] = 1
     """Round the window down to a multiple of this during the ramp, but not below initial_window."""
 
     def __post_init__(self) -> None:
-        first, last, both = self.initial_window, self.end_window, self.every is not None and self.ramp is not None
-        _require(first >= 1, f"initial_window = {first}: must be 1 or more.")
-        _require(last <= self.seq_len, f"final_window = {last}: must be at most training.seq_len = {self.seq_len}.")
-        _require(first <= last, f"initial_window = {first}: must be at most the final window, {last} tokens.")
-        _require(self.multiple_of >= 1, f"multiple_of = {self.multiple_of}: must be 1 or more.")
-        _require(self.every is None or self.every >= 1, f"every = {self.every}: must be 1 or more steps per token.")
-        _require(self.ramp is None or 0 < self.ramp <= 1, f"ramp = {self.ramp}: must be above 0 and at most 1.")
-        _require(not both, f"every = {self.every} and ramp = {self.ramp}: both set the length of the ramp; remove one.")
+        check_bounds(self, "curriculum")
+        _require_window("final_window", self.end_window, self.seq_len)
+        require(
+            self.initial_window <= self.end_window,
+            f"curriculum.initial_window = {self.initial_window}: must be at most the final window, {self.end_window}.",
+        )
+        require(
+            self.every is None or self.ramp is None,
+            f"curriculum.every = {self.every} and ramp = {self.ramp}: both set the length of the ramp; remove one.",
+        )
 
-    @cached_property
+    @property
     def end_window(self) -> int:
         """The window after the ramp, in tokens."""
         return self.seq_len if self.final_window is None else self.final_window
 
     @cached_property
     def ramp_steps(self) -> int:
-        """Steps that the ramp takes; it may be longer than the run, see ``full_context_step``."""
+        """Steps that the ramp takes; more than the run has if the window does not reach its end."""
         if self.every is not None:
             return (self.end_window - self.initial_window) * self.every
         fraction = DEFAULT_RAMP_FRACTION if self.ramp is None else self.ramp
@@ -190,18 +195,15 @@ class Stages:
     """Pairs [first step, window], for example [[0, 512], [1000, 2048], [4000, 8192]]."""
 
     def __post_init__(self) -> None:
-        _require(len(self.stages) > 0 and self.stages[0][0] == 0, "stages: the first stage must begin at step 0.")
+        starts_at_0 = bool(self.stages) and self.stages[0][0] == 0
+        require(starts_at_0, "curriculum.stages: the first stage must begin at step 0.")
         for (step, _), (next_step, _) in pairwise(self.stages):
-            _require(step < next_step, f"stages: step {next_step} follows step {step}; steps must increase.")
+            require(step < next_step, f"curriculum.stages: step {next_step} follows step {step}; steps must increase.")
         for step, window in self.stages:
             _require_window(f"stages: window at step {step}", window, self.seq_len)
 
-    @cached_property
-    def first_steps(self) -> list[int]:
-        return [step for step, _ in self.stages]
-
     def __call__(self, step: int) -> int:
-        return self.stages[bisect.bisect_right(self.first_steps, step) - 1][1]
+        return self.stages[bisect.bisect_right(self.stages, step, key=lambda stage: stage[0]) - 1][1]
 
 
 # --- SkyLadder's schedule names --------------------------------------------------------------------------------------
@@ -280,10 +282,6 @@ def full_context_step(curriculum: Curriculum, steps: int, seq_len: int) -> int |
     return full if full < steps else None
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"curriculum.{message}")
-
-
-def _require_window(what: str, window: int, seq_len: int) -> None:
-    _require(1 <= window <= seq_len, f"{what} = {window}: must be from 1 to training.seq_len = {seq_len}.")
+def _require_window(key: str, window: int, seq_len: int) -> None:
+    valid = 1 <= window <= seq_len
+    require(valid, f"curriculum.{key} = {window}: must be from 1 to training.seq_len = {seq_len}.")

@@ -6,23 +6,22 @@ preserves both properties, so masks compose by ``max``:
 
     start = from_names(["document", "chunk"], positions, window)  # max(document(...), chunk(...))
 
-A *window* of ``w`` tokens includes the query itself. ``dense`` is the slow definition of a mask; ``block_mask``,
-``varlen`` and ``chunk_width`` convert it to what fast kernels take.
+A registered mask is a function ``(positions (B, T) int32, window) -> start (B, T) int32``. ``positions`` is 0 at the
+first token of each document, and a *window* of ``w`` tokens includes the query itself. ``dense`` is the slow definition
+of a mask; ``block_mask``, ``varlen`` and ``chunk_width`` convert it to what fast kernels take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from torchladder.registry import ConfigError, Registry
-
-Mask = Callable[[Tensor, int], Tensor]
-"""``(positions (B, T) int32, window) -> start (B, T) int32``"""
 
 registry: Registry[Tensor] = Registry("mask", runtime_args={"positions": "(B, T) int32", "window": "tokens"})
 register = registry.register
@@ -39,7 +38,7 @@ def causal(positions: Tensor, window: int) -> Tensor:
 
 @register("document")
 def document(positions: Tensor, window: int) -> Tensor:
-    """A query sees the keys of its own document; ``positions`` is 0 at a document's first token."""
+    """A query sees the keys of its own document."""
     return _indices(positions) - positions
 
 
@@ -64,22 +63,12 @@ def compose(*starts: Tensor) -> Tensor:
 
 
 def from_names(names: Iterable[str], positions: Tensor, window: int) -> Tensor:
-    """Returns ``start`` (B, T) int32, the intersection of registered masks.
-
-    Args:
-        names: registered masks, at least one.
-        positions: (B, T) int32, 0 at the first token of each document.
-        window: tokens a query may see, including itself.
-
-    Raises:
-        ConfigError: no mask has that name.
-    """
+    """Returns ``start`` (B, T) int32, the intersection of one or more registered masks."""
     return compose(*(registry.get(name)(positions, window) for name in names))
 
 
 def _indices(positions: Tensor) -> Tensor:
-    length = positions.shape[-1]
-    return torch.arange(length, dtype=torch.int32, device=positions.device).expand_as(positions)
+    return torch.arange(positions.shape[-1], dtype=torch.int32, device=positions.device).expand_as(positions)
 
 
 # --- conversions -----------------------------------------------------------------------------------------------------
@@ -199,34 +188,18 @@ def block_mask(start: Tensor, block_size: int = BLOCK_TOKENS, query_offset: int 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (start[b, q + query_offset] <= k) & (k <= q + query_offset)
 
-    kv_num, kv_indices = _list_blocks((first_kv, first_full), (block, block + 1))
-    full_kv_num, full_kv_indices = _list_blocks((first_full, block), None)
+    options: dict[str, Any] = {"BLOCK_SIZE": (block_size, block_size), "mask_mod": mask_mod}
+    # Counts and indices of partial blocks, then of full ones.
+    kv_blocks = (*_list_blocks((first_kv, first_full), (block, block + 1)), *_list_blocks((first_full, block)))
     if query_offset:
-        rows = slice(query_offset // block_size, None)
-        return BlockMask.from_kv_blocks(
-            *(x[:, :, rows].contiguous() for x in (kv_num, kv_indices, full_kv_num, full_kv_indices)),  # type: ignore[misc, arg-type]
-            BLOCK_SIZE=(block_size, block_size),
-            mask_mod=mask_mod,
-            seq_lengths=(length - query_offset, length),
-        )
-    q_num, q_indices = _list_blocks((block, block + 1), (full_end, partial_end))
-    full_q_num, full_q_indices = _list_blocks((block + 1, full_end), None)
-    return BlockMask(
-        seq_lengths=(length, length),
-        kv_num_blocks=kv_num,
-        kv_indices=kv_indices,
-        full_kv_num_blocks=full_kv_num,
-        full_kv_indices=full_kv_indices,
-        q_num_blocks=q_num,
-        q_indices=q_indices,
-        full_q_num_blocks=full_q_num,
-        full_q_indices=full_q_indices,
-        BLOCK_SIZE=(block_size, block_size),
-        mask_mod=mask_mod,
-    )
+        options["seq_lengths"] = (length - query_offset, length)
+        later: list[Any] = [x[:, :, query_offset // block_size :].contiguous() for x in kv_blocks]
+        return BlockMask.from_kv_blocks(*later, **options)
+    q_blocks = (*_list_blocks((block, block + 1), (full_end, partial_end)), *_list_blocks((block + 1, full_end)))
+    return BlockMask((length, length), *kv_blocks, *q_blocks, **options)
 
 
-def _list_blocks(blocks: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def _list_blocks(blocks: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Lists one or two half-open ranges of block numbers per row: counts (B, 1, N) and indices (B, 1, N, N)."""
     low, high = blocks
     count = (high - low).clamp_min(0)

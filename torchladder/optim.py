@@ -1,8 +1,7 @@
 """Optimizers, and learning-rate schedules as pure functions of the step.
 
-An optimizer is a registered frozen dataclass of settings that returns a ``torch.optim.Optimizer`` when called with a
-model. The learning rate of a step is the peak times ``LRSchedulerConfig.factor(step)``: warmup, plateau, decay. It has
-no state to save.
+An optimizer is a registered dataclass of settings that, called with a model, returns a ``torch.optim.Optimizer``. The
+learning rate of a step is the peak times ``LRSchedulerConfig.factor(step)``: warmup, plateau, decay. It has no state.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 
-from torchladder.registry import ConfigError, Registry
+from torchladder.registry import Registry, check_bounds, require
 
 logger = logging.getLogger(__name__)
 
@@ -50,19 +50,19 @@ class AdamW:
         ConfigError: a setting is out of range.
     """
 
-    lr: float = 8e-4
+    lr: Annotated[float, Ge(0), Lt(math.inf)] = 8e-4
     """Peak learning rate; [lr_scheduler] scales it at each step."""
 
-    beta1: float = 0.9
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Decay rate of the first moment (Adam's β₁)."""
 
-    beta2: float = 0.95
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
     """Decay rate of the second moment (Adam's β₂)."""
 
-    eps: float = 1e-8
+    eps: Annotated[float, Ge(0), Lt(math.inf)] = 1e-8
     """Added to the denominator for numerical stability."""
 
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Ge(0), Lt(math.inf)] = 0.1
     """Decoupled weight decay."""
 
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
@@ -72,53 +72,35 @@ class AdamW:
     """Apply weight decay to matrices (embeddings included) but not to vectors (norms, biases)."""
 
     def __post_init__(self) -> None:
-        for key in ("lr", "eps", "weight_decay"):
-            value = getattr(self, key)
-            _require(0 <= value < math.inf, f"optimizer.{key} = {value}: must be 0 or more.")
-        for key in ("beta1", "beta2"):
-            value = getattr(self, key)
-            _require(0 <= value < 1, f"optimizer.{key} = {value}: must be at least 0 and below 1.")
+        check_bounds(self, "optimizer")
 
     def __call__(self, model: nn.Module) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        _require(bool(parameters), "the model has no trainable parameters.")
-        groups = self.groups(parameters)
+        require(bool(parameters), "the model has no trainable parameters.")
+        # DTensor.ndim is that of the global shape.
+        decayed = [parameter for parameter in parameters if parameter.ndim >= 2 or not self.decay_matrices_only]
+        others = [parameter for parameter in parameters if parameter.ndim < 2 and self.decay_matrices_only]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
         options = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
         return self.make(groups, **options, **self.kernel(parameters))
 
     def make(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, **options)
 
-    def groups(self, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-        """Returns one parameter group per weight decay."""
-        # DTensor.ndim is that of the global shape.
-        decayed = [parameter for parameter in parameters if parameter.ndim >= 2 or not self.decay_matrices_only]
-        others = [parameter for parameter in parameters if parameter.ndim < 2 and self.decay_matrices_only]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
-
     def kernel(self, parameters: list[nn.Parameter]) -> dict[str, bool]:
-        """Returns torch's flags for the implementation; tries one fused step to see whether the device supports it."""
-        flags = {"fused": False, "foreach": False}
-        if self.implementation == "for-loop":
-            return flags
-        if self.implementation == "fused":
-            kinds = {(parameter.device, parameter.dtype) for parameter in parameters}
-            problem = next(filter(None, (self._problem(*kind) for kind in kinds)), None)
-            if problem is None:
-                return flags | {"fused": True}
-            logger.warning("optimizer.implementation: fused is not supported here, using foreach (%s)", problem)
-        return flags | {"foreach": True}
-
-    def _problem(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Returns why a fused step fails for such parameters, None if it works."""
-        weight = nn.Parameter(torch.zeros(2, device=device, dtype=dtype))
-        weight.grad = torch.zeros_like(weight)
-        try:
-            self.make([{"params": [weight]}], fused=True).step()
-        except (RuntimeError, NotImplementedError) as error:
-            return f"{device}, {dtype}: {str(error).splitlines()[0]}"
-        return None
+        """Returns torch's flags for the implementation; tries a fused step to see whether the device supports it."""
+        fused = self.implementation == "fused"
+        for device, dtype in {(parameter.device, parameter.dtype) for parameter in parameters} if fused else ():
+            weight = nn.Parameter(torch.zeros(2, device=device, dtype=dtype))
+            weight.grad = torch.zeros_like(weight)
+            try:
+                self.make([{"params": [weight]}], fused=True).step()
+            except (RuntimeError, NotImplementedError) as error:
+                fused, reason = False, f"{device}, {dtype}: {str(error).splitlines()[0]}"
+                logger.warning("optimizer.implementation: fused is not supported here, using foreach (%s)", reason)
+                break
+        return {"fused": fused, "foreach": not fused and self.implementation != "for-loop"}
 
 
 @register("Adam")
@@ -170,30 +152,25 @@ class LRSchedulerConfig:
         ConfigError: a setting is out of range.
     """
 
-    warmup_steps: int = 200
+    warmup_steps: Annotated[int, Ge(0)] = 200
     """Steps of linear warmup: step s, from 0, has (s + 1) / warmup_steps of the peak."""
 
-    total_steps: int | None = None
+    total_steps: Annotated[int | None, Ge(1)] = None
     """Step at which the decay ends (default: training.steps)."""
 
-    decay_ratio: float | None = None
+    decay_ratio: Annotated[float | None, Ge(0), Le(1)] = None
     """Fraction of all steps that the final decay takes (default: it begins right after the warmup)."""
 
     decay_type: str = "linear"
     """Shape of the decay: linear, sqrt (the 1 - sqrt cooldown), cosine, exponential, constant, or a plugin's."""
 
-    min_lr_factor: float = 0.0
+    min_lr_factor: Annotated[float, Ge(0), Le(1)] = 0.0
     """Learning rate at the end of the decay, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         decays.get(self.decay_type)
-        for key, least in (("warmup_steps", 0), ("total_steps", 1)):
-            value = getattr(self, key)
-            _require(value is None or value >= least, f"lr_scheduler.{key} = {value}: must be {least} or more.")
-        for key in ("decay_ratio", "min_lr_factor"):
-            value = getattr(self, key)
-            _require(value is None or 0 <= value <= 1, f"lr_scheduler.{key} = {value}: must be from 0 to 1.")
-        _require(
+        check_bounds(self, "lr_scheduler")
+        require(
             self.decay_type != "exponential" or self.min_lr_factor > 0,
             "lr_scheduler.min_lr_factor = 0: an exponential decay never reaches 0; set a value above 0.",
         )
@@ -216,10 +193,10 @@ class LRSchedulerConfig:
 
 
 class LRScheduler:
-    """Sets the learning rate of an optimizer; remembers the peaks and nothing else.
+    """Sets the learning rate of an optimizer; has no state but the peaks.
 
     Args:
-        optimizer: fresh, each group's ``lr`` being its peak; loading a checkpoint later does not change the peaks.
+        optimizer: new, so that each group's ``lr`` is its peak; loading a checkpoint later does not change the peaks.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -242,8 +219,8 @@ def accepts_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
     """Returns whether to call ``optimizer.step()``, for a step that may turn out to be bad.
 
     A fused optimizer reads ``found_inf`` on the device, as under ``torch.amp.GradScaler``: at 1 it changes neither
-    weights nor state, and the host does not wait to find out. On a CPU the host knows anyway. A GPU optimizer that is
-    not fused steps in any case: ``resilience.on_bad_step`` then is stop or rollback, which discard the result.
+    weights nor state, and the host does not wait for the value. On a CPU reading ``bad`` costs nothing. A GPU optimizer
+    that is not fused always steps: ``resilience.on_bad_step`` is then stop or rollback, which discard the result.
 
     Args:
         optimizer: the optimizer.
@@ -253,8 +230,3 @@ def accepts_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
         optimizer.found_inf = bad  # type: ignore[attr-defined]
         return True
     return bad.device.type != "cpu" or not bad
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

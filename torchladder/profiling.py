@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch.profiler import ProfilerActivity
 
-from torchladder.registry import ConfigError
+from torchladder.registry import check_bounds, require
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +36,13 @@ class ProfilingConfig:
     save_traces_folder: str = "profile_traces"
     """Folder of the traces, inside job.dump_folder."""
 
-    profile_freq: int = 10
+    profile_freq: Annotated[int, Ge(1)] = 10
     """Steps from one trace to the next, and from one memory snapshot to the next."""
 
-    profiler_warmup: int = 3
+    profiler_warmup: Annotated[int, Ge(0)] = 3
     """Warmup steps before a trace: they run under the profiler and are discarded."""
 
-    profiler_active: int = 1
+    profiler_active: Annotated[int, Ge(1)] = 1
     """Steps in a trace."""
 
     enable_memory_snapshot: bool = False
@@ -50,33 +52,20 @@ class ProfilingConfig:
     """Folder of the memory snapshots, inside job.dump_folder."""
 
     def __post_init__(self) -> None:
-        for key, minimum in (("profile_freq", 1), ("profiler_warmup", 0), ("profiler_active", 1)):
-            if getattr(self, key) < minimum:
-                raise ConfigError(f"profiling.{key} = {getattr(self, key)}: must be {minimum} or more.")
-        if self.profiler_warmup + self.profiler_active > self.profile_freq:
-            raise ConfigError(
-                f"profiling.profile_freq = {self.profile_freq}: must be at least profiler_warmup + profiler_active = "
-                f"{self.profiler_warmup} + {self.profiler_active}."
-            )
-
-
-class Profiler:
-    """The enabled profilers; call ``step`` after each training step."""
-
-    def __init__(self) -> None:
-        self.steps: list[Callable[[], None]] = []
-
-    def step(self) -> None:
-        for step in self.steps:
-            step()
+        check_bounds(self, "profiling")
+        require(
+            self.profiler_warmup + self.profiler_active <= self.profile_freq,
+            f"profiling.profile_freq = {self.profile_freq}: must be at least profiler_warmup + profiler_active = "
+            f"{self.profiler_warmup} + {self.profiler_active}.",
+        )
 
 
 @contextmanager
-def profile(config: ProfilingConfig, folder: Path, rank: int = 0, step: int = 0) -> Iterator[Profiler]:
-    """Profiles the training loop inside, as far as the config enables it.
+def profile(config: ProfilingConfig, folder: Path, rank: int = 0, step: int = 0) -> Iterator[Callable[[], None]]:
+    """Runs the enabled profilers; yields the function to call after each training step.
 
     Writes ``<traces>/iteration_N/rankR_trace.json`` and ``<snapshots>/iteration_N/rankR_memory_snapshot.pickle``, N the
-    steps taken; when CUDA runs out of memory, the snapshot goes to ``iteration_N_exit``.
+    steps taken. When CUDA runs out of memory, the last snapshot goes to ``iteration_N_exit``.
 
     Args:
         config: the section ``[profiling]``.
@@ -88,14 +77,19 @@ def profile(config: ProfilingConfig, folder: Path, rank: int = 0, step: int = 0)
         ConfigError: memory snapshots are enabled without CUDA.
     """
     with ExitStack() as stack:
-        profiler = Profiler()
+        profilers: list[Callable[[], None]] = []
         if config.enable_memory_snapshot:
-            if not torch.cuda.is_available():
-                raise ConfigError("profiling.enable_memory_snapshot: snapshots record CUDA memory; there is no GPU.")
-            profiler.steps.append(stack.enter_context(_memory_snapshots(config, folder, rank, step)))
+            available = torch.cuda.is_available()
+            require(available, "profiling.enable_memory_snapshot: snapshots record CUDA memory; there is no GPU.")
+            profilers.append(stack.enter_context(_memory_snapshots(config, folder, rank, step)))
         if config.enable_profiling:
-            profiler.steps.append(stack.enter_context(_trace_profiler(config, folder, rank, step)).step)
-        yield profiler
+            profilers.append(stack.enter_context(_trace_profiler(config, folder, rank, step)).step)
+
+        def step_profilers() -> None:
+            for step_profiler in profilers:
+                step_profiler()
+
+        yield step_profilers
 
 
 def _trace_profiler(config: ProfilingConfig, folder: Path, rank: int, step: int) -> torch.profiler.profile:

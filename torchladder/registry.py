@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, get_type_hints
 
+from annotated_types import Ge, Gt, Le, Lt
 from docstring_parser import parse_from_object
 
 T = TypeVar("T")
@@ -29,8 +31,27 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+_BOUNDS = {Ge: (operator.ge, "{} or more"), Gt: (operator.gt, "above {}")}
+_BOUNDS |= {Le: (operator.le, "at most {}"), Lt: (operator.lt, "below {}")}
+
+
+def check_bounds(config: Any, section: str) -> None:
+    """Checks the fields of a dataclass against the bounds in their annotations; None and defaults are always valid.
+
+    Example: ``seq_len: Annotated[int, Ge(1)] = 2048`` refuses 0: "training.seq_len = 0: must be 1 or more."
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, metadata = getattr(config, field.name), getattr(hints[field.name], "__metadata__", ())
+        bounds = [(*_BOUNDS[type(bound)], *dataclasses.astuple(bound)) for bound in metadata if type(bound) in _BOUNDS]
+        if value not in (None, field.default) and not all(holds(value, limit) for holds, _, limit in bounds):
+            allowed = " and ".join(text.format(limit) for _, text, limit in bounds)
+            unset = ", or -1" if field.default == -1 else ""
+            raise ConfigError(f"{section}.{field.name} = {value}: must be {allowed}{unset}.")
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Returns the error for an unknown name; it suggests the closest known one and lists all of them."""
+    """Returns the error for an unknown name, which suggests the nearest known one and lists all of them."""
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -51,11 +72,7 @@ class Registry(Generic[T]):
         self._components: dict[str, Callable[..., T]] = {}
 
     def register(self, name: str) -> Callable[[Component], Component]:
-        """Returns a decorator that registers a component under ``name``.
-
-        Raises:
-            ConfigError: another component has that name.
-        """
+        """Returns a decorator that registers a component under ``name``, which no other component may have."""
 
         def add(component: Component) -> Component:
             taken = self._components.get(name)
@@ -73,11 +90,7 @@ class Registry(Generic[T]):
         return sorted(self._components)
 
     def get(self, name: str) -> Callable[..., T]:
-        """Returns the component registered under ``name``.
-
-        Raises:
-            ConfigError: no component has that name.
-        """
+        """Returns the component registered under ``name``; raises ``ConfigError`` if there is none."""
         if name not in self._components:
             raise unknown_name(self.kind, name, self._components)
         return self._components[name]
@@ -93,11 +106,8 @@ class Registry(Generic[T]):
         }
 
     def docs(self, name: str) -> dict[str, str]:
-        """Returns the documentation of each parameter, from the docstrings of a component and its base classes."""
-        component = self.get(name)
-        objects = reversed(component.__mro__[:-1]) if inspect.isclass(component) else [component]
-        params = [param for documented in objects for param in parse_from_object(documented).params]
-        return {param.arg_name: param.description or "" for param in params}
+        """Returns the help text of each setting."""
+        return parameter_docs(self.get(name))
 
     def config_fields(self, name: str) -> list[tuple[str, Any, Any]]:
         """Returns the settings of a component as ``dataclasses.make_dataclass`` takes them, each with its help."""
@@ -124,6 +134,13 @@ class Registry(Generic[T]):
         declared = inspect.signature(component).parameters
         settings = {key: getattr(section, key) for key in self.parameters(section.name)}
         return component(**settings, **{key: value for key, value in runtime_args.items() if key in declared})
+
+
+def parameter_docs(component: Callable[..., Any]) -> dict[str, str]:
+    """Returns the description of each parameter, from the docstrings of a component and its base classes."""
+    objects = reversed(component.__mro__[:-1]) if inspect.isclass(component) else [component]
+    params = [param for documented in objects for param in parse_from_object(documented).params]
+    return {param.arg_name: param.description or "" for param in params}
 
 
 def _qualified_name(component: Callable[..., Any]) -> str:

@@ -1,12 +1,11 @@
-"""What changes during a run, as one pure function of the optimizer step.
+"""The settings that change during a run, as one pure function of the optimizer step.
 
-A ``Schedule`` combines the curriculum (the window), the learning-rate schedule and the ``[[phases]]`` of a config: each
-phase begins at a step, a number of tokens or a fraction of the run and overrides some of the settings below from there
-on, until a later phase overrides them again.
+A ``Schedule`` combines the curriculum (the window), the learning-rate schedule and the ``[[phases]]`` of a config. Each
+phase begins at a step, a number of tokens or a fraction of the run, and overrides settings until a later phase does.
 
     schedule(step) -> StepSettings(window, lr_factor, rope_theta, source_weights)
 
-Nothing here has state, so a resumed run needs the step and nothing else.
+It has no state, so a resumed run needs only the step.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
-from torchladder.registry import ConfigError
+from annotated_types import Ge, Gt, Lt
+
+from torchladder.registry import check_bounds, require
 
 SourceWeights = list[float] | dict[str, float]
 """Weights of ``data.sources``: a list in their order, or a table by label."""
@@ -26,19 +27,12 @@ SourceWeights = list[float] | dict[str, float]
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The settings of one optimizer step.
+    """The settings of one optimizer step."""
 
-    Attributes:
-        window: tokens a query may attend to, itself included.
-        lr_factor: the learning rate as a fraction of its peak.
-        rope_theta: base of the rotary embeddings; None for the model's own.
-        source_weights: sampling weights of the data sources; None for those in ``[data]``.
-    """
-
-    window: int
-    lr_factor: float
-    rope_theta: float | None = None
-    source_weights: SourceWeights | None = None
+    window: int  # tokens a query may attend to, including itself
+    lr_factor: float  # the learning rate as a fraction of its peak
+    rope_theta: float | None = None  # base of the rotary embeddings; None: the model's
+    source_weights: SourceWeights | None = None  # None: those of [data]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,46 +40,41 @@ class Phase:
     """One entry of ``[[phases]]``: a first step, and the settings that hold from there on.
 
     Raises:
-        ConfigError: no first step or two of them, no setting, or a value out of range.
+        ConfigError: not exactly one first step, no setting, or a value out of range.
     """
 
-    from_step: int | None = None
+    from_step: Annotated[int | None, Ge(0)] = None
     """Begin at this optimizer step, counted from 0."""
 
-    from_tokens: int | None = None
+    from_tokens: Annotated[int | None, Ge(0)] = None
     """Begin at the first step that is preceded by at least this many training tokens."""
 
-    from_fraction: float | None = None
-    """Begin after this fraction of the run's steps, from 0 to 1."""
+    from_fraction: Annotated[float | None, Ge(0), Lt(1)] = None
+    """Begin after this fraction of the run's steps, from 0 to below 1."""
 
     source_weights: SourceWeights | None = None
     """Sampling weights: a list in the order of data.sources, or a table by label; 0 leaves a source out."""
 
-    window: int | None = None
+    window: Annotated[int | None, Ge(1)] = None
     """Tokens a query may attend to; replaces the curriculum from here on."""
 
-    lr_factor: float | None = None
-    """Multiplies the learning rate that [lr_scheduler] gives."""
+    lr_factor: Annotated[float | None, Gt(0), Lt(math.inf)] = None
+    """Multiplies the learning rate of [lr_scheduler]."""
 
-    rope_theta: float | None = None
+    rope_theta: Annotated[float | None, Gt(0), Lt(math.inf)] = None
     """Base of the rotary embeddings."""
 
     def __post_init__(self) -> None:
         starts = [key for key in ("from_step", "from_tokens", "from_fraction") if getattr(self, key) is not None]
-        _require(
+        require(
             len(starts) == 1,
-            f"a phase sets {' and '.join(starts) or 'no first step'}: set exactly one of from_step, from_tokens, "
-            "from_fraction.",
+            f"phases: a phase sets {' and '.join(starts) or 'no first step'}: set exactly one of from_step, "
+            "from_tokens, from_fraction.",
         )
-        start = getattr(self, starts[0])
-        upper = 1 if starts == ["from_fraction"] else math.inf
-        _require(0 <= start < upper, f"{starts[0]} = {start} is outside of the run.")
+        start = f"{starts[0]} = {getattr(self, starts[0])}"
         settings = (self.source_weights, self.window, self.lr_factor, self.rope_theta)
-        _require(any(value is not None for value in settings), f"the phase at {starts[0]} = {start} changes nothing.")
-        _require(self.window is None or self.window >= 1, f"window = {self.window}: must be 1 or more.")
-        for key in ("lr_factor", "rope_theta"):
-            value = getattr(self, key)
-            _require(value is None or 0 < value < math.inf, f"{key} = {value}: must be a finite number above 0.")
+        require(any(value is not None for value in settings), f"phases: the phase at {start} changes nothing.")
+        check_bounds(self, "phases")
 
     def first_step(self, steps: int, tokens_per_step: int) -> int:
         """Returns the optimizer step at which the phase begins."""
@@ -107,9 +96,6 @@ class Schedule:
         steps: optimizer steps of the run.
         tokens_per_step: tokens of one optimizer step over all ranks.
 
-    Attributes:
-        starts: the first step of each phase.
-
     Raises:
         ConfigError: phases that share a first step, are out of order, or begin after the last step.
     """
@@ -125,19 +111,17 @@ class Schedule:
         self.curriculum = curriculum
         self.lr_factor = lr_factor
         self.phases = list(phases)
+        # the first step of each phase
         self.starts = [phase.first_step(steps, tokens_per_step) for phase in phases]
         for start, following in pairwise(self.starts):
-            _require(
+            require(
                 start < following,
-                f"consecutive phases begin at steps {start} and {following}: each must begin after the one before it.",
+                f"phases: two phases begin at steps {start} and {following}: each must begin after the one before it.",
             )
-        _require(
-            not self.starts or self.starts[-1] < steps,
-            f"a phase begins at step {self.starts[-1] if self.starts else 0}, but the run has {steps} steps.",
-        )
+        for start in self.starts[-1:]:
+            require(start < steps, f"phases: a phase begins at step {start}, but the run has {steps} steps.")
 
     def __call__(self, step: int) -> StepSettings:
-        """Returns the settings of a step."""
         return StepSettings(
             window=self.window(step),
             lr_factor=self.lr_factor(step) * self.override("lr_factor", step, 1.0),
@@ -151,7 +135,7 @@ class Schedule:
         return self.curriculum(step) if window is None else window
 
     def override(self, setting: str, step: int, default: Any = None) -> Any:
-        """Returns the value that phases have last given to a setting by ``step``, else ``default``."""
+        """Returns the value of a setting in the last phase up to ``step`` that sets it, else ``default``."""
         for phase in reversed(self.phases[: bisect.bisect_right(self.starts, step)]):
             value = getattr(phase, setting)
             if value is not None:
@@ -159,11 +143,6 @@ class Schedule:
         return default
 
     def overrides(self, setting: str) -> dict[int, Any]:
-        """Returns first step -> value of each phase that changes a setting."""
+        """Returns first step -> value of each phase that sets a setting."""
         values = {start: getattr(phase, setting) for start, phase in zip(self.starts, self.phases, strict=True)}
         return {start: value for start, value in values.items() if value is not None}
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"phases: {message}")

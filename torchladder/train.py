@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from torchladder import checkpoint
-from torchladder.config import Config, fail, load
+from torchladder.config import Config, load, print_config_error
 from torchladder.distributed.ranks import destroy_distributed, init_distributed, record_error
 from torchladder.metrics import init_logger
 from torchladder.registry import ConfigError
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             return run(config, interruption)
     except ConfigError as error:
         record_error(error)
-        return fail(error)
+        return print_config_error(error)
 
 
 def run(config: Config, interruption: interrupt.Interrupt) -> int:

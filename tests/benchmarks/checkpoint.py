@@ -25,7 +25,6 @@ def main() -> None:
         parameter.grad = torch.full_like(parameter, 0.01)
     optimizer.step()
     size = 12 * millions / 1000  # GB: weight and two moments in float32
-
     took: dict[str, list[float]] = {"torch.save": [], "disabled": [], "async": [], "load": []}
     savers = {
         mode: Checkpointer(

@@ -23,7 +23,7 @@ from tests.benchmarks.timing import table
 from torchladder.data import tokenizer
 from torchladder.data.prepare import dataset_builder, tasks
 from torchladder.data.prepare.document_encoder import DocumentEncoder
-from torchladder.data.prepare.executor import local_executor
+from torchladder.data.prepare.executor import LocalExecutor
 from torchladder.data.text import text_files
 from torchladder.data.tokenizer import TokenizerTrainingConfig, train_tokenizer
 
@@ -63,7 +63,7 @@ def prepared(part, folder, workers, turn):
     """Returns the number of tokens of a complete preparation."""
     output = str(folder / f"{workers}-{turn}")
     preparation = tasks.PrepareConfig(inputs=[str(folder / "texts")], output=output, encoder=DocumentEncoder(part))
-    return dataset_builder.prepare_dataset(preparation, local_executor(workers)).tokens
+    return dataset_builder.prepare_dataset(preparation, LocalExecutor(workers)).tokens
 
 
 def datatrove(eos, folder, workers, turn):

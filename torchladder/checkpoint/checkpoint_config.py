@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from torchladder.registry import ConfigError, unknown_name
 
 EXCLUDABLE = {
-    "optimizer": "the optimizer's state",
-    "dataloader": "the next row: data begins anew",
-    "train_state": "the step: the run begins at step 0",
+    "optimizer": "the state of the optimizer",
+    "dataloader": "the next row: data starts from the beginning",
+    "train_state": "the step: the run starts at step 0",
 }
-"""What need not be taken from a checkpoint."""
+"""What ``exclude_from_loading`` can name."""
 
 
 @dataclass(frozen=True)
@@ -20,92 +21,98 @@ class CheckpointConfig:
     """Saving and loading the state of a run."""
 
     enable: bool = False
-    """Save checkpoints, and continue from the newest one that is whole."""
+    """Save checkpoints, and resume from the newest intact one."""
 
     folder: str = "checkpoint"
-    """Folder of the checkpoints, inside job.dump_folder."""
+    """Folder of the checkpoints: a path inside job.dump_folder, an absolute path, or a URL such as s3://bucket/run."""
 
     interval: int = 500
     """Steps between checkpoints."""
 
     interval_minutes: float = 0.0
-    """Minutes after which one is saved in any case; 0: only interval counts."""
+    """Save at the latest after this many minutes; 0: only interval counts."""
 
     enable_first_step_checkpoint: bool = False
-    """Save after the first step as well, to see early that saving works."""
+    """Also save after the first step, to see early that saving works."""
 
     keep_latest_k: int = 10
-    """How many checkpoints are kept, the newest; 0 keeps all."""
+    """How many of the newest checkpoints to keep; 0 keeps all."""
 
     keep_every: int = 0
-    """Keep the checkpoints of every so many steps beside the newest; 0 keeps no others."""
+    """Also keep the checkpoints whose step is a multiple of this; 0 keeps no others."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """async copies the state aside and writes it while training goes on; pinned memory makes the copy overlap, too."""
+    """async copies the state and writes it while training continues; pinned memory also overlaps the copy."""
 
     load_step: int = -1
-    """The step to continue from; -1: the newest. A restart by torchrun or Slurm always takes the newest."""
+    """The step to resume from; -1: the newest. A restart by torchrun or Slurm always takes the newest."""
 
     initial_load_path: str = ""
-    """A checkpoint folder (step-N) to start from while this run has none of its own."""
+    """A checkpoint (step-N) to start from while this run has none, a path or a URL."""
 
     initial_load_model_only: bool = True
-    """Take only the weights from initial_load_path, not optimizer, step and rows."""
+    """Load only the weights from initial_load_path, not optimizer, step and row."""
 
     initial_load_in_hf: bool = False
-    """Start from a Hugging Face folder: initial_load_path where it is set, model.hf_assets_path otherwise."""
+    """Start from a Hugging Face folder: initial_load_path if set, else model.hf_assets_path."""
 
     exclude_from_loading: list[str] = field(default_factory=list)
-    """What not to take from a checkpoint of another run: optimizer, dataloader (the row), train_state (the step)."""
+    """What not to load from a checkpoint of another run: optimizer, dataloader (the row), train_state (the step)."""
 
     last_save_model_only: bool = False
     """Save only the weights at the end of the run."""
 
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights that last_save_model_only and last_save_in_hf save."""
+    """Dtype of the weights that last_save_model_only and last_save_in_hf save."""
 
     last_save_in_hf: bool = False
-    """Leave the weights at the end of the run as a Hugging Face folder too, step-N-hf beside the checkpoints."""
+    """Also save the weights at the end of the run as a Hugging Face folder, step-N-hf next to the checkpoints."""
 
     create_seed_checkpoint: bool = False
-    """Save the initial state as step-0 and stop: runs of any layout can begin with the same weights."""
+    """Save the initial state as step-0 and stop, so that runs of any layout can start from the same weights."""
 
     load_only: bool = False
-    """Load, but never save."""
+    """Load checkpoints but save none."""
 
     accept_changes: list[str] = field(default_factory=list)
-    """Fingerprints that may differ from the checkpoint's when continuing, for example data.weights."""
+    """Fingerprints that may differ from the checkpoint's when resuming, for example data.weights."""
 
     max_failures: int = 10
-    """Saves in a row that may fail (disk full, mount gone) before the run stops; it trains on between them."""
+    """Saves in a row that may fail (disk full, mount gone) before the run stops; training continues between them."""
 
     retry_minutes: float = 1.0
-    """Minutes after a failed save before the next attempt."""
+    """Minutes between a failed save and the next attempt."""
 
     def __post_init__(self) -> None:
-        for key, least in (("interval", 1), ("interval_minutes", 0), ("keep_every", 0), ("load_step", -1)):
-            self._at_least(key, least)
-        for key, least in (("max_failures", 1), ("retry_minutes", 0)):
-            self._at_least(key, least)
-        if self.create_seed_checkpoint and (not self.enable or self.load_only):
-            raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable, and not load_only.")
-        for key in ("initial_load_in_hf", "last_save_in_hf"):
-            if getattr(self, key) and (not self.enable or (key == "last_save_in_hf" and self.load_only)):
-                raise ConfigError(f"checkpoint.{key} needs checkpoint.enable, and last_save_in_hf not load_only.")
+        minimums = {"interval": 1, "interval_minutes": 0, "keep_every": 0, "load_step": -1}
+        for key, minimum in {**minimums, "max_failures": 1, "retry_minutes": 0}.items():
+            if not getattr(self, key) >= minimum:  # NaN is not
+                raise ConfigError(f"checkpoint.{key} = {getattr(self, key)}: must be {minimum} or more.")
+        saving = self.enable and not self.load_only
+        for key in ("create_seed_checkpoint", "last_save_in_hf"):
+            if getattr(self, key) and not saving:
+                raise ConfigError(f"checkpoint.{key} needs checkpoint.enable without checkpoint.load_only.")
+        if self.initial_load_in_hf and not self.enable:
+            raise ConfigError("checkpoint.initial_load_in_hf needs checkpoint.enable.")
+        if self.last_save_in_hf and "://" in self.folder:
+            raise ConfigError(
+                f"checkpoint.last_save_in_hf writes next to the checkpoints and needs a local checkpoint.folder, not "
+                f"{self.folder}. Convert the last checkpoint afterwards: torchladder convert to-hf."
+            )
         if self.keep_latest_k < 0 or self.keep_latest_k == 1:
             raise ConfigError(
-                f"checkpoint.keep_latest_k = {self.keep_latest_k}: must be 0 (all) or 2 and more: "
-                "should the newest be damaged one day, the one before is there."
+                f"checkpoint.keep_latest_k = {self.keep_latest_k}: must be 0 (all) or 2 or more, so that one is left "
+                "if the newest is damaged."
             )
         for name in self.exclude_from_loading:
             if name == "lr_scheduler":
                 raise ConfigError(
-                    "checkpoint.exclude_from_loading: 'lr_scheduler' has no state: the rate is a function of the step. "
-                    "Exclude 'train_state' to begin at step 0."
+                    "checkpoint.exclude_from_loading: 'lr_scheduler' has no state, since the learning rate is a "
+                    "function of the step. Exclude 'train_state' to start at step 0."
                 )
             if name not in EXCLUDABLE:
                 raise unknown_name("entry of checkpoint.exclude_from_loading", name, EXCLUDABLE)
 
-    def _at_least(self, key: str, least: int) -> None:
-        if not getattr(self, key) >= least:
-            raise ConfigError(f"checkpoint.{key} = {getattr(self, key)}: must be {least} or more.")
+    def folder_in(self, dump_folder: str | Path) -> str:
+        """Returns the local path or the URL of the checkpoints of a run."""
+        return self.folder.rstrip("/") if "://" in self.folder else str(Path(dump_folder) / self.folder)

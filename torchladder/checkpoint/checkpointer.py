@@ -1,201 +1,245 @@
-"""When to save, what to do when that fails, and how a run begins: all that the trainer knows of checkpoints."""
+"""The checkpointer of a run: when to save, what to do when a save fails, and what to load."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from torchladder.checkpoint import selection, state, step_folders
+from torchladder.checkpoint import model_state, step_folders
 from torchladder.checkpoint.checkpoint_config import CheckpointConfig
 from torchladder.checkpoint.group import CheckpointGroup, SaveError
 from torchladder.checkpoint.run_state import RUN_STATE_FILE, RunState
-from torchladder.checkpoint.saver import PendingSave, Saver
-from torchladder.checkpoint.selection import Check
+from torchladder.checkpoint.staging import ReusingStager
+from torchladder.checkpoint.step_folders import RunStateCheck
+from torchladder.checkpoint.storage import get_storage
 from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves and loads a model and its optimizer, with a small JSON of what else the run needs.
+    """Saves and loads a model, its optimizer and the state of the run, on all ranks together.
 
     Args:
         config: the section [checkpoint].
-        folder: where checkpoints are.
-        model: the model, whole or sharded.
+        folder: local path or URL of the checkpoints, ``config.folder_in(dump_folder)``.
+        model: the model, sharded or not.
         optimizer: its optimizer.
-        files: small files of the run, name → content, kept in every checkpoint.
-        steps: optimizer steps of the whole run; a finished one loads nothing.
+        assets: small files to keep in every checkpoint, name -> content.
+        total_steps: optimizer steps of the whole run; the tensors of a finished run are not loaded.
+
+    Attributes:
+        consecutive_failures: failed saves since the last successful one.
+
+    Raises:
+        ConfigError: nothing can be stored at the URL, or the device does not support ``async_mode``.
     """
 
     def __init__(
         self,
         config: CheckpointConfig,
-        folder: Path,
+        folder: str,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        files: Mapping[str, bytes] | None = None,
-        steps: int | None = None,
+        assets: Mapping[str, bytes] | None = None,
+        total_steps: int | None = None,
     ) -> None:
         self.config = config
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
-        self.files = files or {}
-        self.steps = steps
+        self.assets = assets or {}
+        self.total_steps = total_steps
         self.group = CheckpointGroup()
-        self.saver = Saver(config, self.group, next(model.parameters()).device)
-        self.saved = -1
-        """The step of the last checkpoint that was begun or loaded."""
-        self.failures = 0
-        """Saves that have failed since the last one that did not."""
-        self._since = time.monotonic()
+        self.consecutive_failures = 0
+        if config.enable:
+            get_storage(folder)  # fails here rather than at the first save
+        self._last_step = -1  # of the last checkpoint that was started or loaded
+        self._last_attempt = time.monotonic()
+        self._stager: ReusingStager | None = None
+        if config.async_mode != "disabled":
+            self._stager = ReusingStager(config.async_mode, next(model.parameters()).device)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copy: Future[model_state.StateDict] | None = None
+        self._save: Future[None] | None = None
 
     @property
-    def saves(self) -> bool:
-        """Whether this run saves at all."""
+    def can_save(self) -> bool:
+        """Whether this run saves checkpoints."""
         return self.config.enable and not self.config.load_only
 
     @property
-    def settled(self) -> bool:
-        """Whether this rank has nothing left to write; when every rank says so, ``wait`` waits for nothing."""
-        return self.saver.settled
+    def idle(self) -> bool:
+        """Whether no save is running on this rank; ``wait`` returns at once if all ranks are idle."""
+        return self._save is None or self._save.done()
 
     @property
     def overdue(self) -> bool:
-        """Whether this rank's clock asks for a checkpoint: by interval_minutes, or to try again after a failure."""
-        minutes = self.config.retry_minutes if self.failures else self.config.interval_minutes
-        waits = self.failures > 0 or minutes > 0
-        return self.saves and waits and self.saver.settled and time.monotonic() - self._since >= 60 * minutes
+        """Whether this rank's clock requires a save: ``interval_minutes`` have passed, or a failed save is retried."""
+        minutes = self.config.retry_minutes if self.consecutive_failures else self.config.interval_minutes
+        timed = self.consecutive_failures > 0 or minutes > 0
+        return self.can_save and timed and self.idle and time.monotonic() - self._last_attempt >= 60 * minutes
 
-    def due(self, step: int, last: bool, asked: bool = False) -> bool:
-        """Whether a checkpoint is to be saved after that many steps; ``asked``: a rank was ``overdue``."""
-        config = self.config
-        if not self.saves or step == self.saved:
-            return False
-        return last or asked or step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
-
-    def save(self, run: RunState, last: bool = False, must: bool = False) -> None:
-        """Saves model, optimizer and the state of the run.
+    def due(self, step: int, last: bool, overdue: bool = False) -> bool:
+        """Whether to save a checkpoint of ``step``.
 
         Args:
-            run: where the run stands.
-            last: the run is over; last_save_model_only holds, and it must succeed.
-            must: it must succeed, and be complete when this returns.
+            step: optimizer steps taken.
+            last: no step follows.
+            overdue: whether any rank is ``overdue``.
+        """
+        config = self.config
+        if not self.can_save or step == self._last_step:
+            return False
+        return last or overdue or step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
+
+    def save(self, run_state: RunState, last: bool = False, blocking: bool = False) -> None:
+        """Saves model, optimizer and run state; a failed save is logged and retried later.
+
+        Args:
+            run_state: where the run stands.
+            last: the run has finished: ``last_save_model_only`` applies. Implies ``blocking``.
+            blocking: return only when the checkpoint is complete, and retry until it is.
 
         Raises:
-            SaveError: max_failures saves in a row have failed.
+            SaveError: ``max_failures`` saves in a row have failed.
         """
         self.wait()
-        step, run = run.step, replace(run, excluded=self.config.exclude_from_loading)
-        files = {RUN_STATE_FILE: run.to_json().encode(), **self.files}
-        job = PendingSave(step_folders.path_of(self.folder, step), step, files)
-        self.saved, self._since = step, time.monotonic()
-        if self.config.async_mode != "disabled" and not (last or must):
-            self.saver.start(job, self._state(step, last))
+        step, blocking = run_state.step, blocking or last
+        run_state = replace(run_state, excluded=self.config.exclude_from_loading)
+        files = {RUN_STATE_FILE: run_state.to_json().encode(), **self.assets}
+
+        def write(state: model_state.StateDict) -> None:
+            path = f"{self.folder}/step-{step}"
+            step_folders.write_checkpoint(path, state, files, self.group)
+            if self.group.rank == 0:
+                logger.info("saved %s", path)
+                step_folders.prune(self.folder, step, self.config.keep_latest_k, self.config.keep_every)
+
+        self._last_step, self._last_attempt = step, time.monotonic()
+        if self._stager is not None and not blocking:
+            copy = self._stager.stage(self._collect(step, last))
+            if isinstance(copy, Future):  # a copy from pinned memory, still running
+                self._copy, self._save = copy, self._executor.submit(lambda: write(copy.result()))
+            else:
+                self._save = self._executor.submit(write, copy)
             return
-        while not self._settle(lambda: self.saver.write(job, self._state(step, last)), step) and (last or must):
+        while not self._succeeds(lambda: write(self._collect(step, last)), step) and blocking:
             time.sleep(60 * self.config.retry_minutes)
 
     def wait_for_copy(self) -> None:
-        """Waits until the weights may change again: a save has copied them."""
-        self.saver.wait_for_copy()
+        """Waits until the running save has copied the weights, which may change from then on."""
+        if self._copy is not None:
+            self._copy.result()
+            self._copy = None
 
     def wait(self) -> None:
-        """Waits until a checkpoint that is being written is complete, or has failed.
+        """Waits until the running save has completed or failed.
 
         Raises:
-            SaveError: max_failures saves in a row have failed.
+            SaveError: ``max_failures`` saves in a row have failed.
         """
-        if self.saver.busy:
-            self._settle(self.saver.result, self.saved)
+        if self._save is not None:
+            save, self._save = self._save, None
+            self.wait_for_copy()
+            self._succeeds(save.result, self._last_step)
 
     def close(self) -> None:
-        """Lets what is being written come to its end, whatever that is; ``wait`` tells more."""
-        self.saver.close()
+        """Waits for the running save and ignores its result."""
+        if self._save is not None:
+            wait([self._save])
 
-    def load(self, check: Check, newest: bool = False) -> RunState | None:
+    def load(self, check: RunStateCheck, newest: bool = False) -> RunState | None:
         """Loads the checkpoint to continue from and returns its run state; None if the run starts from scratch.
 
         Args:
-            check: raises ConfigError where the ``run.json`` is of another run; asked before anything is loaded.
-            newest: whatever load_step says.
+            check: raises ConfigError if the checkpoint is of another run; called before anything is loaded.
+            newest: load the newest checkpoint even if ``load_step`` is set.
 
         Raises:
-            ConfigError: the checkpoint that the settings name is not there, not intact or of another run.
+            ConfigError: the requested checkpoint does not exist, is damaged or is of another run.
         """
         config = self.config
         if not config.enable:
             return None
-        load_step = -1 if newest or selection.restarted() else config.load_step
-        if load_step == -1 and not newest and self._finished():
-            run = RunState.read(step_folders.path_of(self.folder, step_folders.steps(self.folder)[-1]))
-            check(run)  # another run is told so, even when there is nothing to do
-            return run
-        path = selection.newest_intact(self.folder, load_step, check, self.group)
+        load_step = -1 if newest or step_folders.is_restart() else config.load_step
+        if load_step == -1 and not newest and (finished := self._finished_run()):
+            check(finished)
+            return finished
+        path = step_folders.find_newest_intact(self.folder, load_step, check, self.group)
         if path is not None:
-            run = self._restore(path, model_only=False)
-            if run.step != RunState.read(path).step:
+            state = self._restore(path)
+            if state.step != RunState.read(path).step:
                 raise ConfigError(
-                    "checkpoint.exclude_from_loading = ['train_state'] begins at step 0, and this run's own folder "
-                    f"{self.folder} has later ones: start in another folder, with checkpoint.initial_load_path."
+                    "checkpoint.exclude_from_loading = ['train_state'] restarts at step 0, but this run's own folder "
+                    f"{self.folder} has later checkpoints: use another folder, with checkpoint.initial_load_path."
                 )
-            self.saved = -1 if run.post_step_pending else run.step
-            return run
-        if not config.initial_load_path or config.initial_load_in_hf:  # the trainer knows Hugging Face's form
+            self._last_step = -1 if state.post_step_pending else state.step
+            return state
+        if not config.initial_load_path or config.initial_load_in_hf:  # the trainer loads Hugging Face folders
             return None
-        path, model_only = Path(config.initial_load_path), config.initial_load_model_only
-        wrong = selection.find_error(path, (lambda run: None) if model_only else check, self.group)
-        if wrong is not None:
-            raise ConfigError(
-                f"checkpoint.initial_load_path = {str(path)!r}: no intact checkpoint is there. What is wrong: {wrong}."
-            )
-        run = self._restore(path, model_only)
-        return None if model_only else run
+        path, model_only = config.initial_load_path.rstrip("/"), config.initial_load_model_only
+        error = step_folders.find_load_error(path, None if model_only else check, self.group)
+        if error is not None:
+            raise ConfigError(f"checkpoint.initial_load_path = {path!r} is not an intact checkpoint: {error}.")
+        if model_only:
+            self._load_tensors(path, weights_only=True)
+            return None
+        return self._restore(path)
 
-    def _finished(self) -> bool:
-        return self.steps is not None and self.group.broadcast(step_folders.finished(self.folder, self.steps))
+    def _finished_run(self) -> RunState | None:
+        """Returns the newest run state if it is that of the last step and nothing is left to do after it."""
+        steps = self.group.broadcast(step_folders.complete_steps(self.folder))
+        if self.total_steps is None or not steps or steps[-1] < self.total_steps:
+            return None
+        try:
+            state = RunState.read(f"{self.folder}/step-{steps[-1]}")
+        except (OSError, ConfigError):  # damaged: another one is loaded
+            state = None
+        state = self.group.broadcast(state)
+        return None if state is None or state.post_step_pending else state
 
-    def _restore(self, path: Path, model_only: bool) -> RunState:
-        """Loads what is not excluded; a checkpoint that was saved under the same exclusions is this run's own."""
-        run = RunState.read(path)
-        excluded = set(self.config.exclude_from_loading) - set(run.excluded)
-        weights_only = model_only or run.step == 0 or "optimizer" in excluded
-        state.restore(path, self.model, None if weights_only else self.optimizer, self.group)
+    def _restore(self, path: str) -> RunState:
+        """Loads what is not excluded; everything if the checkpoint was saved under the same exclusions."""
+        state = RunState.read(path)
+        excluded = set(self.config.exclude_from_loading) - set(state.excluded)
+        self._load_tensors(path, weights_only=state.step == 0 or "optimizer" in excluded)
+        if "train_state" in excluded:
+            state = replace(state, step=0)
+        if "dataloader" in excluded:
+            state = replace(state, row=0)
+        return state
+
+    def _load_tensors(self, path: str, weights_only: bool) -> None:
+        model_state.load_state(path, self.model, None if weights_only else self.optimizer, self.group)
         if self.group.rank == 0:
             logger.info("loaded %s%s", path, " (weights only)" if weights_only else "")
-        if "train_state" in excluded:
-            run = replace(run, step=0)
-        if "dataloader" in excluded:
-            run = replace(run, row=0)
-        return run
 
-    def _state(self, step: int, last: bool) -> state.State:
-        exports = last and self.config.last_save_model_only
-        dtype = getattr(torch, self.config.export_dtype) if exports else None
+    def _collect(self, step: int, last: bool) -> model_state.StateDict:
+        weights_only = last and self.config.last_save_model_only
+        dtype = getattr(torch, self.config.export_dtype) if weights_only else None
         # Before the first step an optimizer has no state.
-        return state.collect(self.model, None if exports or step == 0 else self.optimizer, dtype)
+        return model_state.collect_state(self.model, None if weights_only or step == 0 else self.optimizer, dtype)
 
-    def _settle(self, finish: Callable[[], None], step: int) -> bool:
-        """Sees how a save ended; returns whether it succeeded."""
+    def _succeeds(self, save: Callable[[], None], step: int) -> bool:
+        """Returns whether a save succeeds, and counts its failure."""
         try:
-            finish()
+            save()
         except SaveError as error:
-            self.failures += 1
-            self.saved, self._since = -1, time.monotonic()
-            most = self.config.max_failures
-            if self.failures >= most:
-                raise SaveError(f"{self.failures} saves in a row failed (checkpoint.max_failures): {error}") from error
+            self.consecutive_failures += 1
+            self._last_step, self._last_attempt = -1, time.monotonic()
+            failures, allowed = self.consecutive_failures, self.config.max_failures
+            if failures >= allowed:
+                raise SaveError(f"{failures} saves in a row failed (checkpoint.max_failures): {error}") from error
             if self.group.rank == 0:
-                logger.warning(
-                    "checkpoint: step %d is not saved (failure %d of %d): %s", step, self.failures, most, error
-                )
+                message = "checkpoint: step %d is not saved (failure %d of %d): %s"
+                logger.warning(message, step, failures, allowed, error)
             return False
-        self.failures = 0
+        self.consecutive_failures = 0
         return True

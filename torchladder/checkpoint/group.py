@@ -1,4 +1,4 @@
-"""The ranks at work on one checkpoint: what one of them cannot do, all of them learn, and none waits for it."""
+"""The ranks that save and load together: a failure on one rank is an error on all, so that no rank waits for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SaveError(RuntimeError):
 
 
 class CheckpointGroup:
-    """All ranks, over a group of their own on the CPU: a save in a thread never meets the collectives of training."""
+    """All ranks, in a separate gloo group: saving in a thread does not interfere with the collectives of training."""
 
     def __init__(self) -> None:
         self.process_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -36,30 +36,30 @@ class CheckpointGroup:
         return self.gather(value)[0]
 
     def run_all(self, work: Callable[[], T]) -> list[T]:
-        """Does something on every rank and returns what each of them made.
+        """Calls ``work`` on every rank and returns every rank's result.
 
         Raises:
-            SaveError: on every rank, when it failed on one.
+            SaveError: on every rank, if ``work`` failed on any.
         """
-        made: T | None = None
+        result: T | None = None
         error = ""
         try:
-            made = work()
-        except CheckpointException as failure:  # of DCP, which has already told every rank
+            result = work()
+        except CheckpointException as failure:  # of DCP, which raises it on every rank
             rank, (cause, _) = next(iter(failure.failures.items()))
             error = f"rank {rank}: {type(cause).__name__}: {cause}"
         except Exception as failure:
             error = f"rank {self.rank}: {type(failure).__name__}: {failure}"
-        results = self.gather((made, error))
-        problems = dict.fromkeys(error for _, error in results if error)
-        if problems:
-            raise SaveError("; ".join(problems))
-        return [made for made, _ in results]  # type: ignore[misc]
+        results = self.gather((result, error))
+        errors = dict.fromkeys(error for _, error in results if error)
+        if errors:
+            raise SaveError("; ".join(errors))
+        return [result for result, _ in results]  # type: ignore[misc]
 
     def run_on_rank0(self, work: Callable[[], object]) -> None:
-        """Does something on rank 0 while the others wait for it.
+        """Calls ``work`` on rank 0 while the others wait.
 
         Raises:
-            SaveError: on every rank, when it failed.
+            SaveError: on every rank, if ``work`` failed.
         """
         self.run_all(lambda: work() if self.rank == 0 else None)

@@ -1,13 +1,16 @@
-"""``run.json``: what a run needs, beside model and optimizer, to continue where it stopped."""
+"""``run.json``: what a run needs to continue, apart from model and optimizer."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from torchladder.checkpoint.storage import get_storage
 from torchladder.registry import ConfigError, unknown_name
 
 RUN_STATE_FILE = "run.json"
@@ -20,18 +23,20 @@ class RunState:
     Attributes:
         step: optimizer steps taken.
         row: the next global row of the training data.
-        fingerprints: name -> value of all that must be unchanged to continue (data, tokenizer, settings); empty in a
-            checkpoint of weights alone.
+        fingerprints: name -> value of everything that must be unchanged to continue (data, tokenizer, settings); empty
+            in a checkpoint of weights alone.
         window: tokens a query could attend to in the last step; None if unknown.
-        final_window: the same of the run's last step.
-        rope_theta: RoPE base of the last step, None for the model's own.
+        final_window: the same for the last step of the run.
+        rope_theta: RoPE base of the last step; None for that of the model config.
         post_step_pending: whether validation, samples or saving after the step are still to be done.
-        validated_step: the step of the last validation, -1 for none.
+        validated_step: the step of the last validation; -1 for none.
         bad_steps: the state of the bad-step detector.
-        skipped_rows: ranges of rows, first to last, that roll-backs leave out.
+        skipped_rows: ranges of rows, first to last, that roll-backs have removed from the run.
         excluded: ``checkpoint.exclude_from_loading`` of the run that saved this.
         versions: package -> version that saved this.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     step: int
     row: int
@@ -47,47 +52,48 @@ class RunState:
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, checkpoint: Path) -> RunState:
-        """Reads the run state of a checkpoint folder.
+    def read(cls, checkpoint: str | Path) -> RunState:
+        """Reads the run state of a checkpoint, a local path or a URL.
 
         Raises:
-            OSError, ValueError: the file cannot be read.
-            ConfigError: the file was written by another version of torchladder.
+            OSError: the file cannot be read.
+            ConfigError: the file does not hold the run state of this version of torchladder.
         """
-        values = json.loads((checkpoint / RUN_STATE_FILE).read_text(encoding="utf-8"))
-        known = {one.name for one in fields(cls)}
-        if not isinstance(values, dict) or not {"step", "row"} <= values.keys() <= known:
+        path = f"{checkpoint}/{RUN_STATE_FILE}"
+        try:
+            return TypeAdapter(cls).validate_json(get_storage(checkpoint).read(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
             raise ConfigError(
-                f"{checkpoint / RUN_STATE_FILE} was written by another version of torchladder, so the run cannot "
-                "continue from it. Its weights can: set checkpoint.initial_load_path in a new run."
-            )
-        values["skipped_rows"] = [tuple(rows) for rows in values.get("skipped_rows", [])]
-        return cls(**values)
+                f"{path} was written by another version of torchladder ({reason}), so the run cannot continue from it. "
+                "Its weights can be used: set checkpoint.initial_load_path in a new run."
+            ) from error
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def check_fingerprints(saved: Mapping[str, str], now: Mapping[str, str], accepted: Sequence[str]) -> None:
-    """Compares the fingerprints of a checkpoint with the run's.
+def check_fingerprints(saved: Mapping[str, str], current: Mapping[str, str], accepted: Sequence[str]) -> None:
+    """Compares the fingerprints of a checkpoint with those of this run.
 
     Args:
         saved: of the checkpoint.
-        now: of this run.
+        current: of this run.
         accepted: names that may differ (``checkpoint.accept_changes``).
 
     Raises:
-        ConfigError: another one differs, an accepted name does not exist, or the checkpoint has none.
+        ConfigError: a name that is not accepted differs, an accepted name does not exist, or the checkpoint has no
+            fingerprints.
     """
     if not saved:
         raise ConfigError(
-            "the checkpoint holds only weights, no state of a run: load it with "
-            "checkpoint.initial_load_model_only = true."
+            "the checkpoint holds only weights, no run state: load it with checkpoint.initial_load_model_only = true."
         )
     for name in accepted:
-        if name not in now:
-            raise unknown_name("entry of checkpoint.accept_changes", name, now)
-    for name, value in now.items():
+        if name not in current:
+            raise unknown_name("entry of checkpoint.accept_changes", name, current)
+    for name, value in current.items():
         if saved.get(name) != value and name not in accepted:
             raise ConfigError(
                 f"{name} has changed since the checkpoint was saved (it was {saved.get(name)}, it is {value}). "

@@ -38,4 +38,4 @@ def main() -> int:
             raise unknown_name("command", argv[0], COMMANDS)
         return COMMANDS[argv[0]][0].run(argv[1:])
     except ConfigError as error:
-        return config.fail(error)
+        return config.print_config_error(error)

@@ -13,7 +13,6 @@ import tomli_w
 import torch
 
 from torchladder import checkpoint, models
-from torchladder.checkpoint import checksums, step_folders
 from torchladder.commands.arguments import CommandParser, check_positive
 from torchladder.config import hf_defaults
 from torchladder.data import tokenizer
@@ -74,12 +73,11 @@ def _from_hf(arguments: argparse.Namespace) -> int:
         conversion.hf_to_checkpoint(source, step, arguments.vocab_size)
         state = checkpoint.RunState(step=0, row=0, versions={"torch": torch.__version__})
         (step / checkpoint.RUN_STATE_FILE).write_text(state.to_json())
-        sums = {file.name: checksums.sha256(file) for file in step.iterdir()}
-        (step / checksums.SUMS).write_text(checksums.to_text(sums))
+        checkpoint.write_checksums(step)
         (partial / TOKENIZER_FOLDER).mkdir()
         for file in source.asset_files():
             shutil.copyfile(file, partial / TOKENIZER_FOLDER / file.name)
-        (partial / step_folders.SETTINGS).write_text(tomli_w.dumps(settings))
+        (partial / checkpoint.CONFIG_FILE).write_text(tomli_w.dumps(settings))
     print(f"{output}: checkpoint/step-0 to start from, config.toml to extend")
     return 0
 
@@ -104,7 +102,7 @@ def _run_settings(source: HFFolder, output: Path, vocab_size: int | None) -> dic
 
 def _to_hf(arguments: argparse.Namespace) -> int:
     source, output, vocab_size = arguments.source, arguments.output, arguments.vocab_size
-    require(checkpoint.complete(source), f"{str(source)!r} is not a complete checkpoint (step-N).")
+    require(checkpoint.is_complete(source), f"{str(source)!r} is not a complete checkpoint (step-N).")
     trained = TrainedModel.open(source)
     config = trained.config
     own, files = _tokenizer_to_export(arguments, trained)

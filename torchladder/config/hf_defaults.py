@@ -9,7 +9,7 @@ from torchladder import models
 from torchladder.config.sections import Config
 from torchladder.config.toml_files import Origins, RawSettings
 from torchladder.config.values import flag, flags
-from torchladder.data.tokenizer import tokenizer_files
+from torchladder.data.tokenizer import tokenizer_registry
 from torchladder.models.hf import hf_config
 from torchladder.models.hf.hf_folder import CONFIG_FILE, HFFolder
 from torchladder.registry import ConfigError
@@ -19,7 +19,7 @@ def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) 
     """Adds the folder's model, tokenizer and sliding window to the settings that do not set them.
 
     Raises:
-        ConfigError: the folder has no config.json, or its model is not supported or not the one that is named.
+        ConfigError: the folder has no config.json, or its model is not supported or is not model.name.
     """
     given = flags(argv, "model.hf_assets_path")
     path = given[-1] if given else settings.get("model", {}).get("hf_assets_path", "")
@@ -29,7 +29,7 @@ def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) 
     model = hf_config.model_section(folder.config)
     name = flag(argv, "model.name") or settings.get("model", {}).get("name", model["name"])
     if name != model["name"]:
-        raise ConfigError(f"model.name = {name!r}, but the model in {path} is {model['name']!r}.")
+        raise ConfigError(f"model.name = {name!r}: the model in {path} is {model['name']!r}.")
     sections: dict[str, dict[str, Any]] = {"model": model}
     tokenizer = tokenizer_section(folder.path)
     if tokenizer.get("name") == (flag(argv, "tokenizer.name") or settings.get("tokenizer", tokenizer).get("name")):
@@ -62,8 +62,8 @@ def check_hf_settings(config: Config) -> None:
 
 def tokenizer_section(folder: Path) -> dict[str, str]:
     """Returns the ``[tokenizer]`` section of a folder's tokenizer, empty if it has none."""
-    file = next((folder / name for name in tokenizer_files.file_names() if (folder / name).is_file()), None)
-    return {} if file is None else {"name": tokenizer_files.recognize_kind(file.read_bytes()), "path": str(file)}
+    file = next((folder / name for name in tokenizer_registry.file_names() if (folder / name).is_file()), None)
+    return {} if file is None else {"name": tokenizer_registry.recognize_kind(file.read_bytes()), "path": str(file)}
 
 
 def sliding_window_sections(window: int) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""All sections of a config; those that belong to one package are defined there, the others here."""
+"""All sections of a config; a section of one package is defined there, the others here."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tomli_w
+from annotated_types import Ge, Gt, Le, Lt
 
 from torchladder import curriculum, mask, optim
 from torchladder.checkpoint import CheckpointConfig
-from torchladder.config.values import tables
+from torchladder.config.values import tables_argument
 from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import ParallelismConfig
@@ -20,7 +21,7 @@ from torchladder.distributed.ranks import CommConfig
 from torchladder.metrics import MetricsConfig
 from torchladder.models import attention
 from torchladder.profiling import ProfilingConfig
-from torchladder.registry import ConfigError
+from torchladder.registry import check_bounds, require
 from torchladder.resilience.bad_steps import ResilienceConfig
 from torchladder.schedule import Phase, Schedule
 
@@ -30,33 +31,32 @@ class JobConfig:
     """The run as a whole: files, plugins, limits."""
 
     config_file: str = ""
-    """A TOML file with the run's settings; the command line wins over it."""
+    """A TOML file with the run's settings; the command line overrides it."""
 
     extends: str = ""
-    """In a file: another TOML file, relative to this one, that this one overrides."""
+    """In a file: the TOML file that it overrides, by a path relative to it."""
 
     plugins: list[str] = field(default_factory=list)
     """Python modules to import first; they register components. Found on the Python path, in the working folder or
-    beside the config file."""
+    in the folder of the config file."""
 
     dump_folder: str = "./outputs"
     """Output folder of the run."""
 
     description: str = ""
-    """A line on the purpose of the run, logged at the start."""
+    """Purpose of the run in one line, logged at the start."""
 
     print_config: bool = False
     """Print the resolved settings at the start."""
 
-    max_minutes: float = 0.0
-    """Minutes after which the run saves and exits with code 75, to be started again; 0: no limit."""
+    max_minutes: Annotated[float, Ge(0), Lt(math.inf)] = 0.0
+    """Save and exit with code 75, for a restart, after this many minutes; 0: no limit."""
 
-    exit_interval: int = 0
+    exit_interval: Annotated[int, Ge(0)] = 0
     """Save and exit with code 75 at every multiple of this many steps; 0: never."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.max_minutes < math.inf, f"job.max_minutes = {self.max_minutes}: must be 0 or more.")
-        _require(self.exit_interval >= 0, f"job.exit_interval = {self.exit_interval}: must be 0 or more.")
+        check_bounds(self, "job")
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ class AttentionConfig:
     """Attention kernel: flex, fold, varlen, flash, sdpa, dense, or auto, which chooses by device and masks."""
 
     def __post_init__(self) -> None:
-        _require(
-            len(self.masks) > 0, 'attention.masks is empty: set at least one mask; "causal" for plain causal attention.'
-        )
+        require(bool(self.masks), 'attention.masks is empty: set a mask; "causal" is plain causal attention.')
         for name in self.masks:
             mask.registry.get(name)
         if self.kernel != "auto":
@@ -83,23 +81,23 @@ class AttentionConfig:
 class TrainingConfig:
     """Length of the run, batch sizes, precision."""
 
-    steps: int = -1
+    steps: Annotated[int, Ge(1)] = -1
     """Optimizer steps of the run; -1: as many as training.epochs take, or 10,000."""
 
-    epochs: float | None = None
+    epochs: Annotated[float | None, Gt(0), Lt(math.inf)] = None
     """Instead of steps: passes over the tokens of all sources together."""
 
-    seq_len: int = 2048
+    seq_len: Annotated[int, Ge(1)] = 2048
     """Tokens in a row (sequence): the full context."""
 
-    local_batch_size: int = 8
+    local_batch_size: Annotated[int, Ge(1)] = 8
     """Rows of a micro-batch on one data-parallel rank."""
 
-    global_batch_size: int = -1
+    global_batch_size: Annotated[int, Ge(1)] = -1
     """Rows of an optimizer step over all ranks; a multiple of local_batch_size x data-parallel ranks is reached by
     gradient accumulation. -1: without accumulation."""
 
-    max_norm: float = 1.0
+    max_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are clipped to this global norm."""
 
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
@@ -111,25 +109,15 @@ class TrainingConfig:
     enable_cpu_offload: bool = False
     """Keep weights, gradients and optimizer state in CPU memory and run the optimizer there (FSDP2)."""
 
-    gc_freq: int = 50
-    """Steps between Python garbage collections, which are off otherwise so that no rank waits for another's."""
+    gc_freq: Annotated[int, Ge(1)] = 50
+    """Steps between Python garbage collections; automatic ones are off, so that no rank waits for another's."""
 
     def __post_init__(self) -> None:
-        for key in ("seq_len", "local_batch_size", "gc_freq"):
-            _require(getattr(self, key) >= 1, f"training.{key} = {getattr(self, key)}: must be 1 or more.")
-        _require(self.steps == -1 or self.steps >= 1, f"training.steps = {self.steps}: must be 1 or more, or -1.")
-        _require(
-            self.epochs is None or 0 < self.epochs < math.inf, f"training.epochs = {self.epochs}: must be above 0."
-        )
-        _require(
+        check_bounds(self, "training")
+        require(
             self.epochs is None or self.steps == -1,
             f"training.epochs = {self.epochs} and training.steps = {self.steps} both set the run's length: set one "
             "(steps = -1 unsets that of another file).",
-        )
-        _require(self.max_norm > 0, f"training.max_norm = {self.max_norm}: must be positive.")
-        _require(
-            self.global_batch_size == -1 or self.global_batch_size >= 1,
-            f"training.global_batch_size = {self.global_batch_size}: must be 1 or more, or -1.",
         )
 
 
@@ -140,19 +128,19 @@ class ValidationConfig:
     enable: bool = True
     """Validate at the start, every freq steps and at the end."""
 
-    freq: int = 500
+    freq: Annotated[int, Ge(1)] = 500
     """Steps between validations."""
 
-    steps: int = 20
+    steps: Annotated[int, Ge(-1)] = 20
     """Micro-batches per rank in one validation; -1: all held-out rows."""
 
     windows: list[int] = field(default_factory=list)
     """Windows to validate at in addition to the full context."""
 
     def __post_init__(self) -> None:
-        _require(self.freq >= 1, f"validation.freq = {self.freq}: must be 1 or more.")
-        _require(self.steps >= 1 or self.steps == -1, f"validation.steps = {self.steps}: must be 1 or more, or -1.")
-        _require(all(w >= 1 for w in self.windows), f"validation.windows = {self.windows}: must be 1 or more.")
+        check_bounds(self, "validation")
+        require(self.steps != 0, "validation.steps = 0: must be 1 or more, or -1; validation.enable turns it off.")
+        require(all(w >= 1 for w in self.windows), f"validation.windows = {self.windows}: must be 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -162,32 +150,23 @@ class SamplesConfig:
     prompts: list[str] = field(default_factory=list)
     """Prompts to complete; none: no samples."""
 
-    freq: int = 0
+    freq: Annotated[int, Ge(0)] = 0
     """Steps between samples; 0: only at the end of the run."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Ge(1)] = 128
     """Tokens to generate for each prompt, at most."""
 
-    temperature: float = 0.8
+    temperature: Annotated[float, Ge(0)] = 0.8
     """Sampling temperature; 0: greedy decoding."""
 
-    top_p: float = 0.95
+    top_p: Annotated[float, Gt(0), Le(1)] = 0.95
     """Nucleus sampling: sample from the smallest set of tokens with this total probability."""
 
     def __post_init__(self) -> None:
-        if self.freq < 0 or self.max_new_tokens < 1:
-            raise ConfigError(
-                f"samples.freq = {self.freq} and samples.max_new_tokens = {self.max_new_tokens}: "
-                "must be 0 or more, and 1 or more."
-            )
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"samples.temperature = {self.temperature} and samples.top_p = {self.top_p}: "
-                "must be 0 or more, and above 0 up to 1."
-            )
+        check_bounds(self, "samples")
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether samples are to be drawn after that many steps."""
+        """Returns whether to generate samples after a step."""
         return bool(self.prompts) and (last or (self.freq > 0 and step % self.freq == 0))
 
 
@@ -205,18 +184,33 @@ class DebugConfig:
     """Only warn about operations without a deterministic algorithm."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComponentSection:
+    """A section whose other keys are the parameters of the component ``name``; ``config_type`` adds them."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection(ComponentSection):
+    """The section ``[model]``; its other keys are the fields of the model's config."""
+
+    flavor: str
+    hf_assets_path: str
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
     job: JobConfig
-    model: Any
-    tokenizer: Any
-    data: Any
+    model: ModelSection
+    tokenizer: ComponentSection
+    data: ComponentSection
     attention: AttentionConfig
-    curriculum: Any
+    curriculum: ComponentSection
     training: TrainingConfig
-    optimizer: Any
+    optimizer: ComponentSection
     lr_scheduler: optim.LRSchedulerConfig
     parallelism: ParallelismConfig
     activation_checkpoint: ActivationCheckpointConfig
@@ -230,25 +224,25 @@ class Config:
     profiling: ProfilingConfig
     comm: CommConfig
     debug: DebugConfig
-    phases: Annotated[list[Phase], tables(list[Phase])] = field(default_factory=list)
+    phases: Annotated[list[Phase], tables_argument(list[Phase])] = field(default_factory=list)
     """Overrides of window, learning rate, RoPE theta and source weights from a step on; a table each, [[phases]]."""
 
     def schedule(self, tokens_per_step: int) -> Schedule:
-        """Returns what changes during the run, as a function of the step; ``training.steps`` must be known.
+        """Returns the schedule of the run; ``training.steps`` must be resolved.
 
         Args:
             tokens_per_step: tokens of one optimizer step over all ranks.
 
         Raises:
-            ConfigError: the curriculum refuses its settings, or the phases do not fit the run.
+            ConfigError: a setting of the curriculum is invalid, or the phases do not fit the run.
         """
         steps, seq_len = self.training.steps, self.training.seq_len
-        ladder = curriculum.registry.build(self.curriculum, steps=steps, seq_len=seq_len)
+        windows = curriculum.registry.build(self.curriculum, steps=steps, seq_len=seq_len)
         schedule = Schedule(
-            ladder, lambda step: self.lr_scheduler.factor(step, steps), self.phases, steps, tokens_per_step
+            windows, lambda step: self.lr_scheduler.factor(step, steps), self.phases, steps, tokens_per_step
         )
         for window in schedule.overrides("window").values():
-            _require(window <= seq_len, f"phases: window = {window}: a row has {seq_len} tokens (training.seq_len).")
+            require(window <= seq_len, f"phases: window = {window}: a row has {seq_len} tokens (training.seq_len).")
         return schedule
 
     def to_toml(self) -> str:
@@ -267,8 +261,3 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_none(inner) for inner in value]
     return value
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

@@ -1,4 +1,4 @@
-"""TOML files that may extend one another."""
+"""Config files, which may extend one another."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torchladder.registry import ConfigError, unknown_name
 RawSettings = dict[str, Any]
 """section -> key -> value, and the list of ``[[phases]]``"""
 
-TABLES = ("phases",)
-"""What a file holds as an array of tables, ``[[phases]]``, and not as a section."""
+TABLES = {"phases"}
+"""Arrays of tables, ``[[phases]]``; everything else in a file is a section."""
 
 Origins = dict[tuple[str, str], Path]
 """(section, key) -> the file that sets it, for error messages"""
 
 
-def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[RawSettings, Origins]:
+def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> tuple[RawSettings, Origins]:
     """Reads a file and those that it extends.
 
     Returns:
@@ -30,12 +30,11 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[RawSettings, Origins]
     """
     path = path.resolve() if seen else path
     if path.resolve() in seen:
-        raise ConfigError(f"{path}: job.extends leads back to this file.")
+        raise ConfigError(f"{path}: job.extends: the file extends itself.")
     try:
         own = tomli.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        beside = [str(other) for other in sorted(path.parent.glob("*.toml"))] if path.parent.is_dir() else []
-        raise unknown_name("config file", str(path), beside) from None
+        raise unknown_name("config file", str(path), map(str, path.parent.glob("*.toml"))) from None
     except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     for name, section in own.items():
@@ -48,20 +47,19 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[RawSettings, Origins]
     base = own.get("job", {}).pop("extends", "")
     if not isinstance(base, str):
         raise ConfigError(f"{path}: job.extends = {base!r}: must be a file name.")
-    settings, origins = read(path.parent / base, (*seen, path.resolve())) if base else ({}, {})
+    settings, origins = read_settings(path.parent / base, (*seen, path.resolve())) if base else ({}, {})
     for name, section in own.items():
         if isinstance(section, list):
-            settings[name] = section
-            origins[name, ""] = path
+            settings[name], origins[name, ""] = section, path
             continue
         if "name" in section and section["name"] != settings.get(name, {}).get("name"):
-            settings[name] = {}  # another component, with other settings
+            settings[name] = {}  # another component has other keys
         settings.setdefault(name, {}).update(section)
         origins.update({(name, key): path for key in section})
     return settings, origins
 
 
 def origin(origins: Origins, section: str, key: str | None = None) -> Path | str:
-    """Returns the file that sets a key or, without a key, anything in the section."""
+    """Returns the file that sets a key or, without a key, the last one that sets any key of the section."""
     files = [file for (name, own), file in origins.items() if name == section and key in (None, own)]
     return files[-1] if files else "the defaults"

@@ -1,4 +1,4 @@
-"""Single values: their types, checked; and those that the command line sets, read before it is parsed."""
+"""Values of settings: type checks, tables on the command line, and flags read before the command line is parsed."""
 
 from __future__ import annotations
 
@@ -12,64 +12,69 @@ import tomli
 import tyro
 from docstring_parser import parse_from_object
 
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError, require, unknown_name
 
 
-def adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
-    """Returns the validator of a type; the tables of a list must have only known keys.
+def check_type(kind: Any, value: Any, place: str) -> Any:
+    """Returns a value of a file as its type, without conversion: "3" is not 3. ``place`` begins the error message.
 
-    A dataclass whose keys depend on the entry, as those of ``data.sources`` do, has a method ``subclass_for(table)``
-    that returns the dataclass of one entry, and a method ``subclasses()`` that returns all of them by name.
+    A dataclass in a list of tables whose keys depend on the entry, as in ``data.sources``, has the methods
+    ``subclass_for(table)``, the dataclass of an entry, and ``subclasses()``, all of them by name.
+
+    Raises:
+        ConfigError: another type, or an unknown or missing key of a table.
     """
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if get_origin(kind) is list and dataclasses.is_dataclass(item := get_args(kind)[0]):
-        kind = list[Annotated[Any, pydantic.PlainValidator(partial(_validate_table, item))]]
-    return pydantic.TypeAdapter(kind, config=pydantic.ConfigDict(extra="forbid"))
+        kind = list[Annotated[Any, pydantic.PlainValidator(partial(_make_table, item))]]
+    try:
+        # JSON has the types of TOML, except dates, and its strict mode allows a list as a tuple.
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{place} = {value!r}: {_describe_error(error)}") from None
+    except TypeError:
+        raise ConfigError(f"{place} = {value!r}: dates and times are not allowed here.") from None
 
 
-def _validate_table(item: Any, table: Any) -> Any:
-    """Returns one entry of a list of tables as its dataclass."""
+def _make_table(item: Any, table: Any) -> Any:
     if not isinstance(table, dict):
         raise ValueError(f"must be a table such as {TABLE!r}")
     kind = item.subclass_for(table) if hasattr(item, "subclass_for") else item
+    known = fields(kind)
     for key in table:
-        if key not in fields(kind):
-            raise unknown_name("key", key, fields(kind))
-    try:
-        return pydantic.TypeAdapter(kind).validate_json(json.dumps(table), strict=True)
-    except pydantic.ValidationError as error:
-        raise ConfigError(problem(error)) from None
+        if key not in known:
+            raise unknown_name("key", key, known)
+    for key, field in known.items():
+        require(key in table or not field.required, f"the key {key!r} is required.")
+    return kind(**{key: check_type(known[key].kind, value, key) for key, value in table.items()})
 
 
-def problem(error: pydantic.ValidationError) -> str:
-    """Returns what is wrong in one phrase, with the place inside a list or table if there is one."""
+def _describe_error(error: pydantic.ValidationError) -> str:
+    """Returns the message of the first error, with its place inside a list or table."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] != "value_error":  # pydantic's own words, which are those of JSON
-        message = message.replace("array", "list").replace("object", "table").replace("keyword argument", "key")
+    if first["type"] != "value_error":  # a message of pydantic, in the terms of JSON
+        message = message.replace("Input should", "must").replace("array", "list").replace("object", "table")
     return f"{place}: {message}" if place else message
 
 
 TABLE = '{ path = "a.txt" }'
 
 
-def tables(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
-    """Returns how the command line spells a list of tables: each as in a file, ``'{ path = "a.txt" }'``."""
+def tables_argument(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """Returns tyro's parser of a list of tables, each written as in a file: ``'{ path = "a.txt" }'``."""
 
     def parse(words: list[str]) -> Any:
         try:
             tables = [tomli.loads(f"table = {word}")["table"] for word in words]
-            return adapter(kind).validate_json(json.dumps(tables), strict=True)
         except tomli.TOMLDecodeError as error:
-            raise ValueError(f"{words} are not tables as in a file, such as {TABLE!r}: {error}") from None
-        except pydantic.ValidationError as error:
-            raise ValueError(problem(error)) from None
+            raise ValueError(f"{words} must be tables as in a file, such as {TABLE!r}: {error}") from None
+        return check_type(kind, tables, "value")
 
     def show(tables: list[Any]) -> list[str]:
-        named = [{f.name: getattr(one, f.name) for f in dataclasses.fields(one)} for one in tables]
-        changed = [{key: value for key, value in one.items() if value} for one in named]
-        return [f"{{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in one.items())} }}" for one in changed]
+        keys = [[f"{key} = {json.dumps(value)}" for key, value in vars(table).items() if value] for table in tables]
+        return [f"{{ {', '.join(words)} }}" for words in keys]
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
@@ -81,7 +86,7 @@ def tables(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
 
 
 def table_help(item: Any) -> str:
-    """Returns the keys of the tables of a list, for ``--help``: those of every table, then those of each kind."""
+    """Returns the help of a list of tables: the keys of every table, then those of each kind."""
     docs = {param.arg_name: param.description for param in parse_from_object(item).params}
     common = [field.name for field in dataclasses.fields(item)]
     lines = ["Keys of each table:", *(f"  {key}: {docs.get(key)}" for key in common)]
@@ -94,19 +99,18 @@ def table_help(item: Any) -> str:
 
 
 class Field(NamedTuple):
-    """A field of a dataclass: its type, and whether it has no default."""
+    """A field of a dataclass."""
 
-    kind: Any
-    required: bool
+    kind: Any  # its type
+    required: bool  # whether it has no default
 
 
 def fields(kind: Any) -> dict[str, Field]:
     """Returns the fields of a dataclass by name, with their annotations resolved."""
     hints = get_type_hints(kind, include_extras=True)
-    none = dataclasses.MISSING
     return {
-        one.name: Field(hints[one.name], required=one.default is none and one.default_factory is none)
-        for one in dataclasses.fields(kind)
+        field.name: Field(hints[field.name], field.default is field.default_factory is dataclasses.MISSING)
+        for field in dataclasses.fields(kind)
     }
 
 
@@ -115,9 +119,9 @@ def flags(argv: list[str], key: str) -> list[str]:
     values: list[str] = []
     reading = False
     for word in argv:
-        flag, _, value = word.partition("=")
-        if flag.startswith("--"):
-            reading = flag[2:].replace("-", "_") == key
+        name, _, value = word.partition("=")
+        if name.startswith("--"):
+            reading = name[2:].replace("-", "_") == key
             values += [value] if reading and value else []
         elif reading:
             values.append(word)

@@ -19,7 +19,7 @@ from torchladder.data.source_config import SourceConfig
 from torchladder.data.sources import TokenShard, held_out
 from torchladder.data.tokenizer import Tokenizer
 from torchladder.data.tokenizer import registry as tokenizers
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 MAX_VOCAB_SIZE = 1 << 31
 """Rows store a token in 32 bits."""
@@ -65,11 +65,11 @@ class Corpus:
         bound = MAX_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
         if len(tokens) and (self.vocab_size is not None or tokens.itemsize > 4):
             least, most = int(tokens.min()), int(tokens.max())
-            if not -bound <= least <= most < bound:
-                raise ConfigError(
-                    f"{self.label} holds token {most if most >= bound else ~least}, the tokenizer's vocabulary has "
-                    f"{self.vocab_size or 'fewer'}: it was written with another tokenizer."
-                )
+            require(
+                -bound <= least <= most < bound,
+                f"{self.label} holds token {most if most >= bound else ~least}, the tokenizer's vocabulary has "
+                f"{self.vocab_size or 'fewer'}: it was written with another tokenizer.",
+            )
         return tokens
 
     def fingerprint(self) -> str:
@@ -96,11 +96,7 @@ class SourceLoader:
     exclude: Sequence[str] = ()
 
     def open(self, source: SourceConfig, split: Literal["train", "validation"]) -> Corpus:
-        """Returns the documents of one split of a source; all documents of a source of tokens are for training.
-
-        Raises:
-            ConfigError: a file is missing or damaged, or text has no tokenizer.
-        """
+        """Returns the documents of one split of a source; all documents of a source of tokens are for training."""
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else None
         if source.is_tokens:
             eos = self.tokenizer.eos if self.tokenizer else None
@@ -109,8 +105,8 @@ class SourceLoader:
             return Corpus(source.title, shards, vocab_size)
         if self.tokenizer is None:
             raise ConfigError(f"the source {source.title} is raw text: it needs a tokenizer.")
-        prepared = tokenize_cached(source.text_source(), self.tokenizer, self.cache, self.validation_fraction, self.bos)
-        return Corpus(source.title, [IndexedTokens(getattr(prepared, split))], vocab_size)
+        folder = tokenize_cached(source.text_source(), self.tokenizer, self.cache, self.validation_fraction, self.bos)
+        return Corpus(source.title, [IndexedTokens(folder / split)], vocab_size)
 
 
 def training_texts(section: Any) -> Iterator[str]:
@@ -125,8 +121,7 @@ def training_texts(section: Any) -> Iterator[str]:
     excluded = getattr(section, "exclude", [])
     chosen = [source for source in getattr(section, "sources", []) if source.title not in excluded]
     of_text = [source for source in chosen if not source.is_tokens]
-    if not of_text:
-        raise ConfigError("no source is raw text, so no tokenizer can be trained on it: set tokenizer.path.")
+    require(bool(of_text), "no source is raw text, so no tokenizer can be trained on it: set tokenizer.path.")
     fraction = 0.0 if getattr(section, "validation_sources", []) else getattr(section, "validation_fraction", 0.0)
     for source in of_text:
         for document in source.text_source().documents():

@@ -39,11 +39,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with tokens and labels on ``device``; the copy is asynchronous from pinned memory."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-        )
+        tokens, labels = (tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.labels))
+        return replace(self, tokens=tokens, labels=labels)
 
     def pin_memory(self) -> Batch:
         """Returns the batch with tokens and labels in pinned memory; called by the data loader."""

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torchladder.registry import ConfigError
@@ -22,7 +22,7 @@ def cache_path(folder: str = DEFAULT_FOLDER) -> Path:
     return Path(folder).expanduser()
 
 
-def build_once(target: Path, build: Callable[[Path], None]) -> Path:
+def build_once(target: Path, build: Callable[[Path], object]) -> Path:
     """Returns ``target``, a file or folder that ``build(path)`` creates if it does not exist.
 
     Safe for any number of concurrent processes, including ranks: one builds under an exclusive lock, the others wait
@@ -56,6 +56,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def files_key(files: Iterable[Path], *settings: object) -> str:
+    """Returns a cache key of settings and of the paths, sizes and modification times of files."""
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((*settings, stats)).encode()).hexdigest()[:32]
 
 
 def file_sha256(path: Path) -> str:

@@ -1,10 +1,23 @@
-"""Optional packages: the error for a missing one."""
+"""Packages that only an extra installs."""
 
 from __future__ import annotations
+
+import importlib
+from typing import Any
 
 from torchladder.registry import ConfigError
 
 
-def missing_package(package: str, extra: str, what: str) -> ConfigError:
-    """Returns the error for a package that is not installed, with the extra that installs it."""
-    return ConfigError(f"{what} needs the package {package}: pip install 'torchladder[{extra}]'.")
+def import_extra(name: str, extra: str, what: str) -> Any:
+    """Imports ``name`` as ``import name`` does: of ``a.b`` it returns ``a``.
+
+    Raises:
+        ConfigError: the package is not installed; names the extra that installs it, and ``what`` needs it.
+    """
+    package = name.partition(".")[0]
+    try:
+        imported = importlib.import_module(package)
+        importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(f"{what} needs the package {package}: pip install 'torchladder[{extra}]'.") from None
+    return imported

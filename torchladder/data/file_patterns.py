@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 
 def as_list(path: Any) -> list[Any]:
@@ -17,15 +18,10 @@ def as_list(path: Any) -> list[Any]:
 
 
 def match_paths(pattern: str) -> list[Path]:
-    """Returns the files and folders that a path or glob names, sorted.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """Returns the files and folders that a path or glob names, sorted; raises ConfigError if there are none."""
     full = os.path.expanduser(pattern)
     found = [full] if os.path.exists(full) else glob.glob(full, recursive=True)
-    if not found:
-        raise ConfigError(f"no file matches {pattern!r} (relative to {os.getcwd()}).")
+    require(bool(found), f"no file matches {pattern!r} (relative to {os.getcwd()}).")
     return [Path(path) for path in sorted(found)]
 
 
@@ -35,17 +31,11 @@ def match_files(pattern: str, accept: Callable[[Path], bool], kind: str) -> list
     Args:
         pattern: a path or a glob.
         accept: which files to return.
-        kind: what these are, for the error: ``"text file. Known: .txt"``.
-
-    Raises:
-        ConfigError: there are none.
+        kind: what these are, for the ConfigError if there are none: ``"text file. Known: .txt"``.
     """
-    inside = [
-        child for path in match_paths(pattern) for child in (sorted(path.rglob("*")) if path.is_dir() else [path])
-    ]
-    files = list(dict.fromkeys(path for path in inside if path.is_file() and accept(path)))
-    if not files:
-        raise ConfigError(f"{pattern!r} names no {kind}.")
+    paths = chain(*(sorted(path.rglob("*")) if path.is_dir() else [path] for path in match_paths(pattern)))
+    files = list(dict.fromkeys(path for path in paths if path.is_file() and accept(path)))
+    require(bool(files), f"{pattern!r} matches no {kind}.")
     return files
 
 

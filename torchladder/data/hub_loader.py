@@ -23,13 +23,12 @@ import numpy as np
 import torch
 
 from torchladder.data.dataloader import Batch, register
-from torchladder.data.packed_rows import BatchLayout, PackedRows
+from torchladder.data.extras import import_extra
+from torchladder.data.packed_rows import BatchLayout, PackedRows, StreamedRows
 from torchladder.data.prepare.document_encoder import DocumentEncoder
-from torchladder.data.sources import held_out
-from torchladder.data.streamed_rows import StreamedRows
-from torchladder.data.text.hub_dataset import HubDataset, import_datasets
+from torchladder.data.sources import check_validation_fraction, held_out
 from torchladder.data.tokenizer import Tokenizer
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +80,20 @@ class HubLoader:
     """Return batches in pinned memory if there is an accelerator."""
 
     def __post_init__(self) -> None:
-        self._check_settings()
+        self._layout = BatchLayout(
+            self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size
+        )
+        for name, minimum in {"validation_documents": 1, "shuffle_buffer": 0, "seed": 0}.items():
+            value = getattr(self, name)
+            require(value >= minimum, f"{name} is {value}; it must be {minimum} or more.")
+        check_validation_fraction(self.validation_fraction)
+        self._fraction = 0.0 if self.validation_split else self.validation_fraction
+        if self.split == "validation" and not (self.validation_split or self._fraction):
+            raise ConfigError("no documents are held out for validation: set validation_split or validation_fraction.")
         if self.tokenizer is None:
             raise ConfigError(f"the dataset {self.path} is raw text: it needs a tokenizer.")
         self._encoder = DocumentEncoder(self.tokenizer, bos=self.bos)
-        split = (self.split == "validation" and self.validation_split) or self.train_split
-        self._documents = HubDataset(self.path, self.config, self.data_files, self.revision, split, self.text_key)
+        self._datasets = import_extra("datasets.distributed", "hub", "the loader hub")
         self._dataset = self._open_dataset()
         self._pin = self.pin_memory and torch.accelerator.is_available()
         self._thread = ThreadPoolExecutor(1, "hub")
@@ -109,33 +116,31 @@ class HubLoader:
         return batch
 
     def seek(self, row: int) -> None:
-        """Continues at a global row; the next batch then reads everything before it again.
-
-        Raises:
-            ConfigError: the row is negative or not a multiple of the number of ranks.
-        """
-        if row < 0 or row % self.dp_degree:
-            raise ConfigError(f"cannot resume at row {row}: must be a multiple of dp_degree {self.dp_degree}.")
+        """Continues at a global row, a multiple of dp_degree; the next batch then reads all rows before it again."""
+        valid = row >= 0 and row % self.dp_degree == 0
+        require(valid, f"cannot resume at row {row}: must be a multiple of dp_degree {self.dp_degree}.")
         if self._prefetched:
             self._prefetched.exception()  # waits: only one thread may read the dataset
-        self._first_row, self._taken = row, 0
-        self._prefetched, self._stream = None, self._micro_batches()
+        self._first_row, self._taken, self._prefetched = row, 0, None
+        layout, first_row = self._layout, row
+        if self.split == "train":  # each rank has a separate stream; in validation the ranks share the rows of one
+            rows, first_row = self._layout.rows_per_rank, row // self.dp_degree
+            layout = replace(self._layout, dp_rank=0, dp_degree=1, global_batch_size=rows)
+            if row:
+                logger.info("hub: reading the %s rows before the current one again", f"{row:,}")
+        self._stream = iter(StreamedRows(self.documents, layout, first_row, self.labels_across_documents))
 
     def fingerprint(self) -> dict[str, str]:
         """Returns what the rows depend on, by name; not the documents' content, which is unknown."""
         named = {key: getattr(self, key) for key in ("path", "config", "data_files", "revision", "train_split")}
+        keys = ("text_key", "bos", "labels_across_documents", "shuffle_buffer", "seed", "seq_len")
         return {
             "dataset": ", ".join(f"{key} {value}" for key, value in named.items() if value),
             "validation_fraction": str(self._fraction),
-            "text_key": self.text_key,
-            "bos": str(self.bos),
-            "labels_across_documents": str(self.labels_across_documents),
-            "shuffle_buffer": str(self.shuffle_buffer),
-            "seed": str(self.seed),
-            "seq_len": str(self.seq_len),
+            **{key: str(getattr(self, key)) for key in keys},
             "ranks": str(self.dp_degree),
             "tokenizer": self._encoder.tokenizer.fingerprint,
-            "datasets": import_datasets().__version__,  # its shuffling and splitting may change
+            "datasets": self._datasets.__version__,  # its shuffling and splitting may change
         }
 
     def describe(self) -> list[str]:
@@ -147,11 +152,7 @@ class HubLoader:
         return [f"train: stream of {self.path}, {self.train_split}, {order}; {resume}"]
 
     def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (tokens of several documents back to back, length of each); for training, epochs without end.
-
-        Raises:
-            ConfigError: a document has no text, or there are no documents.
-        """
+        """Yields (tokens of several documents back to back, length of each); for training, epochs without end."""
         for epoch in count() if self.split == "train" else range(1):
             texts, found = self.texts(epoch), False
             while chunk := list(islice(texts, TOKENIZE_BATCH_DOCUMENTS)):
@@ -161,11 +162,7 @@ class HubLoader:
                 raise ConfigError(f"the dataset {self.path} has no documents for data-parallel rank {self.dp_rank}.")
 
     def texts(self, epoch: int) -> Iterator[str]:
-        """Yields the texts of this rank in one epoch, without empty ones.
-
-        Raises:
-            ConfigError: a document has no text.
-        """
+        """Yields the texts of this rank in one epoch, without empty ones."""
         if self.split == "validation":
             return iter(self._held_out) if self._fraction else self._all_texts()
         if self.shuffle_buffer:
@@ -174,56 +171,37 @@ class HubLoader:
 
     @cached_property
     def _held_out(self) -> list[str]:
-        """The documents to validate on, searched for once."""
         held = (text for text in self._all_texts() if held_out(text, self._fraction))
         return list(islice(held, self.validation_documents))
 
-    @property
-    def _fraction(self) -> float:
-        return 0.0 if self.validation_split else self.validation_fraction
-
     def _all_texts(self) -> Iterator[str]:
-        return self._documents.texts(self._dataset)
-
-    def _check_settings(self) -> None:
-        self._layout = BatchLayout(
-            self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size
-        )
-        for name, minimum in {"validation_documents": 1, "shuffle_buffer": 0, "seed": 0}.items():
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {minimum} or more.")
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1.")
-        if self.split == "validation" and not (self.validation_split or self.validation_fraction):
-            raise ConfigError("no documents are held out for validation: set validation_split or validation_fraction.")
+        for number, document in enumerate(self._dataset):
+            text = document.get(self.text_key)
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise ConfigError(f"{self.path}, document {number}: {self.text_key!r} holds {kind}, not text.")
+            if text:
+                yield text
 
     def _open_dataset(self) -> Any:
-        """Returns the ``datasets.IterableDataset`` of this split; for training, this rank's part of it.
-
-        Raises:
-            ConfigError: there is no such dataset, split or column.
-        """
-        dataset = self._documents.open()
+        """Returns the ``datasets.IterableDataset`` of this split; for training, this rank's part of it."""
+        split = (self.split == "validation" and self.validation_split) or self.train_split
+        options = {"data_files": self.data_files, "revision": self.revision, "split": split, "streaming": True}
+        try:
+            dataset = self._datasets.load_dataset(self.path, self.config, **options)
+            columns = dataset.column_names or list(next(iter(dataset), {}))
+        except (OSError, ValueError, StopIteration, self._datasets.exceptions.DatasetsError) as error:
+            why = str(error) or "no file"
+            raise ConfigError(f"the dataset {self.path}, split {split!r}, cannot be read: {why}") from error
+        if self.text_key not in columns:
+            raise ConfigError(f"{self.path}: text_key: {unknown_name('column', self.text_key, columns)}")
         if self.split == "validation":
             return dataset  # all of it on every rank, so that all ranks have as many rows
         if self.shuffle_buffer:
             dataset = dataset.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        return import_datasets().distributed.split_dataset_by_node(dataset, self.dp_rank, self.dp_degree)
-
-    def _micro_batches(self) -> Iterator[PackedRows]:
-        """Returns the micro-batches from the first row on."""
-        if self.split == "validation":  # the ranks divide the rows of one stream
-            layout, first_row = self._layout, self._first_row
-        else:  # each rank has its own stream, all rows of which are its own
-            rows = self._layout.rows_per_rank
-            layout = replace(self._layout, dp_rank=0, dp_degree=1, global_batch_size=rows)
-            first_row = self._first_row // self.dp_degree
-            if first_row:
-                logger.info("hub: reading the %s rows before the current one again", f"{self._first_row:,}")
-        return iter(StreamedRows(self.documents, layout, first_row, self.labels_across_documents))
+        return self._datasets.distributed.split_dataset_by_node(dataset, self.dp_rank, self.dp_degree)
 
     def _next_batch(self, stream: Iterator[PackedRows]) -> Batch | None:
-        """Returns the next micro-batch, None after the last one."""
         packed = next(stream, None)
         if packed is None:
             return None

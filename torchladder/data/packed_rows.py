@@ -1,4 +1,4 @@
-"""Makes micro-batches of global rows: a map-style dataset of rows, and the sampler of one rank's share of them.
+"""Makes micro-batches of rows: from any global row (a map-style dataset and its sampler), or from a stream.
 
 The cost of a micro-batch is copying it, above all between processes: a worker sends 4 bytes per token instead of 20.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from torchladder.data.mixing.source_mix import SourceMix
 from torchladder.data.packing.spans import EMPTY_SPANS
 from torchladder.data.row_skipping import RowSkipper
 from torchladder.data.unlabeled_tokens import PADDING, mark_unlabeled, split_labels
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 Row = TypeVar("Row")
 
@@ -46,15 +47,14 @@ class BatchLayout:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name != "dp_rank" and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be 1 or more.")
-        if not 0 <= self.dp_rank < self.dp_degree:
-            raise ConfigError(f"dp_rank is {self.dp_rank}; it must be from 0 to {self.dp_degree - 1}.")
-        if self.global_batch_size % (self.dp_degree * self.local_batch_size):
-            raise ConfigError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of {self.dp_degree} data-parallel ranks "
-                f"times local_batch_size {self.local_batch_size}."
-            )
+            require(name == "dp_rank" or value >= 1, f"{name} is {value}; it must be 1 or more.")
+        in_range = 0 <= self.dp_rank < self.dp_degree
+        require(in_range, f"dp_rank is {self.dp_rank}; it must be from 0 to {self.dp_degree - 1}.")
+        require(
+            self.global_batch_size % (self.dp_degree * self.local_batch_size) == 0,
+            f"global_batch_size {self.global_batch_size} is not a multiple of {self.dp_degree} data-parallel ranks "
+            f"times local_batch_size {self.local_batch_size}.",
+        )
 
     @property
     def rows_per_rank(self) -> int:
@@ -91,7 +91,6 @@ class PackedRows:
     rows: tuple[int, ...] = ()
 
     def to_batch(self) -> Batch:
-        """Returns the micro-batch."""
         tokens, labels = split_labels(torch.from_numpy(self.tokens))
         positions = np.arange(tokens.numel(), dtype=np.int32)
         positions -= self.begins.astype(np.int32).repeat(np.diff(self.begins, append=len(positions)))
@@ -119,22 +118,18 @@ class RowDataset(Dataset[PackedRows]):
     num_rows: int | None = None
 
     def __getitem__(self, rows: list[int]) -> PackedRows:
-        seq_len = self.mix.seq_len
+        seq_len, begins = self.mix.seq_len, []
         tokens = np.empty((len(rows), seq_len + 1), np.int32)
-        begins = [b * seq_len + self._fill_row(row, tokens[b]) for b, row in enumerate(rows)]
+        for b, row in enumerate(rows):
+            source, spans = 0, EMPTY_SPANS
+            if self.num_rows is None or row < self.num_rows:
+                source, index = self.mix.interleave(row)
+                spans = self.mix.packings[source](self.row_orders[source](index))
+            bounds = np.concatenate([[0], (spans.ends - spans.begins).cumsum()])
+            if bounds[-1]:
+                tokens[b, : bounds[-1]] = self.mix.corpora[source].read(spans)
+            begins.append(b * seq_len + finish_row(tokens[b], bounds, self.labels_across_documents))
         return PackedRows(tokens, np.concatenate(begins), tuple(rows))
-
-    def _fill_row(self, row: int, tokens: np.ndarray) -> np.ndarray:
-        """Writes the tokens of a row (T + 1,); returns where its pieces begin."""
-        source, spans = 0, EMPTY_SPANS
-        if self.num_rows is None or row < self.num_rows:
-            source, index = self.mix.interleave(row)
-            spans = self.mix.packings[source](self.row_orders[source](index))
-        begins = np.concatenate([[0], (spans.ends - spans.begins).cumsum()])
-        used = int(begins[-1])
-        if used:
-            tokens[:used] = self.mix.corpora[source].read(spans)
-        return finish_row(tokens, begins, self.labels_across_documents)
 
 
 def finish_row(tokens: np.ndarray, begins: np.ndarray, labels_across_documents: bool) -> np.ndarray:
@@ -175,3 +170,54 @@ class RankBatchSampler(Sampler[list[int]]):
             for rows in self.layout.micro_batches(self.skipper.take(row, count)):
                 yield list(rows)
             row = self.skipper.advance(row, count)
+
+
+@dataclass
+class StreamedRows:
+    """Yields one rank's micro-batches of documents that arrive one after the other, packed as by ``stream``.
+
+    The stream is read once: a row is known only after those before it.
+
+    Attributes:
+        documents: returns an iterator over (tokens of several documents back to back, length of each).
+        layout: how steps are divided over ranks and micro-batches.
+        first_row: rows of the stream to pass over.
+        labels_across_documents: whether the last token of a document predicts the first one of the next.
+    """
+
+    documents: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
+    layout: BatchLayout
+    first_row: int = 0
+    labels_across_documents: bool = True
+
+    def __iter__(self) -> Iterator[PackedRows]:
+        seq_len, count = self.layout.seq_len, self.layout.global_batch_size
+        rows = islice(self.rows(), self.first_row, None)
+        while step := list(islice(rows, count)):
+            # Completes the last step with padding, so that every rank has as many batches.
+            step += [self._row(np.empty(0, np.int32), np.empty(0, np.int64))] * (count - len(step))
+            for batch in self.layout.micro_batches(step):
+                tokens, begins = zip(*batch, strict=True)
+                yield PackedRows(np.stack(tokens), np.concatenate([b * seq_len + row for b, row in enumerate(begins)]))
+
+    def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields each row: its tokens (T + 1,) int32, padded if it is the last, and where its pieces begin."""
+        seq_len = self.layout.seq_len
+        pending, starts = np.empty(0, np.int32), np.empty(0, np.int64)  # tokens without a row yet; their documents
+        for tokens, lengths in self.documents():
+            starts = np.concatenate([starts, len(pending) + lengths.cumsum() - lengths])
+            pending = np.concatenate([pending, tokens.astype(np.int32)])
+            cut = max(len(pending) - 1, 0) // seq_len * seq_len
+            for begin in range(0, cut, seq_len):
+                end = begin + seq_len + 1
+                inside = starts[starts.searchsorted(begin) : starts.searchsorted(end)]
+                yield self._row(pending[begin:end], inside - begin)
+            pending, starts = pending[cut:], starts[starts >= cut] - cut
+        if len(pending) > 1:  # a single token was the last label of the row before
+            yield self._row(pending, starts)
+
+    def _row(self, content: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens, used = np.empty(self.layout.seq_len + 1, np.int32), len(content)
+        tokens[:used] = content
+        begins = np.concatenate([[0], starts[starts > 0], [used]])
+        return tokens, finish_row(tokens, begins, self.labels_across_documents)

@@ -32,7 +32,7 @@ from torchladder.data.packing.spans import Packing
 from torchladder.data.row_skipping import RowSkipper
 from torchladder.data.source_config import SourceConfig
 from torchladder.data.tokenizer import Tokenizer
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError, require, unknown_name
 
 
 @register("rows")
@@ -65,7 +65,7 @@ class RowLoader:
     temperature: float | None = None
     """Samples languages (sources without a language) by size: 1 in proportion, more is flatter. Default: by weight."""
     repeat: bool = True
-    """Start sources over when all of them has been read; otherwise a run that needs more data is an error."""
+    """Start a source over when all of it has been read; otherwise a run that needs more data is an error."""
     packing: str = "stream"
     """How documents fill rows: stream (concatenate and cut), best_fit (few cuts, little padding), pad (in order)."""
     labels_across_documents: bool = True
@@ -92,13 +92,13 @@ class RowLoader:
         self._check_settings()
         corpora = self._open_sources()
         packings = [self._pack(number, corpus) for number, corpus in enumerate(corpora)]
+        if self.split == "validation":  # in proportion to their rows, so that all sources end together
+            interleave = PhasedInterleave([[packed.num_rows or 0 for packed in packings]], [0])
+        else:
+            interleave = self._interleave([packed.rows_per_epoch for packed in packings])
+        repeats, starts = [self._repeats(source) for source in self._sources], sorted({0, *self.weight_changes})
         self._source_mix = SourceMix(
-            corpora,
-            packings,
-            [self._repeats(source) for source in self._sources],
-            self._interleave(packings),
-            self.seq_len,
-            self.global_batch_size,
+            corpora, packings, repeats, interleave, starts, self.seq_len, self.global_batch_size
         )
         if self.split == "train" and self.steps is not None:
             end = self._skipper.advance(0, self.steps * self.global_batch_size)
@@ -124,27 +124,19 @@ class RowLoader:
         return found if isinstance(found, Batch) else found.to_batch()  # the pinning thread yields batches
 
     def seek(self, row: int) -> None:
-        """Continues at a global row, which becomes the first one of a step.
-
-        Raises:
-            ConfigError: the row is negative.
-        """
-        if row < 0:
-            raise ConfigError(f"there is no row {row}: rows are counted from 0.")
+        """Continues at a global row, which becomes the first one of a step; a negative one is a ConfigError."""
+        require(row >= 0, f"there is no row {row}: rows are counted from 0.")
         self._first_row = row
         self._taken = 0
         self._batches = None  # workers start with the first batch, not before
 
     def add_skip_rows(self, rows: Sequence[tuple[int, int]]) -> None:
-        """Adds ranges of rows to skip, first and last inclusive. Takes effect with the next ``seek``.
-
-        Raises:
-            ConfigError: a range is invalid.
-        """
+        """Adds ranges of rows to skip, first and last inclusive. Takes effect with the next ``seek``."""
         self._skipper = RowSkipper([*self._skipper.ranges, *rows])
 
     def fingerprint(self) -> dict[str, str]:
         """Returns what the rows depend on, by content: the same after files move, for any ranks and workers."""
+        keys = ("packing", "labels_across_documents", "shuffle", "seed", "seq_len")
         contents = json.dumps([corpus.fingerprint() for corpus in self._source_mix.corpora])
         interleave = self._source_mix.interleave
         weights, *later = (", ".join(map(str, phase)) for phase in interleave.proportions)
@@ -153,12 +145,8 @@ class RowLoader:
             "sources": hashlib.sha256(contents.encode()).hexdigest(),
             "weights": weights,
             "phases": "; ".join(phases),
-            "packing": self.packing,
-            "labels_across_documents": str(self.labels_across_documents),
             "repeat": ", ".join(map(str, self._source_mix.repeats)),
-            "shuffle": str(self.shuffle),
-            "seed": str(self.seed),
-            "seq_len": str(self.seq_len),
+            **{key: str(getattr(self, key)) for key in keys},
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "none",
         }
 
@@ -171,7 +159,7 @@ class RowLoader:
         summary = f"{self.split}: {self.packing}, {order}, {tokens:,} tokens{total}"
         lines = self._source_mix.describe()
         if self.split == "train" and self.steps is not None:
-            lines += self._source_mix.describe_epochs(self._starts(), self.steps)
+            lines += self._source_mix.describe_epochs(self.steps)
         return [summary, *(f"  {line}" for line in lines)]
 
     def steps_for(self, epochs: float) -> int:
@@ -180,32 +168,27 @@ class RowLoader:
     def usage(self) -> list[SourceUsage]:
         if self.steps is None:
             raise ConfigError("usage needs the steps of the run: build the loader with steps.")
-        return self._source_mix.usage(self._starts(), self.steps)
-
-    def _starts(self) -> list[int]:
-        """Returns the first step of each phase, the run's beginning among them."""
-        return sorted({0, *self.weight_changes})
+        return self._source_mix.usage(self.steps)
 
     def _check_settings(self) -> None:
-        """Checks all that can be known before any text is tokenized, which may take long."""
-        if not self.sources:
-            raise ConfigError('data.sources is empty. For a first run: sources = [{ name = "python-stdlib" }].')
+        """Checks everything that is known before text is tokenized, which may take long."""
+        require(bool(self.sources), 'data.sources is empty. For a first run: sources = [{ name = "python-stdlib" }].')
         self._layout = BatchLayout(
             self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size
         )
-        if self.split not in ("train", "validation"):
-            raise ConfigError(f"split is {self.split!r}. Known: train, validation.")
-        if self.seed < 0 or self.num_workers < 0:
-            raise ConfigError(f"seed is {self.seed} and num_workers {self.num_workers}; they must be 0 or more.")
-        if self.prefetch_factor is not None and (self.num_workers == 0 or self.prefetch_factor < 1):
-            raise ConfigError("prefetch_factor must be 1 or more, and only with num_workers above 0.")
+        require(self.split in ("train", "validation"), f"split is {self.split!r}. Known: train, validation.")
+        for name in ("seed", "num_workers"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        require(
+            self.prefetch_factor is None or (self.num_workers > 0 and self.prefetch_factor > 0),
+            "prefetch_factor must be 1 or more, and only with num_workers above 0.",
+        )
         packings.registry.get(self.packing)
         self._sources = [source for source in self.sources if source.title not in self.exclude]
-        if not self._sources:
-            raise ConfigError("data.exclude leaves no source.")
+        require(bool(self._sources), "data.exclude leaves no source.")
         self._mixture_weights = MixtureWeights(self.domains, self.languages, self.temperature)
         self._mixture_weights.validate(self._sources)
-        self._stages([Fraction(1)] * len(self._sources))
+        self._interleave([Fraction(1)] * len(self._sources))
         named = {source.title for source in self.sources}
         for source in (*self._sources, *self.validation_sources):
             named |= source.check(self.exclude)
@@ -214,11 +197,7 @@ class RowLoader:
                 raise unknown_name("source or file of tokens in data.exclude", pattern, named)
 
     def _open_sources(self) -> list[Corpus]:
-        """Returns the documents of this split for each source.
-
-        Raises:
-            ConfigError: a source cannot be read or has no tokens, or no documents are held out for validation.
-        """
+        """Returns the documents of this split for each source."""
         fraction = 0.0 if self.validation_sources else self.validation_fraction
         loader = SourceLoader(self.tokenizer, cache_path(self.cache_folder), fraction, self.bos, self.exclude)
         if self.split == "train" or self.validation_sources:
@@ -229,14 +208,14 @@ class RowLoader:
             corpora = [loader.open(source, "validation") for source in raw]
             # A small source may have no documents held out; the others still do.
             corpora = [corpus for corpus in corpora if corpus.tokens > 1]
-        if not corpora:
-            raise ConfigError(
-                "no documents are held out for validation: set data.validation_sources, or use raw text sources with "
-                f"a validation_fraction above {fraction}."
-            )
+        require(
+            bool(corpora),
+            "no documents are held out for validation: set data.validation_sources, or use raw text sources with "
+            f"a validation_fraction above {fraction}.",
+        )
         for corpus in corpora:
-            if corpus.tokens < 2:
-                raise ConfigError(f"the source {corpus.label} has {corpus.tokens} tokens; a row needs at least 2.")
+            count = corpus.tokens
+            require(count >= 2, f"the source {corpus.label} has {count} tokens; a row needs at least 2.")
         return corpora
 
     def _pack(self, number: int, corpus: Corpus) -> Packing:
@@ -265,30 +244,20 @@ class RowLoader:
     def _repeats(self, source: SourceConfig) -> bool:
         return self.repeat if source.repeat is None else source.repeat
 
-    def _interleave(self, packings: Sequence[Packing]) -> PhasedInterleave:
-        """Returns the source of every row."""
-        if self.split == "validation":
-            # In proportion to their rows, so that all sources end together.
-            return PhasedInterleave([[packed.num_rows or 0 for packed in packings]], [0])
-        return self._stages([packed.rows_per_epoch for packed in packings])
-
-    def _stages(self, sizes: Sequence[Fraction]) -> PhasedInterleave:
-        """Returns the source of every row of the run, where an epoch of the sources takes ``sizes`` rows.
-
-        Raises:
-            ConfigError: weights that cannot be, or a source that is never read.
-        """
-        stages: dict[int, Sequence[float | Fraction]] = {0: self._mixture_weights.proportions(self._sources, sizes)}
+    def _interleave(self, rows_per_epoch: Sequence[Fraction]) -> PhasedInterleave:
+        """Returns the source of every training row, by the sizes of the sources and the weights of each phase."""
+        weights_from: dict[int, Sequence[float | Fraction]] = {
+            0: self._mixture_weights.proportions(self._sources, rows_per_epoch)
+        }
         labels = [source.title for source in self.sources]
         for step, weights in self.weight_changes.items():
             if weights is not None:
                 listed = zip(labels, in_order(weights, labels), strict=True)
                 kept = [weight for label, weight in listed if label not in self.exclude]
-                stages[step * self.global_batch_size] = kept
-        for source, of_source in zip(self._sources, zip(*stages.values(), strict=True), strict=True):
-            if not any(of_source):
-                raise ConfigError(f"the source {source.title} is never read: its weight is above 0 in no phase.")
-        return PhasedInterleave(list(stages.values()), list(stages))
+                weights_from[step * self.global_batch_size] = kept
+        for source, of_source in zip(self._sources, zip(*weights_from.values(), strict=True), strict=True):
+            require(any(of_source), f"the source {source.title} is never read: its weight is above 0 in no phase.")
+        return PhasedInterleave(list(weights_from.values()), list(weights_from))
 
     def _data_loader(self) -> StatefulDataLoader:
         mix = self._source_mix

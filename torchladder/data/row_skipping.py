@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 RowRange = tuple[int, int]
 """The first and the last row of a range, both inclusive."""
@@ -27,8 +27,8 @@ class RowSkipper:
     def __init__(self, ranges: Iterable[RowRange] = ()) -> None:
         self.ranges: list[RowRange] = []
         for first, last in sorted(ranges):
-            if not 0 <= first <= last:
-                raise ConfigError(f"data.skip_rows: [{first}, {last}] is not a range; use 0 <= first <= last.")
+            valid = 0 <= first <= last
+            require(valid, f"data.skip_rows: [{first}, {last}] is not a range; use 0 <= first <= last.")
             if self.ranges and first <= self.ranges[-1][1] + 1:
                 first, last = self.ranges[-1][0], max(self.ranges.pop()[1], last)
             self.ranges.append((first, last))
@@ -36,26 +36,20 @@ class RowSkipper:
 
     def take(self, row: int, count: int) -> list[int]:
         """Returns the next ``count`` rows that are not skipped, from ``row`` on."""
-        rows: list[int] = []
-        while len(rows) < count:
-            row, skipped = self._next_kept(row)
-            end = row + count - len(rows)
-            end = end if skipped is None else min(end, skipped)
-            rows.extend(range(row, end))
-            row = end
-        return rows
+        return [row for kept in self._kept_ranges(row, count) for row in kept]
 
     def advance(self, row: int, count: int) -> int:
         """Returns the row that follows after ``take(row, count)``."""
-        while count:
-            row, skipped = self._next_kept(row)
-            taken = count if skipped is None else min(count, skipped - row)
-            row, count = row + taken, count - taken
+        for kept in self._kept_ranges(row, count):
+            row = kept.stop
         return row
 
-    def _next_kept(self, row: int) -> tuple[int, int | None]:
-        """Returns the first row from ``row`` on that is kept, and the next one that is skipped, None if none is."""
-        index = bisect_right(self._firsts, row)
-        if index and row <= self.ranges[index - 1][1]:
-            row = self.ranges[index - 1][1] + 1
-        return row, self._firsts[index] if index < len(self._firsts) else None
+    def _kept_ranges(self, row: int, count: int) -> Iterator[range]:
+        """Yields the next ``count`` rows that are not skipped, as ranges."""
+        while count:
+            index = bisect_right(self._firsts, row)
+            if index and row <= self.ranges[index - 1][1]:
+                row = self.ranges[index - 1][1] + 1
+            end = min([row + count, *self._firsts[index : index + 1]])  # up to the next range that is skipped
+            yield range(row, end)
+            row, count = end, count - (end - row)

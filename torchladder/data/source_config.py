@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torchladder.data import sources
 from torchladder.data.file_patterns import as_list, match_files
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError, require, unknown_name
 
 PATH_HELP = "A file, folder or glob, or a list of those. All files are one source, each glob in sorted order."
 
@@ -52,11 +53,7 @@ class SourceConfig:
 
     @staticmethod
     def subclass_for(settings: Mapping[str, Any]) -> type[SourceConfig]:
-        """Returns the subclass for an entry with these keys.
-
-        Raises:
-            ConfigError: as the class.
-        """
+        """Returns the subclass for an entry with these keys."""
         name, paths = settings.get("name"), as_list(settings.get("path") or [])
         kind = str(name or sources.detect_source([path for path in paths if isinstance(path, str)]))
         made = _subclass(kind, sources.registry.get(kind))
@@ -64,8 +61,7 @@ class SourceConfig:
         for key in settings:
             if key not in known:
                 raise unknown_name(f"key of source {kind!r}:", key, known)
-        if not name and not paths:
-            raise ConfigError('a source needs a path, or a name such as "python-stdlib".')
+        require(bool(name or paths), 'a source needs a path, or a name such as "python-stdlib".')
         return made
 
     @staticmethod
@@ -91,16 +87,11 @@ class SourceConfig:
         """
         found = self._all_files()
         kept = [file for file in found if not any(matches_file(pattern, file) for pattern in exclude)]
-        if found and not kept:
-            raise ConfigError(f"data.exclude leaves no file of the source {self.title}.")
+        require(bool(kept or not found), f"data.exclude leaves no file of the source {self.title}.")
         return kept
 
     def text_source(self) -> sources.TextSource:
-        """Returns the documents of a source of text.
-
-        Raises:
-            ConfigError: as the source.
-        """
+        """Returns the documents of a source of text."""
         return sources.registry.build(dataclasses.replace(self, name=self.kind))
 
     def check(self, exclude: Iterable[str] = ()) -> set[str]:
@@ -117,11 +108,10 @@ class SourceConfig:
         return {pattern for pattern in exclude if any(matches_file(pattern, file) for file in found)}
 
     def _all_files(self) -> list[Path]:
-        suffixes = sources.token_formats[self.kind].suffixes
+        suffixes, patterns = sources.token_formats[self.kind].suffixes, as_list(getattr(self, "path", []))
         what = f"tokens. Known: {', '.join(suffixes)}"
-        patterns = as_list(getattr(self, "path", []))
         found = [match_files(one, lambda file: not suffixes or file.suffix in suffixes, what) for one in patterns]
-        return list(dict.fromkeys(file for files in found for file in files))
+        return list(dict.fromkeys(chain(*found)))
 
 
 @cache

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from torchladder.data.file_patterns import match_paths
-from torchladder.registry import Component, ConfigError, Registry
+from torchladder.registry import Component, ConfigError, Registry, require
 
 
 class Document(NamedTuple):
@@ -63,19 +63,13 @@ class TextSource(Protocol):
         ...
 
 
-class TokenSlices(Protocol):
-    """Tokens back to back, read by slices."""
-
-    def __getitem__(self, places: slice) -> np.ndarray: ...
-
-
 class TokenShard(Protocol):
     """Documents of tokens.
 
     Attributes:
         lengths: (documents,) tokens in each document.
         starts: (documents,) int64, where each document begins in ``flat``.
-        flat: the tokens; one without a label is stored as in ``unlabeled_tokens``.
+        flat: the tokens back to back, read by slices; one without a label is stored as in ``unlabeled_tokens``.
         fingerprint: a hash of the content.
     """
 
@@ -86,14 +80,14 @@ class TokenShard(Protocol):
     def starts(self) -> np.ndarray: ...
 
     @property
-    def flat(self) -> TokenSlices: ...
+    def flat(self) -> Any: ...
 
     @property
     def fingerprint(self) -> str: ...
 
 
 class TokenFormat(NamedTuple):
-    """Which files are of a source of tokens: its suffixes (empty: any) and, if these do not suffice, its content."""
+    """How files of a token source are recognized: by suffix (empty: any) and, if that is ambiguous, by content."""
 
     suffixes: tuple[str, ...]
     recognize: Callable[[Path], bool] | None
@@ -124,9 +118,6 @@ def register_tokens(
         name: of the source.
         suffixes: of its files. A folder is searched for them, and a path with one needs no name.
         recognize: whether a file with such a suffix is of this format, if several formats share the suffix.
-
-    Raises:
-        ConfigError: the name is taken.
     """
 
     def add(component: Component) -> Component:
@@ -138,7 +129,7 @@ def register_tokens(
 
 
 def detect_source(paths: Sequence[str]) -> str:
-    """Returns the source that reads some paths, by suffix and content; by suffix alone if there is no such file yet."""
+    """Returns the source that reads the paths, by suffix and content; by suffix alone if there is no such file yet."""
     fitting = {
         name: known
         for name, known in token_formats.items()
@@ -153,6 +144,11 @@ def detect_source(paths: Sequence[str]) -> str:
         if first and recognize and recognize(first):
             return name
     return next((name for name, known in fitting.items() if known.recognize is None), "text")
+
+
+def check_validation_fraction(fraction: float) -> None:
+    """Raises ``ConfigError`` unless the fraction is in [0, 1)."""
+    require(0 <= fraction < 1, f"validation_fraction is {fraction}; it must be at least 0 and below 1.")
 
 
 def held_out(identity: str, fraction: float) -> bool:

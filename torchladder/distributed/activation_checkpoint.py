@@ -39,7 +39,7 @@ class ActivationCheckpointConfig:
         return self.mode == "selective" and self.selective_ac_option == "op"
 
     def recomputes(self, layer: int) -> bool:
-        """Whether block number ``layer`` is recomputed, entirely or in part."""
+        """Whether block ``layer`` is recomputed, entirely or in part."""
         if self.mode == "selective" and not self.by_op:
             return layer % int(self.selective_ac_option) == 0
         return self.mode != "none"
@@ -48,13 +48,9 @@ class ActivationCheckpointConfig:
 def apply_activation_checkpoint(
     block: nn.Module, layer: int, config: ActivationCheckpointConfig, saved_ops: Collection[str]
 ) -> nn.Module:
-    """Returns block number ``layer``, wrapped if the config recomputes it.
+    """Returns block ``layer``, wrapped if the config recomputes it.
 
-    Args:
-        block: a transformer block.
-        layer: its index.
-        config: what to recompute.
-        saved_ops: operators whose results ``op`` saves, as ``namespace::name``; of attention, from the kernel.
+    ``saved_ops`` are the kernel's operators whose results ``op`` saves, as ``namespace::name``.
     """
     if not config.recomputes(layer):
         return block

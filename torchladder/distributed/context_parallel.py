@@ -25,10 +25,6 @@ from torchladder.distributed.mesh import Mesh
 class ContextShard:
     """The slice of every row on this rank: tokens ``offset`` to ``offset + tokens - 1``.
 
-    Args:
-        mesh: the device mesh.
-        seq_len: tokens in a row.
-
     Attributes:
         tokens: tokens of a row on each rank.
         offset: position of this rank's first token.
@@ -107,12 +103,7 @@ def _exchange_backward(grad: Tensor, first_keys: Tensor, rank: int, group: str) 
 
 
 def _exchange_counts(first_keys: list[int], tokens: int) -> list[list[int]]:
-    """Returns ``counts[source][target]``, the number of keys that each rank sends to each: the last ones it holds.
-
-    Args:
-        first_keys: the first key that each rank needs.
-        tokens: tokens on each rank.
-    """
+    """Returns ``counts[source][target]``, how many of its last keys each rank of ``tokens`` tokens sends to each."""
     ranks = range(len(first_keys))
     return [
         [min(max((source + 1) * tokens - first_keys[target], 0), tokens) if source < target else 0 for target in ranks]

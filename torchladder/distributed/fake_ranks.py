@@ -32,7 +32,7 @@ def fake_process_group(world_size: int) -> Iterator[None]:
 
 def local_parameter_bytes(model: nn.Module) -> int:
     """Returns the bytes of this rank's shards of the parameters."""
-    return sum(_nbytes(parameter) for parameter in model.parameters())
+    return sum(_local(parameter).nbytes for parameter in model.parameters())
 
 
 def activation_bytes(block: nn.Module, x: Tensor, attn_mask: Any, saved_ops: Collection[str]) -> dict[str, int]:
@@ -45,10 +45,10 @@ def activation_bytes(block: nn.Module, x: Tensor, attn_mask: Any, saved_ops: Col
         saved_ops: the kernel's operators whose results ``op`` saves.
     """
     saved: dict[Any, tuple[int, Any]] = {}  # by storage; holding the storage keeps its address from being reused
-    weights = {_storage(parameter)._cdata for parameter in block.parameters()}
+    weights = {_local(parameter).untyped_storage()._cdata for parameter in block.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = _storage(tensor)
+        storage: Any = _local(tensor).untyped_storage()
         if storage.device.type == "meta" and storage._cdata not in weights:
             saved[storage._cdata] = storage.nbytes(), storage
         return tensor
@@ -57,7 +57,7 @@ def activation_bytes(block: nn.Module, x: Tensor, attn_mask: Any, saved_ops: Col
         block(x, attn_mask)
     with _SavedByOp(saved_ops) as by_op, torch.no_grad():
         block(x, attn_mask)
-    return {"none": sum(size for size, _ in saved.values()), "op": _nbytes(x) + by_op.bytes, "full": _nbytes(x)}
+    return {"none": sum(size for size, _ in saved.values()), "op": x.nbytes + by_op.bytes, "full": x.nbytes}
 
 
 class _SavedByOp(TorchDispatchMode):
@@ -73,17 +73,10 @@ class _SavedByOp(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self._policy(self, func) == CheckpointPolicy.MUST_SAVE:
-            self.bytes += sum(_nbytes(x) for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor))
+            results = out if isinstance(out, tuple) else (out,)
+            self.bytes += sum(_local(x).nbytes for x in results if isinstance(x, Tensor))
         return out
 
 
 def _local(x: Tensor) -> Tensor:
     return x._local_tensor if isinstance(x, DTensor) else x
-
-
-def _storage(x: Tensor) -> Any:
-    return _local(x).untyped_storage()
-
-
-def _nbytes(x: Tensor) -> int:
-    return _local(x).nbytes

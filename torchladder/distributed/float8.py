@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 FEATURE_MULTIPLE = 16
 """Float8 matrix products need input and output features of a multiple of this."""
@@ -42,39 +42,33 @@ class Float8Config:
 
     def __post_init__(self) -> None:
         gathers = self.enable_fsdp_float8_all_gather
-        if gathers and self.recipe_name != "tensorwise":
-            raise ConfigError(
-                f"float8.enable_fsdp_float8_all_gather needs recipe_name 'tensorwise', not {self.recipe_name!r}."
-            )
-        if self.precompute_float8_dynamic_scale_for_fsdp and not gathers:
-            raise ConfigError(
-                "float8.precompute_float8_dynamic_scale_for_fsdp needs float8.enable_fsdp_float8_all_gather: set both."
-            )
-        if self.min_features < 0:
-            raise ConfigError(f"float8.min_features = {self.min_features}: must be 0 or more.")
+        require(
+            self.recipe_name == "tensorwise" or not gathers,
+            f"float8.enable_fsdp_float8_all_gather needs recipe_name 'tensorwise', not {self.recipe_name!r}.",
+        )
+        require(
+            gathers or not self.precompute_float8_dynamic_scale_for_fsdp,
+            "float8.precompute_float8_dynamic_scale_for_fsdp needs float8.enable_fsdp_float8_all_gather: set both.",
+        )
+        require(self.min_features >= 0, f"float8.min_features = {self.min_features}: must be 0 or more.")
 
     def check(self, device: torch.device, compute: torch.dtype) -> None:
-        """Checks that the device supports float8 and the compute dtype is bfloat16.
-
-        Raises:
-            ConfigError: it does not.
-        """
+        """Raises ``ConfigError`` unless the device supports float8 and the compute dtype is bfloat16."""
         if not self.enable or self.emulate:
             return
         instead = "Set float8.emulate to compute the same, slowly"
-        if device.type != "cuda":
-            raise ConfigError(f"float8.enable: {device.type} does not support float8. {instead}.")
+        require(device.type == "cuda", f"float8.enable: {device.type} does not support float8. {instead}.")
         required = (8, 9) if self.recipe_name == "tensorwise" else (9, 0)
         found = torch.cuda.get_device_capability(device)
-        if found < required:
-            raise ConfigError(
-                f"float8.recipe_name = {self.recipe_name!r} needs compute capability {required[0]}.{required[1]}; this "
-                f"GPU has {found[0]}.{found[1]}. {instead}."
-            )
-        if compute != torch.bfloat16:
-            raise ConfigError(
-                f"float8.enable needs training.mixed_precision_param = 'bfloat16', not {str(compute)[6:]!r}."
-            )
+        require(
+            found >= required,
+            f"float8.recipe_name = {self.recipe_name!r} needs compute capability {required[0]}.{required[1]}; this "
+            f"GPU has {found[0]}.{found[1]}. {instead}.",
+        )
+        require(
+            compute == torch.bfloat16,
+            f"float8.enable needs training.mixed_precision_param = 'bfloat16', not {str(compute)[6:]!r}.",
+        )
 
 
 def convert_to_float8(model: nn.Module, config: Float8Config, sharded: bool) -> list[str]:
@@ -84,27 +78,21 @@ def convert_to_float8(model: nn.Module, config: Float8Config, sharded: bool) -> 
         model: on the meta device or not, before any other parallelism is applied.
         config: which layers, and how.
         sharded: whether FSDP2 will shard the model.
-
-    Raises:
-        ConfigError: torchao is missing, no layer qualifies, or the float8 all-gather is set on a single rank.
     """
     if not config.enable:
         return []
-    if config.enable_fsdp_float8_all_gather and not sharded:
-        raise ConfigError("float8.enable_fsdp_float8_all_gather needs FSDP, and this run has a single rank.")
+    gathers = config.enable_fsdp_float8_all_gather
+    require(sharded or not gathers, "float8.enable_fsdp_float8_all_gather needs FSDP, and this run has a single rank.")
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise ConfigError("float8.enable needs torchao: pip install 'torchladder[float8]'.") from error
     if config.recipe_name == "tensorwise":
-        recipe = Float8LinearConfig(
-            enable_fsdp_float8_all_gather=config.enable_fsdp_float8_all_gather, emulate=config.emulate
-        )
+        recipe = Float8LinearConfig(enable_fsdp_float8_all_gather=gathers, emulate=config.emulate)
     else:
         recipe = replace(Float8LinearConfig.from_recipe_name(config.recipe_name), emulate=config.emulate)
     chosen = [name for name, module in model.named_modules() if _qualifies(config, module, name)]
-    if not chosen:
-        raise ConfigError("float8.enable: float8.filter_fqns and float8.min_features skip all linear layers.")
+    require(bool(chosen), "float8.enable: float8.filter_fqns and float8.min_features skip all linear layers.")
     convert_to_float8_training(model, config=recipe, module_filter_fn=lambda module, name: name in chosen)
     return chosen
 
@@ -115,10 +103,7 @@ def post_optimizer_hook(model: nn.Module, config: Float8Config) -> Callable[...,
         return None
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
-    def precompute(*_: Any) -> None:
-        precompute_float8_dynamic_scale_for_fsdp(model)
-
-    return precompute
+    return lambda *_: precompute_float8_dynamic_scale_for_fsdp(model)
 
 
 def _qualifies(config: Float8Config, module: nn.Module, name: str) -> bool:

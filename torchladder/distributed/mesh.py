@@ -100,17 +100,9 @@ class Mesh:
 
 
 def degrees(config: ParallelismConfig, ranks: int) -> Degrees:
-    """Returns the degrees for a number of ranks.
-
-    Raises:
-        ConfigError: their product is not the number of ranks; the message lists degrees that fit.
-    """
-    given = {
-        "data_parallel_replicate_degree": config.data_parallel_replicate_degree,
-        "data_parallel_shard_degree": config.data_parallel_shard_degree,
-        "context_parallel_degree": config.context_parallel_degree,
-        "tensor_parallel_degree": config.tensor_parallel_degree,
-    }
+    """Returns the degrees for a number of ranks, which their product must equal."""
+    keys = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel")
+    given = {f"{key}_degree": getattr(config, f"{key}_degree") for key in keys}
     replicate, shard, context, tensor = given.values()
     if shard == -1 and ranks % (replicate * context * tensor) == 0:
         shard = ranks // (replicate * context * tensor)
@@ -138,16 +130,7 @@ def _fitting_values(key: str, given: dict[str, int], ranks: int) -> str:
 
 
 def check_degrees(config: ParallelismConfig, heads: tuple[int, ...], seq_len: int) -> None:
-    """Checks that the degrees divide the model's heads and the tokens of a row.
-
-    Args:
-        config: the degrees.
-        heads: the model's head counts.
-        seq_len: tokens in a row.
-
-    Raises:
-        ConfigError: a degree does not divide; the message lists degrees that do.
-    """
+    """Raises ``ConfigError`` unless the degrees divide the model's head counts and the tokens of a row."""
     tensor, context = config.tensor_parallel_degree, config.context_parallel_degree
     if any(number % tensor for number in heads):
         fits = [d for d in range(1, max(heads) + 1) if all(number % d == 0 for number in heads)]
@@ -181,10 +164,8 @@ def build(degrees: Degrees, rank: int, device_type: str) -> Mesh:
         ranks["shard", "tensor"]._flatten()  # one all-reduce over both for the norm of the gradients
     group = None
     if context > 1:
-        rows = init_device_mesh(
-            device_type, (degrees.data, context, tensor), mesh_dim_names=("data", "context", "tensor")
-        )
-        group = rows.get_group("context")
+        sizes = {"data": degrees.data, "context": context, "tensor": tensor}
+        group = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)).get_group("context")
     return Mesh(
         degrees,
         data=ranks["replicate", "shard"] if replicate > 1 else ranks["shard"],

@@ -66,11 +66,7 @@ class ParallelizeConfig:
 
 
 def check_parallelize_config(mesh: Mesh, config: ParallelizeConfig, device: torch.device) -> None:
-    """Checks the config against the device and the mesh, before anything is built.
-
-    Raises:
-        ConfigError: an option needs other hardware, another mesh or another option.
-    """
+    """Raises ``ConfigError`` if an option needs other hardware, another mesh or another option."""
     config.float8.check(device, config.precision.compute)
     if config.parallelism.enable_async_tensor_parallel:
         key = "parallelism.enable_async_tensor_parallel"
@@ -93,9 +89,6 @@ def parallelize_model(
         mesh: the device mesh.
         config: what to apply, checked by ``check_parallelize_config``.
         saved_ops: the kernel's operators whose results selective activation checkpointing by op saves.
-
-    Raises:
-        ConfigError: the plan does not cover a parameter, or float8 finds no layer.
     """
     layers = model.layers
     assert isinstance(layers, nn.ModuleDict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from torchladder.distributed import rendezvous
-from torchladder.registry import ConfigError, require
+from torchladder.registry import require
 
 Number = TypeVar("Number", int, float)
 
@@ -59,21 +60,14 @@ class Ranks:
 
     def sum(self, value: Number, duplicates: int = 1) -> Number:
         """Returns the sum over all ranks; ``duplicates`` ranks each hold the same value, which counts once."""
-        total = self._reduce(value, dist.ReduceOp.SUM)
-        return total if duplicates == 1 else type(value)(total / duplicates)
+        return type(value)(self.sums(value)[0] / duplicates)
 
     def sums(self, *values: float) -> list[float]:
         """Returns the sum of each value over all ranks, with one all-reduce."""
-        if self.size == 1:
-            return [float(value) for value in values]
-        box = torch.tensor(values, dtype=torch.float64)  # on the CPU, as in _reduce
-        dist.all_reduce(box)
-        sums: list[float] = box.tolist()
-        return sums
+        return self._all_reduce(values, dist.ReduceOp.SUM)
 
     def max(self, value: Number) -> Number:
-        """Returns the maximum over all ranks."""
-        return self._reduce(value, dist.ReduceOp.MAX)
+        return type(value)(self._all_reduce((value,), dist.ReduceOp.MAX)[0])
 
     def set_timeout(self, seconds: int) -> None:
         """Sets the timeout of all process groups, once every rank has called this."""
@@ -83,37 +77,31 @@ class Ranks:
                 _set_pg_timeout(timedelta(seconds=seconds), group)
 
     def barrier(self) -> None:
-        """Waits until every rank has called this."""
         if self.size > 1:
             dist.barrier()
 
-    def _reduce(self, value: Number, op: dist.ReduceOp.RedOpType) -> Number:
-        if self.size == 1:
-            return value
+    def _all_reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         # On the CPU through gloo, so that nothing waits for the GPU. float64 is exact for counts below 2**53.
-        box = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(box, op=op)
-        return type(value)(box.item())
+        buffer = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(buffer, op=op)
+        reduced: list[float] = buffer.tolist()
+        return reduced
 
 
 def init_distributed(config: CommConfig, folder: Path) -> Ranks:
     """Initializes the process group from torchrun's environment; without torchrun, one of a single rank.
 
-    Args:
-        config: timeouts and the flight recorder.
-        folder: the run's dump folder.
-
-    Raises:
-        ConfigError: torchrun started more processes than this machine has GPUs.
+    ``folder`` is the run's dump folder.
     """
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     rank, size, local_rank = (int(os.environ.get(key, value)) for key, value in defaults.items())
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}. "
-                "Start at most one process per GPU (NGPU)."
-            )
+        gpus = torch.cuda.device_count()
+        require(
+            local_rank < gpus,
+            f"local rank {local_rank} has no GPU: this machine has {gpus}. Start at most one process per GPU (NGPU).",
+        )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         _enable_flight_recorder(config, folder)

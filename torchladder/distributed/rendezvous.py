@@ -24,11 +24,7 @@ POLL_SECONDS = 0.05
 
 
 def new_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """Returns a view of the store under a prefix that only the ranks of this attempt use.
-
-    Raises:
-        TimeoutError: a rank does not connect in time.
-    """
+    """Returns a view of the store under a prefix that only the ranks of this attempt use."""
     deadline = time.monotonic() + timeout.total_seconds()
     if rank == 0:
         prefix = _answer_ranks(store, size, deadline)

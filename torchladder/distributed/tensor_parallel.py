@@ -46,9 +46,6 @@ def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: DeviceMe
         plan: module path → style.
         mesh: one dimension.
         loss_parallel: whether the head is sharded over the vocabulary in the loss, otherwise over the tokens.
-
-    Raises:
-        ConfigError: an unknown style, or a parameter without one.
     """
     for path, style in plan.items():
         if style not in _STYLES:

@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 
 from torchladder import checkpoint, data, models
-from torchladder.checkpoint import checksums
-from torchladder.checkpoint.step_folders import SETTINGS
 from torchladder.config import Config
-from torchladder.data.tokenizer import tokenizer_files
+from torchladder.data.tokenizer import tokenizer_registry
 from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
 from torchladder.models import Model
 from torchladder.models.hf import conversion, hf_weights
@@ -53,7 +51,7 @@ def exported_tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dic
     Raises:
         ConfigError: there is no tokenizer at the path.
     """
-    file, known = tokenizer_files.find_file(path) if path else None, tokenizer_files.file_names()
+    file, known = tokenizer_registry.find_tokenizer_file(path) if path else None, tokenizer_registry.file_names()
     if file is None or file.name not in known:
         return {} if tokenizer is None else tokenizer.files()
     # A folder's first known file is its tokenizer: one before this file would replace it.
@@ -68,7 +66,9 @@ def checkpoint_assets(config: Config, tokenizer: Mapping[str, bytes]) -> dict[st
     A plugin's tokenizer is included if it has a setting ``path``.
     """
     files = tokenizer if hasattr(config.tokenizer, "path") else {}
-    return {SETTINGS: config.to_toml().encode()} | {f"{TOKENIZER_FOLDER}/{name}": file for name, file in files.items()}
+    return {checkpoint.CONFIG_FILE: config.to_toml().encode()} | {
+        f"{TOKENIZER_FOLDER}/{name}": file for name, file in files.items()
+    }
 
 
 @contextmanager
@@ -153,9 +153,9 @@ class LastSave:
 
     def convert(self) -> None:
         """Converts the last checkpoint if its export is missing or older: the run was killed between the two."""
-        if not checkpoint.complete(self.checkpoint):
+        if not checkpoint.is_complete(self.checkpoint):
             return
-        exported, saved = self.path / CONFIG_FILE, self.checkpoint / checksums.SUMS
+        exported, saved = self.path / CONFIG_FILE, self.checkpoint / checkpoint.CHECKSUM_FILE
         if exported.is_file() and exported.stat().st_mtime_ns >= saved.stat().st_mtime_ns:
             return
         trained = TrainedModel(self.checkpoint, self.config, checkpoint.RunState.read(self.checkpoint))

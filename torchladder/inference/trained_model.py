@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from torchladder import checkpoint, data, mask, models
 from torchladder import config as settings
-from torchladder.checkpoint import CheckpointConfig, RunState, checksums, step_folders
-from torchladder.checkpoint.step_folders import SETTINGS
+from torchladder.checkpoint import CHECKSUM_FILE, CONFIG_FILE, CheckpointConfig, RunState
 from torchladder.config import Config, hf_defaults, toml_files
 from torchladder.models import AttentionFunction, Model
 from torchladder.models.hf import hf_weights
@@ -78,7 +77,7 @@ class TrainedModel:
             ConfigError: the folder is neither, or its settings are missing or not valid.
         """
         path = path.expanduser()
-        if checkpoint.complete(path):
+        if checkpoint.is_complete(path):
             return cls._open_checkpoint(path, _run_config(path))
         if not is_hf_folder(path):
             raise ConfigError(f"{str(path)!r} is neither a complete checkpoint (step-N) nor a Hugging Face folder.")
@@ -110,9 +109,9 @@ class TrainedModel:
         found: list[TrainedModel] = []
         errors: list[UnreadableCheckpointError] = []
         configs: dict[str, Config] = {}  # most checkpoints of a run have the same settings
-        for folder in [path] if checkpoint.complete(path) else _checkpoints(path):
+        for folder in [path] if checkpoint.is_complete(path) else _checkpoints(path):
             try:
-                text = (folder / SETTINGS).read_text(encoding="utf-8") if (folder / SETTINGS).is_file() else ""
+                text = (folder / CONFIG_FILE).read_text(encoding="utf-8") if (folder / CONFIG_FILE).is_file() else ""
                 if text not in configs:
                     configs[text] = _run_config(folder)
                 found.append(cls._open_checkpoint(folder, configs[text]))
@@ -124,8 +123,8 @@ class TrainedModel:
 
     @classmethod
     def _open_checkpoint(cls, path: Path, config: Config) -> TrainedModel:
-        weights_id = (path / checksums.SUMS).read_text(encoding="utf-8")
-        if not (path / SETTINGS).is_file():
+        weights_id = (path / CHECKSUM_FILE).read_text(encoding="utf-8")
+        if not (path / CONFIG_FILE).is_file():
             weights_id += config.to_toml()  # the sums do not cover settings outside of the checkpoint
         return cls(path, config, RunState.read(path), weights_id)
 
@@ -140,7 +139,7 @@ class TrainedModel:
         if self.run_state is None:
             return self.path
         parents = self.path.resolve().parents[:2]
-        return Path(os.path.relpath(next((path for path in parents if (path / SETTINGS).is_file()), parents[0])))
+        return Path(os.path.relpath(next((path for path in parents if (path / CONFIG_FILE).is_file()), parents[0])))
 
     @property
     def max_seq_len(self) -> int:
@@ -228,20 +227,23 @@ class TrainedModel:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    folder = path
-    if not checkpoint.steps(path) and (path / SETTINGS).is_file():
-        section = toml_files.read(path / SETTINGS)[0].get("checkpoint", {})
-        folder = path / section.get("folder", CheckpointConfig.folder)
-    return [step_folders.path_of(folder, step) for step in checkpoint.steps(folder)]
+    """Returns the complete checkpoints in a folder, or in the checkpoint folder of a run, by step."""
+    folder = str(path)
+    if not checkpoint.complete_steps(folder) and (path / CONFIG_FILE).is_file():
+        section = toml_files.read_settings(path / CONFIG_FILE)[0].get("checkpoint", {})
+        folder = CheckpointConfig(folder=section.get("folder", CheckpointConfig.folder)).folder_in(path)
+        if "://" in folder:
+            raise ConfigError(f"the checkpoints of {path} are at {folder}: copy one to a local folder first.")
+    return [Path(folder, f"step-{step}") for step in checkpoint.complete_steps(folder)]
 
 
 def _run_config(path: Path) -> Config:
     """Returns the settings in a checkpoint, or else in its run's folder, with the tokenizer in the checkpoint."""
     for folder in (path, *path.resolve().parents[:2]):
-        if (folder / SETTINGS).is_file():
+        if (folder / CONFIG_FILE).is_file():
             # The settings include those of the Hugging Face folder, which may have been deleted.
             overrides = {"model.hf_assets_path": "", "checkpoint.initial_load_in_hf": False}
             if (path / TOKENIZER_FOLDER).is_dir():
                 overrides["tokenizer.path"] = str(path / TOKENIZER_FOLDER)
-            return settings.load_file(folder / SETTINGS, overrides)
-    raise ConfigError(f"no {SETTINGS} in {path} or its two parents.")
+            return settings.load_file(folder / CONFIG_FILE, overrides)
+    raise ConfigError(f"no {CONFIG_FILE} in {path} or its two parents.")

@@ -6,8 +6,7 @@ from the pairs, so they are exact under every mask. Values arrive as Python numb
 
 from torchladder.metrics.console import init_logger
 from torchladder.metrics.device import get_peak_flops
-from torchladder.metrics.interval import Interval, RunInfo
-from torchladder.metrics.metric_table import Metric, register
+from torchladder.metrics.metric_table import Interval, Metric, RunInfo, register
 from torchladder.metrics.outputs import METRICS_FILE, read_jsonl
 from torchladder.metrics.processor import MetricsConfig, MetricsProcessor
 

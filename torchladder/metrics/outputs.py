@@ -6,11 +6,12 @@ import json
 import logging
 import math
 import os
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
@@ -57,10 +58,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{path}: no such file; a run writes its metrics.jsonl to job.dump_folder.")
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # still being written
     return records
 
 
@@ -120,15 +119,8 @@ class TerminalOutput:
         self.colors = colors
         self.bar: Progress | None = None
         if console.is_terminal and bar:
-            self.bar = Progress(
-                TextColumn("step"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            times = (TimeElapsedColumn(), "left", TimeRemainingColumn())
+            self.bar = Progress("step", BarColumn(bar_width=None), MofNCompleteColumn(), *times, console=console)
             self.task = self.bar.add_task("", total=steps, completed=step)
             self.bar.start()
 

@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Lt
 
 from torchladder.metrics.device import get_peak_flops, peak_memory
-from torchladder.metrics.interval import Interval, RunInfo
-from torchladder.metrics.metric_table import Report, Value, training_report, validation_report
+from torchladder.metrics.metric_table import Interval, Report, RunInfo, Value, training_report, validation_report
 from torchladder.metrics.outputs import (
     METRICS_FILE,
     JsonlOutput,
@@ -21,7 +23,7 @@ from torchladder.metrics.outputs import (
     WandBOutput,
     rewind_jsonl,
 )
-from torchladder.registry import ConfigError
+from torchladder.registry import check_bounds
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 class MetricsConfig:
     """The section ``[metrics]``."""
 
-    log_freq: int = 10
+    log_freq: Annotated[int, Ge(1)] = 10
     """Steps between reports; the first and the last step always report."""
 
     enable_tensorboard: bool = True
@@ -48,14 +50,11 @@ class MetricsConfig:
     disable_progress_bar: bool = False
     """Print the time left in each line instead of a progress bar; only a terminal ever shows a bar."""
 
-    peak_flops: float | None = None
-    """Peak FLOP/s of one device, for MFU; default: looked up by the device's name."""
+    peak_flops: Annotated[float | None, Gt(0), Lt(math.inf)] = None
+    """Peak FLOP/s of one device, for MFU, such as 989e12; default: looked up by the device's name."""
 
     def __post_init__(self) -> None:
-        if self.log_freq < 1:
-            raise ConfigError(f"metrics.log_freq = {self.log_freq}: must be 1 or more.")
-        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
-            raise ConfigError(f"metrics.peak_flops = {self.peak_flops}: must be above 0, for example 989e12.")
+        check_bounds(self, "metrics")
 
 
 class MetricsProcessor:
@@ -84,11 +83,20 @@ class MetricsProcessor:
         self.close()
 
     def rewind(self, step: int) -> None:
-        """Continues after ``step`` steps, and deletes the reports of later ones."""
+        """Deletes the reports after ``step`` and continues there."""
         self.close()
         self.totals: dict[str, float] = {"tokens": 0, "flops": 0, "seconds": 0.0}
         if self.run.rank == 0:
-            self._open_outputs(step)
+            config, folder = self.config, self.run.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            if config.enable_wandb:  # first: if wandb is not installed, no file is touched
+                self.outputs.append(WandBOutput(folder, self.run.settings))
+            self.totals |= rewind_jsonl(folder / METRICS_FILE, step)
+            self.outputs.append(JsonlOutput(folder / METRICS_FILE))
+            if config.enable_tensorboard:
+                self.outputs.append(TensorBoardOutput(folder / config.save_tb_folder, step))
+            colors, bar = not config.disable_color_printing, not config.disable_progress_bar
+            self.outputs.append(TerminalOutput(self.run.steps, step, colors, bar))
         self.last_step = step
         self.tokens = self.pairs = 0
         self.last_time = time.perf_counter()
@@ -151,18 +159,6 @@ class MetricsProcessor:
         for output in self.outputs:
             output.close()
         self.outputs = []
-
-    def _open_outputs(self, step: int) -> None:
-        config, run = self.config, self.run
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if config.enable_wandb:  # first: if wandb is not installed, no file is touched
-            self.outputs.append(WandBOutput(run.folder, run.settings))
-        self.totals |= rewind_jsonl(run.folder / METRICS_FILE, step)
-        self.outputs.append(JsonlOutput(run.folder / METRICS_FILE))
-        if config.enable_tensorboard:
-            self.outputs.append(TensorBoardOutput(run.folder / config.save_tb_folder, step))
-        colors, bar = not config.disable_color_printing, not config.disable_progress_bar
-        self.outputs.append(TerminalOutput(run.steps, step, colors, bar))
 
     def _write(self, report: Report) -> None:
         for output in self.outputs:

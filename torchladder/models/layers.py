@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,45 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchladder.models import loss, loss_parallel
+from torchladder.models import loss
 from torchladder.models.attention import AttentionFunction
-
-
-@dataclass(frozen=True)
-class RopeParameters:
-    """Parameters of the rotary position embedding.
-
-    Attributes:
-        theta: base of the frequencies.
-        factor: context extension by frequency scaling (Llama 3.1, arXiv 2407.21783); 1 disables it.
-        low_freq_factor: frequencies with fewer turns than this in the original context are divided by ``factor``.
-        high_freq_factor: frequencies with more turns than this are unchanged; those between are interpolated.
-        original_seq_len: tokens of the original context.
-        condense_ratio: divisor of positions (position interpolation, arXiv 2306.15595).
-        restart: positions restart at 0 every ``restart`` tokens; 0: never.
-    """
-
-    theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_seq_len: int = 8192
-    condense_ratio: float = 1.0
-    restart: int = 0
-
-    def angles(self, seq_len: int, head_dim: int, device: torch.device) -> Tensor:
-        """Returns the rotation angle of each position and pair of features (T, K / 2), fp32."""
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        inv_freq = 1.0 / self.theta**exponent
-        if self.factor != 1:
-            turns = self.original_seq_len * inv_freq / (2 * math.pi)
-            smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            smooth = smooth.clamp(0, 1)
-            inv_freq = inv_freq * (smooth + (1 - smooth) / self.factor)
-        position = torch.arange(seq_len, dtype=torch.float32, device=device)
-        if self.restart:
-            position = position % self.restart
-        return torch.outer(position / self.condense_ratio, inv_freq)
+from torchladder.models.llama_config import LlamaConfig
 
 
 class RoPE(nn.Module):
@@ -60,26 +23,26 @@ class RoPE(nn.Module):
     model of any dtype and is valid after ``to_empty``.
 
     Args:
-        head_dim: features per head, even.
+        config: the model's config.
         seq_len: tokens in a row; positions are 0 to ``seq_len - 1``.
-        parameters: theta and scaling.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, seq_len: int, parameters: RopeParameters) -> None:
+    def __init__(self, config: LlamaConfig, seq_len: int) -> None:
         super().__init__()
         self.position_offset: int | Tensor = 0
-        self.head_dim = head_dim
+        self.config = config
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(seq_len, 1, head_dim // 2, dtype=torch.float32), persistent=False)
-        self.set_parameters(parameters)
+            table = torch.empty(seq_len, 1, config.head_size // 2, dtype=torch.float32)
+            self.register_buffer(name, table, persistent=False)
+        self.set_theta(config.rope_theta)
 
-    def set_parameters(self, parameters: RopeParameters) -> None:
+    def set_theta(self, theta: float) -> None:
         """Recomputes the table in place, so that a schedule of theta recompiles nothing."""
-        self.rope_parameters = parameters
-        angles = parameters.angles(len(self.cos), self.head_dim, self.cos.device)[:, None]  # (T, 1, K / 2)
+        self.theta = theta
+        angles = rope_angles(self.config, theta, len(self.cos), self.cos.device)[:, None]  # (T, 1, K / 2)
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
 
@@ -98,40 +61,50 @@ class RoPE(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
         super()._apply(fn, recurse)
         self.cos, self.sin = self.cos.float(), self.sin.float()
-        self.set_parameters(self.rope_parameters)
+        self.set_theta(self.theta)
         return self
+
+
+def rope_angles(config: LlamaConfig, theta: float, seq_len: int, device: torch.device) -> Tensor:
+    """Returns the rotation angle of each position and pair of features (T, K / 2), fp32.
+
+    Scaling by frequency: Llama 3.1 (arXiv 2407.21783); by position (``rope_condense_ratio``): arXiv 2306.15595.
+    """
+    exponent = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device) / config.head_size
+    inv_freq = 1.0 / theta**exponent
+    if config.rope_scaling_factor != 1:
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        turns = config.rope_original_seq_len * inv_freq / (2 * math.pi)
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        inv_freq = inv_freq * (smooth + (1 - smooth) / config.rope_scaling_factor)
+    position = torch.arange(seq_len, dtype=torch.float32, device=device)
+    if config.rope_restart:
+        position = position % config.rope_restart
+    return torch.outer(position / config.rope_condense_ratio, inv_freq)
 
 
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions.
 
     Args:
-        dim: features per token.
-        heads: number of query heads, number of key-value heads.
-        head_dim: features per head.
+        config: the model's config.
         rope: rotary embedding of queries and keys; None for no positions (NoPE).
         attention_fn: the kernel's attention.
         qk_norm: epsilon of the RMSNorm of queries and keys per head, before RoPE (arXiv 2302.05442); None for no norm.
     """
 
     def __init__(
-        self,
-        dim: int,
-        heads: tuple[int, int],
-        head_dim: int,
-        rope: RoPE | None,
-        attention_fn: AttentionFunction,
-        qk_norm: float | None = None,
+        self, config: LlamaConfig, rope: RoPE | None, attention_fn: AttentionFunction, qk_norm: float | None = None
     ) -> None:
         super().__init__()
-        n_heads, n_kv_heads = heads
+        dim, head_dim = config.dim, config.head_size
         self.head_dim = head_dim
         self.rope = rope
         self.attention_fn = attention_fn
-        self.q_proj = nn.Linear(dim, n_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(n_heads * head_dim, dim, bias=False)
+        self.q_proj = nn.Linear(dim, config.n_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, config.kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, config.kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * head_dim, dim, bias=False)
         self.q_norm = None if qk_norm is None else nn.RMSNorm(head_dim, eps=qk_norm)
         self.k_norm = None if qk_norm is None else nn.RMSNorm(head_dim, eps=qk_norm)
 
@@ -165,14 +138,12 @@ class Head(nn.Module):
     """The language-model head: logits, or the summed loss without materializing them (``torchladder.models.loss``).
 
     Args:
-        dim: features per token.
-        vocab_size: number of logits.
-        tied: whether the head uses the embedding's weight, which the caller then passes as ``tied_weight``.
+        config: the model's config; with ``tie_embeddings`` the head has no weight, and takes the embedding's.
     """
 
-    def __init__(self, dim: int, vocab_size: int, tied: bool) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
+        self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, tied_weight: Tensor | None = None) -> Tensor:
         weight = self.weight if tied_weight is None else tied_weight
@@ -180,7 +151,7 @@ class Head(nn.Module):
         if labels is not None:
             return loss.cross_entropy(hidden, weight, labels)
         if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
-            return loss_parallel.full_logits(hidden, weight)
+            return loss.full_logits(hidden, weight)
         return F.linear(hidden, weight)
 
     def per_token_loss(self, hidden: Tensor, labels: Tensor, tied_weight: Tensor | None = None) -> Tensor:

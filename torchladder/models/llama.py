@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +9,60 @@ from torch import Tensor, nn
 
 from torchladder.models.attention import AttentionFunction, causal_attention
 from torchladder.models.hf.adapter import HFAdapter
-from torchladder.models.hf.llama_adapter import LLAMA_ADAPTER
 from torchladder.models.layers import Attention, FeedForward, Head, RoPE
 from torchladder.models.llama_config import FLAVORS, INITIAL_STDS, RESIDUAL_PROJECTIONS, LlamaConfig
 from torchladder.models.model import Model, init_normal_, register
+
+# Llama and Mistral in Hugging Face: a Mistral is a Llama with a sliding window. Both sides rotate the first half of a
+# head against the second, so no row of a projection is permuted.
+LLAMA_ADAPTER = HFAdapter(
+    architectures={"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
+    tensor_names={
+        "embedding.weight": "model.embed_tokens.weight",
+        "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
+        "layers.*.attention.q_proj.weight": "model.layers.*.self_attn.q_proj.weight",
+        "layers.*.attention.k_proj.weight": "model.layers.*.self_attn.k_proj.weight",
+        "layers.*.attention.v_proj.weight": "model.layers.*.self_attn.v_proj.weight",
+        "layers.*.attention.o_proj.weight": "model.layers.*.self_attn.o_proj.weight",
+        "layers.*.feed_forward_norm.weight": "model.layers.*.post_attention_layernorm.weight",
+        "layers.*.feed_forward.gate_proj.weight": "model.layers.*.mlp.gate_proj.weight",
+        "layers.*.feed_forward.up_proj.weight": "model.layers.*.mlp.up_proj.weight",
+        "layers.*.feed_forward.down_proj.weight": "model.layers.*.mlp.down_proj.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    },
+    config_keys={
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "ffn_dim": "intermediate_size",
+        "vocab_size": "vocab_size",
+        "norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+        "init_std": "initializer_range",
+    },
+    defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02, "sliding_window": 4096},
+    fixed_values={
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+    },
+    rope_scalings={
+        "linear": {"rope_condense_ratio": "factor"},
+        "llama3": {
+            "rope_scaling_factor": "factor",
+            "rope_low_freq_factor": "low_freq_factor",
+            "rope_high_freq_factor": "high_freq_factor",
+            "rope_original_seq_len": "original_max_position_embeddings",
+        },
+    },
+    sliding_window_type="mistral",
+)
 
 
 class Block(nn.Module):
@@ -30,9 +79,8 @@ class Block(nn.Module):
         self, config: LlamaConfig, rope: RoPE | None, attention_fn: AttentionFunction, qk_norm: float | None = None
     ) -> None:
         super().__init__()
-        heads = (config.n_heads, config.kv_heads)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config.dim, heads, config.head_size, rope, attention_fn, qk_norm)
+        self.attention = Attention(config, rope, attention_fn, qk_norm)
         self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
 
@@ -59,12 +107,11 @@ class Llama(Model):
         super().__init__()
         self.config = config
         self.seq_len = seq_len
-        use_rope = config.positional_embedding == "rope"
-        self.rope = RoPE(config.head_size, seq_len, config.rope_parameters) if use_rope else None
+        self.rope = RoPE(config, seq_len) if config.positional_embedding == "rope" else None
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): self.make_block(attention_fn) for i in range(config.n_layers)})
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.head = Head(config.dim, config.vocab_size, config.tie_embeddings)
+        self.head = Head(config)
 
     def make_block(self, attention_fn: AttentionFunction) -> Block:
         return Block(self.config, self.rope, attention_fn)
@@ -109,8 +156,8 @@ class Llama(Model):
     def set_rope_theta(self, theta: float) -> None:
         if self.rope is None:
             super().set_rope_theta(theta)
-        elif theta != self.rope.rope_parameters.theta:
-            self.rope.set_parameters(replace(self.rope.rope_parameters, theta=theta))
+        elif theta != self.rope.theta:
+            self.rope.set_theta(theta)
 
     def set_position_offset(self, offset: int | Tensor) -> None:
         if self.rope is not None:

@@ -19,7 +19,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torchladder.models.layers import RopeParameters
 from torchladder.registry import require, unknown_name
 
 
@@ -122,18 +121,6 @@ class LlamaConfig:
     @property
     def head_size(self) -> int:
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def rope_parameters(self) -> RopeParameters:
-        return RopeParameters(
-            theta=self.rope_theta,
-            factor=self.rope_scaling_factor,
-            low_freq_factor=self.rope_low_freq_factor,
-            high_freq_factor=self.rope_high_freq_factor,
-            original_seq_len=self.rope_original_seq_len,
-            condense_ratio=self.rope_condense_ratio,
-            restart=self.rope_restart,
-        )
 
 
 # --- initialization --------------------------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-
-from torchladder.models import loss_parallel
-from torchladder.models.loss_parallel import VocabShard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 IGNORE_INDEX = -100
 """The label of tokens that do not count in the loss, as in ``torch.nn.functional.cross_entropy``."""
@@ -32,7 +32,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         labels: (...) int64.
     """
     if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
-        return loss_parallel.parallel_cross_entropy(_chunked_loss, hidden, weight, labels)
+        return _parallel_cross_entropy(hidden, weight, labels)
     return _chunked_loss(hidden, weight, labels, None)
 
 
@@ -40,12 +40,9 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def per_token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Returns the cross entropy of each label (...) in fp32, 0 where the label is -100; without gradients.
 
-    Args:
-        hidden: (..., d) hidden states.
-        weight: (V, d), of the head.
-        labels: (...) int64.
+    The arguments are those of ``cross_entropy``, not sharded.
     """
-    size = chunk_size(hidden.device.type, len(weight))
+    size = _chunk_tokens(hidden.device.type, len(weight))
     chunks = zip(hidden.flatten(0, -2).split(size), labels.flatten().split(size), strict=True)
     losses = [logits_cross_entropy(F.linear(chunk, weight), label) for chunk, label in chunks]
     return torch.cat(losses).view(labels.shape)
@@ -57,8 +54,7 @@ def logits_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(dtype), labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
-def chunk_size(device_type: str, vocab_size: int) -> int:
-    """Returns the number of tokens per chunk."""
+def _chunk_tokens(device_type: str, vocab_size: int) -> int:
     return max((MAX_LOGITS_CPU if device_type == "cpu" else MAX_LOGITS_GPU) // vocab_size, MIN_CHUNK_TOKENS)
 
 
@@ -87,7 +83,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if differentiate else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if differentiate else None
 
-        size = chunk_size(device, len(weight))
+        size = _chunk_tokens(device, len(weight))
         first = vocab_shard.first if vocab_shard else 0
         for i in range(0, len(hidden), size):
             chunk = slice(i, i + size)
@@ -122,3 +118,59 @@ def _log_softmax(logits: Tensor, dtype: torch.dtype, vocab_shard: VocabShard | N
         return torch.log_softmax(logits, dim=-1, dtype=dtype)
     logits = logits.to(dtype)
     return logits - vocab_shard.logsumexp(logits.logsumexp(-1))[:, None]
+
+
+# --- tensor parallelism: the head is sharded over the vocabulary (loss parallel), or over the tokens ------------------
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The slice of the vocabulary whose logits this rank computes.
+
+    Attributes:
+        first: the first token id of the slice.
+        mesh: the ranks that share the vocabulary, one dimension.
+    """
+
+    first: int
+    mesh: DeviceMesh
+
+    def logsumexp(self, local: Tensor) -> Tensor:
+        """Returns the log-sum-exp (n) over all ranks from this rank's (n)."""
+        gathered = DTensor.from_local(local[None], self.mesh, [Shard(0)], run_check=False)  # (ranks, n)
+        return gathered.full_tensor().logsumexp(0)
+
+    def sum(self, local: Tensor) -> Tensor:
+        """Returns the sum over all ranks."""
+        return DTensor.from_local(local, self.mesh, [Partial()], run_check=False).full_tensor().clone()
+
+
+def _parallel_cross_entropy(hidden: DTensor, weight: DTensor, labels: Tensor) -> Tensor:
+    """Returns the summed cross entropy, the same on every rank that shares the head.
+
+    ``hidden`` (B, T, d) is replicated to shard over the vocabulary, as ``weight`` (V, d) is then; or it is sharded by
+    tokens. ``labels`` (B, T) are the same on every rank.
+    """
+    mesh = weight.device_mesh
+    if hidden.placements == (Replicate(),):
+        weight = weight.redistribute(placements=[Shard(0)])
+        states = hidden.to_local(grad_placements=[Partial()])  # a rank's gradient covers only its vocabulary
+        return _chunked_loss(states, weight.to_local(), labels, VocabShard(_shard_start(weight.shape[0], mesh), mesh))
+    head = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    states, first = hidden.to_local(), _shard_start(labels.shape[1], mesh)
+    local = _chunked_loss(states, head, labels[:, first : first + states.shape[1]], None)
+    # Clone, because FSDP2 registers its backward hook on this tensor, which must not be a view.
+    return DTensor.from_local(local, mesh, [Partial()], run_check=False).full_tensor().clone()
+
+
+def full_logits(hidden: DTensor, weight: DTensor) -> Tensor:
+    """Returns the logits (B, T, V) of the whole vocabulary on every rank."""
+    states = hidden.redistribute(placements=[Replicate()])
+    local = F.linear(states, weight.redistribute(placements=[Shard(0)]))
+    assert isinstance(local, DTensor)
+    return local.full_tensor().clone()
+
+
+def _shard_start(size: int, mesh: DeviceMesh) -> int:
+    """Returns the first index of this rank's shard: ``Shard`` cuts a dimension into equal parts, the last shorter."""
+    return min(-(-size // mesh.size()) * mesh.get_local_rank(), size)

@@ -18,13 +18,12 @@ from dataclasses import MISSING, fields, replace
 from typing import Any, ClassVar, get_type_hints
 
 import torch
-from docstring_parser import parse_from_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchladder.models import loss
 from torchladder.models.hf.adapter import HFAdapter
-from torchladder.registry import Component, ConfigError, Registry, unknown_name
+from torchladder.registry import Component, ConfigError, Registry, parameter_docs, require, unknown_name
 
 
 class Model(nn.Module, ABC):
@@ -76,19 +75,11 @@ class Model(nn.Module, ABC):
         """
 
     def set_rope_theta(self, theta: float) -> None:
-        """Sets the base of the RoPE frequencies for the following forward passes.
-
-        Raises:
-            ConfigError: the model has no RoPE.
-        """
+        """Sets the base of the RoPE frequencies for the following forward passes."""
         raise ConfigError(f"rope_theta = {theta}: {type(self).__name__} has no RoPE, remove rope_theta.")
 
     def set_position_offset(self, offset: int | Tensor) -> None:
-        """Sets the position of the first token in the following forward passes: of all rows, or of each, (B) int64.
-
-        Raises:
-            ConfigError: the model does not support it.
-        """
+        """Sets the position of the first token in the following forward passes: of all rows, or of each, (B) int64."""
         raise ConfigError(
             f"{type(self).__name__} does not implement set_position_offset, which context parallelism "
             "(parallelism.context_parallel_degree) and decoding with a KV cache need."
@@ -98,12 +89,7 @@ class Model(nn.Module, ABC):
     def per_token_loss(self, tokens: Tensor, attn_mask: Any, labels: Tensor) -> Tensor:
         """Returns the loss of each label (B, T) fp32, 0 where the label is -100; without gradients, on one rank.
 
-        This default computes all logits at once; override it to save memory.
-
-        Args:
-            tokens: (B, T) int64.
-            attn_mask: see ``forward``.
-            labels: (B, T) int64.
+        This default computes all logits at once; override it to save memory. The arguments are those of ``forward``.
         """
         logits = self(tokens, attn_mask)
         return torch.stack([loss.logits_cross_entropy(row, label) for row, label in zip(logits, labels, strict=True)])
@@ -150,9 +136,6 @@ class ModelRegistry(Registry[Model]):
         Args:
             name: the model's name in the section.
             flavors: flavor -> config, at least one; the first is the default.
-
-        Raises:
-            ConfigError: another model has that name, or there is no flavor.
         """
         if not flavors:
             raise ConfigError(f"model {name!r} needs at least one flavor.")
@@ -176,20 +159,22 @@ class ModelRegistry(Registry[Model]):
         fields from the folder's config.json.
         """
         hints = get_type_hints(self.config_type(name))
-        settings = {
-            "flavor": _setting("flavor", str, next(iter(self.flavors(name)))),
-            "hf_assets_path": _setting("hf_assets_path", str, ""),
+        settings: dict[str, tuple[Any, Any]] = {
+            "flavor": (str, next(iter(self.flavors(name)))),
+            "hf_assets_path": (str, ""),
+            **{field: (hint | None, None) for field, hint in hints.items()},
         }
-        return settings | {field: _setting(field, hint | None, None) for field, hint in hints.items()}
+        return {
+            key: inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for key, (kind, default) in settings.items()
+        }
 
     def docs(self, name: str) -> dict[str, str]:
         """Returns the help text of each setting, from the docstrings of the config's fields."""
-        kinds = reversed(self.config_type(name).__mro__[:-1])
-        parsed = [field for kind in kinds for field in parse_from_object(kind).params]
         return {
             "flavor": f"Size of the model: {', '.join(self.flavors(name))}; empty to set every field.",
             "hf_assets_path": "A Hugging Face folder: use the model of its config.json, and its tokenizer.",
-            **{field.arg_name: field.description or "" for field in parsed},
+            **parameter_docs(self.config_type(name)),
         }
 
     def config_type(self, name: str) -> type:
@@ -201,9 +186,6 @@ class ModelRegistry(Registry[Model]):
 
         Args:
             section: an object with ``name``, ``flavor`` and any of the config's fields; None keeps the flavor's value.
-
-        Raises:
-            ConfigError: an unknown model or flavor, inconsistent values, or an empty flavor and a required field unset.
         """
         flavors, kind = self.flavors(section.name), self.config_type(section.name)
         if section.flavor and section.flavor not in flavors:
@@ -213,8 +195,8 @@ class ModelRegistry(Registry[Model]):
         if section.flavor:
             return replace(flavors[section.flavor], **chosen)
         for field in fields(kind):
-            if field.default is MISSING and field.name not in chosen:
-                raise ConfigError(f"model.{field.name} is required: set it, or choose a model.flavor.")
+            given = field.name in chosen or field.default is not MISSING
+            require(given, f"model.{field.name} is required: set it, or choose a model.flavor.")
         return kind(**chosen)
 
     def build(self, section: Any, **runtime_args: Any) -> Model:
@@ -228,10 +210,6 @@ class ModelRegistry(Registry[Model]):
         declared = inspect.signature(model).parameters
         runtime_args = {key: value for key, value in runtime_args.items() if key in declared}
         return model(config=self.resolve(section), **runtime_args)
-
-
-def _setting(name: str, kind: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
 registry = ModelRegistry()

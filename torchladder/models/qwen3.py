@@ -6,13 +6,12 @@ head to the embedding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torchladder.models.attention import AttentionFunction
 from torchladder.models.hf.adapter import HFAdapter
-from torchladder.models.hf.qwen3_adapter import QWEN3_ADAPTER
-from torchladder.models.llama import Block, Llama
+from torchladder.models.llama import LLAMA_ADAPTER, Block, Llama
 from torchladder.models.llama_config import LlamaConfig
 from torchladder.models.model import register
 
@@ -25,16 +24,9 @@ class Qwen3Config(LlamaConfig):
     """Features per head."""
 
     vocab_size: int = 151936
-    """Rows of the embedding and of the head, at least the tokenizer's tokens."""
-
     norm_eps: float = 1e-6
-    """Epsilon of RMSNorm."""
-
     rope_theta: float = 1000000.0
-    """Base of the RoPE frequencies."""
-
     initialization: Literal["skyladder", "tilde", "megatron", "normal"] = "normal"
-    """Standard deviation of initial weights: by shape (skyladder, tilde) or from init_std (megatron, normal)."""
 
 
 def _qwen3(n_layers: int, dim: int, heads: tuple[int, int], ffn_dim: int, tied: bool, **more: Any) -> Qwen3Config:
@@ -53,6 +45,19 @@ FLAVORS = {
     "14b": _qwen3(40, 5120, (40, 8), 17408, tied=False),
     "32b": _qwen3(64, 5120, (64, 8), 25600, tied=False),
 }
+
+
+QWEN3_ADAPTER = replace(
+    LLAMA_ADAPTER,
+    architectures={"qwen3": "Qwen3ForCausalLM"},
+    tensor_names={
+        **LLAMA_ADAPTER.tensor_names,
+        "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
+        "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
+    },
+    defaults={**LLAMA_ADAPTER.defaults, "head_dim": 128},
+    sliding_window_type="",
+)
 
 
 @register("qwen3", flavors=FLAVORS)

@@ -4,18 +4,10 @@ Each function writes one file; its suffix selects PNG, SVG or PDF. matplotlib is
 so that starting a run does not load it.
 """
 
-from torchladder.plots.curves import RunCurves
 from torchladder.plots.evaluation_curves import plot_evaluations
 from torchladder.plots.mask_diagram import plot_masks
-from torchladder.plots.run_curves import compare_runs, plot_curriculum, plot_run
+from torchladder.plots.run_curves import RunCurves, compare_runs, plot_curriculum, plot_run
 from torchladder.plots.style import check_picture_path
 
-__all__ = [
-    "RunCurves",
-    "check_picture_path",
-    "compare_runs",
-    "plot_curriculum",
-    "plot_evaluations",
-    "plot_masks",
-    "plot_run",
-]
+__all__ = ["RunCurves", "check_picture_path", "compare_runs", "plot_curriculum", "plot_evaluations"]
+__all__ += ["plot_masks", "plot_run"]

@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from torchladder.plots.style import COLORS, figure, plain_numbers, save_figure, style
+from torchladder.plots.style import COLORS, plain_numbers, saved_figure
 from torchladder.registry import ConfigError
 
 Row = Mapping[str, Any]
@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 
 
 def plot_evaluations(path: Path, rows: Sequence[Row]) -> None:
-    """Plots the loss on files over the steps of runs, and beside it the loss by position at the last step, if known.
+    """Plots the loss on files over the steps of runs, next to the loss by position at the last step, if known.
 
     If there are more curves than colors, the files of a run and a context share one curve: their mean per token.
 
@@ -29,9 +29,8 @@ def plot_evaluations(path: Path, rows: Sequence[Row]) -> None:
     if len(curves) > len(COLORS):
         curves = _curves(rows, per_file=False)
     by_position = any(row["first_position"] is not None for row in rows)
-    with style():
-        canvas = figure(12 if by_position else 8, 4.5)
-        over_steps, *over_positions = canvas.subplots(1, 1 + by_position, squeeze=False)[0]
+    with saved_figure(path, 12 if by_position else 8, 4.5) as figure:
+        over_steps, *over_positions = figure.subplots(1, 1 + by_position, squeeze=False)[0]
         for color, (label, curve) in zip(cycle(COLORS), curves.items()):
             whole = sorted((row["step"] or 0, row["loss"]) for row in curve if row["first_position"] is None)
             if curve[0]["step"] is None and whole:  # a Hugging Face folder has one loss and no step
@@ -50,8 +49,7 @@ def plot_evaluations(path: Path, rows: Sequence[Row]) -> None:
             axes.set_xscale("log", base=2)
             axes.set(xlabel="tokens before the predicted one (at most), at the last step")
             plain_numbers(axes.xaxis)
-        canvas.legend(loc="outside upper left", ncols=2)
-        save_figure(canvas, path)
+        figure.legend(loc="outside upper left", ncols=2)
 
 
 def _curves(rows: Sequence[Row], per_file: bool) -> dict[str, list[Row]]:
@@ -63,8 +61,8 @@ def _curves(rows: Sequence[Row], per_file: bool) -> dict[str, list[Row]]:
     labels = {file: name if names.count(name) == 1 else file for file, name in zip(files, names, strict=True)}
     points: dict[str, dict[tuple[Any, ...], list[Row]]] = {}
     for row in rows:
-        what = labels[row["file"]] if per_file else f"{len(files)} files"
-        label = f"{what}, context {row['context']:,}"
+        subject = labels[row["file"]] if per_file else f"{len(files)} files"
+        label = f"{subject}, context {row['context']:,}"
         label = label if len(runs) == 1 else f"{_run_name(row)}: {label}"
         points.setdefault(label, {}).setdefault((row["step"], row["first_position"]), []).append(row)
     return {label: [_mean_row(point) for point in curve.values()] for label, curve in points.items()}
@@ -75,6 +73,6 @@ def _run_name(row: Row) -> str:
 
 
 def _mean_row(rows: Sequence[Row]) -> Row:
-    """Returns one row for all of them: the sum of their tokens, the mean of their losses per token."""
+    """Returns one row with the sum of the tokens and the mean loss per token."""
     tokens = sum(row["tokens"] for row in rows)
     return {**rows[0], "tokens": tokens, "loss": sum(row["loss"] * row["tokens"] for row in rows) / tokens}

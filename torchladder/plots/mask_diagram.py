@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from torchladder import mask
-from torchladder.plots.style import COLORS, GRID, INK, figure, save_figure, style
+from torchladder.plots.style import COLORS, GRID, INK, saved_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ def plot_masks(path: Path) -> None:
     """Plots the four masks and two compositions."""
     positions = torch.cat([torch.arange(length) for length in DOCUMENT_TOKENS]).to(torch.int32)[None]  # (1, T)
     document, chunk, sliding = (make(positions, WINDOW) for make in (mask.document, mask.chunk, mask.sliding))
-    pictures = [
+    diagrams = [
         ("causal", "start = 0", "row: query i\ncolumn: key", mask.causal(positions, WINDOW)),
         ("document", "start = i − position", "color:\ndocument", document),
         ("chunk", "start = ⌊i / w⌋ · w", f"window\nw = {WINDOW}", chunk),
@@ -30,14 +30,12 @@ def plot_masks(path: Path) -> None:
         ("document + chunk", "max(document, chunk)", "", mask.compose(document, chunk)),
         ("document + sliding", "max(document, sliding)", "", mask.compose(document, sliding)),
     ]
-    with style():
-        canvas = figure(12, 2.75)
-        for axes, (name, formula, note, start) in zip(canvas.subplots(1, len(pictures)), pictures, strict=True):
+    with saved_figure(path, 12, 2.75) as figure:
+        for axes, (name, formula, note, start) in zip(figure.subplots(1, len(diagrams)), diagrams, strict=True):
             _draw_mask(axes, start)
             axes.set_title(name, fontweight="bold", pad=6)
             axes.set_xlabel(formula, fontsize=10, labelpad=5)
             axes.text(1, 0.98, note, transform=axes.transAxes, ha="right", va="top", fontsize=10, color="#57606a")
-        save_figure(canvas, path)
 
 
 def _draw_mask(axes: Axes, start: torch.Tensor) -> None:

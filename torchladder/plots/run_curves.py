@@ -1,26 +1,23 @@
-"""Plots of runs: one run with its windows, several side by side, and a curriculum before the run."""
+"""The metrics of runs as arrays, and plots of one run, of several, and of a curriculum before the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from torchladder import mask
-from torchladder.plots.curves import RunCurves, smooth
 from torchladder.plots.style import (
     COLORS,
     FAINT,
     INK,
     draw_window,
-    figure,
     plain_numbers,
-    save_figure,
-    style,
+    saved_figure,
     window_axis,
 )
 from torchladder.registry import ConfigError
@@ -29,15 +26,60 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+class RunCurves:
+    """A run's metrics as arrays, one per key; validation at full context only, with its own steps.
+
+    Args:
+        name: the run's name in legends and errors.
+        records: of its metrics.jsonl, as ``metrics.read_jsonl`` returns them.
+
+    Raises:
+        ConfigError: no record is of a training step.
+    """
+
+    def __init__(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        train = [record for record in records if "loss" in record]
+        if not train:
+            raise ConfigError(f"{name}: metrics.jsonl has no training step yet; the first is written after step 1.")
+        validation = [record for record in records if "validation_loss" in record]
+        full = max((record["window"] for record in validation), default=0)
+        validation = [record for record in validation if record["window"] == full]
+        self.name = name
+        self.step, self.loss, self.window = (_column(train, key) for key in ("step", "loss", "window"))
+        self.tokens, self.seconds, self.flops = (_column(train, key) for key in ("tokens", "seconds", "flops"))
+        self.validation_step, self.validation_loss = (_column(validation, key) for key in ("step", "validation_loss"))
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}: {self.validation_loss[-1]:.3f}" if len(self.validation_loss) else self.name
+
+
+def _column(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    return np.array([np.nan if record[key] is None else record[key] for record in records], dtype=float)
+
+
+def smooth(values: np.ndarray, fraction: float = 0.02) -> np.ndarray:
+    """Returns the centered running mean over a fraction of the values, over fewer of them at the ends; NaN is skipped.
+
+    Example: with 5 values and ``fraction=0.4`` each value is averaged with one neighbor on either side.
+    """
+    half = int(len(values) * fraction / 2)
+    total = np.r_[0, np.cumsum(np.nan_to_num(values))]
+    count = np.r_[0, np.cumsum(np.isfinite(values))]
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (total[high] - total[low]) / (count[high] - count[low])
+
+
 def plot_run(path: Path, run: RunCurves) -> None:
     """Plots a run against the step: training and validation loss above, the window below.
 
     Raises:
         ConfigError: the suffix is not .png, .svg or .pdf.
     """
-    with style():
-        canvas = figure(8, 5.2)
-        top, bottom = canvas.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
+    with saved_figure(path, 8, 5.2) as figure:
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
         top.plot(run.step, run.loss, color=COLORS[0], alpha=0.25, linewidth=1)
         top.plot(run.step, smooth(run.loss), color=COLORS[0], alpha=0.7, linewidth=1.2, label="training")
         if len(run.validation_loss):
@@ -49,7 +91,6 @@ def plot_run(path: Path, run: RunCurves) -> None:
         draw_window(bottom, run.step, run.window, COLORS[0])
         bottom.set(xlabel="step", xlim=(0, run.step[-1] * 1.01))
         plain_numbers(bottom.xaxis)
-        save_figure(canvas, path)
 
 
 def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
@@ -61,9 +102,8 @@ def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
     if not runs:
         raise ConfigError("no runs to compare: pass at least one.")
     units = [_unit(kind, max(getattr(run, kind)[-1] for run in runs)) for kind in UNITS]
-    with style():
-        canvas = figure(12, 5.8)
-        tops, bottoms = canvas.subplots(2, 3, sharex="col", sharey="row", height_ratios=[2.6, 1])
+    with saved_figure(path, 12, 5.8) as figure:
+        tops, bottoms = figure.subplots(2, 3, sharex="col", sharey="row", height_ratios=[2.6, 1])
         for top, bottom, kind, (label, scale) in zip(tops, bottoms, UNITS, units, strict=True):
             for color, run in zip(cycle(COLORS), runs):
                 x = getattr(run, kind) / scale
@@ -76,10 +116,9 @@ def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
         window_axis(bottoms[0], max(run.window.max() for run in runs))
         tops[0].set_ylabel("loss (nats per token)")
         handles, labels = tops[0].get_legend_handles_labels()
-        legend = canvas.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 4))
+        legend = figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 4))
         legend.set_title("last validation loss at full context (faint lines: training loss)")
         legend.set_alignment("left")
-        save_figure(canvas, path)
 
 
 def plot_curriculum(path: Path, steps: int, windows: Callable[[int], int], seq_len: int, masks: Sequence[str]) -> None:
@@ -93,14 +132,12 @@ def plot_curriculum(path: Path, steps: int, windows: Callable[[int], int], seq_l
         masks: names of the masks. Each row counts as one document, so document masks save more than is shown.
     """
     row = torch.arange(seq_len, dtype=torch.int32)[None]  # (1, T): positions of one document
-    components = [mask.registry.get(name) for name in masks]
     step = np.unique(np.linspace(0, steps - 1, 2000).astype(int))
     window = np.array([windows(int(one)) for one in step])
-    pairs = {one: mask.pairs(mask.compose(*(make(row, int(one)) for make in components))) for one in np.unique(window)}
+    pairs = {one: mask.pairs(mask.from_names(masks, row, int(one))) for one in np.unique(window)}
     cost = np.array([100 * pairs[one] / mask.pairs(mask.causal(row, seq_len)) for one in window])
-    with style():
-        canvas = figure(8, 4.8)
-        top, bottom = canvas.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
+    with saved_figure(path, 8, 4.8) as figure:
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
         draw_window(top, step, window, COLORS[0])
         window_axis(top, seq_len)
         top.axhline(seq_len, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -112,7 +149,6 @@ def plot_curriculum(path: Path, steps: int, windows: Callable[[int], int], seq_l
         bottom.text(0.01, 0.9, saved, transform=bottom.transAxes, va="top", color="#00664b")
         bottom.set(ylim=(0, 104), xlim=(0, steps), xlabel="step", ylabel="attention FLOPs\n(% of full causal)")
         plain_numbers(bottom.xaxis)
-        save_figure(canvas, path)
 
 
 UNITS: dict[str, list[tuple[float, str]]] = {
@@ -124,13 +160,13 @@ UNITS: dict[str, list[tuple[float, str]]] = {
 
 
 def _unit(kind: str, largest: float) -> tuple[str, float]:
-    """Returns label and size of the largest unit of which ``largest`` holds at least 3."""
+    """Returns the label and the size of the largest unit that is at most a third of ``largest``."""
     scale, label = next(((size, label) for size, label in reversed(UNITS[kind]) if largest >= 3 * size), UNITS[kind][0])
     return label, scale
 
 
 def _zoom(axes: Axes, runs: Sequence[RunCurves]) -> None:
-    """Cuts the top 4% of the losses off: the steep first steps would flatten the rest of the curve."""
+    """Cuts off the top 4% of the losses: the steep first steps would flatten the rest of the curve."""
     losses = np.concatenate([np.r_[run.loss, run.validation_loss] for run in runs])
     losses = losses[np.isfinite(losses)]
     if len(losses) >= 50:

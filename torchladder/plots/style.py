@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,18 +46,22 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def style() -> Any:
-    """Returns a context manager that applies ``STYLE``."""
+@contextmanager
+def saved_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """Yields an empty figure, width and height in inches, and writes it to ``path`` at the end.
+
+    Raises:
+        ConfigError: the suffix is not .png, .svg or .pdf.
+    """
     import matplotlib
-
-    return matplotlib.rc_context(STYLE)
-
-
-def figure(width: float, height: float) -> Figure:
-    """Returns an empty figure; width and height in inches."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=200, layout="constrained", facecolor="white")
+    check_picture_path(path)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), dpi=200, layout="constrained", facecolor="white")
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
 
 
 def draw_window(axes: Axes, step: np.ndarray, window: np.ndarray, color: str) -> None:
@@ -82,14 +88,3 @@ def check_picture_path(path: Path) -> None:
     """Raises ConfigError if the suffix is not .png, .svg or .pdf."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{path}: unknown picture format; the name must end in .png, .svg or .pdf.")
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure to a file.
-
-    Raises:
-        ConfigError: the suffix is not .png, .svg or .pdf.
-    """
-    check_picture_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

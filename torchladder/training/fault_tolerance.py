@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 
-from torchladder.checkpoint import Checkpointer, RunState, check_fingerprints, steps
+from torchladder.checkpoint import Checkpointer, RunState, check_fingerprints, complete_steps
 from torchladder.data.dataloader import BaseDataLoader, Batch, SupportsSkipping
 from torchladder.distributed.ranks import Ranks
 from torchladder.registry import ConfigError
@@ -44,7 +44,7 @@ class FaultTolerance:
         self.total_steps = plan.steps
         self.skipped_rows: list[tuple[int, int]] = []
         self._overdue = False
-        if plan.config.resilience.on_bad_step == "rollback" and not checkpointer.saves:
+        if plan.config.resilience.on_bad_step == "rollback" and not checkpointer.can_save:
             raise ConfigError("resilience.on_bad_step = 'rollback' returns to checkpoints: set checkpoint.enable.")
 
     def read(self, loader: BaseDataLoader, count: int) -> list[Batch]:
@@ -68,7 +68,7 @@ class FaultTolerance:
             Interrupted: on every rank, if one should end; the step has not begun.
             SaveError: on every rank, if too many saves have failed.
         """
-        requests = self.interrupt.requested, self.checkpointer.settled, self.checkpointer.overdue
+        requests = self.interrupt.requested, self.checkpointer.idle, self.checkpointer.overdue
         labels, all_pairs, stop, settled, overdue = self.ranks.sums(num_labels, pairs, *requests)
         if stop:
             raise Interrupted(self._reason)
@@ -141,7 +141,7 @@ class FaultTolerance:
             BadStepError: there is no checkpoint yet.
         """
         self.checkpointer.wait()
-        if not self.checkpointer.group.broadcast(steps(self.checkpointer.folder)):
+        if not self.checkpointer.group.broadcast(complete_steps(self.checkpointer.folder)):
             raise BadStepError(f"a bad step, {rollback}, and no checkpoint yet to roll back to")
         self._skip(rollback.rows, loader)
         state = self.resume(loader, newest=True)

@@ -86,7 +86,7 @@ class Trainer:
         tokenizer_files = hf_export.exported_tokenizer_files(tokenizer, getattr(config.tokenizer, "path", ""))
         self.last_save = hf_export.LastSave(config, tokenizer, tokenizer_files, plan.schedule(plan.steps - 1))
         assets = hf_export.checkpoint_assets(config, tokenizer_files)
-        checkpoints = self.folder / config.checkpoint.folder
+        checkpoints = config.checkpoint.folder_in(self.folder)
         self.checkpointer = Checkpointer(
             config.checkpoint, checkpoints, self.model, self.optimizer, assets, config.training.steps
         )
@@ -133,7 +133,7 @@ class Trainer:
             logger.info("all %d steps are done: nothing to train", config.training.steps)
             return True
         gc.disable()
-        with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, first) as profiler:
+        with self.metrics, profiling.profile(config.profiling, self.folder, self.ranks.rank, first) as step_profilers:
             try:
                 if self.post_step_pending:
                     self.after_step()
@@ -148,7 +148,7 @@ class Trainer:
                             self.samples.rewind(self.step)
                     if self.step == first + 1:  # compiled, connected, warm
                         self.ranks.set_timeout(config.comm.train_timeout_seconds)
-                    profiler.step()
+                    step_profilers()
             except Interrupted as reason:
                 self.fault_tolerance.save_and_exit(self.state(), str(reason))
                 return False

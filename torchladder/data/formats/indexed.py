@@ -17,13 +17,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from torchladder.data.sources import register_tokens
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # 9 + 8 + 1 + 8 + 8 = 34 bytes
@@ -47,8 +46,24 @@ def prefix_of(path: str | Path) -> str:
     return text[:-4] if text.endswith((".bin", ".idx")) else text
 
 
+def find_out_of_range(
+    tokens: np.ndarray, lengths: Sequence[int] | np.ndarray, low: int, high: int
+) -> tuple[int, int] | None:
+    """Returns the first token that is not in ``low .. high`` and its document; None if all are.
+
+    Args:
+        tokens: (tokens,) of documents that are stored back to back.
+        lengths: (documents,) tokens in each.
+        low, high: the least and the largest valid token.
+    """
+    if not len(tokens) or low <= tokens.min() <= tokens.max() <= high:
+        return None
+    place = int(np.flatnonzero((tokens < low) | (tokens > high))[0])
+    return int(tokens[place]), int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+
+
 class IndexedWriter:
-    """Writes documents one by one; the pair appears under its name only when it is complete::
+    """Writes documents; the pair appears under its name only when it is complete::
 
         with IndexedWriter("data/train", dtype_for(tokenizer.vocab_size)) as writer:
             writer.add(ids)
@@ -70,17 +85,12 @@ class IndexedWriter:
         self.dtype = np.dtype(dtype)
         self.lengths = array("i")
         self.checksums: dict[str, str] = {}
-        self._range = np.iinfo(self.dtype)
         self._digest = hashlib.sha256()
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         self._file = open(f"{self.prefix}.bin.partial", "wb", buffering=1 << 20)  # noqa: SIM115 - closed by __exit__
 
     def add(self, tokens: np.ndarray | list[int]) -> None:
-        """Appends one document.
-
-        Raises:
-            ConfigError: a token does not fit the dtype.
-        """
+        """Appends one document."""
         self.extend(np.asarray(tokens) if len(tokens) else np.empty(0, self.dtype), [len(tokens)])
 
     def extend(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
@@ -93,12 +103,11 @@ class IndexedWriter:
         Raises:
             ConfigError: a token does not fit the dtype.
         """
-        low, high = self._range.min, self._range.max
-        if len(tokens) and (tokens.min() < low or tokens.max() > high):
-            place = int(np.flatnonzero((tokens < low) | (tokens > high))[0])
-            document = len(self.lengths) + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+        low, high = np.iinfo(self.dtype).min, np.iinfo(self.dtype).max
+        if invalid := find_out_of_range(tokens, lengths, low, high):
+            token, document = invalid
             raise ConfigError(
-                f"token {tokens[place]} of document {document} does not fit {self.dtype} ({low} to {high}) "
+                f"token {token} of document {len(self.lengths) + document} does not fit {self.dtype} ({low} to {high}) "
                 f"in {self.prefix}.bin."
             )
         data = np.ascontiguousarray(tokens, dtype=self.dtype.newbyteorder("<")).data
@@ -109,16 +118,11 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._finish()
-        else:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
             self._file.close()
             os.unlink(self._file.name)
-
-    def _finish(self) -> None:
+            return
         _sync(self._file)
         lengths = np.frombuffer(self.lengths, dtype=np.int32) if self.lengths else np.empty(0, np.int32)
         ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
@@ -136,7 +140,7 @@ class IndexedWriter:
                 digest.update(piece)
             _sync(index)
         self.checksums = {"bin": self._digest.hexdigest(), "idx": digest.hexdigest()}
-        # The old index is removed first and the new one comes last: an index is never beside tokens of another pair.
+        # The old index is removed first and the new one comes last: an index never accompanies tokens of another pair.
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         os.replace(f"{self.prefix}.bin.partial", f"{self.prefix}.bin")
         os.replace(f"{self.prefix}.idx.partial", f"{self.prefix}.idx")
@@ -159,17 +163,16 @@ class IndexedTokens:
 
     def __init__(self, path: str | Path) -> None:
         self.prefix = prefix_of(path)
-        for suffix in (".bin", ".idx"):
-            if not os.path.isfile(self.prefix + suffix):
-                raise ConfigError(f"{self.prefix}{suffix} is missing: tokens are a pair of .bin and .idx.")
+        for file in (f"{self.prefix}.bin", f"{self.prefix}.idx"):
+            require(os.path.isfile(file), f"{file} is missing: tokens are a pair of .bin and .idx.")
         self.dtype, self.lengths, self.starts = self._read_index()
         self.flat = map_tokens(f"{self.prefix}.bin", self.dtype)
         end = int((self.starts + self.lengths).max(initial=0))
-        if end > len(self.flat):
-            raise ConfigError(
-                f"{self.prefix}.idx points past the end of {self.prefix}.bin: it needs {end * self.dtype.itemsize} "
-                f"bytes, the file has {os.path.getsize(self.prefix + '.bin')}. The .bin is truncated, or not its pair."
-            )
+        require(
+            end <= len(self.flat),
+            f"{self.prefix}.idx points past the end of {self.prefix}.bin: it needs {end * self.dtype.itemsize} bytes, "
+            f"the file has {os.path.getsize(f'{self.prefix}.bin')}. The .bin is truncated, or not its pair.",
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -181,7 +184,7 @@ class IndexedTokens:
     def __reduce__(self) -> tuple[type[IndexedTokens], tuple[str]]:
         return IndexedTokens, (self.prefix,)  # workers map the files instead of receiving the tokens
 
-    @cached_property
+    @property
     def tokens(self) -> int:
         """Tokens in all documents."""
         return int(self.lengths.sum())
@@ -207,54 +210,49 @@ class IndexedTokens:
         return digest.hexdigest()
 
     def _read_index(self) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-        """Returns the token type, and the length and the first token's index in the file of each document."""
+        """Returns the token type, and each document's length and first token's index in the ``.bin``."""
         name = f"{self.prefix}.idx"
         raw = np.memmap(name, dtype=np.uint8, mode="r") if os.path.getsize(name) else np.empty(0, np.uint8)
-        dtype, sequences, documents = self._read_header(raw)
+        dtype, sequences, documents = read_header(name, raw[: HEADER.size].tobytes(), HEADER, MAGIC, "a Megatron .idx")
         bounds = list(accumulate([HEADER.size, 4 * sequences, 8 * sequences, 8 * documents]))
         # One mode byte per sequence may follow, in multimodal files.
-        if len(raw) not in (bounds[3], bounds[3] + sequences):
-            raise ConfigError(f"{name} has {len(raw)} bytes, its header needs {bounds[3]}: it is truncated or damaged.")
+        complete = len(raw) in (bounds[3], bounds[3] + sequences)
+        require(complete, f"{name} has {len(raw)} bytes, its header needs {bounds[3]}: it is truncated or damaged.")
         lengths = np.asarray(raw[bounds[0] : bounds[1]].view("<i4"), dtype=np.int64)
         pointers = raw[bounds[1] : bounds[2]].view("<i8")
         indices = np.asarray(raw[bounds[2] : bounds[3]].view("<i8"))
-        if lengths.min(initial=0) < 0 or pointers.min(initial=0) < 0 or (pointers % dtype.itemsize).any():
-            raise ConfigError(
-                f"{name} is damaged: it has a negative length, or a pointer that is negative or within a token."
-            )
+        valid = lengths.min(initial=0) >= 0 <= pointers.min(initial=0) and not (pointers % dtype.itemsize).any()
+        require(valid, f"{name} is damaged: it has a negative length, or a pointer that is negative or within a token.")
         starts = np.asarray(pointers // dtype.itemsize)
         if len(indices) == 1 and sequences:
             return dtype, lengths, starts  # merged by GPT-NeoX, which drops the documents: each sequence is one
-        return dtype, *self._join(lengths, starts, indices)
-
-    def _read_header(self, raw: np.ndarray) -> tuple[np.dtype, int, int]:
-        name = f"{self.prefix}.idx"
-        if len(raw) < HEADER.size:
-            raise ConfigError(f"{name} has {len(raw)} bytes, fewer than the header's {HEADER.size}: it is truncated.")
-        magic, version, code, sequences, documents = HEADER.unpack(raw[: HEADER.size].tobytes())
-        if magic != MAGIC:
-            raise ConfigError(f"{name} begins with {magic!r}, not {MAGIC!r}: it is not a Megatron .idx.")
-        if version != 1:
-            raise ConfigError(f"{name} has version {version}. Known: 1.")
-        if code not in DTYPES:
-            known = ", ".join(f"{number} ({np.dtype(dtype)})" for number, dtype in DTYPES.items())
-            raise ConfigError(f"{name} stores tokens as dtype code {code}. Known: {known}.")
-        return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, documents
-
-    def _join(self, lengths: np.ndarray, starts: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Joins the sequences of each document, which must be stored back to back."""
-        sequences = len(lengths)
-        covered = len(indices) and indices[0] == 0 and indices[-1] == sequences and (np.diff(indices) >= 0).all()
-        if not covered:
-            raise ConfigError(f"{self.prefix}.idx is damaged: its document indices do not run from 0 to {sequences}.")
+        # Join the sequences of each document, which must be stored back to back.
+        covered = len(indices) > 0 and indices[0] == 0 and indices[-1] == sequences and (np.diff(indices) >= 0).all()
+        require(bool(covered), f"{name} is damaged: its document indices do not run from 0 to {sequences}.")
         if len(indices) == sequences + 1 and (np.diff(indices) == 1).all():
-            return lengths, starts
+            return dtype, lengths, starts
         inside = np.setdiff1d(np.arange(1, sequences), indices)  # sequences that continue the one before
-        if (starts[inside] != starts[inside - 1] + lengths[inside - 1]).any():
-            raise ConfigError(f"{self.prefix}.idx has a document whose sequences are not stored back to back.")
+        adjacent = (starts[inside] == starts[inside - 1] + lengths[inside - 1]).all()
+        require(adjacent, f"{name} has a document whose sequences are not stored back to back.")
         ends = np.concatenate([[0], np.cumsum(lengths)])
         first = np.append(starts, 0)[indices[:-1]]  # an empty document at the very end begins nowhere
-        return np.diff(ends[indices]), first
+        return dtype, np.diff(ends[indices]), first
+
+
+def read_header(file: str | Path, raw: bytes, header: struct.Struct, magic: bytes, kind: str) -> tuple[Any, ...]:
+    """Returns the token type and the numbers that follow it in a header of magic, version, dtype code, numbers.
+
+    Raises:
+        ConfigError: it is truncated, or of another format, version or type.
+    """
+    size = header.size
+    require(len(raw) == size, f"{file} has {len(raw)} bytes, fewer than the header's {size}: it is truncated.")
+    found, version, code, *numbers = header.unpack(raw)
+    require(found == magic, f"{file} begins with {found!r}, not {magic!r}: it is not {kind}.")
+    require(version == 1, f"{file} has version {version}. Known: 1.")
+    known = ", ".join(f"{number} ({np.dtype(dtype)})" for number, dtype in DTYPES.items())
+    require(code in DTYPES, f"{file} stores tokens as dtype code {code}. Known: {known}.")
+    return np.dtype(DTYPES[code]).newbyteorder("<"), *numbers
 
 
 def map_tokens(path: str | Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
@@ -279,7 +277,6 @@ def indexed(files: list[Path]) -> list[IndexedTokens]:
 
 
 def _sync(file: BinaryIO) -> None:
-    """Flushes a file to the disk and closes it."""
     file.flush()
     os.fsync(file.fileno())
     file.close()

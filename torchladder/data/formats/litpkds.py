@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from torchladder.data.disk_cache import build_once
-from torchladder.data.formats.indexed import map_tokens
+from torchladder.data.disk_cache import build_once, files_key
+from torchladder.data.formats.indexed import map_tokens, read_header
 from torchladder.data.sources import register_tokens
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 MAGIC = b"LITPKDS"
 HEADER = struct.Struct("<7sQBQ")  # 7 + 8 + 1 + 8 = 24 bytes
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # 6 and 7 are floats
 MAX_MAPPED_FILES = 256
 """Files that are open at once; a corpus may have more than a process may open."""
 HASH_BYTES = 1 << 16
@@ -52,13 +51,15 @@ class LitPkdsChunks:
         self.cache = cache
         self.dtype, self.chunk = _header(self.files[0])
         for file in self.files:
-            if _header(file) != (self.dtype, self.chunk):
-                raise ConfigError(
-                    f"{file} holds {_header(file)[1]} tokens of {_header(file)[0]}, but {self.files[0]} holds "
-                    f"{self.chunk} of {self.dtype}: list chunks of different runs as different sources."
-                )
-        self._map = lru_cache(MAX_MAPPED_FILES)(self._open)
-        ends = np.load(build_once(cache / "chunks" / f"{self._stamp()}.npy", self._write_ends), mmap_mode="r")
+            dtype, chunk = _header(file)
+            require(
+                (dtype, chunk) == (self.dtype, self.chunk),
+                f"{file} holds {chunk} tokens of {dtype}, but {self.files[0]} holds {self.chunk} of {self.dtype}: "
+                "list chunks of different runs as different sources.",
+            )
+        self._map = lru_cache(MAX_MAPPED_FILES)(lambda i: map_tokens(self.files[i], self.dtype, HEADER.size))
+        saved = build_once(cache / "chunks" / f"{files_key(self.files, eos)}.npy", self._write_ends)
+        ends = np.load(saved, mmap_mode="r")
         self.starts = np.concatenate([[0], ends[:-1]])
         self.lengths = ends - self.starts
 
@@ -84,14 +85,6 @@ class LitPkdsChunks:
                 file.seek(max(os.path.getsize(path) - HASH_BYTES // 2, 0))
                 digest.update(file.read())
         return digest.hexdigest()
-
-    def _open(self, number: int) -> np.ndarray:
-        return map_tokens(self.files[number], self.dtype, HEADER.size)
-
-    def _stamp(self) -> str:
-        """Returns a hash of the files' names, sizes and modification times."""
-        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        return hashlib.sha256(repr((self.eos, stats)).encode()).hexdigest()[:32]
 
     def _write_ends(self, target: Path) -> None:
         ends = []
@@ -125,19 +118,8 @@ def litpkds(files: list[Path], eos: int | None, cache: Path) -> list[LitPkdsChun
 def _header(file: Path) -> tuple[np.dtype, int]:
     """Returns the dtype and the number of tokens of a chunk file."""
     with open(file, "rb") as opened:
-        raw = opened.read(HEADER.size)
-    if len(raw) < HEADER.size:
-        raise ConfigError(f"{file} has {len(raw)} bytes, fewer than the header's {HEADER.size}: it is truncated.")
-    magic, version, code, tokens = HEADER.unpack(raw)
-    if magic != MAGIC:
-        raise ConfigError(f"{file} begins with {magic!r}, not {MAGIC!r}: it is not a LITPKDS chunk.")
-    if version != 1:
-        raise ConfigError(f"{file} has version {version}. Known: 1.")
-    if code not in DTYPES:
-        known = ", ".join(f"{number} ({np.dtype(dtype)})" for number, dtype in DTYPES.items())
-        raise ConfigError(f"{file} stores tokens as dtype code {code}. Known: {known}.")
-    dtype = np.dtype(DTYPES[code]).newbyteorder("<")
+        dtype, tokens = read_header(file, opened.read(HEADER.size), HEADER, MAGIC, "a LITPKDS chunk")
     size, needed = os.path.getsize(file), HEADER.size + tokens * dtype.itemsize
-    if size != needed or not tokens:
-        raise ConfigError(f"{file} has {size} bytes, its header needs {needed}: it is truncated or damaged.")
+    valid = size == needed and tokens > 0
+    require(valid, f"{file} has {size} bytes, its header needs {needed}: it is truncated or damaged.")
     return dtype, tokens

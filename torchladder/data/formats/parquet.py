@@ -6,7 +6,6 @@ Tokens without a label (``labels`` -100, or ``attention_mask`` 0) are stored as 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from torchladder.data.dataloader import IGNORE_INDEX
-from torchladder.data.disk_cache import build_once
-from torchladder.data.extras import missing_package
+from torchladder.data.disk_cache import build_once, files_key
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter
 from torchladder.data.sources import register_tokens
+from torchladder.data.text.file_formats import open_parquet
 from torchladder.data.unlabeled_tokens import mark_unlabeled
 from torchladder.registry import ConfigError, unknown_name
 
@@ -30,7 +29,7 @@ COLUMNS = ("input_ids", "labels", "attention_mask")
 
 def holds_tokens(file: Path) -> bool:
     """Returns whether a Parquet file has a column of token ids; otherwise it is text."""
-    return COLUMNS[0] in _open(file).schema_arrow.names
+    return COLUMNS[0] in open_parquet(file)[1].schema_arrow.names
 
 
 @register_tokens("parquet", suffixes=(".parquet",), recognize=holds_tokens)
@@ -42,8 +41,6 @@ def parquet(files: list[Path], cache: Path) -> list[IndexedTokens]:
     Raises:
         ConfigError: a file is damaged, lacks the column, or has labels that are not its tokens.
     """
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    name = hashlib.sha256(repr((FORMAT_VERSION, stats)).encode()).hexdigest()[:32]
 
     def build(folder: Path) -> None:
         with IndexedWriter(folder / "tokens", np.dtype(np.int32)) as writer:
@@ -51,12 +48,12 @@ def parquet(files: list[Path], cache: Path) -> list[IndexedTokens]:
                 for document in _documents(file):
                     writer.add(document)
 
-    return [IndexedTokens(build_once(cache / "parquet" / name, build) / "tokens")]
+    return [IndexedTokens(build_once(cache / "parquet" / files_key(files, FORMAT_VERSION), build) / "tokens")]
 
 
 def _documents(file: Path) -> Iterator[np.ndarray]:
     """Yields the tokens of each row, those without a label marked."""
-    opened = _open(file)
+    _, opened = open_parquet(file)
     schema = opened.schema_arrow
     names = [name for name in COLUMNS if name in schema.names]
     if COLUMNS[0] not in names:
@@ -74,7 +71,6 @@ def _documents(file: Path) -> Iterator[np.ndarray]:
 
 
 def _lists(column: Any, where: str) -> list[np.ndarray]:
-    """Returns the lists of a column as arrays."""
     if column.null_count or column.flatten().null_count:
         raise ConfigError(f"{where}: a row, or a number in it, is missing (null).")
     lengths = column.value_lengths().to_numpy(zero_copy_only=False)
@@ -97,15 +93,3 @@ def _mark_row(values: dict[str, np.ndarray], where: str) -> np.ndarray:
     if "attention_mask" in values:
         unlabeled |= values["attention_mask"] == 0
     return np.where(unlabeled, mark_unlabeled(tokens), tokens)
-
-
-def _open(file: Path) -> Any:
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise missing_package("pyarrow", "parquet", f"reading {file}") from None
-    try:
-        return ParquetFile(file)
-    except (ArrowInvalid, OSError) as error:
-        raise ConfigError(f"{file} is not a Parquet file, or is damaged: {error}") from error

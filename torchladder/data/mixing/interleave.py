@@ -18,7 +18,7 @@ the border of a block are computed without the blocks before it: any row costs o
 The counts at a border S take two steps:
 
 1. At S - W, round r * p down for each source; give the rows still missing to sources that were rounded, the earliest
-   deadlines first. The rule can continue from these counts forever: what must come by some t > S - W has room. (If
+   deadlines first. The rule can continue from these counts forever: what must come by any t > S - W has room. (If
    every source that was given a row has its next deadline by t too, the sum over all sources says so. If not, no other
    rounded source has one by t, and each of the rest owes at most its proportion of the time.)
 2. From there the rule runs for W rows, to S. So the deadlines after S can be met, since the rule could just continue;
@@ -113,18 +113,14 @@ class WeightedInterleave:
         row = number * self._block_rows
         if row == 0:
             return [0] * len(self._numerators)
-        counts = self._rounded_counts(row - self._settle_rows)
-        for source in islice(self._earliest_deadline_first(counts, row - self._settle_rows), self._settle_rows):
-            counts[source] += 1
-        return counts
-
-    def _rounded_counts(self, row: int) -> list[int]:
-        """Returns counts that sum to ``row`` and from which all later deadlines can be met (step 1 above)."""
+        row -= self._settle_rows  # step 1 above
         counts = [row * numerator // self._denominator for numerator in self._numerators]
         rounded = [i for i, numerator in enumerate(self._numerators) if row * numerator % self._denominator]
         by_deadline = sorted(rounded, key=lambda i: (self._deadline(i, counts[i]), i))
         for i in by_deadline[: row - sum(counts)]:
             counts[i] += 1
+        for source in islice(self._earliest_deadline_first(counts, row), self._settle_rows):  # step 2
+            counts[source] += 1
         return counts
 
     def _earliest_deadline_first(self, counts: list[int], row: int, until: list[int] | None = None) -> Iterator[int]:

@@ -9,7 +9,7 @@ P_l is the probability of the language if ``languages`` is set. Otherwise P_l ~ 
 sum of s_j * m_j, is the size of the language: temperature 1 samples languages by size, a large one almost equally
 (multilingual BERT; mT5, arXiv 2010.11934). A source without a language counts as a language by itself.
 
-Example: English has 90 rows, German 10. Temperature 1 gives 0.9 and 0.1; temperature 2 gives
+Example: English has 90 rows, German 10. The proportions are 0.9 and 0.1 at temperature 1. At temperature 2 they are
 sqrt(90) : sqrt(10) = 3 : 1, so 0.75 and 0.25.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from torchladder.data.source_config import SourceConfig
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import require, unknown_name
 
 DomainMultipliers = dict[str, float | dict[str, float]]
 """Language -> domain -> multiplier; or domain -> multiplier, for every language without a multiplier for the domain."""
@@ -48,13 +48,13 @@ class MixtureWeights:
             ConfigError: a language or domain has no source, a source lacks a language or domain or has one without
                 a setting, or a number is out of range.
         """
-        _require(
+        require(
             self.temperature is None or 0 < self.temperature < math.inf,
-            f"temperature = {self.temperature}: must be a finite number above 0.",
+            f"data.temperature = {self.temperature}: must be a finite number above 0.",
         )
-        _require(
+        require(
             self.temperature is None or not self.languages,
-            "languages and temperature both set the proportions of languages: set one.",
+            "data: languages and temperature both set the proportions of languages: set one.",
         )
         _check_positive("languages", self.languages)
         _check_positive("domains", {key: value for key, value in self.domains.items() if not isinstance(value, dict)})
@@ -71,15 +71,14 @@ class MixtureWeights:
             rows_per_epoch: the size of each source; it counts only if domains, languages or temperature are set.
         """
         for source in sources:
-            _require(
-                0 <= source.weight < math.inf, f"the weight of {source.title} is {source.weight}: must be 0 or more."
-            )
+            weight = source.weight
+            require(0 <= weight < math.inf, f"the weight of the source {source.title} is {weight}: must be 0 or more.")
         by_size = bool(self.domains or self.languages) or self.temperature is not None
         amounts = [
             Fraction(str(source.weight)) * (size * Fraction(str(self._multiplier(source))) if by_size else 1)
             for source, size in zip(sources, rows_per_epoch, strict=True)
         ]
-        _require(any(amounts), "all weights are 0: at least one must be above 0.")
+        require(any(amounts), "data.sources: all weights are 0: at least one must be above 0.")
         groups = [source.language or f"source {i}" for i, source in enumerate(sources)]
         totals = {group: sum(a for g, a in zip(groups, amounts, strict=True) if g == group) for group in groups}
         probabilities = {group: self._probability(group, total) for group, total in totals.items() if total}
@@ -109,7 +108,9 @@ class MixtureWeights:
             if language not in present:
                 raise unknown_name("language in data.languages, which no source has:", language, present - {""})
         for source in sources:
-            _require(bool(source.language), f"the source {source.title} needs a language, because languages are set.")
+            require(
+                bool(source.language), f"the source {source.title} needs a language, because data.languages is set."
+            )
             if source.language not in self.languages:
                 raise unknown_name(f"language of the source {source.title}", source.language, self.languages)
 
@@ -123,7 +124,7 @@ class MixtureWeights:
                 continue
             if key not in languages:
                 raise unknown_name("language in data.domains, which no source has:", key, languages - {""})
-            _require(bool(value), f"domains.{key} is empty: set the multiplier of at least one domain.")
+            require(bool(value), f"data.domains.{key} is empty: set the multiplier of at least one domain.")
             _check_positive(f"domains.{key}", value)
             for domain in value:
                 if (key, domain) not in pairs:
@@ -131,7 +132,7 @@ class MixtureWeights:
                     raise unknown_name(f"domain in data.domains.{key}, which no source has:", domain, known - {""})
         everywhere = {key for key, value in self.domains.items() if not isinstance(value, dict)}
         for source in sources:
-            _require(bool(source.domain), f"the source {source.title} needs a domain, because domains are set.")
+            require(bool(source.domain), f"the source {source.title} needs a domain, because data.domains is set.")
             of_language = self.domains.get(source.language, {})
             known = {*(of_language if isinstance(of_language, dict) else ()), *everywhere}
             if source.domain not in known:
@@ -140,12 +141,7 @@ class MixtureWeights:
 
 def _check_positive(where: str, numbers: Mapping[str, float]) -> None:
     for key, value in numbers.items():
-        _require(
+        require(
             0 < value < math.inf,
-            f"{where}.{key} = {value}: must be a finite number above 0; data.exclude leaves sources out.",
+            f"data.{where}.{key} = {value}: must be a finite number above 0; data.exclude leaves sources out.",
         )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"data: {message}")

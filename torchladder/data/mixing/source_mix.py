@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 
 from torchladder.data.corpus import Corpus
 from torchladder.data.dataloader import SourceUsage
 from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.packing.spans import Packing
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError, require, unknown_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class SourceMix:
         packings: rows of each source.
         repeats: whether each source starts over when all of it has been read.
         interleave: source of every row.
+        phase_starts: first step of each phase; the first one is 0.
         seq_len: tokens in a row.
         global_batch_size: rows in a step.
     """
@@ -33,6 +35,7 @@ class SourceMix:
     packings: Sequence[Packing]
     repeats: Sequence[bool]
     interleave: PhasedInterleave
+    phase_starts: Sequence[int]
     seq_len: int
     global_batch_size: int
 
@@ -64,15 +67,10 @@ class SourceMix:
         steps = rows / self.global_batch_size
         return max(math.ceil(steps) if all(self.repeats) else math.floor(steps), 1)
 
-    def usage(self, starts: Sequence[int], steps: int) -> list[SourceUsage]:
-        """Returns what each phase reads of each source, phase by phase.
-
-        Args:
-            starts: the first step of each phase; the first one is 0.
-            steps: steps of the run.
-        """
+    def usage(self, steps: int) -> list[SourceUsage]:
+        """Returns what each phase of a run of ``steps`` steps reads of each source, phase by phase."""
         found = []
-        for step, until in zip(starts, [*starts[1:], steps], strict=True):
+        for step, until in pairwise([*self.phase_starts, steps]):
             for i, (corpus, packed) in enumerate(zip(self.corpora, self.packings, strict=True)):
                 before, after = (Fraction(self._rows(i, at)) / packed.rows_per_epoch for at in (step, until))
                 tokens = round((after - before) * corpus.tokens)
@@ -100,10 +98,10 @@ class SourceMix:
             lines.append(f"from step {first // self.global_batch_size:,}: {', '.join(named)}")
         return lines
 
-    def describe_epochs(self, starts: Sequence[int], steps: int) -> list[str]:
+    def describe_epochs(self, steps: int) -> list[str]:
         """Returns a line for each phase with the epochs of each source at its begin and end."""
         lines: dict[str, list[str]] = {}
-        for one in self.usage(starts, steps):
+        for one in self.usage(steps):
             named = lines.setdefault(f"epochs of steps {one.step:,} to {one.step + one.steps - 1:,}: ", [])
             if one.epochs:
                 named.append(f"{one.source} {one.epochs_before:.2f} to {one.epochs_before + one.epochs:.2f}")
@@ -121,15 +119,14 @@ def in_order(weights: list[float] | dict[str, float], labels: Sequence[str]) -> 
         ConfigError: a source is missing, unknown or ambiguous, or the list has another length.
     """
     if not isinstance(weights, dict):
-        if len(weights) != len(labels):
-            raise ConfigError(f"phases: source_weights = {weights}: there are {len(labels)} sources.")
+        equal = len(weights) == len(labels)
+        require(equal, f"phases: source_weights = {weights}: there are {len(labels)} sources.")
         return weights
     for label in weights:
         if label not in labels:
             raise unknown_name("source in phases.source_weights", label, labels)
     missing = [label for label in labels if label not in weights]
-    if missing:
-        raise ConfigError(f"phases: source_weights lacks {', '.join(missing)}; a weight of 0 leaves a source out.")
-    if len(set(labels)) < len(labels):
-        raise ConfigError("phases: source_weights by label: two sources have the same label; set data.sources.label.")
+    require(not missing, f"phases: source_weights lacks {', '.join(missing)}; a weight of 0 leaves a source out.")
+    unique = len(set(labels)) == len(labels)
+    require(unique, "phases: source_weights by label: two sources have the same label; set data.sources.label.")
     return [weights[label] for label in labels]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -123,7 +122,7 @@ class PadPacking(BinPacking):
 
     def assign_rows(self, lengths: np.ndarray) -> np.ndarray:
         ends = np.concatenate([[0], np.cumsum(lengths)])
-        # If a row begins at piece i, the next one begins at next_begin[i]. Following these from piece 0 gives all rows.
+        # If a row begins at piece i, the next one begins at next_begin[i]. Piece 0 leads to all rows.
         next_begin = (np.searchsorted(ends, ends[:-1] + self.seq_len, side="right") - 1).tolist()
         begins_row, piece = np.zeros(len(lengths), np.int64), 0
         while piece < len(lengths):
@@ -175,7 +174,9 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     open_bins: dict[int, list[np.ndarray]] = {}  # space left -> bins
     has_bins = np.zeros(capacity + 1, bool)  # whether open_bins has an entry for a space
     count = 0
-    for length, pieces in _by_length(lengths):
+    by_length = np.argsort(-lengths, kind="stable")
+    values, firsts = np.unique(-lengths[by_length], return_index=True)
+    for length, pieces in zip((-values).tolist(), np.split(by_length, firsts[1:]), strict=True):
         while len(pieces):
             space = length + int(has_bins[length:].argmax())  # the least that is enough
             if has_bins[space]:
@@ -199,11 +200,3 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
                     open_bins.setdefault(left, []).append(group)
                     has_bins[left] = True
     return bins
-
-
-def _by_length(lengths: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields each distinct length, the longest first, with the indices where it occurs."""
-    by_length = np.argsort(-lengths, kind="stable")
-    values, firsts = np.unique(-lengths[by_length], return_index=True)
-    for value, indices in zip(values.tolist(), np.split(by_length, firsts[1:]), strict=True):
-        yield -value, indices

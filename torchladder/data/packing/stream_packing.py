@@ -6,23 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
 from torchladder.data.packing.spans import EMPTY_SPANS, Spans, register
-
-
-class _Epoch(NamedTuple):
-    """One pass over the documents.
-
-    Attributes:
-        documents: (documents,) in the order of the epoch.
-        bounds: (documents + 1,) where each begins in the epoch's tokens, and where the last one ends.
-    """
-
-    documents: np.ndarray
-    bounds: np.ndarray
 
 
 @register("stream")
@@ -40,7 +27,7 @@ class StreamPacking:
     order: Callable[[int], np.ndarray]
     epochs: int | None = None
     efficiency: float = field(default=1.0, init=False)
-    _epochs: dict[int, _Epoch] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _epochs: dict[int, tuple[np.ndarray, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_rows(self) -> int | None:
@@ -62,7 +49,7 @@ class StreamPacking:
         while begin < end:
             epoch, offset = divmod(begin, self._tokens)
             until = min(end - epoch * self._tokens, self._tokens)
-            pieces.append(self._cut(self._epoch(epoch), offset, until))
+            pieces.append(self._cut(epoch, offset, until))
             begin += until - offset
         # Most rows lie within one epoch: nothing to concatenate.
         return pieces[-1] if len(pieces) < 3 else Spans(*map(np.concatenate, zip(*pieces, strict=True)))
@@ -71,22 +58,25 @@ class StreamPacking:
     def _tokens(self) -> int:
         return int(self.lengths.sum())
 
-    def _cut(self, epoch: _Epoch, begin: int, end: int) -> Spans:
+    def _cut(self, epoch: int, begin: int, end: int) -> Spans:
         """Returns the spans of the tokens ``begin .. end`` of one epoch."""
-        first = int(epoch.bounds.searchsorted(begin, side="right")) - 1
-        last = int(epoch.bounds.searchsorted(end, side="left"))
-        bounds = epoch.bounds[first : last + 1].copy()
-        bounds[0], bounds[-1] = begin, end  # only the first and the last document can be cut
-        starts = epoch.bounds[first:last]
-        return Spans(epoch.documents[first:last], bounds[:-1] - starts, bounds[1:] - starts)
+        documents, bounds = self._epoch(epoch)
+        first, last = int(bounds.searchsorted(begin, side="right")) - 1, int(bounds.searchsorted(end, side="left"))
+        starts = bounds[first:last]
+        cuts = bounds[first : last + 1].copy()
+        cuts[0], cuts[-1] = begin, end  # only the first and the last document can be cut
+        return Spans(documents[first:last], cuts[:-1] - starts, cuts[1:] - starts)
 
-    def _epoch(self, number: int) -> _Epoch:
-        """Returns an epoch; keeps the last two, since workers read on both sides of a border."""
+    def _epoch(self, number: int) -> tuple[np.ndarray, ...]:
+        """Returns an epoch's documents in order, and their bounds in its tokens: (documents + 1,), from 0.
+
+        Keeps the last two epochs, since workers read on both sides of a border.
+        """
         if number not in self._epochs:
             documents = self.order(number)
             bounds = np.zeros(len(documents) + 1, np.int64)
             np.cumsum(self.lengths[documents], out=bounds[1:])
             while len(self._epochs) > 1:
                 del self._epochs[next(iter(self._epochs))]
-            self._epochs[number] = _Epoch(documents, bounds)
+            self._epochs[number] = documents, bounds
         return self._epochs[number]

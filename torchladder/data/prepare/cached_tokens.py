@@ -6,31 +6,22 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 from torchladder.data.disk_cache import build_once
 from torchladder.data.formats.indexed import IndexedWriter, dtype_for
 from torchladder.data.prepare.document_encoder import DocumentEncoder, batch_by_chars
 from torchladder.data.prepare.progress import PrepareProgress
-from torchladder.data.sources import Document, TextSource, held_out
+from torchladder.data.sources import Document, TextSource, check_validation_fraction, held_out
 from torchladder.data.tokenizer import Tokenizer
-from torchladder.registry import ConfigError
 
 CACHE_VERSION = 2
 """Increment when the same text and tokenizer produce other files: entries of older versions are then ignored."""
 
 
-class CachedTokens(NamedTuple):
-    """A tokenized source: the prefixes of its two .bin/.idx datasets. Either may hold no documents."""
-
-    train: Path
-    validation: Path
-
-
 def tokenize_cached(
     source: TextSource, tokenizer: Tokenizer, cache: Path, validation_fraction: float = 0.02, bos: bool = False
-) -> CachedTokens:
-    """Returns the tokens of a source from the cache; tokenizes it on first use.
+) -> Path:
+    """Tokenizes a source on first use; returns the cache's folder with its .bin/.idx datasets train and validation.
 
     The cache key is a hash of the content: the same documents, tokenizer, split and ``bos`` share an entry, wherever
     the files lie and whenever they were modified. Files are read for that hash once per (name, size, time).
@@ -46,9 +37,10 @@ def tokenize_cached(
         ConfigError: the tokenizer has no bos token or returns ids outside its vocabulary, ``validation_fraction`` is
             not in [0, 1), or a document cannot be read.
     """
-    _encoder(tokenizer, validation_fraction, bos)  # fails before the files are hashed
+    check_validation_fraction(validation_fraction)
+    encoder = DocumentEncoder(tokenizer, bos=bos, threads=os.cpu_count() or 1)
     stamp = cache / "fingerprints" / source.stamp()
-    content = build_once(stamp, lambda path: _write_text(path, source.fingerprint())).read_text()
+    content = build_once(stamp, lambda path: path.write_text(source.fingerprint())).read_text()
     settings = {
         "format": CACHE_VERSION,
         "source": content,
@@ -59,26 +51,18 @@ def tokenize_cached(
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
     def build(folder: Path) -> None:
-        tokenize_source(source, tokenizer, folder, validation_fraction, bos)
-        _write_text(folder / "settings.json", json.dumps({"name": source.name, **settings}, indent=2))
+        _write_splits(source, encoder, folder, validation_fraction)
+        (folder / "settings.json").write_text(json.dumps({"name": source.name, **settings}, indent=2))
 
-    folder = build_once(cache / "tokens" / key, build)
-    return CachedTokens(folder / "train", folder / "validation")
+    return build_once(cache / "tokens" / key, build)
 
 
-def tokenize_source(
-    source: TextSource, tokenizer: Tokenizer, folder: Path, validation_fraction: float = 0.02, bos: bool = False
-) -> CachedTokens:
-    """Tokenizes a source into the datasets ``train`` and ``validation`` of a folder, and shows progress.
-
-    Arguments and errors are those of :func:`tokenize_cached`.
-    """
-    encoder = _encoder(tokenizer, validation_fraction, bos)
-    out = CachedTokens(folder / "train", folder / "validation")
-    dtype = dtype_for(tokenizer.vocab_size)
+def _write_splits(source: TextSource, encoder: DocumentEncoder, folder: Path, validation_fraction: float) -> None:
+    """Tokenizes a source into the datasets ``train`` and ``validation`` of a folder, and shows progress."""
+    dtype = dtype_for(encoder.tokenizer.vocab_size)
     with (
-        IndexedWriter(out.train, dtype) as train,
-        IndexedWriter(out.validation, dtype) as validation,
+        IndexedWriter(folder / "train", dtype) as train,
+        IndexedWriter(folder / "validation", dtype) as validation,
         PrepareProgress(source.name, source.size()) as progress,
     ):
         for documents in batch_by_chars(source.documents(), lambda document: document.text):
@@ -90,14 +74,3 @@ def tokenize_source(
                 tokens, lengths = encoder(texts, lambda n, names=names: f"{source.name}, {names[n]}")  # type: ignore[misc]
                 writer.extend(tokens, lengths)
                 progress.update(len(chosen), len(tokens), sum(document.size for document in chosen))
-    return out
-
-
-def _encoder(tokenizer: Tokenizer, validation_fraction: float, bos: bool) -> DocumentEncoder:
-    if not 0 <= validation_fraction < 1:
-        raise ConfigError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1.")
-    return DocumentEncoder(tokenizer, bos=bos, threads=os.cpu_count() or 1)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -13,12 +13,10 @@ import json
 import os
 import shutil
 import uuid
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, dtype_for
 from torchladder.data.prepare import merging, metadata
@@ -26,10 +24,16 @@ from torchladder.data.prepare.document_encoder import DocumentEncoder, batch_by_
 from torchladder.data.prepare.executor import Executor
 from torchladder.data.prepare.metadata import DatasetMetadata
 from torchladder.data.prepare.progress import PrepareProgress
-from torchladder.data.prepare.tasks import PrepareConfig, PrepareTask, expand_inputs, select_shard, split_into_tasks
+from torchladder.data.prepare.tasks import (
+    PrepareConfig,
+    PrepareTask,
+    expand_inputs,
+    file_stamp,
+    select_shard,
+    split_into_tasks,
+)
 from torchladder.data.text.document_reader import DocumentReader, OnError, document_location, summarize_skipped
-from torchladder.data.text.file_formats import FileSlice
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +74,14 @@ class PartWriter:
         # A unique name: a worker that was given up for lost may still be writing the same part.
         name = f"{task.key}-{uuid.uuid4().hex[:8]}"
         with IndexedWriter(self.folder / name, dtype_for(self.encoder.tokenizer.vocab_size)) as writer:
-            for batch in batch_by_chars(_task_documents(reader, task), lambda document: document[2]):
+            documents = ((part, *document) for part in task.slices for document in reader.read(part))
+            for batch in batch_by_chars(documents, lambda document: document[2]):
                 texts = [text for _, _, text in batch]
                 writer.extend(*self.encoder(texts, lambda n, batch=batch: document_location(*batch[n][:2])))  # type: ignore[misc]
-        _check_unchanged(task)
-        part = PreparedPart(
+        for part, stamp in zip(task.slices, task.stamps, strict=True):
+            unchanged = file_stamp(part.path.stat()) == stamp
+            require(unchanged, f"{part.path} changed while it was being read; run the same command again.")
+        prepared = PreparedPart(
             key=task.key,
             pair=name,
             documents=len(writer.lengths),
@@ -84,34 +91,26 @@ class PartWriter:
             on_error=self.on_error,
             checksums=writer.checksums,
         )
-        metadata.write_metadata(self.folder / task.key, part)
-        return part
-
-
-def _task_documents(reader: DocumentReader, task: PrepareTask) -> Iterator[tuple[FileSlice, int | None, str]]:
-    """Yields the file slice, the number within it, and the text of each document."""
-    for part in task.slices:
-        for number, text in reader.read(part):
-            yield part, number, text
-
-
-def _check_unchanged(task: PrepareTask) -> None:
-    """Raises ConfigError if a file has changed since the tasks were planned."""
-    for part, stamp in zip(task.slices, task.stamps, strict=True):
-        stat = part.path.stat()
-        if (stat.st_size, stat.st_mtime_ns) != stamp:
-            raise ConfigError(f"{part.path} changed while it was being read; run the same command again.")
+        metadata.write_metadata(self.folder / task.key, prepared)
+        return prepared
 
 
 def prepare_dataset(config: PrepareConfig, executor: Executor) -> DatasetMetadata:
     """Prepares a dataset, or continues an interrupted preparation; returns the dataset's metadata.
 
     Raises:
-        ConfigError: an input cannot be read, the output exists with other settings, or another process is preparing
-            it.
+        ConfigError: an input cannot be read, the output has other settings, or another process is preparing it.
     """
-    files = expand_inputs(config.inputs)
-    wanted = _planned_metadata(config, files)
+    files, tokenizer = expand_inputs(config.inputs), config.encoder.tokenizer
+    name_and_ids = {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    wanted = DatasetMetadata(
+        dtype=str(dtype_for(tokenizer.vocab_size)),
+        tokenizer=name_and_ids | config.encoder.special_ids,
+        text_key=config.text_key,
+        on_error=config.on_error,
+        shard=list(config.shard) if config.shard else None,
+        sources=[{"path": str(path), "bytes": path.stat().st_size} for path in files],
+    )
     with _lock_parts(config.prefix) as folder:
         done = _existing_output(config.prefix, wanted, config.overwrite)
         if done is None:
@@ -121,30 +120,8 @@ def prepare_dataset(config: PrepareConfig, executor: Executor) -> DatasetMetadat
     return done
 
 
-def _planned_metadata(config: PrepareConfig, files: Sequence[Path]) -> DatasetMetadata:
-    """Returns the output's metadata as far as it is known before the work: the settings and the sources."""
-    tokenizer = config.encoder.tokenizer
-    return DatasetMetadata(
-        dtype=str(dtype_for(tokenizer.vocab_size)),
-        tokenizer={
-            "name": config.tokenizer,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            **config.encoder.special_ids,
-        },
-        text_key=config.text_key,
-        on_error=config.on_error,
-        shard=list(config.shard) if config.shard else None,
-        sources=[{"path": str(path), "bytes": path.stat().st_size} for path in files],
-    )
-
-
 def _existing_output(prefix: str, wanted: DatasetMetadata, overwrite: bool) -> DatasetMetadata | None:
-    """Returns the metadata of an output that is complete and has the wanted settings; None if there is work to do.
-
-    Raises:
-        ConfigError: the output exists with other settings or another origin, and ``overwrite`` is not set.
-    """
+    """Returns the metadata of an output that is complete and has the wanted settings; None if there is work to do."""
     index = Path(f"{prefix}.idx")
     found = metadata.read_metadata(prefix)
     if found is None:
@@ -169,7 +146,12 @@ def _make_parts(
     config: PrepareConfig, tasks: list[PrepareTask], folder: Path, executor: Executor
 ) -> list[PreparedPart]:
     """Returns the part of each task in order; runs the tasks whose part does not exist yet."""
-    done = {task.key: part for task in tasks if (part := _read_part(folder, task.key, config.on_error))}
+    done: dict[str, PreparedPart] = {}
+    for task in tasks:
+        path = metadata.metadata_path(folder / task.key)
+        part = PreparedPart(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if part and (part.on_error == config.on_error or not part.skipped):
+            done[task.key] = part
     num_bytes = {task.key: task.num_bytes for task in tasks}
     writer = PartWriter(folder, config.encoder, config.text_key, config.on_error)
     done_bytes = sum(num_bytes[key] for key in done)
@@ -181,25 +163,9 @@ def _make_parts(
             progress.update(part.documents, part.tokens, num_bytes[part.key])
         parts = [done[task.key] for task in tasks]
         examples = {reason: example for part in reversed(parts) for reason, example in part.examples.items()}
-        for line in summarize_skipped(_count_skipped(parts), examples):
+        for line in summarize_skipped(metadata.count_skipped(parts), examples):
             progress.print(f"{config.on_error}: {line}")
     return parts
-
-
-def _count_skipped(parts: list[PreparedPart]) -> dict[str, int]:
-    return dict(sorted(sum((Counter(part.skipped) for part in parts), Counter[str]()).items()))
-
-
-def _read_part(folder: Path, key: str, on_error: str) -> PreparedPart | None:
-    """Returns a part from an earlier run, None if there is none with the same ``on_error``.
-
-    A part without skipped documents is the same for every ``on_error``.
-    """
-    path = metadata.metadata_path(folder / key)
-    if not path.is_file():
-        return None
-    part = PreparedPart(**json.loads(path.read_text(encoding="utf-8")))
-    return part if part.on_error == on_error or not part.skipped else None
 
 
 def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list[PreparedPart]) -> DatasetMetadata:
@@ -217,20 +183,16 @@ def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list
                 )
             yield IndexedTokens(folder / part.pair)
 
-    return merging.write_merged(prefix, verified(), dataclasses.replace(wanted, skipped=_count_skipped(parts)))
+    return merging.write_merged(prefix, verified(), dataclasses.replace(wanted, skipped=metadata.count_skipped(parts)))
 
 
 @contextmanager
 def _lock_parts(prefix: str) -> Iterator[Path]:
-    """Creates the folder of parts and yields it under an exclusive lock.
-
-    Raises:
-        ConfigError: another process holds the lock, or the folder cannot be written.
-    """
+    """Creates the folder of parts and yields it under an exclusive lock."""
     folder = Path(f"{prefix}.parts")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock: Any = open(folder / "lock", "w")  # noqa: SIM115 - closed below
+        lock = open(folder / "lock", "w")  # noqa: SIM115 - entered below, outside of this except
     except OSError as error:
         raise ConfigError(f"the output folder {folder.parent} cannot be written: {error}.") from error
     with lock:

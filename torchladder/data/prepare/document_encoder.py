@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from torchladder.data.formats.indexed import find_out_of_range
 from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError
 
@@ -60,12 +61,11 @@ class DocumentEncoder:
         pieces = [piece for ids in encoded for piece in (*bos, ids, *eos)]
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + len(bos) + len(eos)
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
-            place = int(np.flatnonzero((tokens < 0) | (tokens >= self.tokenizer.vocab_size))[0])
-            document = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+        size = self.tokenizer.vocab_size
+        if invalid := find_out_of_range(tokens, lengths, 0, size - 1):
+            token, document = invalid
             raise ConfigError(
-                f"{location(document)}: the tokenizer returns token {tokens[place]}, "
-                f"but its vocabulary has {self.tokenizer.vocab_size} tokens."
+                f"{location(document)}: the tokenizer returns token {token}, but its vocabulary has {size} tokens."
             )
         return tokens, lengths
 

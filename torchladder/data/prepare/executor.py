@@ -18,8 +18,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from torchladder.data.extras import missing_package
-from torchladder.registry import ConfigError, Registry
+from torchladder.data.extras import import_extra
+from torchladder.registry import ConfigError, Registry, require
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -34,61 +34,36 @@ class Executor(Protocol):
 registry: Registry[Executor] = Registry("executor")
 
 
-@registry.register("local")
-def local_executor(workers: int | None = None) -> Executor:
-    """Worker processes of this machine.
-
-    Args:
-        workers: number of processes; 1 runs in the calling process, None uses every available CPU.
-    """
-    count = available_cpus() if workers is None else workers
-    if count < 1:
-        raise ConfigError(f"workers is {count}; it must be 1 or more.")
-    return ProcessPool(count)
-
-
-@registry.register("ray")
-def ray_executor(workers: int | None = None) -> Executor:
-    """A Ray cluster: the one that RAY_ADDRESS names or that runs on this machine, else a new local one.
-
-    Inputs and outputs must lie under the same path on every node.
-
-    Args:
-        workers: number of actors, one CPU each; None uses every CPU of the cluster.
-    """
-    try:
-        import ray as library
-    except ImportError:
-        raise missing_package("ray", "ray", "--executor ray") from None
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}; it must be 1 or more.")
-    return RayPool(library, workers)
-
-
 def available_cpus() -> int:
     """Returns the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@registry.register("local")
 @dataclass(frozen=True)
-class ProcessPool:
+class LocalExecutor:
     """Worker processes of this machine.
 
     They fork from a server process that has only imported the library: they start fast, and inherit neither threads
     nor open files from the caller.
+
+    Args:
+        workers: number of processes; 1 runs in the calling process, None uses every available CPU.
     """
 
-    workers: int
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.workers is None or self.workers > 0, f"workers is {self.workers}; it must be 1 or more.")
 
     def __call__(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        if min(self.workers, len(tasks)) < 2:  # not worth a process, which takes seconds to start
+        workers = min(self.workers or available_cpus(), len(tasks))
+        if workers < 2:  # not worth a process, which takes seconds to start
             yield from map(function, tasks)
             return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([name for name in sys.modules if name.startswith("torchladder.")])
-        pool = ProcessPoolExecutor(
-            min(self.workers, len(tasks)), mp_context=context, initializer=_init_worker, initargs=(function,)
-        )
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(function,))
         try:
             for future in as_completed([pool.submit(_run_task, task) for task in tasks]):
                 yield future.result()
@@ -110,32 +85,41 @@ def _init_worker(function: Callable[[Any], Any]) -> None:
     global _worker_function
     _worker_function = function
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """Exits as soon as the parent process has ended, even after SIGKILL."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
+    assert parent is not None
+
+    def exit_with_parent() -> None:
+        parent.join()  # returns even after SIGKILL
         os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _run_task(task: Any) -> Any:
     return _worker_function(task)
 
 
+@registry.register("ray")
 @dataclass(frozen=True)
-class RayPool:
-    """Actors of a Ray cluster."""
+class RayExecutor:
+    """A Ray cluster: the one that RAY_ADDRESS names or that runs on this machine, else a new local one.
 
-    ray: Any
-    workers: int | None
+    Inputs and outputs must lie under the same path on every node.
+
+    Args:
+        workers: number of actors, one CPU each; None uses every CPU of the cluster.
+    """
+
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        import_extra("ray", "ray", "--executor ray")
+        require(self.workers is None or self.workers > 0, f"workers is {self.workers}; it must be 1 or more.")
 
     def __call__(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         if not tasks:
             return
-        ray = self.ray
+        ray = import_extra("ray", "ray", "--executor ray")
         started_here = not ray.is_initialized()
         if started_here:
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
@@ -159,8 +143,6 @@ class RayPool:
 
 @dataclass(frozen=True)
 class _RayWorker:
-    """An actor on a node of the cluster."""
-
     function: Callable[[Any], Any]
 
     def run_task(self, task: Any) -> Any:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, prefix_of
 from torchladder.data.prepare import metadata
 from torchladder.data.prepare.metadata import DatasetMetadata
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 COPY_TOKENS = 1 << 24
 """Tokens that are copied at once, rounded to whole documents."""
@@ -32,11 +30,11 @@ def write_merged(output: str, datasets: Iterable[IndexedTokens], about: DatasetM
     """
     with IndexedWriter(output, np.dtype(about.dtype)) as writer:
         for dataset in datasets:
-            if dataset.dtype != writer.dtype:
-                raise ConfigError(
-                    f"{dataset.prefix} stores tokens as {dataset.dtype}, the datasets before it as {writer.dtype}; "
-                    "merge datasets of one dtype."
-                )
+            require(
+                dataset.dtype == writer.dtype,
+                f"{dataset.prefix} stores tokens as {dataset.dtype}, the datasets before it as {writer.dtype}; "
+                "merge datasets of one dtype.",
+            )
             for tokens, lengths in _document_batches(dataset):
                 writer.extend(tokens, lengths)
         metadata.metadata_path(output).unlink(missing_ok=True)  # it describes the dataset that is being replaced
@@ -79,10 +77,11 @@ def merge_datasets(output: str, inputs: Sequence[str], overwrite: bool = False) 
         ConfigError: an input is missing, damaged or named twice, or the inputs do not belong together.
     """
     prefixes = [prefix_of(name) for name in inputs]
-    if len(set(prefixes)) < len(prefixes) or prefix_of(output) in prefixes:
-        raise ConfigError("name each input once, and an output that is not one of them.")
-    if not overwrite and Path(f"{prefix_of(output)}.bin").exists():
-        raise ConfigError(f"{prefix_of(output)}.bin already exists; --overwrite replaces it.")
+    target = prefix_of(output)
+    different = len({target, *prefixes}) == 1 + len(prefixes)
+    require(different, "name each input once, and an output that is not one of them.")
+    replaceable = overwrite or not Path(f"{target}.bin").exists()
+    require(replaceable, f"{target}.bin already exists; --overwrite replaces it.")
     datasets = [(IndexedTokens(prefix), metadata.read_metadata(prefix)) for prefix in prefixes]
     known = [about for _, about in datasets if about is not None]
     merged = _merge_metadata(known) if len(known) == len(datasets) else None
@@ -90,8 +89,7 @@ def merge_datasets(output: str, inputs: Sequence[str], overwrite: bool = False) 
         datasets = _sort_shards(datasets)
     for dataset, about in datasets:
         corrupt = about and metadata.find_corrupt_file(dataset.prefix, about.checksums)
-        if corrupt:
-            raise ConfigError(f"{corrupt} is damaged: it differs from its checksum in {dataset.prefix}.json.")
+        require(not corrupt, f"{corrupt} is damaged: it differs from its checksum in {dataset.prefix}.json.")
     merged = merged or DatasetMetadata(dtype=datasets[0][0].dtype.name)
     return write_merged(output, [dataset for dataset, _ in datasets], merged)
 
@@ -100,42 +98,27 @@ Datasets = list[tuple[IndexedTokens, DatasetMetadata | None]]
 
 
 def _sort_shards(datasets: Datasets) -> Datasets:
-    """Returns the shards of one preparation in order.
-
-    Raises:
-        ConfigError: a shard is missing, or the shards are of several preparations.
-    """
+    """Returns the shards of one preparation in order."""
     shards = {about.shard[0]: (dataset, about) for dataset, about in datasets if about and about.shard}
     counts = [about.shard[1] for _, about in datasets if about and about.shard]
-    first = next(about for _, about in datasets if about and about.shard)
-    for dataset, about in datasets:
-        if about is None or about.shard is None or _without_shard(about) != _without_shard(first):
-            raise ConfigError(f"{dataset.prefix} is not a shard of the same preparation as the others.")
+    settings = [about and {**about.settings(), "shard": about.shard and about.shard[1]} for _, about in datasets]
+    expected = next(found for found in settings if found and found["shard"])
+    for (dataset, _), found in zip(datasets, settings, strict=True):
+        require(found == expected, f"{dataset.prefix} is not a shard of the same preparation as the others.")
     missing = sorted(set(range(counts[0])) - set(shards))
-    if missing or len(set(counts)) > 1 or len(datasets) != counts[0]:
+    if missing or len(datasets) != counts[0]:
         named = ", ".join(f"{index}/{counts[0]}" for index in missing) or "none"
         raise ConfigError(f"got {len(datasets)} of {counts[0]} shards; missing: {named}.")
     return [shards[index] for index in sorted(shards)]
 
 
-def _without_shard(about: DatasetMetadata) -> dict[str, Any]:
-    return {**about.settings(), "shard": None}
-
-
 def _merge_metadata(known: Sequence[DatasetMetadata]) -> DatasetMetadata:
-    """Returns the settings, sources and skipped documents of several datasets as one.
-
-    Raises:
-        ConfigError: the datasets differ in their tokenizer or in the tokens that begin and end documents.
-    """
+    """Returns the settings, sources and skipped documents of several datasets as one."""
     first = known[0].settings()["tokenizer"]
     for about in known:
-        if about.settings()["tokenizer"] != first:
-            raise ConfigError(
-                f"the inputs have different tokenizers or bos/eos tokens: {first} and {about.settings()['tokenizer']}."
-            )
+        found = about.settings()["tokenizer"]
+        require(found == first, f"the inputs have different tokenizers or bos/eos tokens: {first} and {found}.")
     # All shards of a preparation list all of its sources.
     same_sources = all(about.sources == known[0].sources and about.shard for about in known)
     sources = known[0].sources if same_sources else [source for about in known for source in about.sources]
-    skipped = sum((Counter(about.skipped) for about in known), Counter[str]())
-    return dataclasses.replace(known[0], sources=sources, skipped=dict(sorted(skipped.items())), shard=None)
+    return dataclasses.replace(known[0], sources=sources, skipped=metadata.count_skipped(known), shard=None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,11 @@ class DatasetMetadata:
         settings = {key: getattr(self, key) for key in keys}
         # The fingerprint identifies a tokenizer, its name on the command line does not.
         return settings | {"tokenizer": {key: value for key, value in self.tokenizer.items() if key != "name"}}
+
+
+def count_skipped(parts: Iterable[Any]) -> dict[str, int]:
+    """Returns the sum of ``skipped`` of several datasets or parts, sorted by reason."""
+    return dict(sorted(sum((Counter(part.skipped) for part in parts), Counter[str]()).items()))
 
 
 def metadata_path(prefix: str | Path) -> Path:

@@ -15,7 +15,7 @@ from torchladder.data.text import file_formats
 from torchladder.data.text.document_reader import DocumentReader, OnError
 from torchladder.data.text.file_formats import FileSlice
 from torchladder.data.text.text_files import match_text_files
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 TASK_VERSION = 1
 """Increment when the same text and tokenizer produce other parts: unfinished parts of older versions are ignored."""
@@ -52,12 +52,11 @@ class PrepareConfig:
     part_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.inputs or not all(self.inputs):
-            raise ConfigError("there is no input: name files, folders or globs.")
-        if self.shard is not None and not 0 <= self.shard[0] < self.shard[1]:
-            raise ConfigError(f"shard is {self.shard[0]}/{self.shard[1]}; N shards are numbered 0/N to N-1/N.")
-        if self.part_bytes is not None and self.part_bytes < 1:
-            raise ConfigError(f"part_bytes is {self.part_bytes}; it must be 1 or more.")
+        require(bool(self.inputs) and all(self.inputs), "there is no input: name files, folders or globs.")
+        index, count = self.shard or (0, 1)
+        require(0 <= index < count, f"shard is {index}/{count}; N shards are numbered 0/N to N-1/N.")
+        in_range = self.part_bytes is None or self.part_bytes > 0
+        require(in_range, f"part_bytes is {self.part_bytes}; it must be 1 or more.")
         DocumentReader(self.text_key, self.on_error)  # checks both
 
     @property
@@ -95,8 +94,8 @@ def expand_inputs(inputs: Sequence[str]) -> list[Path]:
     files: dict[str, Path] = {}
     for pattern in inputs:
         for path in match_text_files(pattern):
-            if os.path.abspath(path) in files:
-                raise ConfigError(f"{path} matches two inputs, so its documents would be in the output twice.")
+            new = os.path.abspath(path) not in files
+            require(new, f"{path} matches two inputs, so its documents would be in the output twice.")
             files[os.path.abspath(path)] = path
     return list(files.values())
 
@@ -117,16 +116,19 @@ def split_into_tasks(config: PrepareConfig, files: Sequence[Path]) -> list[Prepa
             group_bytes += part.size
     encoder = config.encoder
     settings = [TASK_VERSION, encoder.tokenizer.fingerprint, encoder.special_ids, config.text_key]
-    return [_task(group, stats, settings) for group in groups if group]
+    tasks = []
+    for group in filter(None, groups):
+        stamps = tuple(file_stamp(stats[part.path]) for part in group)
+        places = [(os.path.abspath(part.path), part.begin, part.end) for part in group]
+        content = [(*place, stamp) for place, stamp in zip(places, stamps, strict=True)]
+        key = hashlib.sha256(json.dumps([*settings, content]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        tasks.append(PrepareTask(key, tuple(group), stamps))
+    return tasks
 
 
-def _task(slices: list[FileSlice], stats: dict[Path, os.stat_result], settings: list[object]) -> PrepareTask:
-    stamps = tuple((stats[part.path].st_size, stats[part.path].st_mtime_ns) for part in slices)
-    content = [
-        (os.path.abspath(part.path), part.begin, part.end, stamp) for part, stamp in zip(slices, stamps, strict=True)
-    ]
-    key = hashlib.sha256(json.dumps([*settings, content]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return PrepareTask(key, tuple(slices), stamps)
+def file_stamp(stat: os.stat_result) -> tuple[int, int]:
+    """Returns the size and the modification time in ns, which tell whether a file has changed."""
+    return stat.st_size, stat.st_mtime_ns
 
 
 def select_shard(tasks: list[PrepareTask], shard: tuple[int, int] | None) -> list[PrepareTask]:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torchladder.data.extras import missing_package
-from torchladder.registry import ConfigError
+from torchladder.data.extras import import_extra
+from torchladder.registry import ConfigError, require
 
+SUFFIXES = (".gz", ".zst", ".bz2")
+"""Of compressed files."""
 CHUNK_BYTES = 1 << 20
 """Bytes that are decompressed at once; slices of a compressed file are multiples of it."""
 MAX_COMPRESSED_SLICES = 8
@@ -37,8 +39,18 @@ def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[t
         end: where the next part begins; None reads to the end.
     """
     if path.suffix in SUFFIXES:
-        return _compressed_lines(path, begin, end)
-    return _plain_lines(path, begin, end)
+        yield from _compressed_lines(path, begin, end)
+        return
+    with open(path, "rb") as file:
+        at = begin
+        if begin:
+            file.seek(begin - 1)
+            at += len(file.readline()) - 1  # skips the rest of a line that began before; nothing if one begins here
+        for number, line in enumerate(file, start=1):
+            if end is not None and at >= end:
+                return
+            yield number, line, len(line)
+            at += len(line)
 
 
 def lines_before(path: Path, begin: int) -> int:
@@ -65,19 +77,6 @@ def slice_bytes(path: Path, size: int, target: int) -> int:
         return size  # too slow to decompress again for each slice
     target = max(target, -(-size // MAX_COMPRESSED_SLICES))
     return -(-target // CHUNK_BYTES) * CHUNK_BYTES
-
-
-def _plain_lines(path: Path, begin: int, end: int | None) -> Iterator[tuple[int, bytes, int]]:
-    with open(path, "rb") as file:
-        at = begin
-        if begin:
-            file.seek(begin - 1)
-            at += len(file.readline()) - 1  # skips the rest of a line that began before; nothing if one begins here
-        for number, line in enumerate(file, start=1):
-            if end is not None and at >= end:
-                return
-            yield number, line, len(line)
-            at += len(line)
 
 
 def _compressed_lines(path: Path, begin: int, end: int | None) -> Iterator[tuple[int, bytes, int]]:
@@ -108,11 +107,8 @@ def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields a file's content in order, each chunk with the byte of the file that it was decompressed from.
 
     Concatenated members, as of ``cat a.gz b.gz``, are one content.
-
-    Raises:
-        ConfigError: the file is damaged or truncated.
     """
-    new, failure = SUFFIXES[path.suffix](path)
+    new, failure = _decompressor(path)
     member = None
     with open(path, "rb") as file:
         for at in range(0, path.stat().st_size, CHUNK_BYTES):
@@ -127,25 +123,14 @@ def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
                     f"{path} is not a {path.suffix} file, or is damaged within {CHUNK_BYTES} bytes of byte {at}."
                 ) from error
             yield at, b"".join(decompressed)
-    if member is not None and not member.eof:
-        raise ConfigError(f"{path} is truncated: its last member is incomplete.")
+    require(member is None or member.eof, f"{path} is truncated: its last member is incomplete.")
 
 
-Decompressor = tuple[Callable[[], Any], type[Exception]]
-"""What makes the decompressor of one member, and what that raises on damage."""
-
-
-def _zst(path: Path) -> Decompressor:
-    try:
-        import zstandard
-    except ImportError:
-        raise missing_package("zstandard", "zstd", f"reading {path}") from None
+def _decompressor(path: Path) -> tuple[Callable[[], Any], type[Exception]]:
+    """Returns what makes the decompressor of one member, and what that raises on damage."""
+    if path.suffix == ".gz":
+        return lambda: zlib.decompressobj(wbits=31), zlib.error
+    if path.suffix == ".bz2":
+        return bz2.BZ2Decompressor, OSError
+    zstandard = import_extra("zstandard", "zstd", f"reading {path}")
     return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
-
-
-SUFFIXES: dict[str, Callable[[Path], Decompressor]] = {
-    ".gz": lambda path: (lambda: zlib.decompressobj(wbits=31), zlib.error),
-    ".zst": _zst,
-    ".bz2": lambda path: (bz2.BZ2Decompressor, OSError),
-}
-"""Compressed files by suffix."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from torchladder.data.text import compression
 from torchladder.data.text.file_formats import FileSlice, ParseError, decode_text, format_of
@@ -13,19 +13,6 @@ from torchladder.registry import ConfigError, unknown_name
 OnError = Literal["error", "skip", "repair"]
 """What to do with a document that cannot be read: raise, skip it, or drop the bytes that are not UTF-8 (and skip it if
 that does not help)."""
-
-
-class Text(NamedTuple):
-    """One document of a file.
-
-    Attributes:
-        number: its line or row, from 1; in a slice of an uncompressed file, counted from where the slice begins. None
-            if the file is the document.
-        text: its text, never empty.
-    """
-
-    number: int | None
-    text: str
 
 
 class DocumentReader:
@@ -50,30 +37,31 @@ class DocumentReader:
         self.examples: dict[str, str] = {}
         self.size = 0
 
-    def read(self, file_slice: FileSlice) -> Iterator[Text]:
-        """Yields the documents that begin in a slice.
+    def read(self, file_slice: FileSlice) -> Iterator[tuple[int | None, str]]:
+        """Yields the number and the text of each document that begins in a slice; no text is empty.
+
+        The number is the line or row, from 1; in a slice of an uncompressed file, counted from where the slice begins.
+        None if the file is the document.
 
         Raises:
             ConfigError: one cannot be read and ``on_error`` is "error", or the file as a whole is damaged.
         """
-        for number, found in format_of(file_slice.path).parse(file_slice, self.text_key, self._count_bytes):
+
+        def count_bytes(size: int) -> None:
+            self.size += size
+
+        for number, found in format_of(file_slice.path).parse(file_slice, self.text_key, count_bytes):
             text = found if isinstance(found, ParseError) else decode_text(found)
             if isinstance(text, ParseError):
-                self._count_error(text, file_slice, number)
+                if self.on_error == "error":
+                    place = document_location(file_slice, number)
+                    raise ConfigError(f"{place}: {text.detail}; on_error 'skip' skips such documents.")
+                if text.reason not in self.examples:
+                    self.examples[text.reason] = document_location(file_slice, number)
+                self.skipped[text.reason] += 1
                 text = text.repaired if self.on_error == "repair" else ""
             if text:
-                yield Text(number, text)
-
-    def _count_bytes(self, size: int) -> None:
-        self.size += size
-
-    def _count_error(self, error: ParseError, file_slice: FileSlice, number: int | None) -> None:
-        if self.on_error == "error":
-            place = document_location(file_slice, number)
-            raise ConfigError(f"{place}: {error.detail}; on_error 'skip' skips such documents.")
-        self.skipped[error.reason] += 1
-        if error.reason not in self.examples:
-            self.examples[error.reason] = document_location(file_slice, number)
+                yield number, text
 
 
 def document_location(file_slice: FileSlice, number: int | None) -> str:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchladder.data.extras import missing_package
+from torchladder.data.extras import import_extra
 from torchladder.data.text import compression
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError, require, unknown_name
 
 
 class FileSlice(NamedTuple):
@@ -63,9 +63,6 @@ the slice begins; None if the whole file is one document."""
 
 Parse = Callable[[FileSlice, str, Callable[[int], None]], Iterator[Parsed]]
 """``parse(file_slice, text_key, count_bytes)`` yields the documents of a slice and counts the bytes of the file."""
-
-
-# --- parsing ---------------------------------------------------------------------------------------------------------
 
 
 def _parse_whole(file_slice: FileSlice, text_key: str, count_bytes: Callable[[int], None]) -> Iterator[Parsed]:
@@ -118,7 +115,7 @@ def _parse_csv(file_slice: FileSlice, text_key: str, count_bytes: Callable[[int]
 
 def _parse_parquet(file_slice: FileSlice, text_key: str, count_bytes: Callable[[int], None]) -> Iterator[Parsed]:
     """Yields each row as one document."""
-    arrow, file = _open_parquet(file_slice.path)
+    arrow, file = open_parquet(file_slice.path)
     if text_key not in file.schema_arrow.names:
         raise ConfigError(f"{file_slice.path}: text_key: {unknown_name('column', text_key, file.schema_arrow.names)}")
     kind = file.schema_arrow.field(text_key).type
@@ -170,9 +167,6 @@ def _not_utf8(error: UnicodeDecodeError, raw: bytes) -> ParseError:
     return ParseError("not UTF-8", f"not UTF-8 ({error.reason} at byte {error.start})", raw.decode(errors="ignore"))
 
 
-# --- splitting -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FileFormat:
     """How files of one suffix are parsed and split.
@@ -198,15 +192,9 @@ def split_file(path: Path, size: int, target: int) -> list[FileSlice]:
 
 
 def format_of(path: Path) -> FileFormat:
-    """Returns the format of a file.
-
-    Raises:
-        ConfigError: the suffix is unknown.
-    """
-    suffix = compression.inner_suffix(path)
-    if suffix not in FORMATS:
-        raise ConfigError(f"{path} is no {TEXT_FILES}.")
-    return FORMATS[suffix]
+    """Returns the format of a file; raises ConfigError if its suffix is unknown."""
+    require(is_text_file(path), f"{path} is not a {TEXT_FILES}.")
+    return FORMATS[compression.inner_suffix(path)]
 
 
 def is_text_file(path: Path) -> bool:
@@ -222,7 +210,7 @@ def _split_lines(path: Path, size: int, target: int) -> list[FileSlice]:
 def _split_row_groups(path: Path, size: int, target: int) -> list[FileSlice]:
     if path.suffix != ".parquet":  # compressed as a whole
         return [FileSlice(path, 0, None, size)]
-    metadata = _open_parquet(path)[1].metadata
+    metadata = open_parquet(path)[1].metadata
     sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
     ratio = size / max(sum(sizes), 1)  # stored bytes per uncompressed byte; row groups know only the latter
     slices, begin = [], 0
@@ -234,13 +222,13 @@ def _split_row_groups(path: Path, size: int, target: int) -> list[FileSlice]:
     return slices
 
 
-def _open_parquet(path: Path) -> tuple[Any, Any]:
-    """Returns pyarrow and an open .parquet."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise missing_package("pyarrow", "parquet", f"reading {path}") from None
+def open_parquet(path: Path) -> tuple[Any, Any]:
+    """Returns the package ``pyarrow`` and an open ``ParquetFile``, decompressed if its suffix is that of a compression.
+
+    Raises:
+        ConfigError: pyarrow is not installed, or the file is damaged.
+    """
+    pyarrow = import_extra("pyarrow.parquet", "parquet", f"reading {path}")
     try:
         source = path if path.suffix == ".parquet" else io.BytesIO(compression.read_content(path))
         return pyarrow, pyarrow.parquet.ParquetFile(source)

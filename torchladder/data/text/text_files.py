@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchladder.data.disk_cache import file_sha256
+from torchladder.data.disk_cache import file_sha256, files_key
 from torchladder.data.file_patterns import as_list, match_files, root_of
 from torchladder.data.sources import Document, TextSource, register_text
 from torchladder.data.text import file_formats
 from torchladder.data.text.document_reader import DocumentReader, OnError, summarize_skipped
 from torchladder.data.text.file_formats import FileSlice
-from torchladder.registry import ConfigError
+from torchladder.registry import require
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,8 @@ class TextFiles:
         return sum(path.stat().st_size for _, path in self.files)
 
     def stamp(self) -> str:
-        listing = []
-        for name, path in self.files:
-            stat = path.stat()
-            listing.append((name, os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
-        return hashlib.sha256(repr((self.text_key, self.on_error, listing)).encode()).hexdigest()
+        names, paths = zip(*self.files, strict=True)
+        return files_key(paths, self.text_key, self.on_error, names)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr((self.text_key, self.on_error)).encode())
@@ -74,8 +71,7 @@ def python_stdlib() -> TextSource:
         inner[:] = [name for name in inner if name not in ("site-packages", "dist-packages", "__pycache__")]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     files = tuple(sorted((path.relative_to(root).as_posix(), path) for path in found))
-    if not files:
-        raise ConfigError(f"python-stdlib: this interpreter has no .py files in {root}.")
+    require(bool(files), f"python-stdlib: this interpreter has no .py files in {root}.")
     # Some test files use other encodings, and many __init__.py are empty.
     return TextFiles("python-stdlib", files, on_error="repair", report=False)
 
@@ -95,17 +91,13 @@ def text(path: str | list[str], text_key: str = "text", on_error: OnError = "err
         ConfigError: nothing matches, or no match is a text file.
     """
     patterns = as_list(path)
-    if not patterns or not all(patterns):
-        raise ConfigError("the source text needs a path: a file, a folder, a glob, or a list of those.")
+    given = bool(patterns) and all(patterns)
+    require(given, "the source text needs a path: a file, a folder, a glob, or a list of those.")
     roots = [(root_of(pattern), match_text_files(pattern)) for pattern in patterns]
     files = tuple((file.relative_to(root).as_posix(), file) for root, found in roots for file in found)
     return TextFiles(", ".join(patterns), files, text_key, on_error)
 
 
 def match_text_files(pattern: str) -> list[Path]:
-    """Returns the text files of one pattern, in sorted order.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """Returns the text files of one pattern, in sorted order; raises ConfigError if there are none."""
     return match_files(pattern, file_formats.is_text_file, file_formats.TEXT_FILES)

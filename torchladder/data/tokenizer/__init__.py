@@ -1,18 +1,14 @@
 """Text to token ids and back: tokenizers by name, read from files of the usual formats or trained."""
 
 from torchladder.data.tokenizer.byte_tokenizer import ByteTokenizer
-from torchladder.data.tokenizer.huggingface import HuggingFace, huggingface
-from torchladder.data.tokenizer.sentencepiece import SentencePiece, sentencepiece
-from torchladder.data.tokenizer.tiktoken import Tiktoken, tiktoken
-from torchladder.data.tokenizer.tokenizer_files import load_tokenizer
-from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, register, registry
+from torchladder.data.tokenizer.huggingface import huggingface
+from torchladder.data.tokenizer.sentencepiece import sentencepiece
+from torchladder.data.tokenizer.tiktoken import tiktoken
+from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, load_tokenizer, register, registry
 from torchladder.data.tokenizer.tokenizer_training import TokenizerTrainingConfig, train_tokenizer
 
 __all__ = [
     "ByteTokenizer",
-    "HuggingFace",
-    "SentencePiece",
-    "Tiktoken",
     "Tokenizer",
     "TokenizerTrainingConfig",
     "huggingface",

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from torchladder.data.extras import missing_package
-from torchladder.data.tokenizer import tokenizer_files
-from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, register
+from torchladder.data.extras import import_extra
+from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, find_tokenizer_file, kind_hint, register
 from torchladder.registry import ConfigError, unknown_name
 
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]")
@@ -21,7 +20,7 @@ EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
 
 @register("huggingface", "tokenizer.json", lambda content: content.lstrip().startswith(b"{"))
 def huggingface(path: str = "", bos_token: str = "", eos_token: str = "") -> Tokenizer:
-    """A ``tokenizer.json``, with the ``tokenizer_config.json`` beside it if there is one.
+    """A ``tokenizer.json``, with the ``tokenizer_config.json`` in the same folder if there is one.
 
     Args:
         path: The file, or a folder that contains it.
@@ -31,9 +30,9 @@ def huggingface(path: str = "", bos_token: str = "", eos_token: str = "") -> Tok
     Raises:
         ConfigError: the file is missing or damaged, or no token ends a document.
     """
-    file = tokenizer_files.find_file(path)
-    beside = file.with_name("tokenizer_config.json")
-    config = _load_json(beside.read_bytes(), beside) if beside.is_file() else {}
+    file = find_tokenizer_file(path)
+    config_file = file.with_name("tokenizer_config.json")
+    config = _load_json(config_file.read_bytes(), config_file) if config_file.is_file() else {}
     named = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token")}
     return HuggingFace(file.read_bytes(), bos_token or named["bos_token"], eos_token or named["eos_token"], str(file))
 
@@ -49,17 +48,12 @@ class HuggingFace(Tokenizer):
     """
 
     def __init__(self, content: bytes, bos_token: str = "", eos_token: str = "", name: str = "tokenizer.json") -> None:
-        try:
-            import tokenizers
-        except ImportError:
-            raise missing_package("tokenizers", "hf", f"reading {name}") from None
+        tokenizers = import_extra("tokenizers", "hf", f"reading {name}")
         _load_json(content, name)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises no narrower type
-            raise ConfigError(
-                f"{name} is no tokenizer.json: {error}.{tokenizer_files.kind_hint(content, 'huggingface')}"
-            ) from error
+            raise ConfigError(f"{name} is not a tokenizer.json: {error}.{kind_hint(content, 'huggingface')}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "</s>" in a text is four letters, not the end of a document
@@ -112,9 +106,7 @@ def _load_json(content: bytes, name: str | Path) -> dict[str, Any]:
     try:
         loaded = json.loads(content)
     except ValueError as error:
-        raise ConfigError(
-            f"{name} is not JSON ({error}).{tokenizer_files.kind_hint(content, 'huggingface')}"
-        ) from error
+        raise ConfigError(f"{name} is not JSON ({error}).{kind_hint(content, 'huggingface')}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{name} is not a JSON object.")
     return loaded

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
-from torchladder.data.tokenizer import tokenizer_files
-from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, register
+from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, find_tokenizer_file, kind_hint, register
 from torchladder.data.tokenizer.tokenizer_training import train_cached
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 DEFAULT_VOCAB_SIZE = 4096
 """Tokens of a vocabulary that a run trains, unless it sets another size."""
@@ -21,7 +20,7 @@ SPACE = "▁"
 
 
 def _recognize(content: bytes) -> bool:
-    """Returns whether the first byte is the tag of a model's first field, which is no JSON: a protobuf has no magic."""
+    """Returns whether the first byte is the tag of a model's first field: a protobuf has no magic."""
     return content.startswith(b"\n") and not content.lstrip().startswith(b"{")
 
 
@@ -38,11 +37,11 @@ def sentencepiece(
         vocab_size: Tokens of a trained vocabulary, 4096 by default; of a .model it only asserts the size.
 
     Raises:
-        ConfigError: the file is missing, is no SentencePiece model or has another size; or the texts are too few.
+        ConfigError: the file is missing, not a SentencePiece model, or of another size; or the texts are too few.
     """
     if not path:
         return SentencePiece(train_cached(texts(), cache, vocab_size or DEFAULT_VOCAB_SIZE).read_bytes())
-    tokenizer = SentencePiece(tokenizer_files.find_file(path).read_bytes(), path)
+    tokenizer = SentencePiece(find_tokenizer_file(path).read_bytes(), path)
     if vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(f"tokenizer vocab_size is {vocab_size}, but {path} has {tokenizer.vocab_size} tokens.")
     return tokenizer
@@ -60,18 +59,18 @@ class SentencePiece(Tokenizer):
         try:
             self._model = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ConfigError(
-                f"{name} is no SentencePiece model.{tokenizer_files.kind_hint(model, 'sentencepiece')}"
-            ) from error
-        if self._model.eos_id() < 0:
-            raise ConfigError(f"{name} has no end-of-sentence token, which ends a document.")
+            raise ConfigError(f"{name} is not a SentencePiece model.{kind_hint(model, 'sentencepiece')}") from error
+        require(self._model.eos_id() >= 0, f"{name} has no end-of-sentence token, which ends a document.")
         self.eos = self._model.eos_id()
         self.bos = None if self._model.bos_id() < 0 else self._model.bos_id()
         self.vocab_size = self._model.vocab_size()
         self.fingerprint = f"sentencepiece {hashlib.sha256(model).hexdigest()}"
         ids = range(self.vocab_size)
         self._special_ids = {i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
-        self._literal_space = self._bytes_of(SPACE)
+        # The byte tokens of a literal U+2581; empty for a model that lacks them or puts a space before a text.
+        space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        adds_space = self._model.encode("a", out_type=str)[0].startswith(SPACE)
+        self._literal_space = space if all(map(self._model.is_byte, space)) and not adds_space else []
         self._content = model, name
 
     def __reduce__(self) -> tuple[type[SentencePiece], tuple[bytes, str]]:
@@ -93,9 +92,3 @@ class SentencePiece(Tokenizer):
         plain = iter(self._model.encode([text for text in texts if SPACE not in text], num_threads=threads))
         encoded = (self.encode(text) if SPACE in text else next(plain) for text in texts)
         return [np.asarray(ids, dtype=np.int32) for ids in encoded]
-
-    def _bytes_of(self, text: str) -> list[int]:
-        """Returns the byte tokens of a text, empty for a model that lacks them or puts a space before a text."""
-        ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
-        adds_space = self._model.encode("a", out_type=str)[0].startswith(SPACE)
-        return ids if all(map(self._model.is_byte, ids)) and not adds_space else []

@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from torchladder.data.extras import missing_package
-from torchladder.data.tokenizer import tokenizer_files
-from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, register
+from torchladder.data.extras import import_extra
+from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, find_tokenizer_file, kind_hint, register
 from torchladder.registry import ConfigError
 
 LLAMA3_PATTERN = (
@@ -38,7 +37,7 @@ def tiktoken(path: str = "", pattern: str = LLAMA3_PATTERN) -> Tokenizer:
     Raises:
         ConfigError: the file is missing or holds no ranks.
     """
-    return Tiktoken(tokenizer_files.find_file(path).read_bytes(), pattern, path)
+    return Tiktoken(find_tokenizer_file(path).read_bytes(), pattern, path)
 
 
 class Tiktoken(Tokenizer):
@@ -51,16 +50,13 @@ class Tiktoken(Tokenizer):
     """
 
     def __init__(self, ranks: bytes, pattern: str = LLAMA3_PATTERN, name: str = "the rank file") -> None:
-        try:
-            from tiktoken import Encoding
-        except ImportError:
-            raise missing_package("tiktoken", "tiktoken", f"reading {name}") from None
+        library = import_extra("tiktoken", "tiktoken", f"reading {name}")
         tokens = _ranks(ranks, name)
         self.bos, self.eos = len(tokens), len(tokens) + 1
         self._ranks = len(tokens)
         self.vocab_size = len(tokens) + NUM_SPECIAL_TOKENS
         self.fingerprint = f"tiktoken {hashlib.sha256(ranks + pattern.encode()).hexdigest()}"
-        self._encoding = Encoding("ranks", pat_str=pattern, mergeable_ranks=tokens, special_tokens={})
+        self._encoding = library.Encoding("ranks", pat_str=pattern, mergeable_ranks=tokens, special_tokens={})
         self._content = ranks, pattern, name
 
     def __reduce__(self) -> tuple[type[Tiktoken], tuple[bytes, str, str]]:
@@ -107,13 +103,11 @@ def _ranks(data: bytes, name: str) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise ConfigError(
-                f"{name}:{number} is not a token and its rank.{tokenizer_files.kind_hint(data, 'tiktoken')}"
-            ) from error
+            raise ConfigError(f"{name}:{number} is not a token and its rank.{kind_hint(data, 'tiktoken')}") from error
     if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
         raise ConfigError(
             f"{name} is not a complete rank file: its {len(ranks)} ranks do not count from 0 without gaps."
         )
     if not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ConfigError(f"{name} lacks some single bytes, so it cannot encode every text.")
+        raise ConfigError(f"{name} lacks tokens of single bytes, so it cannot encode every text.")
     return ranks

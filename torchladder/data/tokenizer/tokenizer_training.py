@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 import sentencepiece as spm
 
 from torchladder.data.disk_cache import build_once
-from torchladder.data.extras import missing_package
+from torchladder.data.extras import import_extra
 from torchladder.data.tokenizer.tiktoken import LLAMA3_PATTERN
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError, require, unknown_name
 
 SAMPLE_CHARS = 16 << 20
 """Characters that a run trains its vocabulary on: about 5 s on 2 cores."""
@@ -52,17 +52,17 @@ class TokenizerTrainingConfig:
     def __post_init__(self) -> None:
         if self.kind not in get_args(TokenizerKind):
             raise unknown_name("kind of tokenizer", self.kind, get_args(TokenizerKind))
-        if self.vocab_size < 1:
-            raise ConfigError(f"vocab_size is {self.vocab_size}; it must be 1 or more.")
-        if self.character_coverage is not None and not 0 < self.character_coverage <= 1:
-            raise ConfigError(f"character_coverage is {self.character_coverage}; it must be above 0 and at most 1.")
-        if len(set(self.special_tokens)) < len(self.special_tokens) or "" in self.special_tokens:
-            raise ConfigError(f"special_tokens is {self.special_tokens}; they must be different and not empty.")
+        coverage, tokens = self.character_coverage, self.special_tokens
+        require(self.vocab_size >= 1, f"vocab_size is {self.vocab_size}; it must be 1 or more.")
+        in_range = coverage is None or 0 < coverage <= 1
+        require(in_range, f"character_coverage is {coverage}; it must be above 0 and at most 1.")
+        different = len({"", *tokens}) == 1 + len(tokens)
+        require(different, f"special_tokens is {tokens}; they must be different and not empty.")
         known = sorted(NORMALIZATION_RULES) if self.kind != "byte-bpe" else ["nfc", "nfkc", "none"]
         if self.normalization not in known:
             raise unknown_name(f"normalization for {self.kind}", self.normalization, known)
-        if self.kind == "byte-bpe" and self.character_coverage is not None:
-            raise ConfigError("character_coverage is not for byte-bpe: its bytes cover every character.")
+        applies = coverage is None or self.kind != "byte-bpe"
+        require(applies, "character_coverage is not for byte-bpe: its bytes cover every character.")
 
 
 def train_tokenizer(sample: list[str], settings: TokenizerTrainingConfig) -> dict[str, bytes]:
@@ -71,8 +71,7 @@ def train_tokenizer(sample: list[str], settings: TokenizerTrainingConfig) -> dic
     Raises:
         ConfigError: the texts are too few for that vocabulary.
     """
-    if not sample:
-        raise ConfigError("there is no text to train a tokenizer on.")
+    require(bool(sample), "there is no text to train a tokenizer on.")
     return _train_byte_bpe(sample, settings) if settings.kind == "byte-bpe" else _train_sentencepiece(sample, settings)
 
 
@@ -104,8 +103,7 @@ def sample_texts(texts: Iterable[str], max_chars: int, max_read_chars: int | Non
 def train_cached(texts: Iterable[str], cache: Path, vocab_size: int) -> Path:
     """Returns a SentencePiece model trained on a sample of the texts, cached by the sample's hash."""
     picked = sample_texts(texts, SAMPLE_CHARS, MAX_READ_CHARS)
-    if not picked:
-        raise ConfigError("there is no text to train a tokenizer on: set tokenizer.path, or a source of text.")
+    require(bool(picked), "there is no text to train a tokenizer on: set tokenizer.path, or a source of text.")
     digest = hashlib.sha256(f"{spm.__version__} bpe {vocab_size}".encode())
     for text in picked:
         digest.update(hashlib.sha256(text.encode()).digest())
@@ -159,19 +157,17 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 def _train_byte_bpe(texts: list[str], settings: TokenizerTrainingConfig) -> dict[str, bytes]:
-    try:
-        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    except ImportError:
-        raise missing_package("tokenizers", "hf", "a byte-level BPE") from None
-    tokenizer = Tokenizer(models.BPE())
+    library = import_extra("tokenizers", "hf", "a byte-level BPE")
+    pre_tokenizers = library.pre_tokenizers
+    tokenizer = library.Tokenizer(library.models.BPE())
     if settings.normalization != "none":
-        tokenizer.normalizer = {"nfc": normalizers.NFC, "nfkc": normalizers.NFKC}[settings.normalization]()
+        tokenizer.normalizer = getattr(library.normalizers, settings.normalization.upper())()
     digits = [pre_tokenizers.Digits(individual_digits=True)] if settings.split_digits else []
-    words = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated")
+    words = pre_tokenizers.Split(library.Regex(LLAMA3_PATTERN), behavior="isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, words, as_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
         vocab_size=settings.vocab_size,
         special_tokens=[BOS, EOS, *settings.special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -197,13 +193,11 @@ def _train_byte_bpe(texts: list[str], settings: TokenizerTrainingConfig) -> dict
 
 def _paragraphs(text: str, limit: int = 2000) -> Iterator[str]:
     """Yields a text as runs of whole lines, so that tokens may contain a line break, as in ``":\\n"``."""
-    lines: list[str] = []
-    size = 0
+    lines = ""
     for line in text.splitlines(keepends=True):
-        if size + len(line) > limit and lines:
-            yield "".join(lines)
-            lines, size = [], 0
-        lines.append(line)
-        size += len(line)
+        if lines and len(lines) + len(line) > limit:
+            yield lines
+            lines = ""
+        lines += line
     if lines:
-        yield "".join(lines)
+        yield lines

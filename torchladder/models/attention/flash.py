@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
+from functools import partial
 
 from torchladder.models.attention.kernel import register
-from torchladder.models.attention.varlen import VarlenKernel, VarlenMask, flatten_batch, unflatten_batch
+from torchladder.models.attention.varlen import VarlenKernel
 from torchladder.registry import ConfigError
 
 
@@ -25,10 +23,4 @@ class FlashKernel(VarlenKernel):
                 "kernel 'flash' needs the flash-attn package: pip install 'torchladder[flash]'. "
                 "The kernel varlen computes the same masks without it."
             ) from error
-        self._flash: Any = flash_attn_varlen_func
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: VarlenMask) -> Tensor:  # type: ignore[override]
-        bounds, longest = attn_mask.cu_seqlens, attn_mask.max_seqlen
-        qkv = (flatten_batch(q), flatten_batch(k), flatten_batch(v))
-        out = self._flash(*qkv, bounds, bounds, longest, longest, causal=True, window_size=(attn_mask.left, 0))
-        return unflatten_batch(out, q)
+        self._varlen = partial(flash_attn_varlen_func, causal=True)

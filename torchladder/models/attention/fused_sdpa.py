@@ -5,7 +5,7 @@ this module calls the one that ``torch.nn.functional.scaled_dot_product_attentio
 formulas if there is none (on CUDA, for example, no fused kernel takes an explicit mask).
 
 Shapes: q, out (N, H, Q, K); k, v (N, G, S, K), G divides H; ``lse`` (N, H, Q), the log-sum-exp of each query's scores.
-If ``bias`` is None, attention is causal and Q = S.
+``bias`` (Q, S) is 0 where a query sees a key and -inf elsewhere; if it is None, attention is causal and Q = S.
 """
 
 from __future__ import annotations
@@ -25,14 +25,7 @@ that grows the window token by token has thousands of lengths."""
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the output and ``lse``.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        bias: (Q, S), 0 where a query sees a key and -inf elsewhere; None for causal attention.
-    """
+    """Returns the output and ``lse``."""
     q, k, v = (_contiguous_heads(x) for x in (q, k, v))
     backend, scale = _backend(q, k, v, bias), q.shape[-1] ** -0.5
     if backend == "cpu":

@@ -74,11 +74,7 @@ class AttentionKernel(ABC):
 
     @classmethod  # noqa: B027 - most kernels have no further limits
     def check(cls, setup: AttentionSetup) -> None:
-        """Checks limits beyond ``masks``, ``devices`` and ``context_parallel``.
-
-        Raises:
-            ConfigError: the kernel cannot serve the run.
-        """
+        """Raises ``ConfigError`` if the setup exceeds limits beyond ``masks``, ``devices`` and ``context_parallel``."""
 
     @abstractmethod
     def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> Any:
@@ -110,11 +106,7 @@ register = registry.register
 def build_kernel(
     name: str, masks: list[str], device: torch.device | str, training: bool = True, tokens_per_rank: int | None = None
 ) -> AttentionKernel:
-    """Returns the kernel ``name``, or for ``auto`` the first by priority that takes the run; see ``AttentionSetup``.
-
-    Raises:
-        ConfigError: an unknown name, or a kernel that cannot serve the run.
-    """
+    """Returns the kernel ``name``, or for ``auto`` the first by priority that takes the run; see ``AttentionSetup``."""
     for mask_name in masks:
         mask.registry.get(mask_name)
     setup = AttentionSetup(tuple(masks), torch.device(device), training, tokens_per_rank)
@@ -129,7 +121,6 @@ def build_kernel(
 
 
 def _choose(setup: AttentionSetup) -> tuple[str, str]:
-    """Returns the kernel that ``auto`` takes, and why."""
     kernels: dict[str, Any] = {name: registry.get(name) for name in registry.names()}
     for name, kernel in sorted(kernels.items(), key=lambda item: -item[1].auto_priority):
         if _mismatch(kernel, setup) is None and (reason := kernel.auto_reason(setup)) is not None:

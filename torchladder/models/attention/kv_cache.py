@@ -39,7 +39,6 @@ class KVCache:
         self._layers: list[tuple[Tensor, Tensor]] = []
 
     def clear(self) -> None:
-        """Removes all rows."""
         self._layers = []
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: DecodeMask) -> Tensor:

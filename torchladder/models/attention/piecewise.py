@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,37 +23,27 @@ def piecewise_attention(
             on the CPU.
     """
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.library.custom_op(f"torchladder::{name}", mutates_args=())
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
         return _forward(q, k, v, layout(attn_mask, q.shape[0], k.shape[2], k.shape[2] - q.shape[2]))
 
-    def backward(
+    @torch.library.custom_op(f"torchladder::{name}_backward", mutates_args=())
+    def attention_backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, attn_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         pieces = layout(attn_mask, q.shape[0], k.shape[2], k.shape[2] - q.shape[2])
         return _backward(grad, (q, k, v), out, lse, pieces)
 
-    qkv = "Tensor q, Tensor k, Tensor v"
-    attention = torch.library.custom_op(
-        f"torchladder::{name}", forward, mutates_args=(), schema=f"({qkv}, Tensor attn_mask) -> (Tensor, Tensor)"
-    )
-    attention_backward = torch.library.custom_op(
-        f"torchladder::{name}_backward",
-        backward,
-        mutates_args=(),
-        schema=f"(Tensor grad, {qkv}, Tensor out, Tensor lse, Tensor attn_mask) -> (Tensor, Tensor, Tensor)",
-    )
     attention.register_fake(lambda q, k, v, attn_mask: (_empty_like(q), _empty_lse(q)))
     attention_backward.register_fake(
         lambda grad, q, k, v, out, lse, attn_mask: (_empty_like(q), _empty_like(k), _empty_like(v))
     )
 
-    def setup_context(
-        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs, *output)
 
-    def differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, attn_mask, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+    def differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, attn_mask, out, lse = ctx.saved_tensors
         return (*attention_backward(grad, q, k, v, out, lse, attn_mask), None)
 
     attention.register_autograd(differentiate, setup_context=setup_context)

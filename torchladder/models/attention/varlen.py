@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +16,6 @@ SUPPORTS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """Whether this version's varlen_attn takes fewer key-value heads than query heads (PyTorch 2.12 and later)."""
 
 
-@dataclass(frozen=True)
-class VarlenMask:
-    """The arguments of a varlen kernel.
-
-    Attributes:
-        cu_seqlens: (segments + 1,) int32 on the device, where each segment begins in the flattened batch.
-        max_seqlen: tokens in the longest segment.
-        left: number of keys before itself that a query may see; -1 for all of its segment.
-    """
-
-    cu_seqlens: Tensor
-    max_seqlen: int
-    left: int
-
-
 @register("varlen")
 class VarlenKernel(AttentionKernel):
     """Documents, chunks and a sliding window, by ``torch.nn.attention.varlen``."""
@@ -40,30 +24,30 @@ class VarlenKernel(AttentionKernel):
     devices = frozenset({"cuda"})
     saved_ops = frozenset({"torch_attn::_varlen_attn"})
 
-    def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> VarlenMask:
+    def __init__(self) -> None:
+        self._varlen: Any = _varlen_attn
+
+    def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> tuple[Tensor, int, int]:
+        """Returns ``cu_seqlens``, ``max_seqlen``, and the number of keys before itself that a query may see.
+
+        The latter is -1 for all keys of a segment.
+        """
         segments = mask.varlen(start)
-        left = -1 if segments.window >= segments.max_seqlen else segments.window - 1
-        return VarlenMask(segments.cu_seqlens.to(device, non_blocking=True), segments.max_seqlen, left)
+        left = -1 if segments.window == segments.max_seqlen else segments.window - 1
+        return segments.cu_seqlens.to(device, non_blocking=True), segments.max_seqlen, left
 
-    @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: VarlenMask) -> Tensor:
-        gqa: dict[str, Any] = {}
-        if q.shape[1] != k.shape[1]:
-            if SUPPORTS_GQA:
-                gqa = {"enable_gqa": True}
-            else:
-                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        bounds, longest = attn_mask.cu_seqlens, attn_mask.max_seqlen
-        qkv = (flatten_batch(q), flatten_batch(k), flatten_batch(v))
-        out: Any = varlen_attn(*qkv, bounds, bounds, longest, longest, window_size=(attn_mask.left, 0), **gqa)
-        return unflatten_batch(out, q)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: tuple[Tensor, int, int]) -> Tensor:  # type: ignore[override]
+        bounds, longest, left = attn_mask
+        qkv = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, H, K)
+        out = self._varlen(*qkv, bounds, bounds, longest, longest, window_size=(left, 0))
+        return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
 
-def flatten_batch(x: Tensor) -> Tensor:
-    """Returns (B, H, T, K) as (B * T, H, K)."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def unflatten_batch(out: Tensor, q: Tensor) -> Tensor:
-    """Returns (B * T, H, K) in the shape of q, (B, H, T, K)."""
-    return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+def _varlen_attn(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, window_size: tuple[int, int]) -> Any:
+    gqa: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if SUPPORTS_GQA:
+            gqa = {"enable_gqa": True}
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, *bounds, window_size=window_size, **gqa)

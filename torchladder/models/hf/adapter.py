@@ -14,11 +14,11 @@ from torchladder.registry import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class HFMetadata:
-    """What config.json says beside the shape of the model.
+    """Entries of config.json in addition to the model's shape.
 
     Attributes:
         seq_len: tokens in the longest row (``max_position_embeddings``).
-        window: tokens a query may see with itself (``sliding_window``); None for full attention.
+        window: tokens a query may see, including itself (``sliding_window``); None for full attention.
         rope_theta: RoPE base; None for that of the model's config.
         token_ids: special tokens by key, such as ``eos_token_id``.
     """
@@ -31,7 +31,7 @@ class HFMetadata:
 
 @dataclass(frozen=True)
 class HFAdapter:
-    """All that Hugging Face support of a model family needs; set it as ``hf_adapter`` of the model class.
+    """Hugging Face support of a model family; set it as ``hf_adapter`` of the model class.
 
     Attributes:
         architectures: ``model_type`` of a config.json -> class in transformers; exports use the first one.
@@ -54,11 +54,7 @@ class HFAdapter:
     vocab_tensors: tuple[str, ...] = ("embedding.weight", "head.weight")
 
     def hf_name(self, name: str) -> str:
-        """Returns the Hugging Face name of a parameter.
-
-        Raises:
-            ConfigError: it has none.
-        """
+        """Returns the Hugging Face name of a parameter."""
         layer = re.match(r"layers\.(\d+)\.", name)
         pattern = re.sub(r"^layers\.\d+\.", "layers.*.", name)
         if pattern not in self.tensor_names:
@@ -74,10 +70,9 @@ class HFAdapter:
         return window
 
     def from_hf(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the fields of the model's config from those of a config.json.
+        """Returns the fields of the model's config from the entries of a config.json.
 
-        Raises:
-            ConfigError: a key is missing, or has a value that the model does not support.
+        Raises ``ConfigError`` if a key is missing or has a value that the model does not support.
         """
         for key, value in self.fixed_values.items():
             if hf_config.get(key) not in (None, value):
@@ -97,8 +92,7 @@ class HFAdapter:
     def to_hf(self, config: Any, metadata: HFMetadata, dtype: torch.dtype) -> dict[str, Any]:
         """Returns the config.json of a model, from the model's config, the other entries and the dtype of the weights.
 
-        Raises:
-            ConfigError: the model has something that Hugging Face's does not support.
+        Raises ``ConfigError`` if Hugging Face's model lacks a feature of this one.
         """
         if metadata.rope_theta is not None:
             config = replace(config, rope_theta=metadata.rope_theta)
@@ -122,8 +116,8 @@ class HFAdapter:
         }
 
     def _rope_from_hf(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the RoPE fields: ``rope_parameters`` has all of them (transformers 5), or ``rope_scaling`` beside
-        a ``rope_theta`` (transformers 4)."""
+        """Returns the RoPE fields: ``rope_parameters`` has all of them (transformers 5), or ``rope_scaling`` next to
+        ``rope_theta`` (transformers 4)."""
         table = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
         rope_type = table.get("rope_type", table.get("type", "default"))
         theta = {"rope_theta": float(table.get("rope_theta", hf_config.get("rope_theta", 10000.0)))}

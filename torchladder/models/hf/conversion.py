@@ -31,9 +31,6 @@ def hf_to_checkpoint(folder: HFFolder, path: Path, vocab_size: int | None = None
         folder: the Hugging Face folder.
         path: of the checkpoint.
         vocab_size: rows of the vocabulary; additional ones are the mean of the others. None: those of the folder.
-
-    Raises:
-        ConfigError: the tensors are not those that config.json describes, or ``vocab_size`` is too small.
     """
     model = hf_config.model_section(folder.config)
     rows = vocab_size or model["vocab_size"]
@@ -68,11 +65,8 @@ def checkpoint_to_hf(
         checkpoint: a complete checkpoint.
         path: an existing folder.
         model: name and config of the model; a smaller vocabulary than the checkpoint's leaves out the last rows.
-        metadata: what config.json says beside the model's shape.
+        metadata: entries of config.json in addition to the model's shape.
         dtype: of the written weights; None: as stored.
-
-    Raises:
-        ConfigError: the checkpoint holds another model.
     """
     name, config = model
     reader = dcp.FileSystemReader(checkpoint)

@@ -5,31 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from torchladder.models.hf.adapter import HFAdapter
-from torchladder.models.model import registry
+from torchladder.models.model import Model, registry
 from torchladder.registry import ConfigError, unknown_name
 
 RESOLVED = {"n_kv_heads": "kv_heads", "head_dim": "head_size"}
 """Fields that may be None -> the property that has their value."""
 
 
-def adapter_for(name: str) -> HFAdapter:
-    """Returns the adapter of a registered model.
-
-    Raises:
-        ConfigError: the model is unknown or has no adapter.
-    """
-    adapter: HFAdapter | None = getattr(registry.get(name), "hf_adapter", None)
+def adapter_for(model: str | Model) -> HFAdapter:
+    """Returns the adapter of a model, or of the model that is registered under a name."""
+    kind: Any = registry.get(model) if isinstance(model, str) else type(model)
+    adapter: HFAdapter | None = getattr(kind, "hf_adapter", None)
     if adapter is None:
-        raise ConfigError(f"the model {name!r} does not support Hugging Face: its class sets no hf_adapter.")
+        raise ConfigError(f"{kind.__name__} does not support Hugging Face: it sets no hf_adapter.")
     return adapter
 
 
 def model_name(hf_config: dict[str, Any]) -> str:
-    """Returns the name of the registered model that a config.json describes.
-
-    Raises:
-        ConfigError: its ``model_type`` is not supported.
-    """
+    """Returns the name of the registered model that a config.json describes."""
     names = {}
     for name in registry.names():
         adapter = getattr(registry.get(name), "hf_adapter", None)
@@ -41,11 +34,7 @@ def model_name(hf_config: dict[str, Any]) -> str:
 
 
 def model_section(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the ``[model]`` section of the model that a config.json describes, with every field of its config.
-
-    Raises:
-        ConfigError: as ``model_name`` and ``HFAdapter.from_hf``.
-    """
+    """Returns the ``[model]`` section of the model that a config.json describes, with every field of its config."""
     name = model_name(hf_config)
     return {"name": name, "flavor": "", **adapter_for(name).from_hf(hf_config)}
 
@@ -56,15 +45,9 @@ def sliding_window(hf_config: dict[str, Any]) -> int | None:
 
 
 def check_compatible(section: dict[str, Any], config: Any, source: str) -> None:
-    """Checks that a model's config is that of a config.json; initialization may differ, and the vocabulary be larger.
+    """Raises ``ConfigError`` if a model's config is not that of a config.json (``section``, from ``model_section``).
 
-    Args:
-        section: what ``model_section`` returns.
-        config: the model's config.
-        source: what the error names.
-
-    Raises:
-        ConfigError: they differ.
+    Initialization may differ, and the model's vocabulary may be larger. The error names ``source``.
     """
     fields = {key: value for key, value in section.items() if key not in ("name", "flavor")}
     expected = registry.config_type(section["name"])(**fields)

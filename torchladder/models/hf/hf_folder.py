@@ -50,14 +50,8 @@ class StoredTensor:
 class HFFolder:
     """A Hugging Face folder, opened for reading.
 
-    Args:
-        path: the folder.
-
     Attributes:
         config: the content of config.json.
-
-    Raises:
-        ConfigError: the folder has no config.json, or a file is missing or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -108,7 +102,7 @@ class HFFolder:
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Returns whether a folder has a config.json."""
+    """Whether a folder has a config.json."""
     return (path / CONFIG_FILE).is_file()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchladder.models.hf import hf_config
 from torchladder.models.hf.adapter import HFAdapter, HFMetadata
+from torchladder.models.hf.hf_config import adapter_for
 from torchladder.models.hf.hf_folder import CONFIG_FILE, HFFolder, write_hf_folder
 from torchladder.models.model import Model
 from torchladder.registry import ConfigError
@@ -27,16 +28,14 @@ Shape = tuple[int, ...]
 def load_hf_weights(model: Model, path: str | Path) -> None:
     """Loads the weights of a folder into a model, whole or sharded; each rank reads its own shard.
 
-    If the model's vocabulary is larger than the folder's, the additional rows become the mean of the others.
-
-    Raises:
-        ConfigError: the folder holds another model, or tensors of other names or shapes.
+    If the model's vocabulary is larger than the folder's, the additional rows become the mean of the others. Raises
+    ``ConfigError`` if the folder holds another model.
     """
     folder = HFFolder(path)
     source = str(folder.path / CONFIG_FILE)
     hf_config.check_compatible(hf_config.model_section(folder.config), model.config, source)
-    state = _state_dict(model)
-    hf_names = match_tensors(folder, _adapter(model), {name: tuple(tensor.shape) for name, tensor in state.items()})
+    state: dict[str, Any] = get_model_state_dict(model)  # names without wrappers
+    hf_names = match_tensors(folder, adapter_for(model), {name: tuple(tensor.shape) for name, tensor in state.items()})
     extended = [name for name in hf_names if folder.tensors[hf_names[name]].shape != tuple(state[name].shape)]
     unchanged = {hf_names[name]: state[name] for name in hf_names if name not in extended}
     reader = HuggingFaceStorageReader(str(folder.path))
@@ -57,11 +56,12 @@ def save_hf_weights(model: Model, path: Path, metadata: HFMetadata, dtype: torch
     Args:
         model: the model.
         path: the folder; it exists on the rank that writes.
-        metadata: what config.json says beside the model's shape.
+        metadata: entries of config.json in addition to the model's shape.
         dtype: of the saved weights.
         is_writer: whether this rank writes.
     """
-    adapter, state = _adapter(model), _state_dict(model)
+    adapter = adapter_for(model)
+    state: dict[str, Any] = get_model_state_dict(model)  # names without wrappers
     names = {adapter.hf_name(name): name for name in state}
 
     def read_tensor(hf_name: str) -> Tensor:
@@ -79,15 +79,10 @@ def extend_rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 def match_tensors(folder: HFFolder, adapter: HFAdapter, shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """Returns parameter name -> tensor name in the folder, after checking names and shapes.
+    """Returns parameter name -> tensor name in the folder.
 
-    Args:
-        folder: the folder.
-        adapter: of the model.
-        shapes: parameter name -> shape; those of the vocabulary may have more rows than the folder's.
-
-    Raises:
-        ConfigError: a tensor is missing, unexpected, or of another shape.
+    Raises ``ConfigError`` if a tensor is missing, unexpected, or not of its parameter's shape (``shapes``); parameters
+    with one row per token may have more rows than the folder's.
     """
     hf_names = {name: adapter.hf_name(name) for name in shapes}
     missing = [hf_name for hf_name in hf_names.values() if hf_name not in folder.tensors]
@@ -103,14 +98,3 @@ def match_tensors(folder: HFFolder, adapter: HFAdapter, shapes: Mapping[str, Sha
         if stored != expected and not (extends and stored[0] < expected[0]):
             raise ConfigError(f"{folder.path}: {hf_name} has shape {list(stored)}, the model's is {list(expected)}.")
     return hf_names
-
-
-def _state_dict(model: Model) -> dict[str, Tensor]:
-    """Returns the parameters by their names without wrappers."""
-    return cast(dict[str, Tensor], get_model_state_dict(model))
-
-
-def _adapter(model: Model) -> HFAdapter:
-    if model.hf_adapter is None:
-        raise ConfigError(f"{type(model).__name__} does not support Hugging Face: it sets no hf_adapter.")
-    return model.hf_adapter
