@@ -1,6 +1,6 @@
 """Cost of a checkpoint: how long a save blocks training, and its bytes per second against torch.save.
 
-python tests/benchmarks/checkpoint.py [million parameters, 120]
+python -m tests.benchmarks.checkpoint [million parameters, 120]
 """
 
 import shutil
@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import torch
-from timing import table
 from torch import nn
 
+from tests.benchmarks.timing import table
 from torchladder.checkpoint import CheckpointConfig, Checkpointer, RunState
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     took: dict[str, list[float]] = {"torch.save": [], "disabled": [], "async": [], "load": []}
     savers = {
         mode: Checkpointer(
-            CheckpointConfig(enable=True, async_mode=mode, keep_latest_k=2), f"{folder}/{mode}", model, optimizer
+            CheckpointConfig(enable=True, async_mode=mode, keep_latest_k=2), folder / mode, model, optimizer
         )
         for mode in ("disabled", "async")
     }
@@ -43,7 +43,7 @@ def main() -> None:
             took[mode].append(time.perf_counter() - begin)
             saver.wait()
     begin = time.perf_counter()
-    savers["disabled"].load(lambda state: None)
+    savers["disabled"].load(lambda run: None)
     took["load"].append(time.perf_counter() - begin)
     best = {name: min(seconds) for name, seconds in took.items()}
     names = {

@@ -19,8 +19,8 @@ from torchladder import config as settings
 from torchladder import data
 from torchladder.data import SourceConfig
 from torchladder.data.formats.indexed import CODES, HEADER, MAGIC, IndexedWriter
-from torchladder.distributed import ranks as processes
-from torchladder.training import run_plan
+from torchladder.distributed.ranks import destroy_distributed, init_distributed
+from torchladder.training.run_plan import make_plan
 from torchladder.training.trainer import Trainer
 
 SEQ_LEN, LOCAL, SOURCES = 8192, 8, 10
@@ -54,9 +54,9 @@ def write_index(folder: Path, name: str, documents: int) -> None:
 def load(sources, cache, **changes):
     empty = {"validation_sources": [], "exclude": [], "domains": {}, "languages": {}, "phases": []}
     section = {**DEFAULTS, **empty, "sources": sources, "cache_folder": str(cache), **changes}
-    facts = dict(seq_len=SEQ_LEN, split="train", tokenizer=None, dp_rank=0, dp_degree=1)
+    runtime_args = dict(seq_len=SEQ_LEN, split="train", tokenizer=None, dp_rank=0, dp_degree=1)
     batches = dict(local_batch_size=LOCAL, global_batch_size=LOCAL, steps=None)
-    return data.registry.build(SimpleNamespace(name="rows", **section), **facts, **batches)
+    return data.registry.build(SimpleNamespace(name="rows", **section), **runtime_args, **batches)
 
 
 def rate(loader, batches=150, warm=20):
@@ -126,12 +126,12 @@ def waiting(config, steps=10):
     with tempfile.TemporaryDirectory() as folder:
         quiet = ["--validation.no_enable", "--metrics.log_freq", "1000", "--training.steps", "1000"]
         loaded = settings.load(["--job.config_file", config, "--job.dump_folder", folder, *quiet])
-        trainer = Trainer(run_plan.make_plan(loaded), processes.join(loaded.comm, Path(loaded.job.dump_folder)))
+        trainer = Trainer(make_plan(loaded), init_distributed(loaded.comm, Path(loaded.job.dump_folder)))
         read, waited, taken = trainer.fault_tolerance.read, [], []
         trainer.fault_tolerance.read = lambda *arguments: lap(waited, read, *arguments)
         for _ in range(steps + 1):
             lap(taken, trainer.train_step)
-        processes.leave()
+        destroy_distributed()
     whole, wait = sum(taken[1:]), sum(waited[1:])
     table(
         ["", "ms/step", "ms waiting", "fraction"],

@@ -51,7 +51,7 @@ def bare(part, texts):
     """Returns the number of tokens that the tokenizer library produces in one thread."""
     if hasattr(part, "_model"):
         return sum(len(part._model.encode(text)) for text in texts)
-    return sum(len(part._part.encode_batch_fast([text], add_special_tokens=False)[0].ids) for text in texts)
+    return sum(len(part._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids) for text in texts)
 
 
 def _bare_part(job):
@@ -107,7 +107,7 @@ def contenders(part, folder, texts, arguments):
         f"prepare --workers {workers}": lambda turn: prepared(part, folder, workers, turn),
     }
     if arguments.kind == "byte-bpe" and importlib.util.find_spec("datatrove"):
-        eos = part._part.id_to_token(part.eos)
+        eos = part._tokenizer.id_to_token(part.eos)
         found[f"datatrove, {workers} workers"] = lambda turn: datatrove(eos, folder, workers, turn)
     return found
 

@@ -66,15 +66,7 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
 
 
 class IncrementalDecoder:
-    """Returns next-token logits; reuses the KV cache for rows that grew by one token.
-
-    Args:
-        trained: the model.
-        dtype: of the weights.
-
-    Attributes:
-        seq_len: tokens in the longest row.
-    """
+    """Returns next-token logits; reuses the KV cache for rows that grew by one token."""
 
     def __init__(self, trained: TrainedModel, dtype: torch.dtype = torch.float32) -> None:
         self.seq_len = trained.config.training.seq_len

@@ -29,8 +29,6 @@ def hf_metadata(config: Config, tokenizer: data.Tokenizer | None, window: int, r
     """Returns the values of config.json that are not the model's shape.
 
     Args:
-        config: the settings of the run.
-        tokenizer: of the run.
         window: tokens a query may attend to, itself included; exported only under a sliding mask.
         rope_theta: RoPE base of the weights, None for that of the model's config.
     """
@@ -76,7 +74,6 @@ def replace_directory(path: Path, assets: Mapping[str, bytes], is_writer: bool =
     """Yields a temporary directory and replaces ``path`` with it on success.
 
     Args:
-        path: the final directory.
         assets: file name -> content, added at the end.
         is_writer: whether this rank writes; the other ranks do nothing.
     """
@@ -103,9 +100,7 @@ def export_checkpoint(
     """Exports a checkpoint as a Hugging Face folder from file to file.
 
     Args:
-        trained: a checkpoint.
         path: the folder to create or replace.
-        metadata: of config.json.
         assets: file name -> content of the tokenizer.
         dtype: of the exported weights; None: as stored.
         vocab_size: rows of the vocabulary to keep; None: all.
@@ -126,8 +121,6 @@ class LastSave:
     """Saves ``step-N-hf`` next to the last checkpoint ``step-N`` of a run (``checkpoint.last_save_in_hf``).
 
     Args:
-        config: the settings of the run.
-        tokenizer: of the run.
         tokenizer_files: file name -> content, read at the start of the run.
         final: the settings of the last step.
     """

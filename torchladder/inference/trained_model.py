@@ -194,7 +194,7 @@ class TrainedModel:
         """Loads the model, with the masks and the window at the end of its run.
 
         Args:
-            attention_fn: the attention function of a kernel or a cache.
+            attention_fn: of a kernel or a KV cache.
             seq_len: tokens in the longest row to read; may exceed the run's.
             dtype: of the weights.
 

@@ -83,8 +83,6 @@ class BadStepDetector:
     """Detects bad steps on the device; ``flush`` reads the result on the host.
 
     Args:
-        config: the section [resilience].
-        device: where gradient norms live.
         fused: whether the optimizer can skip a step on the device.
         is_rank0: whether this rank logs bad steps; the others log only their own losses.
 

@@ -71,12 +71,9 @@ def build_loader(
     """Builds the data loader of one data-parallel rank.
 
     Args:
-        config: the settings of the run.
-        batch: how its rows are divided.
         schedule: of the run; None to measure the data without its phases.
         split: ``train`` or ``validation``.
         tokenizer: of the run; None builds it.
-        dp_rank: the data-parallel rank.
 
     Raises:
         ConfigError: the data is missing, damaged or not enough, or the loader cannot change its weights.

@@ -19,13 +19,6 @@ logger = logging.getLogger(__name__)
 class FaultTolerance:
     """Saves, ends and rolls back on all ranks at the same step.
 
-    Args:
-        plan: of the run.
-        ranks: this process among all.
-        interrupt: whether this process should end.
-        checkpointer: saves and loads the run.
-        bad_steps: detects bad steps.
-
     Attributes:
         skipped_rows: ranges of rows, first to last, that roll-backs have removed from the run.
 
@@ -90,7 +83,6 @@ class FaultTolerance:
         """Saves a checkpoint, unless a step since the last one was bad.
 
         Args:
-            state: the progress of the run.
             must: the process ends afterwards: retry until it succeeds or too many saves have failed.
 
         Raises:
@@ -116,7 +108,6 @@ class FaultTolerance:
         """Loads the checkpoint to resume from and moves the loader to its row; None if the run starts from scratch.
 
         Args:
-            loader: of the training rows.
             newest: ignore checkpoint.load_step.
 
         Raises:

@@ -33,8 +33,6 @@ class Plan:
 
     Attributes:
         config: the settings of the run, ``training.steps`` known.
-        schedule: what changes from step to step.
-        steps: optimizer steps.
         tokens_per_step: tokens of one step over all ranks.
         parameters: trainable parameters of the model.
         flops: forward and backward FLOPs of the whole run under its windows.
@@ -42,8 +40,6 @@ class Plan:
         attention_flops_full_context: the attention FLOPs in ``flops_full_context``.
         full_at: the first step from which the window stays the whole row; None if the last window is shorter.
         state_bytes: weights, gradients and optimizer state on one rank.
-        batch: how the rows of a step are divided.
-        degrees: how the ranks are divided.
     """
 
     config: Config

@@ -26,8 +26,6 @@ class Samples:
     """Completes the prompts, on all ranks alike, and appends the texts to samples.txt.
 
     Args:
-        config: the settings of the run.
-        tokenizer: of the run.
         logits: tokens (1, T) int64 on the CPU -> logits (1, T, V).
         multiple_of: divides the length of a row (tensor-parallel ranks share its tokens).
 

@@ -36,11 +36,6 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """A training run.
 
-    Args:
-        plan: the settings of the run, checked, with its schedule and batch sizes.
-        ranks: this process among all.
-        interrupt: whether this process should end.
-
     Attributes:
         step: optimizer steps taken.
         row: the next global row of the training data.

@@ -17,11 +17,6 @@ class Validation:
     """Mean losses over the same held-out rows each time, at full context and at ``validation.windows``.
 
     Document masks apply as in training; the curriculum's window does not.
-
-    Args:
-        plan: of the run.
-        ranks: this process among all.
-        loader: of held-out rows.
     """
 
     def __init__(self, plan: Plan, ranks: Ranks, loader: BaseDataLoader) -> None:

@@ -35,7 +35,7 @@ def masks() -> dict[str, float]:
         positions = next(run.loader).positions
 
         def build() -> None:
-            start = mask.compose(*(allow(positions, SHAPE.seq_len // 2) for allow in run.masks))
+            start = mask.from_names(MASKS, positions, SHAPE.seq_len // 2)
             run.kernel.prepare(start, DEVICE)
             mask.pairs(start)
 

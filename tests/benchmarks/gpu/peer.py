@@ -112,9 +112,9 @@ def _step(config: Any, shape: Shape, kind: str, masks: tuple[str, ...], batch: A
 
     def step() -> None:
         optimizer.zero_grad()
-        form = model.get_attention_masks(tokens, tokenizer) if kind != "sdpa" else None
+        attn_mask = model.get_attention_masks(tokens, tokenizer) if kind != "sdpa" else None
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            loss = loss_of(model(tokens, form), labels) / labels.numel()
+            loss = loss_of(model(tokens, attn_mask), labels) / labels.numel()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()

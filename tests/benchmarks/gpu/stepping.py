@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.gpu import rows  # noqa: F401 - registers the loader "random"
-from torchladder import config, mask
-from torchladder.distributed import ranks as processes
-from torchladder.training import run_plan as plans
+from torchladder import config, mask, models
+from torchladder.distributed.ranks import CommConfig, destroy_distributed, init_distributed
+from torchladder.training.run_plan import make_plan
 from torchladder.training.trainer import Trainer
 
 CUDA = torch.cuda.is_available()
@@ -56,11 +56,11 @@ def trainer(
 ) -> Iterator[Trainer]:
     """Yields a trainer on random rows at full context, compiled on a GPU; its memory is free again afterwards."""
     documents = ["--data.document_tokens", "2000"] if "document" in masks else []
-    vocab = [] if CUDA else ["--data.vocab_size", "512"]
+    vocab_size = str(models.registry.flavors("llama")[shape.flavor].vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         settings = (
             *("--job.dump_folder", folder, "--model.flavor", shape.flavor, "--tokenizer.name", "none"),
-            *("--data.name", "random", *documents, *vocab),
+            *("--data.name", "random", "--data.vocab_size", vocab_size, *documents),
             *("--attention.masks", *masks, "--attention.kernel", kernel, "--curriculum.name", "constant"),
             *("--training.steps", "1000000", "--training.seq_len", str(shape.seq_len)),
             *("--training.local_batch_size", str(shape.batch), "--validation.no-enable"),
@@ -69,16 +69,14 @@ def trainer(
             *settings,
         )
         torch._dynamo.reset()
-        made = Trainer(
-            plans.make_plan(config.load(list(settings))), processes.join(processes.CommConfig(), Path(folder))
-        )
+        made = Trainer(make_plan(config.load(list(settings))), init_distributed(CommConfig(), Path(folder)))
         made.step = 1  # the first step is always reported, which waits for the device
         try:
             yield made
         finally:
             made.checkpointer.close()
             made.metrics.close()
-            processes.leave()
+            destroy_distributed()
             vars(made).clear()  # whoever still holds the trainer holds no memory of the device
             gc.collect()
             if CUDA:
@@ -87,7 +85,7 @@ def trainer(
 
 def at(trainer: Trainer, window: int) -> Trainer:
     """Returns the trainer with that window from here on."""
-    trainer.curriculum = lambda step: window
+    trainer.plan.schedule.curriculum = lambda step: window
     return trainer
 
 
@@ -100,7 +98,7 @@ def seconds_per_step(trainer: Trainer, most: int = 5, seconds: float = 4.0) -> f
 
 
 def seconds_of(trainer: Trainer, steps: int) -> float:
-    """Returns the time of so many steps in a row."""
+    """Returns the seconds of that many consecutive steps."""
     wait()
     begin = time.perf_counter()
     for _ in range(steps):
@@ -110,7 +108,7 @@ def seconds_of(trainer: Trainer, steps: int) -> float:
 
 
 def flops_per_step(trainer: Trainer, window: int) -> tuple[int, int]:
-    """Returns the operations of a step: of the attended pairs alone, and by the PaLM convention."""
+    """Returns the FLOPs of a step: of the attended pairs, and by the PaLM convention (full attention)."""
     batch = next(trainer.loader)
     start = mask.from_names(trainer.config.attention.masks, batch.positions, window)
     tokens = batch.tokens.numel()

@@ -24,8 +24,6 @@ class EvalDocuments:
     """The documents of a file as tokens.
 
     Attributes:
-        path: the file, as named on the command line.
-        corpus: its tokens.
         bytes: of its text in UTF-8; None for a file of tokens.
     """
 

@@ -34,8 +34,6 @@ class EvalJob:
     """The evaluation of a model on a file at a context.
 
     Attributes:
-        trained: the model.
-        documents: the file.
         slices: how its documents are cut.
         dtype: of the weights.
         by_position: whether to report the loss by position, too.
@@ -126,8 +124,6 @@ def compute_losses(
     """Returns the losses of a job by position.
 
     Args:
-        loaded: the model of the job.
-        job: what to evaluate.
         batch_tokens: tokens in a batch, with padding.
         on_batch: called with the tokens of each finished batch.
 
