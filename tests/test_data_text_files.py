@@ -120,7 +120,7 @@ def test_python_stdlib_is_large_and_ordered():
     source = text_files.python_stdlib()
     documents = list(source.documents())
     names = [document.identity for document in documents]
-    assert len(documents) > 1000
+    assert len(documents) > 500  # Debian keeps the tests of the library apart
     assert names == sorted(names)
     assert source.size() > 10_000_000
     assert {"json/decoder.py", "textwrap.py"} <= set(names)

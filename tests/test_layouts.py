@@ -87,7 +87,7 @@ def test_float8_changes_losses_a_little(folder, how):
     one, other = layouts.losses(folder / "one"), layouts.losses(folder / how)
     apart = [abs(other[step] / one[step] - 1) for step in other]
     assert len(apart) == 3
-    assert 1e-6 < max(apart) < 1e-2
+    assert 1e-6 < max(apart) < 2e-2
 
 
 def test_a_tensor_parallel_checkpoint_resumes_on_one_rank(folder):
