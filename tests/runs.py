@@ -18,7 +18,10 @@ def run(folder: Path, *argv: str, code: int = 0) -> list[dict]:
     return lines(folder)
 
 
-def start(folder: Path, *argv: str, ranks: int = 1, launcher: tuple[str, ...] = (), **environment: str):
+def start(
+    folder: Path, *argv: str, ranks: int = 1, launcher: tuple[str, ...] = (), new_session: bool = False,
+    **environment: str,
+):  # fmt: skip
     """Starts a training in processes of its own."""
     command = [sys.executable, "-m", "torchladder.train"]
     if ranks > 1 or launcher:
@@ -26,7 +29,7 @@ def start(folder: Path, *argv: str, ranks: int = 1, launcher: tuple[str, ...] = 
         command = [sys.executable, *several, *launcher, "-m", "torchladder.train"]
     return subprocess.Popen(
         [*command, *DEBUG, "--job.dump_folder", str(folder), *argv],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=new_session,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 

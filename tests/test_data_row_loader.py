@@ -1,6 +1,11 @@
 import itertools
 import json
+import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -129,6 +134,33 @@ def test_the_number_of_ranks_may_change_where_a_run_resumes(folder, degree, loca
     for step in whole[3:]:
         parts = [take(rank, 8 // degree // local) for rank in resumed]
         assert all(torch.equal(torch.cat([part[key] for part in parts]), step[key]) for key in range(3))
+
+
+@pytest.mark.parametrize("taken", [1, 4, 6])
+def test_a_worker_that_dies_is_replaced_and_no_row_is_lost(folder, taken, caplog):
+    """In the midst of a step and between two; whatever the main process does meanwhile is not interrupted."""
+    plain, worked = load(folder), load(folder, num_workers=2, prefetch_factor=1)
+    first = take(worked, taken)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)  # sent by the parent; a signal from elsewhere is ignored
+        worker.join(20)
+        assert not worker.is_alive()
+    both = [torch.cat(parts) for parts in zip(first, take(worked, 12 - taken), strict=True)]
+    assert all(torch.equal(one, other) for one, other in zip(both, take(plain, 12), strict=True))
+    assert worked.row == plain.row
+    assert "starting new ones" in caplog.text
+
+
+def test_workers_ignore_the_signals_of_a_run(folder):
+    worked = load(folder, num_workers=2)
+    take(worked, 1)
+    workers = multiprocessing.active_children()
+    for number in ("TERM", "INT", "USR1", "USR2"):
+        subprocess.run(["kill", f"-{number}", *(str(worker.pid) for worker in workers)], check=True)
+    time.sleep(0.5)
+    assert all(worker.is_alive() for worker in workers)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    take(worked, 4)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

@@ -1,6 +1,7 @@
 """Signals and time limits, at whatever moment they come: saved, coded, and gone on with bit for bit."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -167,3 +168,19 @@ def test_signals_and_the_time_limit_are_recorded():
         with pytest.raises(Interrupted), interrupt.interruptible():
             raise AssertionError("the signal came before")
     assert Interrupt(max_minutes=1e-12).requested
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run_saves_and_ends_with_75(tmp_path, number):
+    """As Slurm and systemd send it: the data loader's workers get it, too."""
+    argv = [*RUN, "--training.steps", "100000", "--data.num_workers", "2", "--checkpoint.keep_latest_k", "0"]
+    job = start(tmp_path, *argv, new_session=True)
+    assert job.stdout is not None
+    for line in job.stdout:
+        if "step:  4" in line or "step: 4 " in line:
+            os.killpg(job.pid, number)
+            break
+    said = job.stdout.read()
+    assert job.wait(60) == 75, said
+    step = int(re.search(r"ending after step (\d+)", said)[1])
+    assert checkpoint.complete_steps(tmp_path / "checkpoint")[-1] == step >= 4

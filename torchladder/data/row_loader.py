@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from torchladder.data import packing as packings
 from torchladder.data.corpus import Corpus, SourceLoader
 from torchladder.data.dataloader import Batch, SourceUsage, register
 from torchladder.data.disk_cache import DEFAULT_FOLDER, cache_path
+from torchladder.data.loader_workers import ignore_run_signals, is_worker_death, start_workers
 from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.mixing.mixture_weights import DomainMultipliers, MixtureWeights
 from torchladder.data.mixing.source_mix import SourceMix, in_order
@@ -33,6 +35,8 @@ from torchladder.data.row_skipping import RowSkipper
 from torchladder.data.source_config import SourceConfig
 from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError, require, unknown_name
+
+logger = logging.getLogger(__name__)
 
 
 @register("rows")
@@ -118,10 +122,26 @@ class RowLoader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = iter(self._data_loader())
-        found = next(self._batches)
+            self._batches = start_workers(self._data_loader())
+        try:
+            found = next(self._batches)
+        except RuntimeError as error:
+            if not is_worker_death(error):
+                raise
+            logger.warning("%s; starting new ones. Killed for memory? Then lower data.num_workers.", error)
+            found = self._restart_workers()
         self._taken += 1
         return found if isinstance(found, Batch) else found.to_batch()  # the pinning thread yields batches
+
+    def _restart_workers(self) -> Batch | PackedRows:
+        """Returns the next micro-batch from new workers; a second death in a row is an error."""
+        taken = self._taken % self._layout.accumulation_steps
+        self.seek(self.row)
+        self._batches = start_workers(self._data_loader())
+        while self._taken < taken:  # those of this step that were read before
+            next(self._batches)
+            self._taken += 1
+        return next(self._batches)
 
     def seek(self, row: int) -> None:
         """Continues at a global row, which becomes the first one of a step; a negative one is a ConfigError."""
@@ -269,6 +289,7 @@ class RowLoader:
                 batch_size=None,  # the sampler yields whole micro-batches
                 sampler=RankBatchSampler(self._layout, self.num_rows, self._first_row, self._skipper),
                 num_workers=self.num_workers,
+                worker_init_fn=ignore_run_signals,
                 prefetch_factor=self.prefetch_factor,
                 snapshot_every_n_steps=1 << 62,  # the row is the whole state: workers need not send theirs
                 pin_memory=self.pin_memory and torch.accelerator.is_available(),
