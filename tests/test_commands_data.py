@@ -93,6 +93,16 @@ def test_shards_are_merged(here, capsys):
         assert (here / f"tokens/merged.{suffix}").read_bytes() == (here / f"tokens/all.{suffix}").read_bytes()
 
 
+def test_a_merge_of_tokens_without_metadata_is_inspected(here, capsys):
+    prepared()
+    for name in ("one", "two"):
+        for suffix in ("bin", "idx"):
+            (here / f"tokens/{name}.{suffix}").write_bytes((here / f"tokens/all.{suffix}").read_bytes())
+    assert merge.run(["tokens/both", "tokens/one.bin", "tokens/two.bin"]) == 0
+    assert inspect.run(["tokens/both"]) == 0
+    assert "tokenizer: unknown" in capsys.readouterr().out
+
+
 def test_inspect_shows_and_verifies(here, capsys):
     prepared()
     capsys.readouterr()

@@ -117,7 +117,7 @@ def test_extending_in_a_circle_is_an_error(write):
 def test_another_part_on_the_command_line_drops_the_files_settings_and_says_so(write, capsys):
     file = write('[curriculum]\nname = "linear"\nevery = 4\n')
     assert load(file, "--curriculum.name", "constant").curriculum.name == "constant"
-    assert "every" in capsys.readouterr().out
+    assert "every" in capsys.readouterr().err
 
 
 def test_resolved_settings_give_the_same_run(write):

@@ -58,6 +58,14 @@ def test_json_is_one_object(capsys):
     assert {"steps", "tokens_per_step", "parameters", "flops", "flops_full_context", "saved"} <= set(shown)
 
 
+def test_json_stays_json_where_the_command_line_replaces_a_component(capsys):
+    argv = ["--job.config_file", str(CONFIGS / "debug.toml"), "--json", "--curriculum.name", "constant"]
+    assert command.run(argv) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["steps"] == 20
+    assert "its keys are ignored: initial_window, ramp" in shown.err
+
+
 def test_the_picture_is_written(tmp_path, capsys):
     file = tmp_path / "ladder.png"
     command.run(["--job.config_file", str(CONFIGS / "debug.toml"), "--plot", str(file)])

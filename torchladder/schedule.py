@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -33,6 +33,10 @@ class StepSettings:
     lr_factor: float  # the learning rate as a fraction of its peak
     rope_theta: float | None = None  # base of the rotary embeddings; None: the model's
     source_weights: SourceWeights | None = None  # None: those of [data]
+
+
+PHASE_SETTINGS = tuple(field.name for field in fields(StepSettings))
+"""What a phase may set."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ def main() -> None:
     took: dict[str, list[float]] = {"torch.save": [], "disabled": [], "async": [], "load": []}
     savers = {
         mode: Checkpointer(
-            CheckpointConfig(enable=True, async_mode=mode, keep_latest_k=2), folder / mode, model, optimizer
+            CheckpointConfig(enable=True, async_mode=mode, keep_latest_k=2), str(folder / mode), model, optimizer
         )
         for mode in ("disabled", "async")
     }

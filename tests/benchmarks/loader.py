@@ -52,8 +52,7 @@ def write_index(folder: Path, name: str, documents: int) -> None:
 
 
 def load(sources, cache, **changes):
-    empty = {"validation_sources": [], "exclude": [], "domains": {}, "languages": {}, "phases": []}
-    section = {**DEFAULTS, **empty, "sources": sources, "cache_folder": str(cache), **changes}
+    section = {**DEFAULTS, "sources": sources, "cache_folder": str(cache), **changes}
     runtime_args = dict(seq_len=SEQ_LEN, split="train", tokenizer=None, dp_rank=0, dp_degree=1)
     batches = dict(local_batch_size=LOCAL, global_batch_size=LOCAL, steps=None)
     return data.registry.build(SimpleNamespace(name="rows", **section), **runtime_args, **batches)

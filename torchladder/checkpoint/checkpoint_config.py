@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from torchladder.registry import ConfigError, unknown_name
+from annotated_types import Ge
 
-EXCLUDABLE = {
-    "optimizer": "the state of the optimizer",
-    "dataloader": "the next row: data starts from the beginning",
-    "train_state": "the step: the run starts at step 0",
-}
+from torchladder.registry import ConfigError, check_bounds, unknown_name
+
+EXCLUDABLE = ("optimizer", "dataloader", "train_state")
 """What ``exclude_from_loading`` can name."""
 
 
@@ -26,10 +24,10 @@ class CheckpointConfig:
     folder: str = "checkpoint"
     """Folder of the checkpoints: a path inside job.dump_folder, an absolute path, or a URL such as s3://bucket/run."""
 
-    interval: int = 500
+    interval: Annotated[int, Ge(1)] = 500
     """Steps between checkpoints."""
 
-    interval_minutes: float = 0.0
+    interval_minutes: Annotated[float, Ge(0)] = 0.0
     """Save at the latest after this many minutes; 0: only interval counts."""
 
     enable_first_step_checkpoint: bool = False
@@ -38,13 +36,13 @@ class CheckpointConfig:
     keep_latest_k: int = 10
     """How many of the newest checkpoints to keep; 0 keeps all."""
 
-    keep_every: int = 0
+    keep_every: Annotated[int, Ge(0)] = 0
     """Also keep the checkpoints whose step is a multiple of this; 0 keeps no others."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """async copies the state and writes it while training continues; pinned memory also overlaps the copy."""
 
-    load_step: int = -1
+    load_step: Annotated[int, Ge(0)] = -1
     """The step to resume from; -1: the newest. A restart by torchrun or Slurm always takes the newest."""
 
     initial_load_path: str = ""
@@ -77,17 +75,14 @@ class CheckpointConfig:
     accept_changes: list[str] = field(default_factory=list)
     """Fingerprints that may differ from the checkpoint's when resuming, for example data.weights."""
 
-    max_failures: int = 10
+    max_failures: Annotated[int, Ge(1)] = 10
     """Saves in a row that may fail (disk full, mount gone) before the run stops; training continues between them."""
 
-    retry_minutes: float = 1.0
+    retry_minutes: Annotated[float, Ge(0)] = 1.0
     """Minutes between a failed save and the next attempt."""
 
     def __post_init__(self) -> None:
-        minimums = {"interval": 1, "interval_minutes": 0, "keep_every": 0, "load_step": -1}
-        for key, minimum in {**minimums, "max_failures": 1, "retry_minutes": 0}.items():
-            if not getattr(self, key) >= minimum:  # NaN is not
-                raise ConfigError(f"checkpoint.{key} = {getattr(self, key)}: must be {minimum} or more.")
+        check_bounds(self, "checkpoint")
         saving = self.enable and not self.load_only
         for key in ("create_seed_checkpoint", "last_save_in_hf"):
             if getattr(self, key) and not saving:

@@ -95,9 +95,11 @@ def _print_summary(dataset: IndexedTokens, about: DatasetMetadata | None) -> Non
         mean = dataset.tokens / len(dataset)
         print(f"document lengths: {low:,} to {high:,} tokens, median {median:,}, mean {mean:,.1f}")
     if about:
-        known = about.tokenizer
-        print(f"tokenizer: {known.get('name')}, {known.get('vocab_size'):,} tokens, {known.get('fingerprint')}")
-        print(f"added to each document: bos {known.get('bos')}, eos {known.get('eos')}")
+        if known := about.tokenizer:
+            print(f"tokenizer: {known.get('name')}, {known.get('vocab_size'):,} tokens, {known.get('fingerprint')}")
+            print(f"added to each document: bos {known.get('bos')}, eos {known.get('eos')}")
+        else:
+            print("tokenizer: unknown (the merged datasets had no metadata)")
         print(f"sources: {len(about.sources):,} files, {sum(source['bytes'] for source in about.sources):,} bytes")
         for reason, count in about.skipped.items():
             print(f"{about.on_error}: {count:,} documents {reason}")

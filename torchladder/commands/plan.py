@@ -16,6 +16,7 @@ from torchladder.commands.arguments import CommandParser, check_positive
 from torchladder.data.dataloader import SourceUsage
 from torchladder.distributed import fake_ranks
 from torchladder.registry import ConfigError
+from torchladder.schedule import PHASE_SETTINGS
 from torchladder.training.data_setup import source_usage
 from torchladder.training.memory_estimate import MemoryEstimator, RankMemory, Traffic
 from torchladder.training.run_plan import Plan, make_plan, summary_lines
@@ -29,9 +30,6 @@ example:
 
 NUM_SHOWN_STEPS = 12
 """Steps in the table of windows, unless --at lists them."""
-
-PHASE_SETTINGS = ("source_weights", "window", "lr_factor", "rope_theta")
-"""Settings that a phase may change."""
 
 
 def run(argv: list[str]) -> int:

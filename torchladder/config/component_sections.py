@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from typing import Annotated, Any, get_args, get_origin
 
 import tyro
@@ -39,7 +40,9 @@ def _chosen_name(section: str, default: str, settings: RawSettings, argv: list[s
     name = flag(argv, f"{section}.name") or in_file
     if name != in_file and settings.get(section):
         dropped = ", ".join(key for key in settings[section] if key != "name")
-        print(f"torchladder: --{section}.name {name} replaces {in_file!r} of the file and drops its keys ({dropped}).")
+        if dropped:
+            notice = f"--{section}.name {name} replaces {in_file!r} of the config file; its keys are ignored"
+            print(f"torchladder: {notice}: {dropped}.", file=sys.stderr)
         settings[section] = {}
     return name
 

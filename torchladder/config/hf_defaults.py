@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,5 +84,6 @@ def _sliding_window_defaults(window: int, settings: RawSettings, argv: list[str]
     if masks is None and "curriculum" not in settings and not flag(argv, "curriculum.name"):
         return sliding_window_sections(window)
     if "sliding" not in (masks or []):
-        print(f"torchladder: the model has a sliding window of {window} tokens, but attention.masks has no 'sliding'.")
+        notice = f"the model has a sliding window of {window} tokens, but attention.masks has no 'sliding'."
+        print(f"torchladder: {notice}", file=sys.stderr)
     return {}

@@ -37,7 +37,9 @@ def load(argv: list[str]) -> Config:
     Raises:
         ConfigError: a file, section, key, value or plugin is invalid.
     """
-    _refuse_renamed_keys((word[2:].partition("=")[0] for word in argv if word.startswith("--")), "the command line")
+    _refuse_renamed_keys(
+        (word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")), "the command line"
+    )
     file = flag(argv, "job.config_file")
     defaults = _load_defaults(Path(file) if file else None, {}, argv)
     config = tyro.cli(

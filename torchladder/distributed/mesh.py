@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Ge
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchladder.registry import ConfigError, require
+from torchladder.registry import ConfigError, check_bounds, require
 
 
 @dataclass(frozen=True)
 class ParallelismConfig:
     """Degrees of parallelism. Their product is the number of ranks."""
 
-    data_parallel_replicate_degree: int = 1
+    data_parallel_replicate_degree: Annotated[int, Ge(1)] = 1
     """Replicas of the sharded model (HSDP)."""
 
-    data_parallel_shard_degree: int = -1
+    data_parallel_shard_degree: Annotated[int, Ge(1)] = -1
     """Ranks over which one replica is sharded (FSDP2); -1 takes all remaining ranks."""
 
     fsdp_reshard_after_forward: str = "always"
     """always frees gathered parameters after a block's forward and gathers them again in backward; never keeps them."""
 
-    tensor_parallel_degree: int = 1
+    tensor_parallel_degree: Annotated[int, Ge(1)] = 1
     """Ranks over which each layer is sharded: heads and features, and tokens in norms and between blocks."""
 
     disable_loss_parallel: bool = False
@@ -32,16 +34,11 @@ class ParallelismConfig:
     enable_async_tensor_parallel: bool = False
     """Overlap tensor-parallel collectives with matrix products; needs CUDA and compile.enable."""
 
-    context_parallel_degree: int = 1
+    context_parallel_degree: Annotated[int, Ge(1)] = 1
     """Ranks over which each row is sharded: a rank holds a slice of its tokens and receives the keys it attends to."""
 
     def __post_init__(self) -> None:
-        for key in ("data_parallel_replicate_degree", "tensor_parallel_degree", "context_parallel_degree"):
-            require(getattr(self, key) >= 1, f"parallelism.{key} = {getattr(self, key)}: must be 1 or more.")
-        shard = self.data_parallel_shard_degree
-        require(
-            shard >= 1 or shard == -1, f"parallelism.data_parallel_shard_degree = {shard}: must be 1 or more, or -1."
-        )
+        check_bounds(self, "parallelism")
         reshard = self.fsdp_reshard_after_forward
         require(
             reshard in ("always", "never"),

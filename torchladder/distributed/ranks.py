@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 import torch.distributed as dist
+from annotated_types import Ge
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from torchladder.distributed import rendezvous
-from torchladder.registry import require
+from torchladder.registry import check_bounds, require
 
 Number = TypeVar("Number", int, float)
 
@@ -24,13 +25,13 @@ Number = TypeVar("Number", int, float)
 class CommConfig:
     """Collective communication: timeouts and NCCL's flight recorder."""
 
-    init_timeout_seconds: int = 300
+    init_timeout_seconds: Annotated[int, Ge(1)] = 300
     """Timeout of collectives until the first step is done, which includes compilation and loading data."""
 
-    train_timeout_seconds: int = 300
+    train_timeout_seconds: Annotated[int, Ge(1)] = 300
     """Timeout of collectives after the first step."""
 
-    trace_buf_size: int = 20000
+    trace_buf_size: Annotated[int, Ge(0)] = 20000
     """Collectives that NCCL's flight recorder keeps per rank and dumps on a timeout; 0 disables it."""
 
     save_traces_folder: str = "comm_traces"
@@ -40,9 +41,7 @@ class CommConfig:
     """File name prefix of the dumps, followed by the rank."""
 
     def __post_init__(self) -> None:
-        for key, minimum in (("init_timeout_seconds", 1), ("train_timeout_seconds", 1), ("trace_buf_size", 0)):
-            value = getattr(self, key)
-            require(value >= minimum, f"comm.{key} = {value}: must be {minimum} or more.")
+        check_bounds(self, "comm")
 
 
 @dataclass(frozen=True)

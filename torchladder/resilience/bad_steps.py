@@ -10,12 +10,13 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
-from torchladder.registry import require
+from torchladder.registry import check_bounds, require
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +37,14 @@ class ResilienceConfig:
     """stop ends the run with an error; skip leaves weights and optimizer unchanged; rollback continues from the newest
     checkpoint without the rows of the bad step. A bad state is never saved."""
 
-    sigma_factor: float = 0.0
+    sigma_factor: Annotated[float, Ge(0), Lt(math.inf)] = 0.0
     """Standard deviations above the mean of the last 128 gradient norms at which a norm counts as bad; 0: never."""
 
-    max_bad_steps: int = 10
+    max_bad_steps: Annotated[int, Ge(1)] = 10
     """Bad steps between two checkpoints that skip and rollback tolerate; one more stops the run."""
 
     def __post_init__(self) -> None:
-        sigma, most = self.sigma_factor, self.max_bad_steps
-        require(0 <= sigma < math.inf, f"resilience.sigma_factor = {sigma}: must be 0 or more.")
-        require(most >= 1, f"resilience.max_bad_steps = {most}: must be 1 or more.")
+        check_bounds(self, "resilience")
 
 
 class BadStepError(RuntimeError):

@@ -9,7 +9,7 @@ from torchladder.checkpoint import Checkpointer, RunState, check_fingerprints, c
 from torchladder.data.dataloader import BaseDataLoader, Batch, SupportsSkipping
 from torchladder.distributed.ranks import Ranks
 from torchladder.registry import ConfigError
-from torchladder.resilience.bad_steps import BadStepDetector, BadStepError, RollBack
+from torchladder.resilience.bad_steps import BadStepDetector, BadStepError, RollBack, format_rows
 from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training.run_plan import Plan, fingerprints
 
@@ -133,7 +133,10 @@ class FaultTolerance:
         """
         self.checkpointer.wait()
         if not self.checkpointer.group.broadcast(complete_steps(self.checkpointer.folder)):
-            raise BadStepError(f"a bad step, {rollback}, and no checkpoint yet to roll back to")
+            raise BadStepError(
+                f"a step was bad (rows {format_rows(rollback.rows)}) and there is no checkpoint yet to roll back to: "
+                "lower checkpoint.interval, or set checkpoint.enable_first_step_checkpoint"
+            )
         self._skip(rollback.rows, loader)
         state = self.resume(loader, newest=True)
         assert state is not None

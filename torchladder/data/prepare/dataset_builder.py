@@ -125,7 +125,7 @@ def _existing_output(prefix: str, wanted: DatasetMetadata, overwrite: bool) -> D
     index = Path(f"{prefix}.idx")
     found = metadata.read_metadata(prefix)
     if found is None:
-        merge_was_interrupted = Path(f"{prefix}.parts", "joining").exists()
+        merge_was_interrupted = Path(f"{prefix}.parts", "merging").exists()
         if index.exists() and not merge_was_interrupted and not overwrite:
             raise ConfigError(f"{prefix}.bin already exists and has no metadata; --overwrite replaces it.")
         return None
@@ -170,7 +170,7 @@ def _make_parts(
 
 def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list[PreparedPart]) -> DatasetMetadata:
     """Writes the output from its parts, the metadata last."""
-    (folder / "joining").touch()  # tells the next run that a .bin without metadata is ours
+    (folder / "merging").touch()  # tells the next run that a .bin without metadata is ours
 
     def verified() -> Iterator[IndexedTokens]:
         for part in parts:
