@@ -121,7 +121,7 @@ def whole(config):
 
 def parallelized(ranks, config, parallelism):
     """Returns the model on a layout, its mesh and its slice of rows."""
-    found = mesh.build(mesh.degrees(parallelism, ranks.size), ranks.rank, "cpu")
+    found = mesh.build(mesh.degrees(parallelism, ranks.world_size), ranks.rank, "cpu")
     shard = context_parallel.ContextShard(found, seq_len=16)
     with torch.device("meta"):
         model = models.Llama(config, shard.wrap_attention(SdpaKernel.attention), seq_len=16)

@@ -65,7 +65,7 @@ class FaultTolerance:
         labels, all_pairs, stop, settled, overdue = self.ranks.sums(num_labels, pairs, *requests)
         if stop:
             raise Interrupted(self._reason)
-        if settled == self.ranks.size:
+        if settled == self.ranks.world_size:
             self.checkpointer.wait()  # returns at once: the save in flight has completed or failed on every rank
         self._overdue = overdue > 0
         return round(labels / model_parallel), round(all_pairs / model_parallel)
@@ -95,7 +95,7 @@ class FaultTolerance:
 
     def save_and_exit(self, state: RunState, reason: str) -> None:
         """Saves a checkpoint before the process ends, unless there is one of this step."""
-        if self.ranks.first:
+        if self.ranks.is_rank0:
             logger.warning("ending after step %d of %d: %s", state.step, self.total_steps, reason)
         self.checkpointer.wait()
         try:
@@ -137,7 +137,7 @@ class FaultTolerance:
         self._skip(rollback.rows, loader)
         state = self.resume(loader, newest=True)
         assert state is not None
-        if self.ranks.first:
+        if self.ranks.is_rank0:
             logger.warning("rolled back to step %d, %s", state.step, rollback)
         return state
 

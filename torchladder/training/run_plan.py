@@ -169,7 +169,7 @@ def run_info(plan: Plan, ranks: Ranks, flops: Callable[[int, int], int]) -> RunI
         flops=flops,
         device=ranks.device,
         rank=ranks.rank,
-        ranks=ranks.size,
+        ranks=ranks.world_size,
         settings=dataclasses.asdict(plan.config),
     )
 

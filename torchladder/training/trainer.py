@@ -86,12 +86,12 @@ class Trainer:
             config.checkpoint, checkpoints, self.model, self.optimizer, assets, config.training.steps
         )
         self.bad_steps = BadStepDetector(
-            config.resilience, ranks.device, optim.is_fused(self.optimizer), is_rank0=ranks.first
+            config.resilience, ranks.device, optim.is_fused(self.optimizer), is_rank0=ranks.is_rank0
         )
         self.fault_tolerance = FaultTolerance(plan, ranks, interrupt or Interrupt(), self.checkpointer, self.bad_steps)
         self._resume()
         self._set_rope_theta(self.plan.schedule.override("rope_theta", self.step))
-        if ranks.first:
+        if ranks.is_rank0:
             loaders = [self.loader, self.validation.loader] if self.validation else [self.loader]
             log_plan(plan, self.kernel, loaders, self.step)
             self.samples.rewind(self.step - self.post_step_pending)
@@ -123,7 +123,7 @@ class Trainer:
             return True
         if self.step >= config.training.steps and not self.post_step_pending:
             self.metrics.close()
-            if config.checkpoint.last_save_in_hf and self.ranks.first:
+            if config.checkpoint.last_save_in_hf and self.ranks.is_rank0:
                 self.last_save.convert()
             logger.info("all %d steps are done: nothing to train", config.training.steps)
             return True
@@ -139,7 +139,7 @@ class Trainer:
                     except RollBack as rollback:
                         self.restore_progress(self.fault_tolerance.roll_back(rollback, self.loader))
                         self.metrics.rewind(self.step)
-                        if self.ranks.first:
+                        if self.ranks.is_rank0:
                             self.samples.rewind(self.step)
                     if self.step == first + 1:  # compiled, connected, warm
                         self.ranks.set_timeout(config.comm.train_timeout_seconds)
@@ -150,7 +150,7 @@ class Trainer:
             finally:
                 self.checkpointer.close()
                 gc.enable()
-        if self.ranks.first:
+        if self.ranks.is_rank0:
             curves = plots.RunCurves(str(self.folder), read_jsonl(self.folder / METRICS_FILE))
             plots.plot_run(self.folder / "ladder.png", curves)
         return True
@@ -207,12 +207,12 @@ class Trainer:
                 self._validate()
                 self.validated_step = step  # not to be repeated if sampling is interrupted
             if step and config.samples.due(step, last):
-                self.samples.sample(step, self.ranks.first)
+                self.samples.sample(step, self.ranks.is_rank0)
             self.post_step_pending = False
             if self.fault_tolerance.save_due(step):
                 self.fault_tolerance.save(self.state())
             if last and config.checkpoint.last_save_in_hf:
-                self.last_save.write(self.model, self.ranks.first)
+                self.last_save.write(self.model, self.ranks.is_rank0)
             if step % config.training.gc_freq == 0:
                 gc.collect(1)
         if step and not last and config.job.exit_interval and step % config.job.exit_interval == 0:
