@@ -139,7 +139,7 @@ def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
         "saved": plan.saved,
         "attention_saved": plan.attention_saved,
         "attention_share": plan.attention_share,
-        "full_context_from_step": plan.full_at,
+        "full_context_step": plan.full_context_step,
         "state_bytes_per_rank": plan.state_bytes,
         "windows": {str(step): plan.schedule.window(step) for step in steps},
     }

@@ -50,12 +50,12 @@ class CandidateLayout:
 
     Attributes:
         degrees: the degrees of parallelism.
-        micro_batch_size: rows of a micro-batch on one data-parallel rank.
+        local_batch_size: rows of a micro-batch on one data-parallel rank.
         ac_mode: activation checkpointing: none, full, op, or n to checkpoint every n-th block.
     """
 
     degrees: Degrees
-    micro_batch_size: int
+    local_batch_size: int
     ac_mode: str
 
 
@@ -71,7 +71,7 @@ class MemoryEstimator:
         self.plan, self.config, self.seq_len = plan, plan.config, training.seq_len
         selective = checkpointing.mode == "selective"
         ac_mode = checkpointing.selective_ac_option if selective else checkpointing.mode
-        self.layout = CandidateLayout(plan.degrees, plan.batch.micro_batch_size, ac_mode)
+        self.layout = CandidateLayout(plan.degrees, plan.batch.local_batch_size, ac_mode)
         self.dtype = getattr(torch, training.mixed_precision_param)
         self.reduce_bytes = getattr(torch, training.mixed_precision_reduce).itemsize
         self.keeps_gathered = plan.config.parallelism.fsdp_reshard_after_forward == "never"
@@ -94,7 +94,7 @@ class MemoryEstimator:
             # One block computes while the next is gathered, and the gradient of one is being reduced.
             blocks = sum(self.block_sizes) if self.keeps_gathered else 2 * largest
             gathered = (itemsize * (root + blocks) + self.reduce_bytes * largest) // degrees.tensor
-        tokens = layout.micro_batch_size * self.seq_len // degrees.context
+        tokens = layout.local_batch_size * self.seq_len // degrees.context
         logits = min(MAX_LOGITS_GPU, tokens * self.vocab_size // degrees.tensor)
         head_gradient = 4 * self.vocab_size * self.dim // degrees.tensor
         return RankMemory(
@@ -108,12 +108,12 @@ class MemoryEstimator:
 
     def traffic(self) -> Traffic:
         """Returns the bytes that a rank of the run's own layout sends in a step, under its widest window."""
-        degrees, micro_batches = self.layout.degrees, self.plan.batch.accumulation
+        degrees, micro_batches = self.layout.degrees, self.plan.batch.accumulation_steps
         itemsize, layers = self.dtype.itemsize, len(self.block_sizes)
         all_gathers = 1 if self.keeps_gathered else 2
         n, r, t, c = degrees.shard * degrees.context, degrees.replicate, degrees.tensor, degrees.context
         parameters = self.num_parameters // t
-        tokens = self.layout.micro_batch_size * self.seq_len // c
+        tokens = self.layout.local_batch_size * self.seq_len // c
         # A block all-gathers and reduce-scatters tokens twice each, forward and backward; embedding and head once.
         collectives = (8 + (4 if self.layout.ac_mode == "full" else 0)) * layers + 4
         _, kv_bytes = self._measure_block(self.layout)
@@ -128,7 +128,7 @@ class MemoryEstimator:
         """Returns up to three layouts of at most ``limit`` bytes per rank, those with the fewest changes first."""
         estimates = ((layout, self.memory(layout)) for layout in self._candidates())
         fitting = [(layout, memory) for layout, memory in estimates if memory.total <= limit]
-        fitting.sort(key=lambda x: (len(self.changes(x[0])), x[0].degrees.model_parallel, -x[0].micro_batch_size))
+        fitting.sort(key=lambda x: (len(self.changes(x[0])), x[0].degrees.model_parallel, -x[0].local_batch_size))
         return fitting[:3]
 
     def changes(self, layout: CandidateLayout) -> dict[str, int | str]:
@@ -142,7 +142,7 @@ class MemoryEstimator:
             "parallelism.data_parallel_replicate_degree": degrees.replicate,
             "parallelism.tensor_parallel_degree": degrees.tensor,
             "parallelism.context_parallel_degree": degrees.context,
-            "training.local_batch_size": layout.micro_batch_size,
+            "training.local_batch_size": layout.local_batch_size,
             "activation_checkpoint.mode": "selective" if selective else layout.ac_mode,
         }
         if self.config.parallelism.data_parallel_shard_degree != -1:
@@ -153,19 +153,19 @@ class MemoryEstimator:
         """Yields the layouts of the same ranks whose degrees divide ranks, heads, tokens and rows."""
         own = self.layout
         ranks = own.degrees.data * own.degrees.model_parallel
-        micro_batch_sizes = {own.micro_batch_size >> shift for shift in range(own.micro_batch_size.bit_length())}
-        for replicate, tensor, context, micro_batch_size in product(
-            {own.degrees.replicate, 1}, (1, 2, 4, 8), (1, 2, 4, 8, 16), micro_batch_sizes
+        local_batch_sizes = {own.local_batch_size >> shift for shift in range(own.local_batch_size.bit_length())}
+        for replicate, tensor, context, local_batch_size in product(
+            {own.degrees.replicate, 1}, (1, 2, 4, 8), (1, 2, 4, 8, 16), local_batch_sizes
         ):
             degrees = Degrees(replicate, ranks // (replicate * tensor * context), context, tensor)
             if (
                 degrees.data * degrees.model_parallel == ranks
                 and not any(heads % tensor for heads in self.heads)
                 and self.seq_len % (context * tensor) == 0
-                and self.plan.batch.global_batch_size % (micro_batch_size * degrees.data) == 0
+                and self.plan.batch.global_batch_size % (local_batch_size * degrees.data) == 0
             ):
                 for ac_mode in dict.fromkeys((own.ac_mode, "op", "full")):
-                    yield CandidateLayout(degrees, micro_batch_size, ac_mode)
+                    yield CandidateLayout(degrees, local_batch_size, ac_mode)
 
     def _max_sent_keys(self, context: int) -> int:
         """Returns the most keys per row that a rank sends to later ranks, under the widest window of the run."""
@@ -193,7 +193,7 @@ class MemoryEstimator:
     def _measure_block(self, layout: CandidateLayout) -> tuple[dict[str, int], int]:
         """Returns the bytes that a block saves for backward, by checkpointing mode, and the bytes of its K and V."""
         degrees = layout.degrees
-        key = (degrees.tensor, degrees.context, layout.micro_batch_size)
+        key = (degrees.tensor, degrees.context, layout.local_batch_size)
         if key in self._block_bytes:
             return self._block_bytes[key]
         kv_bytes = 0
@@ -210,9 +210,9 @@ class MemoryEstimator:
             ranks = mesh.build(Degrees(1, 1, 1, degrees.tensor), 0, "cpu").tensor
             assert ranks is not None
             tensor_parallel.apply_tensor_parallel(model, model.parallel_plan(), ranks, loss_parallel=True)
-        shape = layout.micro_batch_size, self.seq_len // degrees.context // degrees.tensor, self.dim
+        shape = layout.local_batch_size, self.seq_len // degrees.context // degrees.tensor, self.dim
         x = torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
-        attn_mask = torch.zeros(layout.micro_batch_size, self.seq_len, dtype=torch.int32)
+        attn_mask = torch.zeros(layout.local_batch_size, self.seq_len, dtype=torch.int32)
         saved = fake_ranks.activation_bytes(next(iter(model.layers.values())), x, attn_mask, SdpaKernel.saved_ops)
         self._block_bytes[key] = saved, kv_bytes
         return saved, kv_bytes

@@ -38,7 +38,7 @@ class Plan:
         flops: forward and backward FLOPs of the whole run under its windows.
         flops_full_context: the same with every row at full causal context.
         attention_flops_full_context: the attention FLOPs in ``flops_full_context``.
-        full_at: the first step from which the window stays the whole row; None if the last window is shorter.
+        full_context_step: the first step from which the window stays the whole row; None if the last window is shorter.
         state_bytes: weights, gradients and optimizer state on one rank.
     """
 
@@ -50,7 +50,7 @@ class Plan:
     flops: int
     flops_full_context: int
     attention_flops_full_context: int
-    full_at: int | None
+    full_context_step: int | None
     state_bytes: int
     batch: BatchSizes
     degrees: mesh.Degrees
@@ -115,7 +115,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         flops=training.steps * linear_flops + model.flops(0, rows * attended),
         flops_full_context=training.steps * (linear_flops + attention_flops),
         attention_flops_full_context=training.steps * attention_flops,
-        full_at=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
+        full_context_step=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
         # float32: weight, gradient and two moments
         state_bytes=16 * model.num_parameters() // (degrees.shard * degrees.model_parallel),
         batch=batch,
@@ -128,16 +128,16 @@ def summary_lines(plan: Plan) -> list[str]:
     config, batch, seq_len = plan.config, plan.batch, plan.config.training.seq_len
     last = plan.schedule.window(plan.steps - 1)
     ladder = f"{config.curriculum.name}, window {plan.schedule.window(0):,} at step 0"
-    if plan.full_at is not None and plan.full_at > 0:
-        ladder += f", the full {seq_len:,} from step {plan.full_at:,}"
+    if plan.full_context_step is not None and plan.full_context_step > 0:
+        ladder += f", the full {seq_len:,} from step {plan.full_context_step:,}"
     elif last != seq_len:
         ladder += f", {last:,} at the last step: never the full {seq_len:,}"
-    ranks = f"{batch.data_parallel} rank{'s' if batch.data_parallel > 1 else ''}"
+    ranks = f"{batch.dp_degree} rank{'s' if batch.dp_degree > 1 else ''}"
     return [
         f"model       {f'{config.model.name} {config.model.flavor}'.strip()}, {plan.parameters:,} parameters, "
         f"{plan.state_bytes / 2**30:.2f} GiB of weights, gradients and optimizer state per rank",
         f"step        {batch.global_batch_size} rows x {seq_len:,} tokens = {plan.tokens_per_step:,} tokens "
-        f"({ranks} x {batch.micro_batch_size} rows x {batch.accumulation} accumulated)",
+        f"({ranks} x {batch.local_batch_size} rows x {batch.accumulation_steps} accumulated)",
         f"run         {plan.steps:,} steps, {plan.tokens:,} tokens, {plan.flops:.3e} FLOPs",
         f"curriculum  {ladder}",
         f"masks       {' + '.join(config.attention.masks)}: {plan.attention_saved:.1%} of attention saved, "

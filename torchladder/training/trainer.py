@@ -159,7 +159,7 @@ class Trainer:
         """One optimizer step."""
         now = self.plan.schedule(self.step)
         self._set_rope_theta(now.rope_theta)
-        batches = self.fault_tolerance.read(self.loader, self.plan.batch.accumulation)
+        batches = self.fault_tolerance.read(self.loader, self.plan.batch.accumulation_steps)
         starts = [mask.from_names(self.config.attention.masks, batch.positions, now.window) for batch in batches]
         num_labels, pairs = self.fault_tolerance.sync_ranks(
             sum(batch.num_labels for batch in batches), sum(map(mask.pairs, starts)), self.plan.degrees.model_parallel
