@@ -75,9 +75,9 @@ def move(ranks, folder, moves):
         run, kept = trainer(ranks, folder / name, settings, **LAYOUTS[name]), {}
         save = run.fault_tolerance.save
 
-        def keep(state, must=False, run=run, kept=kept, save=save):
+        def keep(state, blocking=False, run=run, kept=kept, save=save):
             kept[state.step] = gathered(run)
-            save(state, must)
+            save(state, blocking)
 
         run.fault_tolerance.save = keep
         run.train()

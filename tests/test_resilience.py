@@ -18,7 +18,7 @@ from torchladder.resilience.bad_steps import (
     BadStepDetector,
     BadStepError,
     ResilienceConfig,
-    RollBack,
+    Rollback,
     StepOutcome,
     backward_seed,
 )
@@ -125,7 +125,7 @@ def test_what_is_reported_and_what_follows(caplog):
         detector_after("stop").flush()
     assert "bad step 2: gradient norm nan, rows 8 to 11 (1 so far)" in caplog.text
     assert "the loss is nan on rows 8, 9" in caplog.text
-    with pytest.raises(RollBack) as back:
+    with pytest.raises(Rollback) as back:
         detector_after("rollback").flush()
     assert back.value.rows == [(8, 11)]
     detector = detector_after("skip", max_bad_steps=1)

@@ -22,7 +22,7 @@ from torchladder.inference import hf_export
 from torchladder.metrics import METRICS_FILE, MetricsProcessor, read_jsonl
 from torchladder.models import attention
 from torchladder.models.hf import hf_weights
-from torchladder.resilience.bad_steps import BadStepDetector, RollBack, StepOutcome, backward_seed
+from torchladder.resilience.bad_steps import BadStepDetector, Rollback, StepOutcome, backward_seed
 from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training import data_setup
 from torchladder.training.fault_tolerance import FaultTolerance
@@ -119,7 +119,7 @@ class Trainer:
         config, first = self.config, self.step
         if config.checkpoint.create_seed_checkpoint:
             with self.metrics:
-                self.fault_tolerance.save(self.state(), must=True)
+                self.fault_tolerance.save(self.state(), blocking=True)
             return True
         if self.step >= config.training.steps and not self.post_step_pending:
             self.metrics.close()
@@ -136,7 +136,7 @@ class Trainer:
                     try:
                         self.train_step()
                         self.after_step()
-                    except RollBack as rollback:
+                    except Rollback as rollback:
                         self.restore_progress(self.fault_tolerance.roll_back(rollback, self.loader))
                         self.metrics.rewind(self.step)
                         if self.ranks.is_rank0:
