@@ -11,7 +11,7 @@ from torchladder.config.toml_files import Origins, RawSettings
 from torchladder.config.values import flag, flags
 from torchladder.data.tokenizer import tokenizer_registry
 from torchladder.models.hf import hf_config
-from torchladder.models.hf.hf_folder import CONFIG_FILE, HFFolder
+from torchladder.models.hf.hf_folder import HF_CONFIG_FILE, HFFolder
 from torchladder.registry import ConfigError
 
 
@@ -39,7 +39,7 @@ def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) 
         sections |= _sliding_window_defaults(window, settings, argv)
     for name, section in sections.items():
         own = settings.get(name, {})
-        origins.update({(name, key): folder.path / CONFIG_FILE for key in section.keys() - own.keys()})
+        origins.update({(name, key): folder.path / HF_CONFIG_FILE for key in section.keys() - own.keys()})
         settings[name] = {**section, **own}
 
 
@@ -53,7 +53,7 @@ def check_hf_settings(config: Config) -> None:
     if config.checkpoint.initial_load_in_hf and not (path or config.checkpoint.initial_load_path):
         raise ConfigError("checkpoint.initial_load_in_hf: set model.hf_assets_path or checkpoint.initial_load_path.")
     if path:
-        section, source = hf_config.model_section(HFFolder(path).config), f"{path}/{CONFIG_FILE}"
+        section, source = hf_config.model_section(HFFolder(path).config), f"{path}/{HF_CONFIG_FILE}"
         hf_config.check_compatible(section, models.resolve(config.model), source)
         if config.model.flavor:
             flavor = models.registry.flavors(config.model.name)[config.model.flavor]
