@@ -31,9 +31,9 @@ class ContextShard:
     """
 
     def __init__(self, mesh: Mesh, seq_len: int) -> None:
-        self.group = mesh.context
-        self.rank = mesh.context_rank
-        self.tokens = seq_len // mesh.degrees.context
+        self.group = mesh.cp_group
+        self.rank = mesh.cp_rank
+        self.tokens = seq_len // mesh.degrees.cp
         self.offset = self.rank * self.tokens
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         ConfigError: settings that are out of range or do not fit together.
     """
     degrees = mesh.degrees(config.parallelism, ranks)
-    batch = batch_sizes(config, degrees.data)
+    batch = batch_sizes(config, degrees.dp)
     config = data_setup.with_steps(config, batch)
     training, rows = config.training, batch.global_batch_size
     schedule = config.schedule(tokens_per_step=rows * training.seq_len)
@@ -94,7 +94,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         model = models.registry.build(config.model, attention_fn=None, seq_len=training.seq_len)
         for theta in schedule.overrides("rope_theta").values():
             model.set_rope_theta(theta)  # a model without rotary embeddings refuses
-    if degrees.context > 1 and config.samples.prompts:
+    if degrees.cp > 1 and config.samples.prompts:
         raise ConfigError("samples.prompts: not with context parallelism (parallelism.context_parallel_degree).")
     mesh.check_degrees(config.parallelism, model.heads(), training.seq_len)
 
@@ -117,7 +117,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         attention_flops_full_context=training.steps * attention_flops,
         full_context_step=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
         # float32: weight, gradient and two moments
-        state_bytes=16 * model.num_parameters() // (degrees.shard * degrees.model_parallel),
+        state_bytes=16 * model.num_parameters() // (degrees.dp_shard * degrees.model_parallel),
         batch=batch,
         degrees=degrees,
     )

@@ -61,16 +61,16 @@ class Trainer:
             config.attention.kernel,
             config.attention.masks,
             ranks.device,
-            tokens_per_rank=self.shard.tokens if self.mesh.context else None,
+            tokens_per_rank=self.shard.tokens if self.mesh.cp_group else None,
         )
         tokenizer = data_setup.build_checked_tokenizer(config)
 
         def build_loader(split: str) -> BaseDataLoader:
-            return data_setup.build_loader(config, plan.batch, plan.schedule, split, tokenizer, self.mesh.data_rank)
+            return data_setup.build_loader(config, plan.batch, plan.schedule, split, tokenizer, self.mesh.dp_rank)
 
         self.loader = build_loader("train")
         self.validation = Validation(plan, ranks, build_loader("validation")) if config.validation.enable else None
-        self.samples = Samples(config, tokenizer, self._logits, plan.degrees.tensor)
+        self.samples = Samples(config, tokenizer, self._logits, plan.degrees.tp)
 
         self.model = self._build_model()
         self.optimizer = optim.build(config.optimizer, self.model)
@@ -103,7 +103,7 @@ class Trainer:
         with torch.device("meta"):
             attention_fn = self.shard.wrap_attention(self.kernel.attention)
             model = models.registry.build(config.model, attention_fn=attention_fn, seq_len=training.seq_len)
-        if self.mesh.context:
+        if self.mesh.cp_group:
             model.set_position_offset(self.shard.offset)
         parallelize.parallelize_model(
             model, model.parallel_plan(), self.mesh, self.parallel_config, self.kernel.saved_ops
@@ -187,7 +187,7 @@ class Trainer:
         self.metrics.count(self.plan.tokens_per_step, pairs)
         # Only steps that are reported or saved synchronize with the device.
         if self.metrics.should_log(self.step) or self.fault_tolerance.save_due(self.step):
-            loss = self.ranks.sum(torch.stack(losses).sum().item(), self.plan.degrees.tensor)
+            loss = self.ranks.sum(torch.stack(losses).sum().item(), self.plan.degrees.tp)
             self.bad_steps.flush()
             self.metrics.log(self.step, loss=loss, grad_norm=grad_norm.item(), lr=lr, window=now.window)
 
@@ -236,7 +236,7 @@ class Trainer:
     def _precision(self) -> AbstractContextManager[Any]:
         """Computes in the run's dtype; FSDP2 casts by itself."""
         dtype = self.parallel_config.precision.compute
-        single = self.mesh.data is None and dtype != torch.float32
+        single = self.mesh.fsdp_mesh is None and dtype != torch.float32
         return torch.autocast(self.ranks.device.type, dtype) if single else nullcontext()
 
     def _validate(self) -> None:
