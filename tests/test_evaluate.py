@@ -95,7 +95,7 @@ class Shard:
 
     def __init__(self, documents):
         self.lengths = np.array([len(one) for one in documents], dtype=np.int64)
-        self.starts = self.lengths.cumsum() - self.lengths
+        self.offsets = self.lengths.cumsum() - self.lengths
         self.flat = np.array([token for one in documents for token in one], dtype=np.int32)
 
 

@@ -94,7 +94,7 @@ def build_loader(
         local_batch_size=batch.local_batch_size,
         global_batch_size=batch.local_batch_size * batch.dp_degree * micro_batches,
         steps=None if config.training.steps == -1 else config.training.steps,
-        weight_changes={step: changes.get(step) for step in schedule.starts} if schedule else {},
+        weight_changes={step: changes.get(step) for step in schedule.phase_steps} if schedule else {},
     )
 
 

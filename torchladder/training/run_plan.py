@@ -207,7 +207,7 @@ def _check_window_is_used(config: Config, schedule: Schedule) -> None:
     names, seq_len = config.attention.masks, config.training.seq_len
     row = torch.arange(seq_len, dtype=torch.int32)[None]
     reads = seq_len == 1 or not torch.equal(mask.from_names(names, row, 1), mask.from_names(names, row, seq_len))
-    steps = {0, config.training.steps // 2, config.training.steps - 1, *schedule.starts}
+    steps = {0, config.training.steps // 2, config.training.steps - 1, *schedule.phase_steps}
     if not reads and {schedule.window(step) for step in steps} != {seq_len}:
         subject = "phases set" if schedule.overrides("window") else f"curriculum {config.curriculum.name!r} sets"
         raise ConfigError(
