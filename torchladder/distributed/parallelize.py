@@ -105,7 +105,7 @@ def parallelize_model(
             layers[name].compile(backend=compile.backend, fullgraph=True)
     if compile.compiles("loss"):
         for path, style in plan.items():
-            if style == "head":
+            if style == "lm_head":
                 model.get_submodule(path).compile(backend=compile.backend, fullgraph=True)
     if mesh.fsdp_mesh is not None:
         _apply_fsdp(model, list(layers.values()), mesh.fsdp_mesh, config)

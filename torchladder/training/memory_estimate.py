@@ -76,7 +76,7 @@ class MemoryEstimator:
         self.reduce_bytes = getattr(torch, training.mixed_precision_reduce).itemsize
         self.keeps_gathered = plan.config.parallelism.fsdp_reshard_after_forward == "never"
         model = self._build_meta_model()
-        self.num_parameters, self.heads = model.num_parameters(), model.heads()
+        self.num_parameters, self.heads = model.num_parameters(), model.head_counts()
         self.block_sizes = [sum(p.numel() for p in block.parameters()) for block in model.layers.values()]
         embedding = next(p for name, p in model.named_parameters() if not name.startswith("layers.") and p.dim() == 2)
         self.vocab_size, self.dim = embedding.shape

@@ -96,7 +96,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
             model.set_rope_theta(theta)  # a model without rotary embeddings refuses
     if degrees.cp > 1 and config.samples.prompts:
         raise ConfigError("samples.prompts: not with context parallelism (parallelism.context_parallel_degree).")
-    mesh.check_degrees(config.parallelism, model.heads(), training.seq_len)
+    mesh.check_degrees(config.parallelism, model.head_counts(), training.seq_len)
 
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
     spans = [*curriculum.to_stages(schedule.window, training.steps), (training.steps, 0)]  # (first step, window)
