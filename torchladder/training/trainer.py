@@ -174,7 +174,7 @@ class Trainer:
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
         bad = self.bad_steps.check(grad_norm)  # 0 or 1, on the device
-        self.checkpointer.wait_for_copy()  # an asynchronous save has its own copy of the weights from here on
+        self.checkpointer.wait_for_staging()  # an asynchronous save has its own copy of the weights from here on
         lr = self.lr_scheduler.set_factor(now.lr_factor)
         if optim.accepts_step(self.optimizer, bad):
             self.optimizer.step()
