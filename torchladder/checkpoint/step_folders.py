@@ -92,12 +92,12 @@ def find_load_error(path: str, check: RunStateCheck | None, group: CheckpointGro
     Raises:
         ConfigError: ``check`` rejects the checkpoint.
     """
-    error = next(filter(None, group.gather(find_corruption(path, RUN_STATE_FILE))), None)
+    error = next(filter(None, group.all_gather(find_corruption(path, RUN_STATE_FILE))), None)
     if error is None:
         if check is not None:
             check(RunState.read(path))
         found = find_corruption(path, rank=group.rank, num_ranks=group.size)
-        error = next(filter(None, group.gather(found)), None)
+        error = next(filter(None, group.all_gather(found)), None)
     return error
 
 
@@ -145,7 +145,7 @@ def write_checkpoint(path: str, state: StateDict, files: Mapping[str, bytes], gr
     partial = storage.partial_path(path)
     try:
         group.run_on_rank0(lambda: storage.begin(path))
-        per_rank = group.run_all(lambda: _write_tensors(storage, partial, state, group))
+        per_rank = group.run_on_all_ranks(lambda: _write_tensors(storage, partial, state, group))
         checksums = {name: digest for part in per_rank for name, digest in part.items()}
         group.run_on_rank0(lambda: _write_files(storage, path, files, checksums))
     except SaveError:
