@@ -201,7 +201,7 @@ def test_rows_before_a_phase_are_as_without_it(folder):
 
 def test_a_phase_without_weights_leaves_the_rows_alone(folder):
     plain, phased = load(folder), load(folder, steps=50, weight_changes={3: None})
-    assert phased.fingerprint() == plain.fingerprint()
+    assert phased.fingerprints() == plain.fingerprints()
     for ours, without in zip(take(phased, 20), take(plain, 20), strict=True):
         assert torch.equal(ours, without)
 
@@ -399,7 +399,7 @@ def test_excluded_sources_are_gone(folder):
 
 
 def test_the_fingerprint_names_what_differs(folder):
-    base = load(folder, steps=50, weight_changes={9: [1, 3]}).fingerprint()
+    base = load(folder, steps=50, weight_changes={9: [1, 3]}).fingerprints()
     for key, changes in {
         "phases": {"weight_changes": {10: [1, 3]}},
         "weights": {"weights": [2.0, 1.0]},
@@ -409,7 +409,7 @@ def test_the_fingerprint_names_what_differs(folder):
         "seed": {"seed": 1},
     }.items():
         settings = {"steps": 50, "weight_changes": {9: [1, 3]}, **changes}
-        changed = load(folder, **settings).fingerprint()
+        changed = load(folder, **settings).fingerprints()
         assert {name for name in base if changed[name] != base[name]} == {key}
 
 

@@ -303,10 +303,11 @@ def test_tokens_alone_have_nothing_to_validate_on(folder):
 
 
 def test_the_fingerprint_changes_with_whatever_changes_the_rows(folder):
-    base = load(folder).fingerprint()
+    base = load(folder).fingerprints()
     sources = load(folder).sources
-    assert load(folder, dp_degree=4, local_batch_size=1, num_workers=2, pin_memory=True).fingerprint() == base
-    assert load(folder, sources=[replace(source, weight=source.weight * 3) for source in sources]).fingerprint() == base
+    assert load(folder, dp_degree=4, local_batch_size=1, num_workers=2, pin_memory=True).fingerprints() == base
+    heavier = [replace(source, weight=source.weight * 3) for source in sources]
+    assert load(folder, sources=heavier).fingerprints() == base
     for key, changes in {
         "sources": {"sources": [SourceConfig(path=f"{folder}/many/*.bin", weight=2), sources[1]]},
         "weights": {"sources": [replace(sources[0], weight=1), sources[1]]},
@@ -315,12 +316,12 @@ def test_the_fingerprint_changes_with_whatever_changes_the_rows(folder):
         "seq_len": {"seq_len": 8},
         "tokenizer": {"tokenizer": None},
     }.items():
-        changed = load(folder, **changes).fingerprint()
+        changed = load(folder, **changes).fingerprints()
         assert {name for name in base if changed[name] != base[name]} == {key}
 
 
 def test_other_text_and_splits_are_other_sources(folder):
-    prints = {text(folder, **changes).fingerprint()["sources"] for changes in ({}, {"validation_fraction": 0.5})}
+    prints = {text(folder, **changes).fingerprints()["sources"] for changes in ({}, {"validation_fraction": 0.5})}
     assert len(prints) == 2
 
 

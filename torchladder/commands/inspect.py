@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from torchladder.commands.arguments import CommandParser, add_tokenizer_options, tokenizer_of_arguments
+from torchladder.commands.arguments import CommandParser, add_tokenizer_options, tokenizer_from_args
 from torchladder.data import tokenizer
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.prepare import metadata
@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"--document {number}: the dataset has {len(dataset)} documents, counted from 0.")
     decoder = None
     if arguments.tokenizer:
-        decoder = tokenizer_of_arguments(arguments)
+        decoder = tokenizer_from_args(arguments)
     elif known.get("name"):
         with suppress(ConfigError):  # its files may be elsewhere
             decoder = tokenizer.load_tokenizer(known["name"])

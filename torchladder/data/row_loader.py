@@ -154,7 +154,7 @@ class RowLoader:
         """Adds ranges of rows to skip, first and last inclusive. Takes effect with the next ``seek``."""
         self._skipper = RowSkipper([*self._skipper.ranges, *rows])
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """Returns what the rows depend on, by content: the same after files move, for any ranks and workers."""
         keys = ("packing", "labels_across_documents", "shuffle", "seed", "seq_len")
         contents = json.dumps([corpus.fingerprint() for corpus in self._source_mix.corpora])

@@ -117,7 +117,7 @@ def export_checkpoint(
         conversion.checkpoint_to_hf(trained.path, partial, (trained.config.model.name, config), metadata, dtype)
 
 
-class LastSave:
+class FinalHFExport:
     """Saves ``step-N-hf`` next to the last checkpoint ``step-N`` of a run (``checkpoint.last_save_in_hf``).
 
     Args:

@@ -199,7 +199,7 @@ def fingerprints(plan: Plan, loader: BaseDataLoader) -> dict[str, str]:
         "phases": {key: plan.schedule.overrides(key) for key in ("window", "rope_theta")},
     }
     named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
-    return named | {f"data.{name}": value for name, value in loader.fingerprint().items()}
+    return named | {f"data.{name}": value for name, value in loader.fingerprints().items()}
 
 
 def _check_window_is_used(config: Config, schedule: Schedule) -> None:

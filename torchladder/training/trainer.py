@@ -79,7 +79,7 @@ class Trainer:
         self.lr_scheduler = optim.LRScheduler(self.optimizer)
 
         tokenizer_files = hf_export.exported_tokenizer_files(tokenizer, getattr(config.tokenizer, "path", ""))
-        self.last_save = hf_export.LastSave(config, tokenizer, tokenizer_files, plan.schedule(plan.steps - 1))
+        self.final_export = hf_export.FinalHFExport(config, tokenizer, tokenizer_files, plan.schedule(plan.steps - 1))
         assets = hf_export.checkpoint_assets(config, tokenizer_files)
         checkpoints = config.checkpoint.folder_in(self.folder)
         self.checkpointer = Checkpointer(
@@ -124,7 +124,7 @@ class Trainer:
         if self.step >= config.training.steps and not self.post_step_pending:
             self.metrics.close()
             if config.checkpoint.last_save_in_hf and self.ranks.is_rank0:
-                self.last_save.convert()
+                self.final_export.convert()
             logger.info("all %d steps are done: nothing to train", config.training.steps)
             return True
         gc.disable()
@@ -176,7 +176,7 @@ class Trainer:
         bad = self.bad_steps.check(grad_norm)  # 0 or 1, on the device
         self.checkpointer.wait_for_staging()  # an asynchronous save has its own copy of the weights from here on
         lr = self.lr_scheduler.set_factor(now.lr_factor)
-        if optim.accepts_step(self.optimizer, bad):
+        if optim.should_step(self.optimizer, bad):
             self.optimizer.step()
 
         self.step += 1
@@ -212,7 +212,7 @@ class Trainer:
             if self.fault_tolerance.save_due(step):
                 self.fault_tolerance.save(self.state())
             if last and config.checkpoint.last_save_in_hf:
-                self.last_save.write(self.model, self.ranks.is_rank0)
+                self.final_export.write(self.model, self.ranks.is_rank0)
             if step % config.training.gc_freq == 0:
                 gc.collect(1)
         if step and not last and config.job.exit_interval and step % config.job.exit_interval == 0:
