@@ -21,7 +21,7 @@ def load(name: str, *argv: str) -> config.Config:
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.toml")))
 def test_every_shipped_config_makes_a_plan(name):
     plan = plans.make_plan(load(name), ranks=8 if name.startswith("llama") else 1)
-    assert plan.parameters > 0
+    assert plan.num_parameters > 0
     assert 0 <= plan.saved < 1
     windows = [plan.schedule.window(step) for step in (0, plan.steps // 2, plan.steps - 1)]
     assert all(1 <= window <= plan.config.training.seq_len for window in windows)
@@ -43,7 +43,7 @@ def test_flops_are_the_sum_over_all_steps():
 def test_llama1b_dm8_is_skyladders():
     plan = plans.make_plan(load("llama1b_dm8"), ranks=8)
     assert plan.tokens_per_step == 1_048_576
-    assert plan.parameters == 1_100_048_384
+    assert plan.num_parameters == 1_100_048_384
     assert plan.full_context_step == 65_280
     assert [plan.schedule.window(step) for step in (0, 1000, 65_279, 65_280, 99_999)] == [32, 157, 8191, 8192, 8192]
     assert plan.saved == pytest.approx(0.0939, abs=0.0001)

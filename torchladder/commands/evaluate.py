@@ -149,7 +149,7 @@ def _warnings(jobs: Sequence[EvalJob]) -> list[str]:
                 f"context {job.slices.context:,}: longer than the rows in training ({job.trained.max_seq_len:,}); "
                 "the model has not seen the positions beyond"
             )
-        if not job.tokens:
+        if not job.num_tokens:
             lines.append(f"warning: {path_label(job.documents.path)} has no token to predict: its loss stays empty")
     return list(dict.fromkeys(lines))
 
@@ -168,7 +168,7 @@ class _EvalProgress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._remaining, self._read, self._interval = sum(job.tokens for job in jobs), 0, interval
+        self._remaining, self._read, self._interval = sum(job.num_tokens for job in jobs), 0, interval
         self._task = self._bar.add_task("", total=self._remaining, rate="")
         self._start = self._last_log = time.monotonic()
 
@@ -192,7 +192,7 @@ class _EvalProgress:
             self.log(f"{self._current}: {self._remaining:,} tokens left, {self._rate()}, {seconds:.0f} s left")
 
     def skip(self, jobs: Sequence[EvalJob]) -> None:
-        tokens = sum(job.tokens for job in jobs)
+        tokens = sum(job.num_tokens for job in jobs)
         self._remaining -= tokens
         self._bar.update(self._task, advance=tokens)
 

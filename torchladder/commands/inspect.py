@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     if arguments.json:
         summary = {
             "documents": len(dataset),
-            "tokens": dataset.tokens,
+            "tokens": dataset.num_tokens,
             "dtype": dataset.dtype.name,
             "histogram": [list(row) for row in length_histogram(dataset.lengths)],
             "settings": about.settings() if about else None,
@@ -88,11 +88,11 @@ def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int, int]]:
 
 def _print_summary(dataset: IndexedTokens, about: DatasetMetadata | None) -> None:
     size = Path(f"{dataset.prefix}.bin").stat().st_size
-    counts = f"{len(dataset):,} documents, {dataset.tokens:,} tokens"
+    counts = f"{len(dataset):,} documents, {dataset.num_tokens:,} tokens"
     print(f"{dataset.prefix}: {counts} as {dataset.dtype.name}, {size:,} bytes")
     if len(dataset):
         low, median, high = np.percentile(dataset.lengths, [0, 50, 100]).astype(int).tolist()
-        mean = dataset.tokens / len(dataset)
+        mean = dataset.num_tokens / len(dataset)
         print(f"document lengths: {low:,} to {high:,} tokens, median {median:,}, mean {mean:,.1f}")
     if about:
         known = about.tokenizer
@@ -112,7 +112,7 @@ def _print_histogram(dataset: IndexedTokens) -> None:
     for low, high, documents, tokens in rows:
         lengths = f"{low:,}" if low >= high else f"{low:,}-{high:,}"
         bar = "█" * -(-documents * MAX_BAR_CHARS // most)
-        table.add_row(lengths, f"{documents:,}", f"{tokens / max(dataset.tokens, 1):.1%}", bar)
+        table.add_row(lengths, f"{documents:,}", f"{tokens / max(dataset.num_tokens, 1):.1%}", bar)
     Console().print(table)
 
 

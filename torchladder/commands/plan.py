@@ -132,8 +132,8 @@ def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
     return {
         "steps": plan.steps,
         "tokens_per_step": plan.tokens_per_step,
-        "tokens": plan.tokens,
-        "parameters": plan.parameters,
+        "tokens": plan.num_tokens,
+        "parameters": plan.num_parameters,
         "flops": plan.flops,
         "flops_full_context": plan.flops_full_context,
         "saved": plan.saved,

@@ -35,7 +35,7 @@ class Corpus:
 
     Attributes:
         lengths: (documents,) tokens in each document.
-        tokens: tokens in all documents.
+        num_tokens: tokens in all documents.
     """
 
     def __init__(self, label: str, shards: Sequence[TokenShard], vocab_size: int | None = None) -> None:
@@ -43,7 +43,7 @@ class Corpus:
         self.shards = list(shards)
         self.vocab_size = vocab_size
         self.lengths = _concatenate([shard.lengths for shard in shards])
-        self.tokens = int(self.lengths.sum())
+        self.num_tokens = int(self.lengths.sum())
         self._offsets = _concatenate([shard.offsets for shard in shards])
         self._ends = np.cumsum([len(shard.lengths) for shard in shards])  # documents up to and including each shard
 

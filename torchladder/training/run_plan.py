@@ -34,7 +34,7 @@ class Plan:
     Attributes:
         config: the settings of the run, ``training.steps`` known.
         tokens_per_step: tokens of one step over all ranks.
-        parameters: trainable parameters of the model.
+        num_parameters: trainable parameters of the model.
         flops: forward and backward FLOPs of the whole run under its windows.
         flops_full_context: the same with every row at full causal context.
         attention_flops_full_context: the attention FLOPs in ``flops_full_context``.
@@ -46,7 +46,7 @@ class Plan:
     schedule: Schedule
     steps: int
     tokens_per_step: int
-    parameters: int
+    num_parameters: int
     flops: int
     flops_full_context: int
     attention_flops_full_context: int
@@ -56,7 +56,7 @@ class Plan:
     degrees: mesh.Degrees
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         return self.steps * self.tokens_per_step
 
     @property
@@ -111,7 +111,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         schedule=schedule,
         steps=training.steps,
         tokens_per_step=rows * training.seq_len,
-        parameters=model.num_parameters(),
+        num_parameters=model.num_parameters(),
         flops=training.steps * linear_flops + model.flops(0, rows * attended),
         flops_full_context=training.steps * (linear_flops + attention_flops),
         attention_flops_full_context=training.steps * attention_flops,
@@ -134,11 +134,11 @@ def summary_lines(plan: Plan) -> list[str]:
         ladder += f", {last:,} at the last step: never the full {seq_len:,}"
     ranks = f"{batch.dp_degree} rank{'s' if batch.dp_degree > 1 else ''}"
     return [
-        f"model       {f'{config.model.name} {config.model.flavor}'.strip()}, {plan.parameters:,} parameters, "
+        f"model       {f'{config.model.name} {config.model.flavor}'.strip()}, {plan.num_parameters:,} parameters, "
         f"{plan.state_bytes / 2**30:.2f} GiB of weights, gradients and optimizer state per rank",
         f"step        {batch.global_batch_size} rows x {seq_len:,} tokens = {plan.tokens_per_step:,} tokens "
         f"({ranks} x {batch.local_batch_size} rows x {batch.accumulation_steps} accumulated)",
-        f"run         {plan.steps:,} steps, {plan.tokens:,} tokens, {plan.flops:.3e} FLOPs",
+        f"run         {plan.steps:,} steps, {plan.num_tokens:,} tokens, {plan.flops:.3e} FLOPs",
         f"curriculum  {ladder}",
         f"masks       {' + '.join(config.attention.masks)}: {plan.attention_saved:.1%} of attention saved, "
         f"{plan.saved:.1%} of all FLOPs",

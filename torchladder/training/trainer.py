@@ -54,14 +54,14 @@ class Trainer:
         self.validated_step = -1
 
         self.mesh = mesh.build(plan.degrees, ranks.rank, ranks.device.type)
-        self.shard = context_parallel.ContextShard(self.mesh, config.training.seq_len)
+        self.context_shard = context_parallel.ContextShard(self.mesh, config.training.seq_len)
         self.parallel_config = parallelize_config(config)
         parallelize.check_parallelize_config(self.mesh, self.parallel_config, ranks.device)
         self.kernel = attention.build_kernel(
             config.attention.kernel,
             config.attention.masks,
             ranks.device,
-            tokens_per_rank=self.shard.tokens if self.mesh.cp_group else None,
+            tokens_per_rank=self.context_shard.tokens_per_rank if self.mesh.cp_group else None,
         )
         tokenizer = data_setup.build_checked_tokenizer(config)
 
@@ -101,10 +101,10 @@ class Trainer:
         """Builds the model on meta, parallelizes it, then allocates and initializes its weights."""
         config, training = self.config, self.config.training
         with torch.device("meta"):
-            attention_fn = self.shard.wrap_attention(self.kernel.attention)
+            attention_fn = self.context_shard.wrap_attention(self.kernel.attention)
             model = models.registry.build(config.model, attention_fn=attention_fn, seq_len=training.seq_len)
         if self.mesh.cp_group:
-            model.set_position_offset(self.shard.offset)
+            model.set_position_offset(self.context_shard.offset)
         parallelize.parallelize_model(
             model, model.parallel_plan(), self.mesh, self.parallel_config, self.kernel.saved_ops
         )
@@ -222,9 +222,9 @@ class Trainer:
 
     def _summed_loss(self, batch: Batch, start: Tensor) -> Tensor:
         """Returns the loss summed over the labels of this rank's tokens."""
-        attn_mask = self.shard.prepare_mask(self.kernel.prepare, start, self.ranks.device)
+        attn_mask = self.context_shard.prepare_mask(self.kernel.prepare, start, self.ranks.device)
         with self._precision():
-            return self.model(self.shard(batch.tokens), attn_mask, self.shard(batch.labels))
+            return self.model(self.context_shard(batch.tokens), attn_mask, self.context_shard(batch.labels))
 
     def _logits(self, tokens: Tensor) -> Tensor:
         """Returns the logits (1, T, V) of one row under plain causal attention."""

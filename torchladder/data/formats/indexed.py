@@ -185,7 +185,7 @@ class IndexedTokens:
         return IndexedTokens, (self.prefix,)  # workers map the files instead of receiving the tokens
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens in all documents."""
         return int(self.lengths.sum())
 
