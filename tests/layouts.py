@@ -42,8 +42,8 @@ def train(ranks, folder, layouts):
         settings = config.load([*ALWAYS, "--job.dump_folder", f"{folder}/{name}", *argv])
         torch._dynamo.reset()
         counters.clear()
-        Trainer(plans.make_plan(settings, ranks.size), ranks).train()
-        if ranks.first:
+        Trainer(plans.make_plan(settings, ranks.world_size), ranks).train()
+        if ranks.is_rank0:
             (Path(folder) / name / "graphs").write_text(str(counters["stats"]["unique_graphs"]))
 
 

@@ -120,7 +120,7 @@ def skip_a_bad_step(folder) -> None:
         loss.backward(backward_seed(loss))
         norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0))
         bad = detector.check(norm)
-        if optim.accepts_step(run.optimizer, bad):
+        if optim.should_step(run.optimizer, bad):
             run.optimizer.step()
         detector.record(StepOutcome(2, (0, 1), bad, norm, []))
         run.optimizer.zero_grad()

@@ -47,7 +47,7 @@ SAVED, STEPS = 2, 4
 def trainer(ranks, folder, settings, **degrees):
     job = replace(settings.job, dump_folder=str(folder))
     settings = replace(settings, job=job, parallelism=ParallelismConfig(**degrees))
-    return Trainer(plans.make_plan(settings, ranks.size), ranks)
+    return Trainer(plans.make_plan(settings, ranks.world_size), ranks)
 
 
 def gathered(run):
@@ -61,7 +61,7 @@ def gathered(run):
 
 def copy(ranks, step, source, target):
     """Gives a run one checkpoint of another."""
-    if ranks.first:
+    if ranks.is_rank0:
         shutil.copytree(source / "checkpoint" / f"step-{step}", target / "checkpoint" / f"step-{step}")
     ranks.barrier()
 
@@ -75,9 +75,9 @@ def move(ranks, folder, moves):
         run, kept = trainer(ranks, folder / name, settings, **LAYOUTS[name]), {}
         save = run.fault_tolerance.save
 
-        def keep(state, must=False, run=run, kept=kept, save=save):
+        def keep(state, blocking=False, run=run, kept=kept, save=save):
             kept[state.step] = gathered(run)
-            save(state, must)
+            save(state, blocking)
 
         run.fault_tolerance.save = keep
         run.train()

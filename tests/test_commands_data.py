@@ -36,7 +36,7 @@ def test_prepare_reports_what_it_wrote(here, capsys):
     assert bytes(pair[79][:25].tolist()).decode() == "der schnelle braune Fuchs"
     assert prepared() == 0  # nothing to do
     assert prepared("--no-eos", "--overwrite") == 0
-    assert IndexedTokens("tokens/all").tokens == pair.tokens - 80
+    assert IndexedTokens("tokens/all").num_tokens == pair.num_tokens - 80
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_help_explains_every_key(capsys):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     for section, field in config.fields(config.config_type({}, [])).items():
-        keys = [f"{section}.{key}" for key in config.fields(field.kind)] if section != "phases" else [section]
+        keys = [f"{section}.{key}" for key in config.fields(field.type)] if section != "phases" else [section]
         for key in keys:
             assert f"--{key}" in shown, f"--help lacks {key}"
 

@@ -49,7 +49,7 @@ def compare_with_whole_rows(ranks):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, LENGTH, 8) for heads in (4, 2, 2, 4)]
     q, k, v, grad = (torch.randn(shape, generator=generator) for shape in shapes)
-    here = slice(share.offset, share.offset + share.tokens)
+    here = slice(share.offset, share.offset + share.tokens_per_rank)
     for name, (names, window, keys) in MASKS.items():
         start = start_of(names, window)
         whole = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -58,7 +58,7 @@ def compare_with_whole_rows(ranks):
         expected.backward(grad)
         for kernel in ("sdpa", "dense"):
             calls.clear(), sent.clear()
-            kernel = attention.build_kernel(kernel, list(names), CPU, tokens_per_rank=share.tokens)
+            kernel = attention.build_kernel(kernel, list(names), CPU, tokens_per_rank=share.tokens_per_rank)
             own = [x[:, :, here].clone().requires_grad_() for x in (q, k, v)]
             out = share.wrap_attention(kernel.attention)(*own, share.prepare_mask(kernel.prepare, start, CPU))
             out.backward(grad[:, :, here])

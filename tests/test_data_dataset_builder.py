@@ -77,7 +77,7 @@ def content(prefix):
 def test_documents_are_in_order_and_counted(prepare, folder, tmp_path):
     about = prepare()
     assert documents(tmp_path / "out") == expected(folder)
-    assert (about.documents, about.tokens) == (420, IndexedTokens(tmp_path / "out").tokens)
+    assert (about.documents, about.tokens) == (420, IndexedTokens(tmp_path / "out").num_tokens)
     assert about == metadata.read_metadata(tmp_path / "out")
     assert metadata.find_corrupt_file(tmp_path / "out", about.checksums) is None
     assert about.tokenizer == {"name": "bytes", "fingerprint": "bytes", "vocab_size": 257, "bos": None, "eos": 256}

@@ -54,7 +54,7 @@ def test_chunks_are_documents_that_end_with_eos(tmp_path):
     chunk(tmp_path / "train_cc_0_0000000000.bin", [1, 2, EOS, 3, 4, 5])
     found = corpus(tmp_path / "train_cc_*.bin", tmp_path)
     assert documents(found) == [[1, 2, EOS], [3, 4, 5], [9, 10, EOS], [EOS], [11, 12]]
-    assert found.tokens == 12
+    assert found.num_tokens == 12
 
 
 def test_many_chunks_are_opened_as_they_are_read(tmp_path, monkeypatch):

@@ -157,8 +157,8 @@ def test_a_folder_with_splits_is_a_dataset(load, folder):
 
 
 def test_the_fingerprint_names_what_differs(load, folder):
-    base = load().fingerprint()
-    assert load(prefetch=False, pin_memory=True).fingerprint() == base
+    base = load().fingerprints()
+    assert load(prefetch=False, pin_memory=True).fingerprints() == base
     for key, changes in {
         "dataset": {"data_files": f"{folder}/train-[01].jsonl"},
         "validation_fraction": {"validation_fraction": 0.5},
@@ -168,7 +168,7 @@ def test_the_fingerprint_names_what_differs(load, folder):
         "seq_len": {"seq_len": 8},
         "labels_across_documents": {"labels_across_documents": False},
     }.items():
-        changed = load(**changes).fingerprint()
+        changed = load(**changes).fingerprints()
         assert {name for name in base if changed[name] != base[name]} == {key}
 
 

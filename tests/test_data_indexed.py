@@ -48,7 +48,7 @@ def test_documents_come_back(tmp_path_factory, case):
     read = IndexedTokens(write(tmp_path_factory.mktemp("pair") / "x", documents, dtype))
     assert [read[i].tolist() for i in range(len(read))] == documents
     assert read.lengths.tolist() == [len(document) for document in documents]
-    assert read.tokens == sum(map(len, documents))
+    assert read.num_tokens == sum(map(len, documents))
     assert read.dtype == dtype
 
 
@@ -166,7 +166,7 @@ def test_nothing_appears_before_it_is_complete(tmp_path):
         writer.add([1, 2])
         assert not (tmp_path / "x.bin").exists()
         assert not (tmp_path / "x.idx").exists()
-    assert IndexedTokens(tmp_path / "x").tokens == 2
+    assert IndexedTokens(tmp_path / "x").num_tokens == 2
 
 
 def test_fingerprint_is_of_the_content(tmp_path):

@@ -51,7 +51,7 @@ def test_documents_follow_each_other(tmp_path_factory, pairs, at_once):
 
 def test_documents_of_several_sequences_that_lie_anywhere(tmp_path):
     pair = IndexedTokens(write(tmp_path / "x", [[1, 2], [3], [4, 5]]))
-    pair.lengths, pair.starts = np.array([2, 1]), np.array([3, 0])
+    pair.lengths, pair.offsets = np.array([2, 1]), np.array([3, 0])
     merging.write_merged(str(tmp_path / "y"), [pair], DatasetMetadata(dtype="uint16"))
     assert read(tmp_path / "y") == [[4, 5], [1]]
 

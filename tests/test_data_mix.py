@@ -111,7 +111,7 @@ def test_an_epoch_reads_every_token_once(folder, packing):
     rows = -(-loader._source_mix.packings[0].rows_per_epoch // 1)
     tokens, _, positions = take(loader, int(rows))
     used = [row[: padding(row, place)] for row, place in zip(tokens.tolist(), positions.tolist(), strict=True)]
-    assert sorted(token for row in used for token in row) == list(range(loader._source_mix.corpora[0].tokens))
+    assert sorted(token for row in used for token in row) == list(range(loader._source_mix.corpora[0].num_tokens))
     beyond = next(loader)
     assert (beyond.num_labels, beyond.tokens.any().item()) == (0, False)
 
@@ -201,7 +201,7 @@ def test_rows_before_a_phase_are_as_without_it(folder):
 
 def test_a_phase_without_weights_leaves_the_rows_alone(folder):
     plain, phased = load(folder), load(folder, steps=50, weight_changes={3: None})
-    assert phased.fingerprint() == plain.fingerprint()
+    assert phased.fingerprints() == plain.fingerprints()
     for ours, without in zip(take(phased, 20), take(plain, 20), strict=True):
         assert torch.equal(ours, without)
 
@@ -237,7 +237,7 @@ def test_weights_of_a_phase_that_do_not_fit_the_sources(folder, weights, message
 
 def test_usage_tells_tokens_and_epochs_of_each_phase(folder):
     loader = load(folder, steps=40, weight_changes={10: [0, 1], 30: [1, 1]})
-    tokens = [corpus.tokens for corpus in loader._source_mix.corpora]
+    tokens = [corpus.num_tokens for corpus in loader._source_mix.corpora]
     found = loader.usage()
     assert [(one.step, one.steps, one.source) for one in found] == [
         (0, 10, "a"), (0, 10, "b"), (10, 20, "a"), (10, 20, "b"), (30, 10, "a"), (30, 10, "b"),
@@ -265,7 +265,7 @@ def test_a_source_that_does_not_repeat_ends_the_run_before_it_begins(folder, pac
 
 
 def test_missing_tokens_are_exact(folder):
-    tokens = load(folder, "a")._source_mix.corpora[0].tokens
+    tokens = load(folder, "a")._source_mix.corpora[0].num_tokens
     with pytest.raises(
         ConfigError, match=f"source a runs out at step {tokens // T // G} of 100, {100 * G * T - tokens:,} t"
     ):
@@ -379,7 +379,7 @@ def test_the_loader_mixes_by_domains(folder):
         for name, language in (("a", "en"), ("b", "en"), ("c", "ar"))
     ]
     loader = load(folder, sources=sources, domains={"web": 1.0}, languages={"en": 3, "ar": 1})
-    tokens = [corpus.tokens for corpus in loader._source_mix.corpora]
+    tokens = [corpus.num_tokens for corpus in loader._source_mix.corpora]
     shares = loader._source_mix.interleave.proportions[0]
     assert shares == [Fraction(3 * n, 4 * (tokens[0] + tokens[1])) for n in tokens[:2]] + [Fraction(1, 4)]
 
@@ -399,7 +399,7 @@ def test_excluded_sources_are_gone(folder):
 
 
 def test_the_fingerprint_names_what_differs(folder):
-    base = load(folder, steps=50, weight_changes={9: [1, 3]}).fingerprint()
+    base = load(folder, steps=50, weight_changes={9: [1, 3]}).fingerprints()
     for key, changes in {
         "phases": {"weight_changes": {10: [1, 3]}},
         "weights": {"weights": [2.0, 1.0]},
@@ -409,7 +409,7 @@ def test_the_fingerprint_names_what_differs(folder):
         "seed": {"seed": 1},
     }.items():
         settings = {"steps": 50, "weight_changes": {9: [1, 3]}, **changes}
-        changed = load(folder, **settings).fingerprint()
+        changed = load(folder, **settings).fingerprints()
         assert {name for name in base if changed[name] != base[name]} == {key}
 
 

@@ -238,13 +238,13 @@ def test_validation_reads_every_label_once_and_ranks_agree_on_the_count(folder, 
     ]
     loader = text(folder, split="validation", validation_fraction=0.3)
     corpus = loader._source_mix.corpora[0]
-    assert loader.num_rows == -(-(corpus.tokens - 1) // 16)
+    assert loader.num_rows == -(-(corpus.num_tokens - 1) // 16)
     assert len({len(batches) for batches in ranks}) == 1
     labels = torch.cat([batch.labels.flatten() for batches in ranks for batch in batches])
     kept = labels[labels != data.IGNORE_INDEX]
     every = np.concatenate([corpus.shards[0][i] for i in range(len(corpus.lengths))])
     assert sorted(kept.tolist()) == sorted(every[1:].tolist())
-    assert sum(batch.num_labels for batches in ranks for batch in batches) == corpus.tokens - 1
+    assert sum(batch.num_labels for batches in ranks for batch in batches) == corpus.num_tokens - 1
 
 
 def test_validation_is_finite_the_same_for_any_seed_and_repeats_after_seek(folder):
@@ -275,7 +275,7 @@ def test_held_out_documents_are_never_trained_on(folder, monkeypatch):
     decode = ByteTokenizer().decode
     validation = "".join(decode(row.tolist()) for batch in text(folder, split="validation") for row in batch.tokens)
     loader = text(folder, shuffle=False)
-    steps = -(-loader._source_mix.corpora[0].tokens // 16)
+    steps = -(-loader._source_mix.corpora[0].num_tokens // 16)
     train = "".join(decode(row.tolist()) for _ in range(steps) for row in next(loader).tokens)
     held = [i for i in range(200) if data.sources.held_out(f"text.jsonl:{i + 1}", 0.02)]
     assert held
@@ -289,7 +289,8 @@ def test_named_validation_sources_leave_all_documents_for_training(folder):
     assert len(text(folder, **changes)._source_mix.corpora[0].lengths) == 200
     loader = text(folder, split="validation", **changes)
     labels = torch.cat([batch.labels.flatten() for batch in loader])
-    assert int((labels != data.IGNORE_INDEX).sum()) == sum(corpus.tokens - 1 for corpus in loader._source_mix.corpora)
+    corpora = loader._source_mix.corpora
+    assert int((labels != data.IGNORE_INDEX).sum()) == sum(corpus.num_tokens - 1 for corpus in corpora)
 
 
 def test_tokens_alone_have_nothing_to_validate_on(folder):
@@ -303,10 +304,11 @@ def test_tokens_alone_have_nothing_to_validate_on(folder):
 
 
 def test_the_fingerprint_changes_with_whatever_changes_the_rows(folder):
-    base = load(folder).fingerprint()
+    base = load(folder).fingerprints()
     sources = load(folder).sources
-    assert load(folder, dp_degree=4, local_batch_size=1, num_workers=2, pin_memory=True).fingerprint() == base
-    assert load(folder, sources=[replace(source, weight=source.weight * 3) for source in sources]).fingerprint() == base
+    assert load(folder, dp_degree=4, local_batch_size=1, num_workers=2, pin_memory=True).fingerprints() == base
+    heavier = [replace(source, weight=source.weight * 3) for source in sources]
+    assert load(folder, sources=heavier).fingerprints() == base
     for key, changes in {
         "sources": {"sources": [SourceConfig(path=f"{folder}/many/*.bin", weight=2), sources[1]]},
         "weights": {"sources": [replace(sources[0], weight=1), sources[1]]},
@@ -315,12 +317,12 @@ def test_the_fingerprint_changes_with_whatever_changes_the_rows(folder):
         "seq_len": {"seq_len": 8},
         "tokenizer": {"tokenizer": None},
     }.items():
-        changed = load(folder, **changes).fingerprint()
+        changed = load(folder, **changes).fingerprints()
         assert {name for name in base if changed[name] != base[name]} == {key}
 
 
 def test_other_text_and_splits_are_other_sources(folder):
-    prints = {text(folder, **changes).fingerprint()["sources"] for changes in ({}, {"validation_fraction": 0.5})}
+    prints = {text(folder, **changes).fingerprints()["sources"] for changes in ({}, {"validation_fraction": 0.5})}
     assert len(prints) == 2
 
 
@@ -328,7 +330,7 @@ def test_the_report_names_sources_shares_and_epochs(folder):
     whole, *lines = load(folder).describe()
     assert "shuffled with seed 0" in whole
     assert "a.bin: 66.7% of the rows, 30 documents" in lines[0]
-    tokens = load(folder)._source_mix.corpora[1].tokens
+    tokens = load(folder)._source_mix.corpora[1].num_tokens
     assert f"{tokens:,} tokens, an epoch every {tokens / 16 * 3 / 8:.1f} steps" in lines[1]
     assert "rows" in text(folder, split="validation").describe()[0]
 

@@ -55,7 +55,7 @@ class Verses:
 
 class Shard:
     def __init__(self, flat):
-        self.flat, self.starts, self.lengths = flat, np.array([0]), np.array([len(flat)])
+        self.flat, self.offsets, self.lengths = flat, np.array([0]), np.array([len(flat)])
         self.fingerprint = flat.tobytes().hex()
 
 

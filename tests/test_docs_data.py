@@ -65,7 +65,7 @@ def test_the_commands_lead_from_folders_to_a_run(folder, monkeypatch, capsys):
         assert commands.main() == 0, command
     said = capsys.readouterr().out
     assert "0.00 to " in said  # epochs, as planned
-    assert IndexedTokens("tokens/all").tokens == IndexedTokens("tokens/en").tokens
+    assert IndexedTokens("tokens/all").num_tokens == IndexedTokens("tokens/en").num_tokens
     steps = [json.loads(line) for line in (folder / "outputs" / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["step"] > 5
 

@@ -95,7 +95,7 @@ class Shard:
 
     def __init__(self, documents):
         self.lengths = np.array([len(one) for one in documents], dtype=np.int64)
-        self.starts = self.lengths.cumsum() - self.lengths
+        self.offsets = self.lengths.cumsum() - self.lengths
         self.flat = np.array([token for one in documents for token in one], dtype=np.int32)
 
 
@@ -163,7 +163,7 @@ def test_losses_are_those_of_each_token_alone(tiny, documents, cut, budget, name
         some = [loss for position, loss in expected if first is None or first <= position <= last]
         assert total.tokens == len(some)
         assert total.loss == pytest.approx(sum(some), rel=1e-5, abs=1e-5)
-    assert sum(read) == job.tokens
+    assert sum(read) == job.num_tokens
     assert sum(losses.total(*one).tokens for one in position_buckets(context)) == losses.total().tokens
 
 

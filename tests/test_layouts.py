@@ -121,7 +121,7 @@ def whole(config):
 
 def parallelized(ranks, config, parallelism):
     """Returns the model on a layout, its mesh and its slice of rows."""
-    found = mesh.build(mesh.degrees(parallelism, ranks.size), ranks.rank, "cpu")
+    found = mesh.build(mesh.degrees(parallelism, ranks.world_size), ranks.rank, "cpu")
     shard = context_parallel.ContextShard(found, seq_len=16)
     with torch.device("meta"):
         model = models.Llama(config, shard.wrap_attention(SdpaKernel.attention), seq_len=16)
@@ -140,12 +140,12 @@ def compare(ranks, cases):
     for config, settings in cases:
         one, expected = whole(config)
         model, found, here = parallelized(ranks, config, ParallelismConfig(**settings))
-        share = len(tokens) // found.degrees.data
-        mine = slice(found.data_rank * share, (found.data_rank + 1) * share)
+        share = len(tokens) // found.degrees.dp
+        mine = slice(found.dp_rank * share, (found.dp_rank + 1) * share)
         attn_mask = here.prepare_mask(kernel.prepare, torch.zeros(share, 16, dtype=torch.int32), torch.device("cpu"))
         loss = model(here(tokens[mine]), attn_mask, here(labels[mine])) / 33
         loss.backward()
-        assert ranks.sum(loss.item(), found.degrees.tensor) == pytest.approx(expected.item(), rel=1e-6)
+        assert ranks.sum(loss.item(), found.degrees.tp) == pytest.approx(expected.item(), rel=1e-6)
         assert sum(parameter.numel() for parameter in model.parameters()) == one.num_parameters()
         for (name, own), reference in zip(model.named_parameters(), one.parameters(), strict=True):
             assert torch.equal(own.full_tensor(), reference), f"{name} begins otherwise under {settings}"

@@ -27,7 +27,7 @@ def test_the_shard_degree_takes_the_remaining_ranks(replicate, shard, context, t
     ranks = replicate * shard * context * tensor
     found = mesh.degrees(config(replicate, -1, context, tensor), ranks)
     assert found == mesh.degrees(config(replicate, shard, context, tensor), ranks)
-    assert found.data * found.model_parallel == ranks
+    assert found.dp * found.model_parallel == ranks
 
 
 @pytest.mark.parametrize(

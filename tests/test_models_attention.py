@@ -97,16 +97,16 @@ def test_bfloat16_agrees_with_dense_in_fp32(name):
 
 @settings(max_examples=20)
 @given(start=starts(longest=60), heads=heads)
-def test_the_textbook_stands_in_where_no_fused_kernel_does(start, heads):
+def test_the_math_backend_stands_in_where_no_fused_kernel_does(start, heads):
     q, k, v, grad = inputs(*start.shape, heads)
     bias = torch.zeros(mask.dense(start)[0].shape).masked_fill_(~mask.dense(start)[0], -torch.inf)
     for some in (bias, None):
         with torch.no_grad():
-            out, lse = fused_sdpa._textbook(q, k, v, some)
+            out, lse = fused_sdpa._math_forward(q, k, v, some)
             expected, expected_lse = fused_sdpa.forward(q, k, v, some)
             torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(lse, expected_lse, atol=2e-5, rtol=1e-4)
-            ours = fused_sdpa._textbook_backward(grad, (q, k, v), out, lse, some)
+            ours = fused_sdpa._math_backward(grad, (q, k, v), out, lse, some)
             theirs = fused_sdpa.backward(grad, (q, k, v), out, expected_lse, some)
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)

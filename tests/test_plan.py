@@ -21,7 +21,7 @@ def load(name: str, *argv: str) -> config.Config:
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.toml")))
 def test_every_shipped_config_makes_a_plan(name):
     plan = plans.make_plan(load(name), ranks=8 if name.startswith("llama") else 1)
-    assert plan.parameters > 0
+    assert plan.num_parameters > 0
     assert 0 <= plan.saved < 1
     windows = [plan.schedule.window(step) for step in (0, plan.steps // 2, plan.steps - 1)]
     assert all(1 <= window <= plan.config.training.seq_len for window in windows)
@@ -43,11 +43,11 @@ def test_flops_are_the_sum_over_all_steps():
 def test_llama1b_dm8_is_skyladders():
     plan = plans.make_plan(load("llama1b_dm8"), ranks=8)
     assert plan.tokens_per_step == 1_048_576
-    assert plan.parameters == 1_100_048_384
-    assert plan.full_at == 65_280
+    assert plan.num_parameters == 1_100_048_384
+    assert plan.full_context_step == 65_280
     assert [plan.schedule.window(step) for step in (0, 1000, 65_279, 65_280, 99_999)] == [32, 157, 8191, 8192, 8192]
     assert plan.saved == pytest.approx(0.0939, abs=0.0001)
-    assert (plan.batch.micro_batch_size, plan.batch.accumulation) == (4, 4)
+    assert (plan.batch.local_batch_size, plan.batch.accumulation_steps) == (4, 4)
 
 
 def test_json_is_one_object(capsys):
@@ -116,7 +116,7 @@ def test_steps_follow_from_epochs(pairs):
     plan = plans.make_plan(config.load([*pairs, "--training.steps", "-1", "--training.epochs", "3"]))
     assert plan.steps == plan.config.training.steps == -(-3 * 1500 // 64)
     assert plan.config.training.epochs is None  # the resolved settings give the same run, and do not say it twice
-    assert plan.full_at < plan.steps  # the ladder is drawn over the steps that the data gave
+    assert plan.full_context_step < plan.steps  # the ladder is drawn over the steps that the data gave
     assert plans.make_plan(config.load([*pairs, "--training.steps", "-1"])).steps == 10_000
 
 

@@ -18,7 +18,7 @@ from torchladder.resilience.bad_steps import (
     BadStepDetector,
     BadStepError,
     ResilienceConfig,
-    RollBack,
+    Rollback,
     StepOutcome,
     backward_seed,
 )
@@ -51,7 +51,7 @@ def test_a_bad_step_leaves_weights_and_optimizer_as_they_were(kind, bad):
         before = thing.bits()
         thing.gradients(value)
         outcome = step_of(detector, step, value)
-        if optim.accepts_step(thing.optimizer, outcome.bad):
+        if optim.should_step(thing.optimizer, outcome.bad):
             thing.optimizer.step()
         detector.record(outcome)
         if math.isfinite(value):
@@ -125,7 +125,7 @@ def test_what_is_reported_and_what_follows(caplog):
         detector_after("stop").flush()
     assert "bad step 2: gradient norm nan, rows 8 to 11 (1 so far)" in caplog.text
     assert "the loss is nan on rows 8, 9" in caplog.text
-    with pytest.raises(RollBack) as back:
+    with pytest.raises(Rollback) as back:
         detector_after("rollback").flush()
     assert back.value.rows == [(8, 11)]
     detector = detector_after("skip", max_bad_steps=1)
@@ -243,7 +243,7 @@ def test_skip_goes_on_as_if_the_step_had_not_been(tmp_path, monkeypatch):
             steps.append(bad)
             return len(steps) != 5
 
-        patch.setattr(optim, "accepts_step", all_but_the_fifth)
+        patch.setattr(optim, "should_step", all_but_the_fifth)
         run(tmp_path / "none", *RUN)
     assert losses(tmp_path / "skip") == losses(tmp_path / "none")
 

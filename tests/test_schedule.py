@@ -21,7 +21,7 @@ def test_without_phases_it_is_the_curriculum_and_the_learning_rate():
 def test_phases_begin_at_steps_tokens_and_fractions():
     phases = [Phase(from_step=0, window=4), Phase(from_tokens=1001, window=5), Phase(from_fraction=0.29, window=6)]
     schedule = make(phases)
-    assert schedule.starts == [0, 11, 29]
+    assert schedule.phase_steps == [0, 11, 29]
     assert [schedule.window(step) for step in (0, 10, 11, 28, 29, 99)] == [4, 4, 5, 5, 6, 6]
     assert schedule.overrides("window") == {0: 4, 11: 5, 29: 6}
     assert schedule.overrides("rope_theta") == {}

@@ -20,11 +20,11 @@ from torchladder.registry import Registry, check_bounds, require
 
 logger = logging.getLogger(__name__)
 
-Builder = Callable[[nn.Module], torch.optim.Optimizer]
+OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 Decay = Callable[[float, float], float]
 """``(progress in [0, 1], min_lr_factor) -> factor``: 1 at progress 0, min_lr_factor at progress 1."""
 
-registry: Registry[Builder] = Registry("optimizer")
+registry: Registry[OptimizerFactory] = Registry("optimizer")
 register = registry.register
 
 decays: Registry[float] = Registry(
@@ -83,19 +83,19 @@ class AdamW:
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         options = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
-        return self.make(groups, **options, **self.kernel(parameters))
+        return self.make_optimizer(groups, **options, **self.implementation_flags(parameters))
 
-    def make(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    def make_optimizer(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, **options)
 
-    def kernel(self, parameters: list[nn.Parameter]) -> dict[str, bool]:
+    def implementation_flags(self, parameters: list[nn.Parameter]) -> dict[str, bool]:
         """Returns torch's flags for the implementation; tries a fused step to see whether the device supports it."""
         fused = self.implementation == "fused"
         for device, dtype in {(parameter.device, parameter.dtype) for parameter in parameters} if fused else ():
             weight = nn.Parameter(torch.zeros(2, device=device, dtype=dtype))
             weight.grad = torch.zeros_like(weight)
             try:
-                self.make([{"params": [weight]}], fused=True).step()
+                self.make_optimizer([{"params": [weight]}], fused=True).step()
             except (RuntimeError, NotImplementedError) as error:
                 fused, reason = False, f"{device}, {dtype}: {str(error).splitlines()[0]}"
                 logger.warning("optimizer.implementation: fused is not supported here, using foreach (%s)", reason)
@@ -107,7 +107,7 @@ class AdamW:
 class Adam(AdamW):
     """Adam with weight decay as L2 regularization (arXiv 1412.6980)."""
 
-    def make(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    def make_optimizer(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
         return torch.optim.Adam(groups, **options)
 
 
@@ -215,7 +215,7 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     return all(group.get("fused") for group in optimizer.param_groups)
 
 
-def accepts_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
+def should_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
     """Returns whether to call ``optimizer.step()``, for a step that may turn out to be bad.
 
     A fused optimizer reads ``found_inf`` on the device, as under ``torch.amp.GradScaler``: at 1 it changes neither

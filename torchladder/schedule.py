@@ -116,13 +116,13 @@ class Schedule:
         self.lr_factor = lr_factor
         self.phases = list(phases)
         # the first step of each phase
-        self.starts = [phase.first_step(steps, tokens_per_step) for phase in phases]
-        for start, following in pairwise(self.starts):
+        self.phase_steps = [phase.first_step(steps, tokens_per_step) for phase in phases]
+        for start, following in pairwise(self.phase_steps):
             require(
                 start < following,
                 f"phases: two phases begin at steps {start} and {following}: each must begin after the one before it.",
             )
-        for start in self.starts[-1:]:
+        for start in self.phase_steps[-1:]:
             require(start < steps, f"phases: a phase begins at step {start}, but the run has {steps} steps.")
 
     def __call__(self, step: int) -> StepSettings:
@@ -140,7 +140,7 @@ class Schedule:
 
     def override(self, setting: str, step: int, default: Any = None) -> Any:
         """Returns the value of a setting in the last phase up to ``step`` that sets it, else ``default``."""
-        for phase in reversed(self.phases[: bisect.bisect_right(self.starts, step)]):
+        for phase in reversed(self.phases[: bisect.bisect_right(self.phase_steps, step)]):
             value = getattr(phase, setting)
             if value is not None:
                 return value
@@ -148,5 +148,5 @@ class Schedule:
 
     def overrides(self, setting: str) -> dict[int, Any]:
         """Returns first step -> value of each phase that sets a setting."""
-        values = {start: getattr(phase, setting) for start, phase in zip(self.starts, self.phases, strict=True)}
+        values = {start: getattr(phase, setting) for start, phase in zip(self.phase_steps, self.phases, strict=True)}
         return {start: value for start, value in values.items() if value is not None}

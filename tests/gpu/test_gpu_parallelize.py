@@ -37,7 +37,7 @@ NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9,
 def one():
     """A mesh of a single rank to which FSDP2 is applied."""
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-    yield Mesh(Degrees(1, 1, 1, 1), data=init_device_mesh("cuda", (1,), mesh_dim_names=("shard",)))
+    yield Mesh(Degrees(1, 1, 1, 1), fsdp_mesh=init_device_mesh("cuda", (1,), mesh_dim_names=("shard",)))
     dist.destroy_process_group()
 
 

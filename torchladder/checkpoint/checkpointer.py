@@ -133,7 +133,7 @@ class Checkpointer:
         while not self._succeeds(lambda: write(self._collect(step, last)), step) and blocking:
             time.sleep(60 * self.config.retry_minutes)
 
-    def wait_for_copy(self) -> None:
+    def wait_for_staging(self) -> None:
         """Waits until the running save has copied the weights, which may change from then on."""
         if self._copy is not None:
             self._copy.result()
@@ -147,7 +147,7 @@ class Checkpointer:
         """
         if self._save is not None:
             save, self._save = self._save, None
-            self.wait_for_copy()
+            self.wait_for_staging()
             self._succeeds(save.result, self._last_step)
 
     def close(self) -> None:

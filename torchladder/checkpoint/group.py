@@ -23,7 +23,7 @@ class CheckpointGroup:
         self.rank = dist.get_rank() if self.process_group is not None else 0
         self.size = dist.get_world_size() if self.process_group is not None else 1
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Returns every rank's value, on every rank."""
         if self.size == 1:
             return [value]
@@ -33,9 +33,9 @@ class CheckpointGroup:
 
     def broadcast(self, value: T) -> T:
         """Returns rank 0's value on every rank."""
-        return self.gather(value)[0]
+        return self.all_gather(value)[0]
 
-    def run_all(self, work: Callable[[], T]) -> list[T]:
+    def run_on_all_ranks(self, work: Callable[[], T]) -> list[T]:
         """Calls ``work`` on every rank and returns every rank's result.
 
         Raises:
@@ -50,7 +50,7 @@ class CheckpointGroup:
             error = f"rank {rank}: {type(cause).__name__}: {cause}"
         except Exception as failure:
             error = f"rank {self.rank}: {type(failure).__name__}: {failure}"
-        results = self.gather((result, error))
+        results = self.all_gather((result, error))
         errors = dict.fromkeys(error for _, error in results if error)
         if errors:
             raise SaveError("; ".join(errors))
@@ -62,4 +62,4 @@ class CheckpointGroup:
         Raises:
             SaveError: on every rank, if ``work`` failed.
         """
-        self.run_all(lambda: work() if self.rank == 0 else None)
+        self.run_on_all_ranks(lambda: work() if self.rank == 0 else None)

@@ -31,7 +31,7 @@ class RunState:
         post_step_pending: whether validation, samples or saving after the step are still to be done.
         validated_step: the step of the last validation; -1 for none.
         bad_steps: the state of the bad-step detector.
-        skipped_rows: ranges of rows, first to last, that roll-backs have removed from the run.
+        skipped_rows: ranges of rows, first to last, that rollbacks have removed from the run.
         excluded: ``checkpoint.exclude_from_loading`` of the run that saved this.
         versions: package -> version that saved this.
     """

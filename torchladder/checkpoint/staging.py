@@ -35,9 +35,9 @@ class ReusingStager(DefaultStager):
             use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=pinned, use_non_blocking_copy=pinned
         )
         super().__init__(options)
-        self._state_dict_stager = _OpenStager(options.use_pinned_memory, options.use_shared_memory)
+        self._state_dict_stager = _ReusableStager(options.use_pinned_memory, options.use_shared_memory)
 
 
-class _OpenStager(StateDictStager):
+class _ReusableStager(StateDictStager):
     def close(self) -> None:
         """Keeps the memory: PyTorch 2.11 closes the stager after each copy and could not copy again."""

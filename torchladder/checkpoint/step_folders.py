@@ -92,12 +92,12 @@ def find_load_error(path: str, check: RunStateCheck | None, group: CheckpointGro
     Raises:
         ConfigError: ``check`` rejects the checkpoint.
     """
-    error = next(filter(None, group.gather(find_corruption(path, RUN_STATE_FILE))), None)
+    error = next(filter(None, group.all_gather(find_corruption(path, RUN_STATE_FILE))), None)
     if error is None:
         if check is not None:
             check(RunState.read(path))
         found = find_corruption(path, rank=group.rank, num_ranks=group.size)
-        error = next(filter(None, group.gather(found)), None)
+        error = next(filter(None, group.all_gather(found)), None)
     return error
 
 
@@ -142,38 +142,38 @@ def write_checkpoint(path: str, state: StateDict, files: Mapping[str, bytes], gr
         SaveError: on every rank; the checkpoint does not exist.
     """
     storage = get_storage(path)
-    staging = storage.staging_path(path)
+    partial = storage.partial_path(path)
     try:
         group.run_on_rank0(lambda: storage.begin(path))
-        per_rank = group.run_all(lambda: _write_tensors(storage, staging, state, group))
+        per_rank = group.run_on_all_ranks(lambda: _write_tensors(storage, partial, state, group))
         checksums = {name: digest for part in per_rank for name, digest in part.items()}
         group.run_on_rank0(lambda: _write_files(storage, path, files, checksums))
     except SaveError:
         if group.rank == 0:
             with suppress(Exception):  # what is left may be what fills the disk
-                storage.delete(staging)
+                storage.delete(partial)
         raise
 
 
 def _write_tensors(
-    storage: CheckpointStorage, staging: str, state: StateDict, group: CheckpointGroup
+    storage: CheckpointStorage, partial: str, state: StateDict, group: CheckpointGroup
 ) -> dict[str, str]:
     """Writes the tensors of this rank; returns the checksums of its files."""
-    writer = storage.writer(staging)
+    writer = storage.writer(partial)
     dcp.save(state, storage_writer=writer, process_group=group.process_group)
-    verify_written(storage, staging, writer.checksums)
+    verify_written(storage, partial, writer.checksums)
     return writer.checksums
 
 
 def _write_files(
     storage: CheckpointStorage, path: str, files: Mapping[str, bytes], checksums: Mapping[str, str]
 ) -> None:
-    staging = storage.staging_path(path)
+    partial = storage.partial_path(path)
     for name, content in files.items():
-        storage.write(f"{staging}/{name}", content)
+        storage.write(f"{partial}/{name}", content)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    verify_written(storage, staging, digests)
-    write_checksums(staging, {**checksums, **digests})
+    verify_written(storage, partial, digests)
+    write_checksums(partial, {**checksums, **digests})
     storage.commit(path)
 
 

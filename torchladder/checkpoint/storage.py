@@ -97,20 +97,20 @@ class CheckpointStorage(FileSystemBase):
         matches = (re.fullmatch(r"step-(\d+)", name) for name in self.list_names(folder))
         return sorted(int(match[1]) for match in matches if match and self.is_committed(f"{folder}/{match[0]}"))
 
-    def staging_path(self, path: str) -> str:
+    def partial_path(self, path: str) -> str:
         """Returns where the files of a checkpoint are written before ``commit``."""
         return path
 
     def begin(self, path: str) -> None:
-        """Creates the empty staging folder of a checkpoint; deletes the remains of interrupted saves."""
-        folder, staging = os.path.dirname(path), self.staging_path(path)
+        """Creates the empty partial folder of a checkpoint; deletes the remains of interrupted saves."""
+        folder, partial = os.path.dirname(path), self.partial_path(path)
         for name in self.list_names(folder):
             leftover = re.fullmatch(r"step-\d+(\.partial|\.old)?", name) and not self.is_committed(f"{folder}/{name}")
             if leftover:
                 with suppress(OSError):
                     self.rm_tree(f"{folder}/{name}")
-        self.delete(staging)
-        self.mkdir(staging)
+        self.delete(partial)
+        self.mkdir(partial)
 
     def commit(self, path: str) -> None:
         """Makes a checkpoint whose files have all been written, ``SHA256SUMS`` last, the one at ``path``."""
@@ -167,16 +167,16 @@ class FileSystemStorage(FileSystem, CheckpointStorage):
     def is_committed(self, path: str) -> bool:
         return not path.endswith((".partial", ".old"))
 
-    def staging_path(self, path: str) -> str:
+    def partial_path(self, path: str) -> str:
         return f"{path}.partial"
 
     def commit(self, path: str) -> None:
         old = f"{path}.old"
         self.rm_tree(old)
-        _fsync(self.staging_path(path))
+        _fsync(self.partial_path(path))
         if self.exists(path):  # a damaged checkpoint, or one of a run that continued from an earlier step
             os.rename(path, old)
-        os.rename(self.staging_path(path), path)
+        os.rename(self.partial_path(path), path)
         _fsync(os.path.dirname(path))
         with suppress(OSError):
             self.rm_tree(old)

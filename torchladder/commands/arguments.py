@@ -33,7 +33,7 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool) -> No
         parser.add_argument(f"--{token}-token", default="", metavar="TOKEN", help=text)
 
 
-def tokenizer_of_arguments(arguments: argparse.Namespace) -> tokenizer.Tokenizer:
+def tokenizer_from_args(arguments: argparse.Namespace) -> tokenizer.Tokenizer:
     """Returns the tokenizer that the options name."""
     return tokenizer.load_tokenizer(arguments.tokenizer, arguments.bos_token, arguments.eos_token)
 

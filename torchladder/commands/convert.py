@@ -19,7 +19,7 @@ from torchladder.data import tokenizer
 from torchladder.inference import hf_export
 from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
 from torchladder.models.hf import conversion, hf_config
-from torchladder.models.hf.hf_folder import CONFIG_FILE, HFFolder
+from torchladder.models.hf.hf_folder import HF_CONFIG_FILE, HFFolder
 from torchladder.registry import ConfigError, require
 
 EPILOG = """
@@ -114,7 +114,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     metadata = replace(metadata, seq_len=arguments.seq_len or metadata.seq_len)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     hf_export.export_checkpoint(trained, output, metadata, files, dtype, vocab_size)
-    print(f"{output}: {CONFIG_FILE}, weights, {', '.join(files) or 'no tokenizer (add one with --tokenizer)'}")
+    print(f"{output}: {HF_CONFIG_FILE}, weights, {', '.join(files) or 'no tokenizer (add one with --tokenizer)'}")
     full = trained.final_window >= config.training.seq_len  # then chunk is causal
     for mask in sorted({*config.attention.masks} - {"causal", "sliding", *(["chunk"] if full else [])}):
         print(f"Hugging Face has no mask {mask!r}: the exported model attends to all tokens before each token.")

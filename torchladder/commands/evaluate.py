@@ -38,7 +38,7 @@ compressed (.gz, .zst, .bz2). Files of tokens are named by their .bin, or are .p
 exit code: 1 if a checkpoint is damaged; the others are evaluated nevertheless.
 """
 
-FIGURES = {"context": ",", "tokens": ",", "loss": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f"}
+NUMBER_FORMATS = {"context": ",", "tokens": ",", "loss": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f"}
 """Columns with numbers in the printed table -> format."""
 
 
@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
     _slices(arguments.context or [], arguments.stride)  # refuses invalid ones before anything is read
     check_positive(arguments, "batch_tokens")
     if arguments.plot:
-        plots.check_picture_path(arguments.plot)
+        plots.check_plot_path(arguments.plot)
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -149,7 +149,7 @@ def _warnings(jobs: Sequence[EvalJob]) -> list[str]:
                 f"context {job.slices.context:,}: longer than the rows in training ({job.trained.max_seq_len:,}); "
                 "the model has not seen the positions beyond"
             )
-        if not job.tokens:
+        if not job.num_tokens:
             lines.append(f"warning: {path_label(job.documents.path)} has no token to predict: its loss stays empty")
     return list(dict.fromkeys(lines))
 
@@ -168,7 +168,7 @@ class _EvalProgress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._remaining, self._read, self._interval = sum(job.tokens for job in jobs), 0, interval
+        self._remaining, self._read, self._interval = sum(job.num_tokens for job in jobs), 0, interval
         self._task = self._bar.add_task("", total=self._remaining, rate="")
         self._start = self._last_log = time.monotonic()
 
@@ -192,7 +192,7 @@ class _EvalProgress:
             self.log(f"{self._current}: {self._remaining:,} tokens left, {self._rate()}, {seconds:.0f} s left")
 
     def skip(self, jobs: Sequence[EvalJob]) -> None:
-        tokens = sum(job.tokens for job in jobs)
+        tokens = sum(job.num_tokens for job in jobs)
         self._remaining -= tokens
         self._bar.update(self._task, advance=tokens)
 
@@ -213,10 +213,10 @@ def _print_table(rows: Sequence[ResultRow]) -> None:
     table = Table(box=None)
     for name in ("checkpoint", "file"):
         table.add_column(name, overflow="fold")  # the end of a path distinguishes it
-    for name in FIGURES:
+    for name in NUMBER_FORMATS:
         table.add_column(name.replace("bits_per_byte", "bits/byte"), justify="right")
     for row in rows:
-        figures = ["" if row[name] is None else format(row[name], spec) for name, spec in FIGURES.items()]
+        figures = ["" if row[name] is None else format(row[name], spec) for name, spec in NUMBER_FORMATS.items()]
         table.add_row(Text(row["checkpoint"]), Text(row["file"]), *figures)
     # A file does not limit the width of lines.
     Console(width=None if Console().is_terminal else 500).print(table)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from torchladder.commands.arguments import CommandParser, add_tokenizer_options, tokenizer_of_arguments
+from torchladder.commands.arguments import CommandParser, add_tokenizer_options, tokenizer_from_args
 from torchladder.data import tokenizer
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.prepare import metadata
@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"--document {number}: the dataset has {len(dataset)} documents, counted from 0.")
     decoder = None
     if arguments.tokenizer:
-        decoder = tokenizer_of_arguments(arguments)
+        decoder = tokenizer_from_args(arguments)
     elif known.get("name"):
         with suppress(ConfigError):  # its files may be elsewhere
             decoder = tokenizer.load_tokenizer(known["name"])
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     if arguments.json:
         summary = {
             "documents": len(dataset),
-            "tokens": dataset.tokens,
+            "tokens": dataset.num_tokens,
             "dtype": dataset.dtype.name,
             "histogram": [list(row) for row in length_histogram(dataset.lengths)],
             "settings": about.settings() if about else None,
@@ -88,11 +88,11 @@ def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int, int]]:
 
 def _print_summary(dataset: IndexedTokens, about: DatasetMetadata | None) -> None:
     size = Path(f"{dataset.prefix}.bin").stat().st_size
-    counts = f"{len(dataset):,} documents, {dataset.tokens:,} tokens"
+    counts = f"{len(dataset):,} documents, {dataset.num_tokens:,} tokens"
     print(f"{dataset.prefix}: {counts} as {dataset.dtype.name}, {size:,} bytes")
     if len(dataset):
         low, median, high = np.percentile(dataset.lengths, [0, 50, 100]).astype(int).tolist()
-        mean = dataset.tokens / len(dataset)
+        mean = dataset.num_tokens / len(dataset)
         print(f"document lengths: {low:,} to {high:,} tokens, median {median:,}, mean {mean:,.1f}")
     if about:
         if known := about.tokenizer:
@@ -114,7 +114,7 @@ def _print_histogram(dataset: IndexedTokens) -> None:
     for low, high, documents, tokens in rows:
         lengths = f"{low:,}" if low >= high else f"{low:,}-{high:,}"
         bar = "█" * -(-documents * MAX_BAR_CHARS // most)
-        table.add_row(lengths, f"{documents:,}", f"{tokens / max(dataset.tokens, 1):.1%}", bar)
+        table.add_row(lengths, f"{documents:,}", f"{tokens / max(dataset.num_tokens, 1):.1%}", bar)
     Console().print(table)
 
 

@@ -130,14 +130,14 @@ def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
     return {
         "steps": plan.steps,
         "tokens_per_step": plan.tokens_per_step,
-        "tokens": plan.tokens,
-        "parameters": plan.parameters,
+        "tokens": plan.num_tokens,
+        "parameters": plan.num_parameters,
         "flops": plan.flops,
         "flops_full_context": plan.flops_full_context,
         "saved": plan.saved,
         "attention_saved": plan.attention_saved,
         "attention_share": plan.attention_share,
-        "full_context_from_step": plan.full_at,
+        "full_context_step": plan.full_context_step,
         "state_bytes_per_rank": plan.state_bytes,
         "windows": {str(step): plan.schedule.window(step) for step in steps},
     }
@@ -145,7 +145,7 @@ def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
 
 def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
     """Returns the first step of each phase, its length, the settings that hold in it, and what it reads."""
-    starts = sorted({0, *plan.schedule.starts})
+    starts = sorted({0, *plan.schedule.phase_steps})
     phases = []
     for step, end in zip(starts, [*starts[1:], plan.steps], strict=True):
         settings = {key: plan.schedule.override(key, step) for key in PHASE_SETTINGS}

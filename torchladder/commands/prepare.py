@@ -9,7 +9,7 @@ from torchladder.commands.arguments import (
     CommandParser,
     add_input_options,
     add_tokenizer_options,
-    tokenizer_of_arguments,
+    tokenizer_from_args,
 )
 from torchladder.data.prepare import executor
 from torchladder.data.prepare.dataset_builder import prepare_dataset
@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
     config = PrepareConfig(
         inputs=arguments.input,
         output=arguments.output,
-        encoder=DocumentEncoder(tokenizer_of_arguments(arguments), bos=arguments.bos, eos=arguments.eos),
+        encoder=DocumentEncoder(tokenizer_from_args(arguments), bos=arguments.bos, eos=arguments.eos),
         tokenizer=arguments.tokenizer,
         text_key=arguments.text_key,
         on_error=arguments.on_error,

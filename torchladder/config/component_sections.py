@@ -12,7 +12,7 @@ import tyro
 from torchladder import curriculum, data, models, optim
 from torchladder.config.sections import Config
 from torchladder.config.toml_files import RawSettings
-from torchladder.config.values import fields, flag, table_help, tables_argument
+from torchladder.config.values import cli_value, fields, table_help, tables_argument
 from torchladder.registry import Registry
 
 COMPONENTS: dict[str, tuple[Registry[Any], str]] = {
@@ -37,7 +37,7 @@ def config_type(settings: RawSettings, argv: list[str]) -> type[Config]:
 def _chosen_name(section: str, default: str, settings: RawSettings, argv: list[str]) -> str:
     """Returns the component of a section; naming another one on the command line drops the keys of the file."""
     in_file = settings.get(section, {}).get("name", default)
-    name = flag(argv, f"{section}.name") or in_file
+    name = cli_value(argv, f"{section}.name") or in_file
     if name != in_file and settings.get(section):
         dropped = ", ".join(key for key in settings[section] if key != "name")
         if dropped:
@@ -58,7 +58,7 @@ def _section_type(registry: Registry[Any], section: str, name: str) -> type:
             explained.setdefault(item, key)
             kind = Annotated[kind, tables_argument(kind)]
         section_fields.append((key, Annotated[kind, tyro.conf.arg(help=help)], field))
-    bases = (fields(Config)[section].kind,)
+    bases = (fields(Config)[section].type,)
     section_type = dataclasses.make_dataclass(
         section.capitalize(), section_fields, bases=bases, frozen=True, kw_only=True
     )

@@ -9,10 +9,10 @@ from typing import Any
 from torchladder import models
 from torchladder.config.sections import Config
 from torchladder.config.toml_files import Origins, RawSettings
-from torchladder.config.values import flag, flags
+from torchladder.config.values import cli_value, cli_values
 from torchladder.data.tokenizer import tokenizer_registry
 from torchladder.models.hf import hf_config
-from torchladder.models.hf.hf_folder import CONFIG_FILE, HFFolder
+from torchladder.models.hf.hf_folder import HF_CONFIG_FILE, HFFolder
 from torchladder.registry import ConfigError
 
 
@@ -22,25 +22,25 @@ def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) 
     Raises:
         ConfigError: the folder has no config.json, or its model is not supported or is not model.name.
     """
-    given = flags(argv, "model.hf_assets_path")
+    given = cli_values(argv, "model.hf_assets_path")
     path = given[-1] if given else settings.get("model", {}).get("hf_assets_path", "")
     if not path:
         return
     folder = HFFolder(path)
     model = hf_config.model_section(folder.config)
-    name = flag(argv, "model.name") or settings.get("model", {}).get("name", model["name"])
+    name = cli_value(argv, "model.name") or settings.get("model", {}).get("name", model["name"])
     if name != model["name"]:
         raise ConfigError(f"model.name = {name!r}: the model in {path} is {model['name']!r}.")
     sections: dict[str, dict[str, Any]] = {"model": model}
     tokenizer = tokenizer_section(folder.path)
-    if tokenizer.get("name") == (flag(argv, "tokenizer.name") or settings.get("tokenizer", tokenizer).get("name")):
+    if tokenizer.get("name") == (cli_value(argv, "tokenizer.name") or settings.get("tokenizer", tokenizer).get("name")):
         sections["tokenizer"] = tokenizer
     window = hf_config.sliding_window(folder.config)
     if window is not None:
         sections |= _sliding_window_defaults(window, settings, argv)
     for name, section in sections.items():
         own = settings.get(name, {})
-        origins.update({(name, key): folder.path / CONFIG_FILE for key in section.keys() - own.keys()})
+        origins.update({(name, key): folder.path / HF_CONFIG_FILE for key in section.keys() - own.keys()})
         settings[name] = {**section, **own}
 
 
@@ -54,7 +54,7 @@ def check_hf_settings(config: Config) -> None:
     if config.checkpoint.initial_load_in_hf and not (path or config.checkpoint.initial_load_path):
         raise ConfigError("checkpoint.initial_load_in_hf: set model.hf_assets_path or checkpoint.initial_load_path.")
     if path:
-        section, source = hf_config.model_section(HFFolder(path).config), f"{path}/{CONFIG_FILE}"
+        section, source = hf_config.model_section(HFFolder(path).config), f"{path}/{HF_CONFIG_FILE}"
         hf_config.check_compatible(section, models.resolve(config.model), source)
         if config.model.flavor:
             flavor = models.registry.flavors(config.model.name)[config.model.flavor]
@@ -75,13 +75,13 @@ def sliding_window_sections(window: int) -> dict[str, dict[str, Any]]:
 def _sliding_window_defaults(window: int, settings: RawSettings, argv: list[str]) -> dict[str, Any]:
     """Returns the sections that keep the model's window; empty if rows fit into it or masks and curriculum are set."""
     try:
-        seq_len = int(flag(argv, "training.seq_len") or settings.get("training", {}).get("seq_len", 2048))
+        seq_len = int(cli_value(argv, "training.seq_len") or settings.get("training", {}).get("seq_len", 2048))
     except (TypeError, ValueError):
         return {}  # the checks of all settings report it
     if seq_len <= window:
         return {}
-    masks = flags(argv, "attention.masks") or settings.get("attention", {}).get("masks")
-    if masks is None and "curriculum" not in settings and not flag(argv, "curriculum.name"):
+    masks = cli_values(argv, "attention.masks") or settings.get("attention", {}).get("masks")
+    if masks is None and "curriculum" not in settings and not cli_value(argv, "curriculum.name"):
         return sliding_window_sections(window)
     if "sliding" not in (masks or []):
         notice = f"the model has a sliding window of {window} tokens, but attention.masks has no 'sliding'."

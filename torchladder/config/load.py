@@ -17,7 +17,7 @@ import tyro
 from torchladder.config import hf_defaults, toml_files
 from torchladder.config.component_sections import config_type
 from torchladder.config.sections import Config
-from torchladder.config.values import check_type, fields, flag, flags
+from torchladder.config.values import check_type, cli_value, cli_values, fields
 from torchladder.registry import ConfigError, unknown_name
 
 RENAMED_KEYS = {
@@ -40,7 +40,7 @@ def load(argv: list[str]) -> Config:
     _refuse_renamed_keys(
         (word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")), "the command line"
     )
-    file = flag(argv, "job.config_file")
+    file = cli_value(argv, "job.config_file")
     defaults = _load_defaults(Path(file) if file else None, {}, argv)
     config = tyro.cli(
         type(defaults),
@@ -99,9 +99,9 @@ def _load_defaults(file: Path | None, overrides: Mapping[str, Any], argv: list[s
     for name, field in fields(kind).items():
         if name in toml_files.TABLES:
             place = f"{toml_files.origin(origins, name)}: {name}"
-            sections[name] = check_type(field.kind, settings.get(name, []), place)
+            sections[name] = check_type(field.type, settings.get(name, []), place)
         else:
-            sections[name] = _make_section(field.kind, name, settings.get(name, {}), origins)
+            sections[name] = _make_section(field.type, name, settings.get(name, {}), origins)
     return kind(**sections)
 
 
@@ -112,7 +112,7 @@ def _make_section(kind: type, name: str, settings: dict[str, Any], origins: toml
         file = toml_files.origin(origins, name, key)
         if key not in known:
             raise unknown_name(f"key in [{name}] of {file}", key, known)
-        values[key] = check_type(known[key].kind, value, f"{file}: {name}.{key}")
+        values[key] = check_type(known[key].type, value, f"{file}: {name}.{key}")
     try:
         return kind(**values)
     except ConfigError as error:
@@ -131,7 +131,7 @@ def _import_plugins(settings: toml_files.RawSettings, argv: list[str], config_fo
     for folder in (str(config_folder.resolve()), str(Path.cwd())):
         if folder not in sys.path:
             sys.path.append(folder)
-    for name in flags(argv, "job.plugins") or settings.get("job", {}).get("plugins", []):
+    for name in cli_values(argv, "job.plugins") or settings.get("job", {}).get("plugins", []):
         try:
             import_module(name)
         except ModuleNotFoundError as error:

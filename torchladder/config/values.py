@@ -46,7 +46,7 @@ def _make_table(item: Any, table: Any) -> Any:
             raise unknown_name("key", key, known)
     for key, field in known.items():
         require(key in table or not field.required, f"the key {key!r} is required.")
-    return kind(**{key: check_type(known[key].kind, value, key) for key, value in table.items()})
+    return kind(**{key: check_type(known[key].type, value, key) for key, value in table.items()})
 
 
 def _describe_error(error: pydantic.ValidationError) -> str:
@@ -101,7 +101,7 @@ def table_help(item: Any) -> str:
 class Field(NamedTuple):
     """A field of a dataclass."""
 
-    kind: Any  # its type
+    type: Any
     required: bool  # whether it has no default
 
 
@@ -114,7 +114,7 @@ def fields(kind: Any) -> dict[str, Field]:
     }
 
 
-def flags(argv: list[str], key: str) -> list[str]:
+def cli_values(argv: list[str], key: str) -> list[str]:
     """Returns the values after ``--key`` on the command line, before it is parsed as a whole."""
     values: list[str] = []
     reading = False
@@ -128,6 +128,6 @@ def flags(argv: list[str], key: str) -> list[str]:
     return values
 
 
-def flag(argv: list[str], key: str) -> str:
+def cli_value(argv: list[str], key: str) -> str:
     """Returns the value after ``--key`` on the command line, empty if it is not given."""
-    return (flags(argv, key) or [""])[-1]
+    return (cli_values(argv, key) or [""])[-1]

@@ -35,7 +35,7 @@ class Corpus:
 
     Attributes:
         lengths: (documents,) tokens in each document.
-        tokens: tokens in all documents.
+        num_tokens: tokens in all documents.
     """
 
     def __init__(self, label: str, shards: Sequence[TokenShard], vocab_size: int | None = None) -> None:
@@ -43,8 +43,8 @@ class Corpus:
         self.shards = list(shards)
         self.vocab_size = vocab_size
         self.lengths = _concatenate([shard.lengths for shard in shards])
-        self.tokens = int(self.lengths.sum())
-        self._starts = _concatenate([shard.starts for shard in shards])
+        self.num_tokens = int(self.lengths.sum())
+        self._offsets = _concatenate([shard.offsets for shard in shards])
         self._ends = np.cumsum([len(shard.lengths) for shard in shards])  # documents up to and including each shard
 
     def read(self, spans: Spans) -> np.ndarray:
@@ -53,8 +53,8 @@ class Corpus:
         Raises:
             ConfigError: a token is outside the vocabulary.
         """
-        starts = self._starts[spans.documents]
-        begins, ends = (starts + spans.begins).tolist(), (starts + spans.ends).tolist()
+        offsets = self._offsets[spans.documents]
+        begins, ends = (offsets + spans.begins).tolist(), (offsets + spans.ends).tolist()
         if len(self.shards) == 1:
             flat = self.shards[0].flat
             pieces = [flat[begin:end] for begin, end in zip(begins, ends, strict=True)]

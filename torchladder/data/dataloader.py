@@ -65,7 +65,7 @@ class BaseDataLoader(Protocol):
         """Continues at a global row, which becomes the first one of a step."""
         ...
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """Returns what the rows depend on, by name: loaders with equal fingerprints yield equal rows."""
         ...
 

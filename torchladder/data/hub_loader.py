@@ -130,7 +130,7 @@ class HubLoader:
                 logger.info("hub: reading the %s rows before the current one again", f"{row:,}")
         self._stream = iter(StreamedRows(self.documents, layout, first_row, self.labels_across_documents))
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """Returns what the rows depend on, by name; not the documents' content, which is unknown."""
         named = {key: getattr(self, key) for key in ("path", "config", "data_files", "revision", "train_split")}
         keys = ("text_key", "bos", "labels_across_documents", "shuffle_buffer", "seed", "seq_len")

@@ -154,7 +154,7 @@ class RowLoader:
         """Adds ranges of rows to skip, first and last inclusive. Takes effect with the next ``seek``."""
         self._skipper = RowSkipper([*self._skipper.ranges, *rows])
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """Returns what the rows depend on, by content: the same after files move, for any ranks and workers."""
         keys = ("packing", "labels_across_documents", "shuffle", "seed", "seq_len")
         contents = json.dumps([corpus.fingerprint() for corpus in self._source_mix.corpora])
@@ -175,7 +175,7 @@ class RowLoader:
         order = f"shuffled with seed {self.seed}" if self.shuffle else "in order"
         order = order if self.num_rows is None else "in the same order in every run"
         total = "" if self.num_rows is None else f", {self.num_rows:,} rows"
-        tokens = sum(corpus.tokens for corpus in self._source_mix.corpora)
+        tokens = sum(corpus.num_tokens for corpus in self._source_mix.corpora)
         summary = f"{self.split}: {self.packing}, {order}, {tokens:,} tokens{total}"
         lines = self._source_mix.describe()
         if self.split == "train" and self.steps is not None:
@@ -227,14 +227,14 @@ class RowLoader:
             raw = [source for source in self._sources if not source.is_tokens]
             corpora = [loader.open(source, "validation") for source in raw]
             # A small source may have no documents held out; the others still do.
-            corpora = [corpus for corpus in corpora if corpus.tokens > 1]
+            corpora = [corpus for corpus in corpora if corpus.num_tokens > 1]
         require(
             bool(corpora),
             "no documents are held out for validation: set data.validation_sources, or use raw text sources with "
             f"a validation_fraction above {fraction}.",
         )
         for corpus in corpora:
-            count = corpus.tokens
+            count = corpus.num_tokens
             require(count >= 2, f"the source {corpus.label} has {count} tokens; a row needs at least 2.")
         return corpora
 

@@ -68,7 +68,7 @@ class TokenShard(Protocol):
 
     Attributes:
         lengths: (documents,) tokens in each document.
-        starts: (documents,) int64, where each document begins in ``flat``.
+        offsets: (documents,) int64, where each document begins in ``flat``.
         flat: the tokens back to back, read by slices; one without a label is stored as in ``unlabeled_tokens``.
         fingerprint: a hash of the content.
     """
@@ -77,7 +77,7 @@ class TokenShard(Protocol):
     def lengths(self) -> np.ndarray: ...
 
     @property
-    def starts(self) -> np.ndarray: ...
+    def offsets(self) -> np.ndarray: ...
 
     @property
     def flat(self) -> Any: ...

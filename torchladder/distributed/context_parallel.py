@@ -23,22 +23,22 @@ from torchladder.distributed.mesh import Mesh
 
 
 class ContextShard:
-    """The slice of every row on this rank: tokens ``offset`` to ``offset + tokens - 1``.
+    """The slice of every row on this rank: tokens ``offset`` to ``offset + tokens_per_rank - 1``.
 
     Attributes:
-        tokens: tokens of a row on each rank.
+        tokens_per_rank: tokens of a row on each rank.
         offset: position of this rank's first token.
     """
 
     def __init__(self, mesh: Mesh, seq_len: int) -> None:
-        self.group = mesh.context
-        self.rank = mesh.context_rank
-        self.tokens = seq_len // mesh.degrees.context
-        self.offset = self.rank * self.tokens
+        self.group = mesh.cp_group
+        self.rank = mesh.cp_rank
+        self.tokens_per_rank = seq_len // mesh.degrees.cp
+        self.offset = self.rank * self.tokens_per_rank
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Returns this rank's slice of rows (B, T)."""
-        return rows if self.group is None else rows[:, self.offset : self.offset + self.tokens]
+        return rows if self.group is None else rows[:, self.offset : self.offset + self.tokens_per_rank]
 
     def prepare_mask(self, prepare: Callable[..., Any], start: Tensor, device: torch.device) -> Any:
         """Returns the attention mask of this rank's queries, for the function that ``wrap_attention`` returned.
@@ -51,8 +51,8 @@ class ContextShard:
         if self.group is None:
             return prepare(start, device)
         # The first key that each rank needs in any row of the batch (ranks), on the CPU.
-        first_keys = start[:, :: self.tokens].amin(dim=0).to(torch.int64)
-        return prepare(start[:, : self.offset + self.tokens], device, self.offset), first_keys
+        first_keys = start[:, :: self.tokens_per_rank].amin(dim=0).to(torch.int64)
+        return prepare(start[:, : self.offset + self.tokens_per_rank], device, self.offset), first_keys
 
     def wrap_attention(self, attention_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Returns a kernel's attention, ``(q, k, v, attn_mask) -> out``, over the keys of all ranks."""

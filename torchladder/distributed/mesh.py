@@ -53,25 +53,25 @@ class ParallelismConfig:
 
 @dataclass(frozen=True)
 class Degrees:
-    """The resolved degrees. Consecutive ranks differ in ``tensor`` first, then context, shard, replicate."""
+    """The resolved degrees. Consecutive ranks differ in ``tp`` first, then cp, dp_shard, dp_replicate."""
 
-    replicate: int
-    shard: int
-    context: int
-    tensor: int
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
 
     @property
-    def data(self) -> int:
+    def dp(self) -> int:
         """Number of data-parallel ranks: groups that read different rows."""
-        return self.replicate * self.shard
+        return self.dp_replicate * self.dp_shard
 
     @property
     def model_parallel(self) -> int:
-        """Ranks that read the same rows: context × tensor."""
-        return self.context * self.tensor
+        """Ranks that read the same rows: cp × tp."""
+        return self.cp * self.tp
 
     def __str__(self) -> str:
-        return f"replicate {self.replicate} x shard {self.shard} x context {self.context} x tensor {self.tensor}"
+        return f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x cp {self.cp} x tp {self.tp}"
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,20 @@ class Mesh:
 
     Attributes:
         degrees: size of each dimension.
-        data: ``(shard,)`` or ``(replicate, shard)`` for FSDP2; shard includes context-parallel ranks. None for a single
-            rank.
-        tensor: the tensor-parallel ranks of this rank; None without tensor parallelism.
-        context: the context-parallel ranks of this rank; None without context parallelism.
-        data_rank: which rows this rank reads, 0 to ``degrees.data - 1``.
-        context_rank: which slice of each row, 0 to ``degrees.context - 1``.
+        fsdp_mesh: ``(shard,)`` or ``(replicate, shard)`` for FSDP2; shard includes context-parallel ranks. None for a
+            single rank.
+        tp_mesh: the tensor-parallel ranks of this rank; None without tensor parallelism.
+        cp_group: the context-parallel ranks of this rank; None without context parallelism.
+        dp_rank: which rows this rank reads, 0 to ``degrees.dp - 1``.
+        cp_rank: which slice of each row, 0 to ``degrees.cp - 1``.
     """
 
     degrees: Degrees
-    data: DeviceMesh | None = None
-    tensor: DeviceMesh | None = None
-    context: ProcessGroup | None = None
-    data_rank: int = 0
-    context_rank: int = 0
+    fsdp_mesh: DeviceMesh | None = None
+    tp_mesh: DeviceMesh | None = None
+    cp_group: ProcessGroup | None = None
+    dp_rank: int = 0
+    cp_rank: int = 0
 
 
 def degrees(config: ParallelismConfig, ranks: int) -> Degrees:
@@ -150,24 +150,24 @@ def check_degrees(config: ParallelismConfig, heads: tuple[int, ...], seq_len: in
 
 def build(degrees: Degrees, rank: int, device_type: str) -> Mesh:
     """Returns the mesh of ``rank``; a collective call."""
-    replicate, shard, context, tensor = degrees.replicate, degrees.shard, degrees.context, degrees.tensor
-    if degrees.data * degrees.model_parallel == 1:
+    dp_replicate, dp_shard, cp, tp = degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp
+    if degrees.dp * degrees.model_parallel == 1:
         return Mesh(degrees)
     # Context-parallel ranks have gradients of different tokens, so FSDP shards over them like over data-parallel ranks.
-    sizes = {"replicate": replicate, "shard": shard * context, "tensor": tensor}
+    sizes = {"replicate": dp_replicate, "shard": dp_shard * cp, "tensor": tp}
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
     ranks = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    if tensor > 1:
+    if tp > 1:
         ranks["shard", "tensor"]._flatten()  # one all-reduce over both for the norm of the gradients
     group = None
-    if context > 1:
-        sizes = {"data": degrees.data, "context": context, "tensor": tensor}
+    if cp > 1:
+        sizes = {"data": degrees.dp, "context": cp, "tensor": tp}
         group = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)).get_group("context")
     return Mesh(
         degrees,
-        data=ranks["replicate", "shard"] if replicate > 1 else ranks["shard"],
-        tensor=ranks["tensor"] if tensor > 1 else None,
-        context=group,
-        data_rank=rank // degrees.model_parallel,
-        context_rank=rank // tensor % context,
+        fsdp_mesh=ranks["replicate", "shard"] if dp_replicate > 1 else ranks["shard"],
+        tp_mesh=ranks["tensor"] if tp > 1 else None,
+        cp_group=group,
+        dp_rank=rank // degrees.model_parallel,
+        cp_rank=rank // tp % cp,
     )

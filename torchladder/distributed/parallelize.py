@@ -74,7 +74,7 @@ def check_parallelize_config(mesh: Mesh, config: ParallelizeConfig, device: torc
         require(config.compile.compiles("model"), f"{key} is a compiler pass: set compile.enable.")
     if config.offload:
         key = "training.enable_cpu_offload"
-        require(mesh.data is not None, f"{key} needs FSDP2, and this run has a single rank.")
+        require(mesh.fsdp_mesh is not None, f"{key} needs FSDP2, and this run has a single rank.")
         require(device.type != "cpu", f"{key} needs an accelerator, and this run is on a CPU.")
 
 
@@ -94,21 +94,21 @@ def parallelize_model(
     assert isinstance(layers, nn.ModuleDict)
     compile = config.compile
     # First, because torchao replaces the layers that all the rest is applied to.
-    float8.convert_to_float8(model, config.float8, sharded=mesh.data is not None)
+    float8.convert_to_float8(model, config.float8, sharded=mesh.fsdp_mesh is not None)
     if config.parallelism.enable_async_tensor_parallel:
         torch._inductor.config._micro_pipeline_tp = True  # overlaps collectives with the matrix products around them
-    if mesh.tensor is not None:
-        tensor_parallel.apply_tensor_parallel(model, plan, mesh.tensor, not config.parallelism.disable_loss_parallel)
+    if mesh.tp_mesh is not None:
+        tensor_parallel.apply_tensor_parallel(model, plan, mesh.tp_mesh, not config.parallelism.disable_loss_parallel)
     for number, (name, block) in enumerate(list(layers.items())):
         layers[name] = apply_activation_checkpoint(block, number, config.activation_checkpoint, saved_ops)
         if compile.compiles("model"):
             layers[name].compile(backend=compile.backend, fullgraph=True)
     if compile.compiles("loss"):
         for path, style in plan.items():
-            if style == "head":
+            if style == "lm_head":
                 model.get_submodule(path).compile(backend=compile.backend, fullgraph=True)
-    if mesh.data is not None:
-        _apply_fsdp(model, list(layers.values()), mesh.data, config)
+    if mesh.fsdp_mesh is not None:
+        _apply_fsdp(model, list(layers.values()), mesh.fsdp_mesh, config)
 
 
 def materialize(model: nn.Module, device: torch.device, offload: bool) -> None:

@@ -49,11 +49,11 @@ class Ranks:
     """This rank, the number of ranks, and this rank's device."""
 
     rank: int
-    size: int
+    world_size: int
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is rank 0, which writes logs and files."""
         return self.rank == 0
 
@@ -70,19 +70,19 @@ class Ranks:
 
     def set_timeout(self, seconds: int) -> None:
         """Sets the timeout of all process groups, once every rank has called this."""
-        if self.size > 1:
+        if self.world_size > 1:
             self.barrier()
             for group in list(_world.pg_map):  # including the groups of the mesh
                 _set_pg_timeout(timedelta(seconds=seconds), group)
 
     def barrier(self) -> None:
-        if self.size > 1:
+        if self.world_size > 1:
             dist.barrier()
 
     def _all_reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         # On the CPU through gloo, so that nothing waits for the GPU. float64 is exact for counts below 2**53.
         buffer = torch.tensor(values, dtype=torch.float64)
-        if self.size > 1:
+        if self.world_size > 1:
             dist.all_reduce(buffer, op=op)
         reduced: list[float] = buffer.tolist()
         return reduced

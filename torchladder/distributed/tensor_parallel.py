@@ -6,11 +6,11 @@ The model's ``parallel_plan`` names a style for every module that has parameters
 |---|---|---|
 | ``embedding`` | sharded over the vocabulary | all tokens → sharded tokens |
 | ``sequence`` | replicated, a norm | sharded tokens → sharded tokens |
-| ``heads`` | replicated, a norm of each head | sharded heads → sharded heads |
+| ``qk_norm`` | replicated, a norm of each head | sharded heads → sharded heads |
 | ``gather`` | has no parameters itself | first input: sharded tokens → all tokens |
 | ``colwise`` | linear, sharded over output features | all tokens → all tokens, sharded features |
 | ``rowwise`` | linear, sharded over input features | sharded features → sharded tokens |
-| ``head`` | sharded over the vocabulary | sharded tokens → logits, or the loss |
+| ``lm_head`` | sharded over the vocabulary | sharded tokens → logits, or the loss |
 
 Vocabulary and features may shard unevenly; the degree must divide heads and tokens. The attention mask is replicated.
 """
@@ -122,9 +122,9 @@ def _redistribute(x: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DT
 _STYLES: dict[str, Callable[[bool], ParallelStyle]] = {
     "embedding": lambda _: _Embedding(input_layouts=Replicate(), output_layouts=TOKENS),
     "sequence": lambda _: SequenceParallel(),
-    "heads": lambda _: SequenceParallel(sequence_dim=2, use_local_output=True),
+    "qk_norm": lambda _: SequenceParallel(sequence_dim=2, use_local_output=True),
     "gather": lambda _: _Gather(),
     "colwise": lambda _: ColwiseParallel(),
     "rowwise": lambda _: _Rowwise(output_layouts=TOKENS),
-    "head": _Head,
+    "lm_head": _Head,
 }

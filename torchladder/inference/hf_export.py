@@ -19,7 +19,7 @@ from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
 from torchladder.models import Model
 from torchladder.models.hf import conversion, hf_weights
 from torchladder.models.hf.adapter import HFMetadata
-from torchladder.models.hf.hf_folder import ASSET_FILES, CONFIG_FILE
+from torchladder.models.hf.hf_folder import ASSET_FILES, HF_CONFIG_FILE
 from torchladder.schedule import StepSettings
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def export_checkpoint(
         conversion.checkpoint_to_hf(trained.path, partial, (trained.config.model.name, config), metadata, dtype)
 
 
-class LastSave:
+class FinalHFExport:
     """Saves ``step-N-hf`` next to the last checkpoint ``step-N`` of a run (``checkpoint.last_save_in_hf``).
 
     Args:
@@ -148,7 +148,7 @@ class LastSave:
         """Converts the last checkpoint if its export is missing or older: the run was killed between the two."""
         if not checkpoint.is_complete(self.checkpoint):
             return
-        exported, saved = self.path / CONFIG_FILE, self.checkpoint / checkpoint.CHECKSUM_FILE
+        exported, saved = self.path / HF_CONFIG_FILE, self.checkpoint / checkpoint.CHECKSUM_FILE
         if exported.is_file() and exported.stat().st_mtime_ns >= saved.stat().st_mtime_ns:
             return
         trained = TrainedModel(self.checkpoint, self.config, checkpoint.RunState.read(self.checkpoint))

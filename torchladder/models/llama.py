@@ -94,13 +94,13 @@ class Llama(Model):
     def parallel_plan(self) -> dict[str, str]:
         attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
         feed_forward = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-        plan = {"embedding": "embedding", "norm": "sequence", "head": "head"}
+        plan = {"embedding": "embedding", "norm": "sequence", "head": "lm_head"}
         for layer, projections in (("attention", attention), ("feed_forward", feed_forward)):
             plan |= {f"layers.*.{layer}_norm": "sequence", f"layers.*.{layer}": "gather"}
             plan |= {f"layers.*.{layer}.{name}": style for name, style in projections.items()}
         return plan
 
-    def heads(self) -> tuple[int, ...]:
+    def head_counts(self) -> tuple[int, ...]:
         return self.config.n_heads, self.config.kv_heads
 
     def set_rope_theta(self, theta: float) -> None:

@@ -57,12 +57,12 @@ class Model(nn.Module, ABC):
     def parallel_plan(self) -> dict[str, str]:
         """Returns the tensor-parallel style of each module with parameters: module path -> style.
 
-        Styles: ``embedding``, ``sequence`` (norms), ``heads`` (norms per head), ``gather`` (the tokens of a module's
-        input), ``colwise``, ``rowwise``, ``head``. A ``*`` in a path matches every block.
+        Styles: ``embedding``, ``sequence`` (norms), ``qk_norm`` (norms per head), ``gather`` (the tokens of a module's
+        input), ``colwise``, ``rowwise``, ``lm_head``. A ``*`` in a path matches every block.
         """
 
     @abstractmethod
-    def heads(self) -> tuple[int, ...]:
+    def head_counts(self) -> tuple[int, ...]:
         """Returns the head counts that the tensor-parallel degree must divide."""
 
     @abstractmethod

@@ -58,4 +58,4 @@ class Qwen3(Llama):
         return Block(self.config, self.rope, attention_fn, qk_norm=self.config.norm_eps)
 
     def parallel_plan(self) -> dict[str, str]:
-        return super().parallel_plan() | {f"layers.*.attention.{name}": "heads" for name in ("q_norm", "k_norm")}
+        return super().parallel_plan() | {f"layers.*.attention.{name}": "qk_norm" for name in ("q_norm", "k_norm")}

@@ -56,7 +56,7 @@ def saved_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    check_picture_path(path)
+    check_plot_path(path)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), dpi=200, layout="constrained", facecolor="white")
         yield figure
@@ -84,7 +84,7 @@ def plain_numbers(axis: Axis) -> None:
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def check_picture_path(path: Path) -> None:
+def check_plot_path(path: Path) -> None:
     """Raises ConfigError if the suffix is not .png, .svg or .pdf."""
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"{path}: unknown picture format; the name must end in .png, .svg or .pdf.")
+        raise ConfigError(f"{path}: unknown image format: the file name must end in .png, .svg or .pdf.")

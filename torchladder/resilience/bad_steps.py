@@ -51,7 +51,7 @@ class BadStepError(RuntimeError):
     """The run must stop because of bad steps; the message names steps and rows."""
 
 
-class RollBack(Exception):  # noqa: N818
+class Rollback(Exception):  # noqa: N818
     """The run must return to its newest checkpoint and skip ``rows`` from there on."""
 
     def __init__(self, rows: list[RowRange]) -> None:
@@ -135,7 +135,7 @@ class BadStepDetector:
 
         Raises:
             BadStepError: there was a bad step and the policy is stop, or there were too many.
-            RollBack: there was one and the policy is rollback.
+            Rollback: there was one and the policy is rollback.
         """
         outcomes, self._unchecked = self._unchecked, []
         flags = torch.stack([outcome.bad for outcome in outcomes]).tolist() if outcomes else []
@@ -155,7 +155,7 @@ class BadStepDetector:
                 f"{self.config.max_bad_steps}), the latest at rows {format_rows(rows)}"
             )
         if self.config.on_bad_step == "rollback":
-            raise RollBack(rows)
+            raise Rollback(rows)
 
     def _log(self, outcome: StepOutcome) -> None:
         if self.is_rank0:
@@ -180,7 +180,7 @@ class BadStepDetector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` returned; bad steps that a roll-back undoes still count."""
+        """Restores what ``state_dict`` returned; bad steps that a rollback undoes still count."""
         self.grad_norms.fill_(torch.nan)
         self._unchecked = []
         if state:

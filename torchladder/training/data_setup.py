@@ -18,30 +18,30 @@ DEFAULT_STEPS = 10_000
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """The rows of one step: ``global_batch_size = data_parallel * micro_batch_size * accumulation``."""
+    """The rows of one step: ``global_batch_size = dp_degree * local_batch_size * accumulation_steps``."""
 
     global_batch_size: int
-    micro_batch_size: int
-    accumulation: int
-    data_parallel: int
+    local_batch_size: int
+    accumulation_steps: int
+    dp_degree: int
 
 
-def batch_sizes(config: Config, data_parallel: int) -> BatchSizes:
+def batch_sizes(config: Config, dp_degree: int) -> BatchSizes:
     """Divides the rows of a step over data-parallel ranks and micro-batches.
 
     Raises:
         ConfigError: they do not divide; the message has the nearest sizes that do.
     """
     micro, rows = config.training.local_batch_size, config.training.global_batch_size
-    at_once = micro * data_parallel
+    at_once = micro * dp_degree
     rows = at_once if rows == -1 else rows
     below, above = rows // at_once * at_once, -(-rows // at_once) * at_once
     require(
         below == above,
         f"training.global_batch_size = {rows} is not a multiple of training.local_batch_size {micro} x "
-        f"{data_parallel} data-parallel ranks = {at_once}. Nearest: {below or above} or {above}.",
+        f"{dp_degree} data-parallel ranks = {at_once}. Nearest: {below or above} or {above}.",
     )
-    return BatchSizes(rows, micro, rows // at_once, data_parallel)
+    return BatchSizes(rows, micro, rows // at_once, dp_degree)
 
 
 def build_checked_tokenizer(config: Config) -> data.Tokenizer | None:
@@ -83,18 +83,18 @@ def build_loader(
         raise ConfigError(
             f"phases: source_weights: the data loader {config.data.name!r} does not mix sources; the loader rows does."
         )
-    micro_batches = batch.accumulation if split == "train" else 1
+    micro_batches = batch.accumulation_steps if split == "train" else 1
     return data.registry.build(
         config.data,
         split=split,
         tokenizer=tokenizer or build_checked_tokenizer(config),
         seq_len=config.training.seq_len,
         dp_rank=dp_rank,
-        dp_degree=batch.data_parallel,
-        local_batch_size=batch.micro_batch_size,
-        global_batch_size=batch.micro_batch_size * batch.data_parallel * micro_batches,
+        dp_degree=batch.dp_degree,
+        local_batch_size=batch.local_batch_size,
+        global_batch_size=batch.local_batch_size * batch.dp_degree * micro_batches,
         steps=None if config.training.steps == -1 else config.training.steps,
-        weight_changes={step: changes.get(step) for step in schedule.starts} if schedule else {},
+        weight_changes={step: changes.get(step) for step in schedule.phase_steps} if schedule else {},
     )
 
 

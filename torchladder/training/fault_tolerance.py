@@ -9,7 +9,7 @@ from torchladder.checkpoint import Checkpointer, RunState, check_fingerprints, c
 from torchladder.data.dataloader import BaseDataLoader, Batch, SupportsSkipping
 from torchladder.distributed.ranks import Ranks
 from torchladder.registry import ConfigError
-from torchladder.resilience.bad_steps import BadStepDetector, BadStepError, RollBack, format_rows
+from torchladder.resilience.bad_steps import BadStepDetector, BadStepError, Rollback, format_rows
 from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training.run_plan import Plan, fingerprints
 
@@ -20,10 +20,10 @@ class FaultTolerance:
     """Saves, ends and rolls back on all ranks at the same step.
 
     Attributes:
-        skipped_rows: ranges of rows, first to last, that roll-backs have removed from the run.
+        skipped_rows: ranges of rows, first to last, that rollbacks have removed from the run.
 
     Raises:
-        ConfigError: roll-backs without checkpoints.
+        ConfigError: rollbacks without checkpoints.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class FaultTolerance:
         labels, all_pairs, stop, settled, overdue = self.ranks.sums(num_labels, pairs, *requests)
         if stop:
             raise Interrupted(self._reason)
-        if settled == self.ranks.size:
+        if settled == self.ranks.world_size:
             self.checkpointer.wait()  # returns at once: the save in flight has completed or failed on every rank
         self._overdue = overdue > 0
         return round(labels / model_parallel), round(all_pairs / model_parallel)
@@ -79,29 +79,29 @@ class FaultTolerance:
         """Returns whether to save a checkpoint after ``step`` steps."""
         return step > 0 and self.checkpointer.due(step, step == self.total_steps, self._overdue)
 
-    def save(self, state: RunState, must: bool = False) -> None:
+    def save(self, state: RunState, blocking: bool = False) -> None:
         """Saves a checkpoint, unless a step since the last one was bad.
 
         Args:
-            must: the process ends afterwards: retry until it succeeds or too many saves have failed.
+            blocking: the process ends afterwards: retry until it succeeds or too many saves have failed.
 
         Raises:
-            BadStepError, RollBack: a step was bad.
+            BadStepError, Rollback: a step was bad.
             SaveError: too many saves have failed.
         """
         self.bad_steps.flush()
-        self.checkpointer.save(state, state.step == self.total_steps and not state.post_step_pending, must)
+        self.checkpointer.save(state, state.step == self.total_steps and not state.post_step_pending, blocking)
         self.bad_steps.saved()
 
     def save_and_exit(self, state: RunState, reason: str) -> None:
         """Saves a checkpoint before the process ends, unless there is one of this step."""
-        if self.ranks.first:
+        if self.ranks.is_rank0:
             logger.warning("ending after step %d of %d: %s", state.step, self.total_steps, reason)
         self.checkpointer.wait()
         try:
             if self.checkpointer.due(state.step, last=True):
-                self.save(state, must=True)
-        except RollBack as rollback:  # the next start continues from the newest checkpoint anyway
+                self.save(state, blocking=True)
+        except Rollback as rollback:  # the next start continues from the newest checkpoint anyway
             logger.warning("not saved: the run has to roll back, %s", rollback)
 
     def resume(self, loader: BaseDataLoader, newest: bool = False) -> RunState | None:
@@ -125,7 +125,7 @@ class FaultTolerance:
             loader.seek(state.row)
         return state
 
-    def roll_back(self, rollback: RollBack, loader: BaseDataLoader) -> RunState:
+    def roll_back(self, rollback: Rollback, loader: BaseDataLoader) -> RunState:
         """Loads the newest checkpoint; the loader then skips the rows of the bad steps.
 
         Raises:
@@ -140,7 +140,7 @@ class FaultTolerance:
         self._skip(rollback.rows, loader)
         state = self.resume(loader, newest=True)
         assert state is not None
-        if self.ranks.first:
+        if self.ranks.is_rank0:
             logger.warning("rolled back to step %d, %s", state.step, rollback)
         return state
 

@@ -50,12 +50,12 @@ class CandidateLayout:
 
     Attributes:
         degrees: the degrees of parallelism.
-        micro_batch_size: rows of a micro-batch on one data-parallel rank.
+        local_batch_size: rows of a micro-batch on one data-parallel rank.
         ac_mode: activation checkpointing: none, full, op, or n to checkpoint every n-th block.
     """
 
     degrees: Degrees
-    micro_batch_size: int
+    local_batch_size: int
     ac_mode: str
 
 
@@ -71,12 +71,12 @@ class MemoryEstimator:
         self.plan, self.config, self.seq_len = plan, plan.config, training.seq_len
         selective = checkpointing.mode == "selective"
         ac_mode = checkpointing.selective_ac_option if selective else checkpointing.mode
-        self.layout = CandidateLayout(plan.degrees, plan.batch.micro_batch_size, ac_mode)
+        self.layout = CandidateLayout(plan.degrees, plan.batch.local_batch_size, ac_mode)
         self.dtype = getattr(torch, training.mixed_precision_param)
         self.reduce_bytes = getattr(torch, training.mixed_precision_reduce).itemsize
         self.keeps_gathered = plan.config.parallelism.fsdp_reshard_after_forward == "never"
         model = self._build_meta_model()
-        self.num_parameters, self.heads = model.num_parameters(), model.heads()
+        self.num_parameters, self.heads = model.num_parameters(), model.head_counts()
         self.block_sizes = [sum(p.numel() for p in block.parameters()) for block in model.layers.values()]
         embedding = next(p for name, p in model.named_parameters() if not name.startswith("layers.") and p.dim() == 2)
         self.vocab_size, self.dim = embedding.shape
@@ -86,17 +86,17 @@ class MemoryEstimator:
         """Returns the memory of a rank: exact shards for the run's own layout (None), an estimate for another."""
         shards, layout = (None if layout else self._sharded_bytes()), layout or self.layout
         degrees, itemsize = layout.degrees, self.dtype.itemsize
-        parameters = shards or 4 * self.num_parameters // (degrees.shard * degrees.model_parallel)
-        if degrees.data * degrees.model_parallel == 1:
+        parameters = shards or 4 * self.num_parameters // (degrees.dp_shard * degrees.model_parallel)
+        if degrees.dp * degrees.model_parallel == 1:
             gathered = self.num_parameters * itemsize if itemsize < 4 else 0  # autocast keeps the weights it casts
         else:
             root, largest = self.num_parameters - sum(self.block_sizes), max(self.block_sizes)
             # One block computes while the next is gathered, and the gradient of one is being reduced.
             blocks = sum(self.block_sizes) if self.keeps_gathered else 2 * largest
-            gathered = (itemsize * (root + blocks) + self.reduce_bytes * largest) // degrees.tensor
-        tokens = layout.micro_batch_size * self.seq_len // degrees.context
-        logits = min(MAX_LOGITS_GPU, tokens * self.vocab_size // degrees.tensor)
-        head_gradient = 4 * self.vocab_size * self.dim // degrees.tensor
+            gathered = (itemsize * (root + blocks) + self.reduce_bytes * largest) // degrees.tp
+        tokens = layout.local_batch_size * self.seq_len // degrees.cp
+        logits = min(MAX_LOGITS_GPU, tokens * self.vocab_size // degrees.tp)
+        head_gradient = 4 * self.vocab_size * self.dim // degrees.tp
         return RankMemory(
             parameters=parameters,
             gradients=parameters,
@@ -108,12 +108,12 @@ class MemoryEstimator:
 
     def traffic(self) -> Traffic:
         """Returns the bytes that a rank of the run's own layout sends in a step, under its widest window."""
-        degrees, micro_batches = self.layout.degrees, self.plan.batch.accumulation
+        degrees, micro_batches = self.layout.degrees, self.plan.batch.accumulation_steps
         itemsize, layers = self.dtype.itemsize, len(self.block_sizes)
         all_gathers = 1 if self.keeps_gathered else 2
-        n, r, t, c = degrees.shard * degrees.context, degrees.replicate, degrees.tensor, degrees.context
+        n, r, t, c = degrees.dp_shard * degrees.cp, degrees.dp_replicate, degrees.tp, degrees.cp
         parameters = self.num_parameters // t
-        tokens = self.layout.micro_batch_size * self.seq_len // c
+        tokens = self.layout.local_batch_size * self.seq_len // c
         # A block all-gathers and reduce-scatters tokens twice each, forward and backward; embedding and head once.
         collectives = (8 + (4 if self.layout.ac_mode == "full" else 0)) * layers + 4
         _, kv_bytes = self._measure_block(self.layout)
@@ -128,7 +128,7 @@ class MemoryEstimator:
         """Returns up to three layouts of at most ``limit`` bytes per rank, those with the fewest changes first."""
         estimates = ((layout, self.memory(layout)) for layout in self._candidates())
         fitting = [(layout, memory) for layout, memory in estimates if memory.total <= limit]
-        fitting.sort(key=lambda x: (len(self.changes(x[0])), x[0].degrees.model_parallel, -x[0].micro_batch_size))
+        fitting.sort(key=lambda x: (len(self.changes(x[0])), x[0].degrees.model_parallel, -x[0].local_batch_size))
         return fitting[:3]
 
     def changes(self, layout: CandidateLayout) -> dict[str, int | str]:
@@ -139,33 +139,33 @@ class MemoryEstimator:
     def _settings(self, layout: CandidateLayout) -> dict[str, int | str]:
         degrees, selective = layout.degrees, layout.ac_mode not in ("none", "full")
         settings: dict[str, int | str] = {
-            "parallelism.data_parallel_replicate_degree": degrees.replicate,
-            "parallelism.tensor_parallel_degree": degrees.tensor,
-            "parallelism.context_parallel_degree": degrees.context,
-            "training.local_batch_size": layout.micro_batch_size,
+            "parallelism.data_parallel_replicate_degree": degrees.dp_replicate,
+            "parallelism.tensor_parallel_degree": degrees.tp,
+            "parallelism.context_parallel_degree": degrees.cp,
+            "training.local_batch_size": layout.local_batch_size,
             "activation_checkpoint.mode": "selective" if selective else layout.ac_mode,
         }
         if self.config.parallelism.data_parallel_shard_degree != -1:
-            settings["parallelism.data_parallel_shard_degree"] = degrees.shard
+            settings["parallelism.data_parallel_shard_degree"] = degrees.dp_shard
         return settings | ({"activation_checkpoint.selective_ac_option": layout.ac_mode} if selective else {})
 
     def _candidates(self) -> Iterator[CandidateLayout]:
         """Yields the layouts of the same ranks whose degrees divide ranks, heads, tokens and rows."""
         own = self.layout
-        ranks = own.degrees.data * own.degrees.model_parallel
-        micro_batch_sizes = {own.micro_batch_size >> shift for shift in range(own.micro_batch_size.bit_length())}
-        for replicate, tensor, context, micro_batch_size in product(
-            {own.degrees.replicate, 1}, (1, 2, 4, 8), (1, 2, 4, 8, 16), micro_batch_sizes
+        ranks = own.degrees.dp * own.degrees.model_parallel
+        local_batch_sizes = {own.local_batch_size >> shift for shift in range(own.local_batch_size.bit_length())}
+        for replicate, tensor, context, local_batch_size in product(
+            {own.degrees.dp_replicate, 1}, (1, 2, 4, 8), (1, 2, 4, 8, 16), local_batch_sizes
         ):
             degrees = Degrees(replicate, ranks // (replicate * tensor * context), context, tensor)
             if (
-                degrees.data * degrees.model_parallel == ranks
+                degrees.dp * degrees.model_parallel == ranks
                 and not any(heads % tensor for heads in self.heads)
                 and self.seq_len % (context * tensor) == 0
-                and self.plan.batch.global_batch_size % (micro_batch_size * degrees.data) == 0
+                and self.plan.batch.global_batch_size % (local_batch_size * degrees.dp) == 0
             ):
                 for ac_mode in dict.fromkeys((own.ac_mode, "op", "full")):
-                    yield CandidateLayout(degrees, micro_batch_size, ac_mode)
+                    yield CandidateLayout(degrees, local_batch_size, ac_mode)
 
     def _max_sent_keys(self, context: int) -> int:
         """Returns the most keys per row that a rank sends to later ranks, under the widest window of the run."""
@@ -193,7 +193,7 @@ class MemoryEstimator:
     def _measure_block(self, layout: CandidateLayout) -> tuple[dict[str, int], int]:
         """Returns the bytes that a block saves for backward, by checkpointing mode, and the bytes of its K and V."""
         degrees = layout.degrees
-        key = (degrees.tensor, degrees.context, layout.micro_batch_size)
+        key = (degrees.tp, degrees.cp, layout.local_batch_size)
         if key in self._block_bytes:
             return self._block_bytes[key]
         kv_bytes = 0
@@ -201,18 +201,18 @@ class MemoryEstimator:
         def attention_fn(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
             nonlocal kv_bytes
             kv_bytes = 2 * k.nbytes
-            if degrees.context > 1:  # the last rank receives the keys of the whole row
+            if degrees.cp > 1:  # the last rank receives the keys of the whole row
                 k, v = (x.new_empty(*x.shape[:2], self.seq_len, x.shape[3]) for x in (k, v))
             return SdpaKernel.attention(q, k, v, attn_mask)
 
         model = self._build_meta_model(attention_fn).to(self.dtype)
-        if degrees.tensor > 1:
-            ranks = mesh.build(Degrees(1, 1, 1, degrees.tensor), 0, "cpu").tensor
+        if degrees.tp > 1:
+            ranks = mesh.build(Degrees(1, 1, 1, degrees.tp), 0, "cpu").tp_mesh
             assert ranks is not None
             tensor_parallel.apply_tensor_parallel(model, model.parallel_plan(), ranks, loss_parallel=True)
-        shape = layout.micro_batch_size, self.seq_len // degrees.context // degrees.tensor, self.dim
+        shape = layout.local_batch_size, self.seq_len // degrees.cp // degrees.tp, self.dim
         x = torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
-        attn_mask = torch.zeros(layout.micro_batch_size, self.seq_len, dtype=torch.int32)
+        attn_mask = torch.zeros(layout.local_batch_size, self.seq_len, dtype=torch.int32)
         saved = fake_ranks.activation_bytes(next(iter(model.layers.values())), x, attn_mask, SdpaKernel.saved_ops)
         self._block_bytes[key] = saved, kv_bytes
         return saved, kv_bytes

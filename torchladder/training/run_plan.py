@@ -34,11 +34,11 @@ class Plan:
     Attributes:
         config: the settings of the run, ``training.steps`` known.
         tokens_per_step: tokens of one step over all ranks.
-        parameters: trainable parameters of the model.
+        num_parameters: trainable parameters of the model.
         flops: forward and backward FLOPs of the whole run under its windows.
         flops_full_context: the same with every row at full causal context.
         attention_flops_full_context: the attention FLOPs in ``flops_full_context``.
-        full_at: the first step from which the window stays the whole row; None if the last window is shorter.
+        full_context_step: the first step from which the window stays the whole row; None if the last window is shorter.
         state_bytes: weights, gradients and optimizer state on one rank.
     """
 
@@ -46,17 +46,17 @@ class Plan:
     schedule: Schedule
     steps: int
     tokens_per_step: int
-    parameters: int
+    num_parameters: int
     flops: int
     flops_full_context: int
     attention_flops_full_context: int
-    full_at: int | None
+    full_context_step: int | None
     state_bytes: int
     batch: BatchSizes
     degrees: mesh.Degrees
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         return self.steps * self.tokens_per_step
 
     @property
@@ -82,7 +82,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         ConfigError: settings that are out of range or do not fit together.
     """
     degrees = mesh.degrees(config.parallelism, ranks)
-    batch = batch_sizes(config, degrees.data)
+    batch = batch_sizes(config, degrees.dp)
     config = data_setup.with_steps(config, batch)
     training, rows = config.training, batch.global_batch_size
     schedule = config.schedule(tokens_per_step=rows * training.seq_len)
@@ -94,9 +94,9 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         model = models.registry.build(config.model, attention_fn=None, seq_len=training.seq_len)
         for theta in schedule.overrides("rope_theta").values():
             model.set_rope_theta(theta)  # a model without rotary embeddings refuses
-    if degrees.context > 1 and config.samples.prompts:
+    if degrees.cp > 1 and config.samples.prompts:
         raise ConfigError("samples.prompts: not with context parallelism (parallelism.context_parallel_degree).")
-    mesh.check_degrees(config.parallelism, model.heads(), training.seq_len)
+    mesh.check_degrees(config.parallelism, model.head_counts(), training.seq_len)
 
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
     spans = [*curriculum.to_stages(schedule.window, training.steps), (training.steps, 0)]  # (first step, window)
@@ -111,13 +111,13 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         schedule=schedule,
         steps=training.steps,
         tokens_per_step=rows * training.seq_len,
-        parameters=model.num_parameters(),
+        num_parameters=model.num_parameters(),
         flops=training.steps * linear_flops + model.flops(0, rows * attended),
         flops_full_context=training.steps * (linear_flops + attention_flops),
         attention_flops_full_context=training.steps * attention_flops,
-        full_at=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
+        full_context_step=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
         # float32: weight, gradient and two moments
-        state_bytes=16 * model.num_parameters() // (degrees.shard * degrees.model_parallel),
+        state_bytes=16 * model.num_parameters() // (degrees.dp_shard * degrees.model_parallel),
         batch=batch,
         degrees=degrees,
     )
@@ -128,17 +128,17 @@ def summary_lines(plan: Plan) -> list[str]:
     config, batch, seq_len = plan.config, plan.batch, plan.config.training.seq_len
     last = plan.schedule.window(plan.steps - 1)
     ladder = f"{config.curriculum.name}, window {plan.schedule.window(0):,} at step 0"
-    if plan.full_at is not None and plan.full_at > 0:
-        ladder += f", the full {seq_len:,} from step {plan.full_at:,}"
+    if plan.full_context_step is not None and plan.full_context_step > 0:
+        ladder += f", the full {seq_len:,} from step {plan.full_context_step:,}"
     elif last != seq_len:
         ladder += f", {last:,} at the last step: never the full {seq_len:,}"
-    ranks = f"{batch.data_parallel} rank{'s' if batch.data_parallel > 1 else ''}"
+    ranks = f"{batch.dp_degree} rank{'s' if batch.dp_degree > 1 else ''}"
     return [
-        f"model       {f'{config.model.name} {config.model.flavor}'.strip()}, {plan.parameters:,} parameters, "
+        f"model       {f'{config.model.name} {config.model.flavor}'.strip()}, {plan.num_parameters:,} parameters, "
         f"{plan.state_bytes / 2**30:.2f} GiB of weights, gradients and optimizer state per rank",
         f"step        {batch.global_batch_size} rows x {seq_len:,} tokens = {plan.tokens_per_step:,} tokens "
-        f"({ranks} x {batch.micro_batch_size} rows x {batch.accumulation} accumulated)",
-        f"run         {plan.steps:,} steps, {plan.tokens:,} tokens, {plan.flops:.3e} FLOPs",
+        f"({ranks} x {batch.local_batch_size} rows x {batch.accumulation_steps} accumulated)",
+        f"run         {plan.steps:,} steps, {plan.num_tokens:,} tokens, {plan.flops:.3e} FLOPs",
         f"curriculum  {ladder}",
         f"masks       {' + '.join(config.attention.masks)}: {plan.attention_saved:.1%} of attention saved, "
         f"{plan.saved:.1%} of all FLOPs",
@@ -169,7 +169,7 @@ def run_info(plan: Plan, ranks: Ranks, flops: Callable[[int, int], int]) -> RunI
         flops=flops,
         device=ranks.device,
         rank=ranks.rank,
-        ranks=ranks.size,
+        ranks=ranks.world_size,
         settings=dataclasses.asdict(plan.config),
     )
 
@@ -199,7 +199,7 @@ def fingerprints(plan: Plan, loader: BaseDataLoader) -> dict[str, str]:
         "phases": {key: plan.schedule.overrides(key) for key in ("window", "rope_theta")},
     }
     named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
-    return named | {f"data.{name}": value for name, value in loader.fingerprint().items()}
+    return named | {f"data.{name}": value for name, value in loader.fingerprints().items()}
 
 
 def _check_window_is_used(config: Config, schedule: Schedule) -> None:
@@ -207,7 +207,7 @@ def _check_window_is_used(config: Config, schedule: Schedule) -> None:
     names, seq_len = config.attention.masks, config.training.seq_len
     row = torch.arange(seq_len, dtype=torch.int32)[None]
     reads = seq_len == 1 or not torch.equal(mask.from_names(names, row, 1), mask.from_names(names, row, seq_len))
-    steps = {0, config.training.steps // 2, config.training.steps - 1, *schedule.starts}
+    steps = {0, config.training.steps // 2, config.training.steps - 1, *schedule.phase_steps}
     if not reads and {schedule.window(step) for step in steps} != {seq_len}:
         subject = "phases set" if schedule.overrides("window") else f"curriculum {config.curriculum.name!r} sets"
         raise ConfigError(

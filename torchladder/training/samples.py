@@ -47,8 +47,8 @@ class Samples:
             raise ConfigError("samples.prompts needs a tokenizer, and tokenizer.name is 'none'.")
 
     @torch.no_grad()
-    def sample(self, step: int, write: bool) -> None:
-        """Completes each prompt after ``step`` steps; only the rank with ``write`` writes."""
+    def sample(self, step: int, is_writer: bool) -> None:
+        """Completes each prompt after ``step`` steps; only the rank with ``is_writer`` writes."""
         config, tokenizer = self.config.samples, self.tokenizer
         assert tokenizer is not None
         texts = []
@@ -57,7 +57,7 @@ class Samples:
             seed = self.config.debug.seed + step
             (new,) = generate(self._next_logits, [ids], config, self.config.training.seq_len, seed, tokenizer.eos)
             texts.append(f"{prompt}{tokenizer.decode(new)}")
-        for text in texts if write else []:  # all or none: interrupted samples are repeated
+        for text in texts if is_writer else []:  # all or none: interrupted samples are repeated
             logger.info("sample after step %d:\n%s", step, text)
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(f"--- step {step}\n{text}\n")

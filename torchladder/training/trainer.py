@@ -22,7 +22,7 @@ from torchladder.inference import hf_export
 from torchladder.metrics import METRICS_FILE, MetricsProcessor, read_jsonl
 from torchladder.models import attention
 from torchladder.models.hf import hf_weights
-from torchladder.resilience.bad_steps import BadStepDetector, RollBack, StepOutcome, backward_seed
+from torchladder.resilience.bad_steps import BadStepDetector, Rollback, StepOutcome, backward_seed
 from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training import data_setup
 from torchladder.training.fault_tolerance import FaultTolerance
@@ -54,23 +54,23 @@ class Trainer:
         self.validated_step = -1
 
         self.mesh = mesh.build(plan.degrees, ranks.rank, ranks.device.type)
-        self.shard = context_parallel.ContextShard(self.mesh, config.training.seq_len)
+        self.context_shard = context_parallel.ContextShard(self.mesh, config.training.seq_len)
         self.parallel_config = parallelize_config(config)
         parallelize.check_parallelize_config(self.mesh, self.parallel_config, ranks.device)
         self.kernel = attention.build_kernel(
             config.attention.kernel,
             config.attention.masks,
             ranks.device,
-            tokens_per_rank=self.shard.tokens if self.mesh.context else None,
+            tokens_per_rank=self.context_shard.tokens_per_rank if self.mesh.cp_group else None,
         )
         tokenizer = data_setup.build_checked_tokenizer(config)
 
         def build_loader(split: str) -> BaseDataLoader:
-            return data_setup.build_loader(config, plan.batch, plan.schedule, split, tokenizer, self.mesh.data_rank)
+            return data_setup.build_loader(config, plan.batch, plan.schedule, split, tokenizer, self.mesh.dp_rank)
 
         self.loader = build_loader("train")
         self.validation = Validation(plan, ranks, build_loader("validation")) if config.validation.enable else None
-        self.samples = Samples(config, tokenizer, self._logits, plan.degrees.tensor)
+        self.samples = Samples(config, tokenizer, self._logits, plan.degrees.tp)
 
         self.model = self._build_model()
         self.optimizer = optim.build(config.optimizer, self.model)
@@ -79,19 +79,19 @@ class Trainer:
         self.lr_scheduler = optim.LRScheduler(self.optimizer)
 
         tokenizer_files = hf_export.exported_tokenizer_files(tokenizer, getattr(config.tokenizer, "path", ""))
-        self.last_save = hf_export.LastSave(config, tokenizer, tokenizer_files, plan.schedule(plan.steps - 1))
+        self.final_export = hf_export.FinalHFExport(config, tokenizer, tokenizer_files, plan.schedule(plan.steps - 1))
         assets = hf_export.checkpoint_assets(config, tokenizer_files)
         checkpoints = config.checkpoint.folder_in(self.folder)
         self.checkpointer = Checkpointer(
             config.checkpoint, checkpoints, self.model, self.optimizer, assets, config.training.steps
         )
         self.bad_steps = BadStepDetector(
-            config.resilience, ranks.device, optim.is_fused(self.optimizer), is_rank0=ranks.first
+            config.resilience, ranks.device, optim.is_fused(self.optimizer), is_rank0=ranks.is_rank0
         )
         self.fault_tolerance = FaultTolerance(plan, ranks, interrupt or Interrupt(), self.checkpointer, self.bad_steps)
         self._resume()
         self._set_rope_theta(self.plan.schedule.override("rope_theta", self.step))
-        if ranks.first:
+        if ranks.is_rank0:
             loaders = [self.loader, self.validation.loader] if self.validation else [self.loader]
             log_plan(plan, self.kernel, loaders, self.step)
             self.samples.rewind(self.step - self.post_step_pending)
@@ -101,10 +101,10 @@ class Trainer:
         """Builds the model on meta, parallelizes it, then allocates and initializes its weights."""
         config, training = self.config, self.config.training
         with torch.device("meta"):
-            attention_fn = self.shard.wrap_attention(self.kernel.attention)
+            attention_fn = self.context_shard.wrap_attention(self.kernel.attention)
             model = models.registry.build(config.model, attention_fn=attention_fn, seq_len=training.seq_len)
-        if self.mesh.context:
-            model.set_position_offset(self.shard.offset)
+        if self.mesh.cp_group:
+            model.set_position_offset(self.context_shard.offset)
         parallelize.parallelize_model(
             model, model.parallel_plan(), self.mesh, self.parallel_config, self.kernel.saved_ops
         )
@@ -119,12 +119,12 @@ class Trainer:
         config, first = self.config, self.step
         if config.checkpoint.create_seed_checkpoint:
             with self.metrics:
-                self.fault_tolerance.save(self.state(), must=True)
+                self.fault_tolerance.save(self.state(), blocking=True)
             return True
         if self.step >= config.training.steps and not self.post_step_pending:
             self.metrics.close()
-            if config.checkpoint.last_save_in_hf and self.ranks.first:
-                self.last_save.convert()
+            if config.checkpoint.last_save_in_hf and self.ranks.is_rank0:
+                self.final_export.convert()
             logger.info("all %d steps are done: nothing to train", config.training.steps)
             return True
         gc.disable()
@@ -136,10 +136,10 @@ class Trainer:
                     try:
                         self.train_step()
                         self.after_step()
-                    except RollBack as rollback:
+                    except Rollback as rollback:
                         self.restore_progress(self.fault_tolerance.roll_back(rollback, self.loader))
                         self.metrics.rewind(self.step)
-                        if self.ranks.first:
+                        if self.ranks.is_rank0:
                             self.samples.rewind(self.step)
                     if self.step == first + 1:  # compiled, connected, warm
                         self.ranks.set_timeout(config.comm.train_timeout_seconds)
@@ -150,7 +150,7 @@ class Trainer:
             finally:
                 self.checkpointer.close()
                 gc.enable()
-        if self.ranks.first:
+        if self.ranks.is_rank0:
             curves = plots.RunCurves(str(self.folder), read_jsonl(self.folder / METRICS_FILE))
             plots.plot_run(self.folder / "ladder.png", curves)
         return True
@@ -159,7 +159,7 @@ class Trainer:
         """One optimizer step."""
         now = self.plan.schedule(self.step)
         self._set_rope_theta(now.rope_theta)
-        batches = self.fault_tolerance.read(self.loader, self.plan.batch.accumulation)
+        batches = self.fault_tolerance.read(self.loader, self.plan.batch.accumulation_steps)
         starts = [mask.from_names(self.config.attention.masks, batch.positions, now.window) for batch in batches]
         num_labels, pairs = self.fault_tolerance.sync_ranks(
             sum(batch.num_labels for batch in batches), sum(map(mask.pairs, starts)), self.plan.degrees.model_parallel
@@ -174,9 +174,9 @@ class Trainer:
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
         bad = self.bad_steps.check(grad_norm)  # 0 or 1, on the device
-        self.checkpointer.wait_for_copy()  # an asynchronous save has its own copy of the weights from here on
+        self.checkpointer.wait_for_staging()  # an asynchronous save has its own copy of the weights from here on
         lr = self.lr_scheduler.set_factor(now.lr_factor)
-        if optim.accepts_step(self.optimizer, bad):
+        if optim.should_step(self.optimizer, bad):
             self.optimizer.step()
 
         self.step += 1
@@ -187,7 +187,7 @@ class Trainer:
         self.metrics.count(self.plan.tokens_per_step, pairs)
         # Only steps that are reported or saved synchronize with the device.
         if self.metrics.should_log(self.step) or self.fault_tolerance.save_due(self.step):
-            loss = self.ranks.sum(torch.stack(losses).sum().item(), self.plan.degrees.tensor)
+            loss = self.ranks.sum(torch.stack(losses).sum().item(), self.plan.degrees.tp)
             self.bad_steps.flush()
             self.metrics.log(self.step, loss=loss, grad_norm=grad_norm.item(), lr=lr, window=now.window)
 
@@ -207,12 +207,12 @@ class Trainer:
                 self._validate()
                 self.validated_step = step  # not to be repeated if sampling is interrupted
             if step and config.samples.due(step, last):
-                self.samples.sample(step, self.ranks.first)
+                self.samples.sample(step, self.ranks.is_rank0)
             self.post_step_pending = False
             if self.fault_tolerance.save_due(step):
                 self.fault_tolerance.save(self.state())
             if last and config.checkpoint.last_save_in_hf:
-                self.last_save.write(self.model, self.ranks.first)
+                self.final_export.write(self.model, self.ranks.is_rank0)
             if step % config.training.gc_freq == 0:
                 gc.collect(1)
         if step and not last and config.job.exit_interval and step % config.job.exit_interval == 0:
@@ -222,9 +222,9 @@ class Trainer:
 
     def _summed_loss(self, batch: Batch, start: Tensor) -> Tensor:
         """Returns the loss summed over the labels of this rank's tokens."""
-        attn_mask = self.shard.prepare_mask(self.kernel.prepare, start, self.ranks.device)
+        attn_mask = self.context_shard.prepare_mask(self.kernel.prepare, start, self.ranks.device)
         with self._precision():
-            return self.model(self.shard(batch.tokens), attn_mask, self.shard(batch.labels))
+            return self.model(self.context_shard(batch.tokens), attn_mask, self.context_shard(batch.labels))
 
     def _logits(self, tokens: Tensor) -> Tensor:
         """Returns the logits (1, T, V) of one row under plain causal attention."""
@@ -236,7 +236,7 @@ class Trainer:
     def _precision(self) -> AbstractContextManager[Any]:
         """Computes in the run's dtype; FSDP2 casts by itself."""
         dtype = self.parallel_config.precision.compute
-        single = self.mesh.data is None and dtype != torch.float32
+        single = self.mesh.fsdp_mesh is None and dtype != torch.float32
         return torch.autocast(self.ranks.device.type, dtype) if single else nullcontext()
 
     def _validate(self) -> None:

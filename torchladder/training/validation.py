@@ -44,6 +44,6 @@ class Validation:
                 start = mask.from_names(config.attention.masks, batch.positions, window)
                 num_labels += batch.num_labels
                 loss += summed_loss(batch.to(ranks.device), start)
-            total = ranks.sum(loss.item(), degrees.tensor)
+            total = ranks.sum(loss.item(), degrees.tp)
             losses[window] = total / max(ranks.sum(num_labels, degrees.model_parallel), 1)
         return losses

@@ -54,7 +54,7 @@ class RandomRows:
     def seek(self, row: int) -> None:
         self.row = row
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         return {}
 
     def describe(self) -> list[str]:

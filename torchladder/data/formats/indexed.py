@@ -154,7 +154,7 @@ class IndexedTokens:
 
     Attributes:
         lengths: (documents,) int64, tokens in each document.
-        starts: (documents,) int64, where each document begins in ``flat``.
+        offsets: (documents,) int64, where each document begins in ``flat``.
         flat: all tokens of the ``.bin``, read-only.
 
     Raises:
@@ -165,9 +165,9 @@ class IndexedTokens:
         self.prefix = prefix_of(path)
         for file in (f"{self.prefix}.bin", f"{self.prefix}.idx"):
             require(os.path.isfile(file), f"{file} is missing: tokens are a pair of .bin and .idx.")
-        self.dtype, self.lengths, self.starts = self._read_index()
+        self.dtype, self.lengths, self.offsets = self._read_index()
         self.flat = map_tokens(f"{self.prefix}.bin", self.dtype)
-        end = int((self.starts + self.lengths).max(initial=0))
+        end = int((self.offsets + self.lengths).max(initial=0))
         require(
             end <= len(self.flat),
             f"{self.prefix}.idx points past the end of {self.prefix}.bin: it needs {end * self.dtype.itemsize} bytes, "
@@ -178,14 +178,14 @@ class IndexedTokens:
         return len(self.lengths)
 
     def __getitem__(self, document: int) -> np.ndarray:
-        start = int(self.starts[document])
+        start = int(self.offsets[document])
         return self.flat[start : start + int(self.lengths[document])]
 
     def __reduce__(self) -> tuple[type[IndexedTokens], tuple[str]]:
         return IndexedTokens, (self.prefix,)  # workers map the files instead of receiving the tokens
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens in all documents."""
         return int(self.lengths.sum())
 
@@ -223,19 +223,19 @@ class IndexedTokens:
         indices = np.asarray(raw[bounds[2] : bounds[3]].view("<i8"))
         valid = lengths.min(initial=0) >= 0 <= pointers.min(initial=0) and not (pointers % dtype.itemsize).any()
         require(valid, f"{name} is damaged: it has a negative length, or a pointer that is negative or within a token.")
-        starts = np.asarray(pointers // dtype.itemsize)
+        offsets = np.asarray(pointers // dtype.itemsize)
         if len(indices) == 1 and sequences:
-            return dtype, lengths, starts  # merged by GPT-NeoX, which drops the documents: each sequence is one
+            return dtype, lengths, offsets  # merged by GPT-NeoX, which drops the documents: each sequence is one
         # Join the sequences of each document, which must be stored back to back.
         covered = len(indices) > 0 and indices[0] == 0 and indices[-1] == sequences and (np.diff(indices) >= 0).all()
         require(bool(covered), f"{name} is damaged: its document indices do not run from 0 to {sequences}.")
         if len(indices) == sequences + 1 and (np.diff(indices) == 1).all():
-            return dtype, lengths, starts
+            return dtype, lengths, offsets
         inside = np.setdiff1d(np.arange(1, sequences), indices)  # sequences that continue the one before
-        adjacent = (starts[inside] == starts[inside - 1] + lengths[inside - 1]).all()
+        adjacent = (offsets[inside] == offsets[inside - 1] + lengths[inside - 1]).all()
         require(adjacent, f"{name} has a document whose sequences are not stored back to back.")
         ends = np.concatenate([[0], np.cumsum(lengths)])
-        first = np.append(starts, 0)[indices[:-1]]  # an empty document at the very end begins nowhere
+        first = np.append(offsets, 0)[indices[:-1]]  # an empty document at the very end begins nowhere
         return dtype, np.diff(ends[indices]), first
 
 

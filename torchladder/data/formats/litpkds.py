@@ -39,7 +39,7 @@ class LitPkdsChunks:
 
     Attributes:
         lengths: (documents,) int64, tokens in each document.
-        starts: (documents,) int64, index of its first token in the stream of all files.
+        offsets: (documents,) int64, index of its first token in the stream of all files.
 
     Raises:
         ConfigError: a file is damaged, of another format, or differs from the first one in dtype or size.
@@ -60,8 +60,8 @@ class LitPkdsChunks:
         self._map = lru_cache(MAX_MAPPED_FILES)(lambda i: map_tokens(self.files[i], self.dtype, HEADER.size))
         saved = build_once(cache / "chunks" / f"{files_key(self.files, eos)}.npy", self._write_ends)
         ends = np.load(saved, mmap_mode="r")
-        self.starts = np.concatenate([[0], ends[:-1]])
-        self.lengths = ends - self.starts
+        self.offsets = np.concatenate([[0], ends[:-1]])
+        self.lengths = ends - self.offsets
 
     @property
     def flat(self) -> LitPkdsChunks:

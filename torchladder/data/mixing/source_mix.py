@@ -73,7 +73,7 @@ class SourceMix:
         for step, until in pairwise([*self.phase_starts, steps]):
             for i, (corpus, packed) in enumerate(zip(self.corpora, self.packings, strict=True)):
                 before, after = (Fraction(self._rows(i, at)) / packed.rows_per_epoch for at in (step, until))
-                tokens = round((after - before) * corpus.tokens)
+                tokens = round((after - before) * corpus.num_tokens)
                 found.append(
                     SourceUsage(step, until - step, corpus.label, tokens, float(after - before), float(before))
                 )
@@ -85,7 +85,7 @@ class SourceMix:
         lines = []
         for corpus, packed, proportion in zip(self.corpora, self.packings, proportions, strict=True):
             line = f"{corpus.label}: {float(proportion):.1%} of the rows, {len(corpus.lengths):,} documents"
-            line += f", {corpus.tokens:,} tokens"
+            line += f", {corpus.num_tokens:,} tokens"
             if packed.num_rows is None and proportion:
                 steps = packed.rows_per_epoch / (proportion * self.global_batch_size)
                 line += f", an epoch every {float(steps):,.1f} steps"

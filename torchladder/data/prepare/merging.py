@@ -46,15 +46,15 @@ def write_merged(output: str, datasets: Iterable[IndexedTokens], about: DatasetM
 
 def _document_batches(dataset: IndexedTokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (tokens, lengths) of about ``COPY_TOKENS`` tokens each, at least one document."""
-    lengths, starts = np.asarray(dataset.lengths), np.asarray(dataset.starts)
+    lengths, offsets = np.asarray(dataset.lengths), np.asarray(dataset.offsets)
     ends = np.cumsum(lengths)
     first = 0
     while first < len(lengths):
         done = int(ends[first - 1]) if first else 0
         until = max(first + 1, int(np.searchsorted(ends, done + COPY_TOKENS, side="right")))
         batch = slice(first, until)
-        if (starts[batch][1:] == (starts[batch] + lengths[batch])[:-1]).all():  # back to back: one read
-            offset = int(starts[first]) * dataset.dtype.itemsize
+        if (offsets[batch][1:] == (offsets[batch] + lengths[batch])[:-1]).all():  # back to back: one read
+            offset = int(offsets[first]) * dataset.dtype.itemsize
             count = int(lengths[batch].sum())
             yield np.fromfile(f"{dataset.prefix}.bin", dataset.dtype, count, offset=offset), lengths[batch]
         else:

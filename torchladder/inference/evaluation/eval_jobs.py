@@ -56,7 +56,7 @@ class EvalJob:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     @cached_property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens that the model reads."""
         return self.slices.count_tokens(self.documents.corpus.lengths)
 

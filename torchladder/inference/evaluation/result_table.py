@@ -110,10 +110,10 @@ class ResultTable:
     def _read(self, file: FileIO) -> tuple[list[ResultRow], int]:
         """Returns the rows, and the bytes of all complete lines."""
         file.seek(0)
-        content, start = file.read(), self._format.start
+        content, prefix = file.read(), self._format.prefix
         end = content.rfind(b"\n") + 1
         try:
-            require(end > 0 or content[: len(start)] == start[: len(content)], "its only line is incomplete.")
+            require(end > 0 or content[: len(prefix)] == prefix[: len(content)], "its only line is incomplete.")
             return self._format.parse(content[:end].decode()), end
         except (ValueError, csv.Error) as error:
             raise ConfigError(
@@ -171,7 +171,7 @@ class TableFormat:
 
     write: Callable[[Sequence[ResultRow], bool], bytes]
     parse: Callable[[str], list[ResultRow]]
-    start: bytes
+    prefix: bytes
 
 
 FORMATS = {

@@ -1,7 +1,7 @@
 """Scaled dot-product attention as an explicit pair of functions, forward and backward.
 
 A custom operator is opaque to autograd, so it must define its own backward. PyTorch's fused kernels come as such pairs:
-this module calls the one that ``torch.nn.functional.scaled_dot_product_attention`` would choose, and the textbook
+this module calls the one that ``torch.nn.functional.scaled_dot_product_attention`` would choose, and the plain
 formulas if there is none (on CUDA, for example, no fused kernel takes an explicit mask).
 
 Shapes: q, out (N, H, Q, K); k, v (N, G, S, K), G divides H; ``lse`` (N, H, Q), the log-sum-exp of each query's scores.
@@ -37,7 +37,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
         padded = (_pad(x) for x in (q, k, v))
         out, lse, *_ = aten._scaled_dot_product_flash_attention(*padded, 0.0, True, scale=scale)
         return out[..., : q.shape[-1]], lse
-    return _textbook(q, k, v, bias)
+    return _math_forward(q, k, v, bias)
 
 
 def backward(
@@ -64,12 +64,12 @@ def backward(
             *(*padded, lse.contiguous(), None, None, length, length, 0.0, True, unused, unused), scale=scale
         )
         return tuple(x[..., : q.shape[-1]] for x in grads)
-    return _textbook_backward(grad, (q, k, v), out, lse, bias)
+    return _math_backward(grad, (q, k, v), out, lse, bias)
 
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
     if bias is not None:
-        return "cpu" if q.device.type == "cpu" else "textbook"
+        return "cpu" if q.device.type == "cpu" else "math"
     grouped = q.shape[1] != k.shape[1]
     choice = SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=grouped))
     if choice == SDPBackend.CUDNN_ATTENTION and q.shape[2] % CUDNN_MULTIPLE and torch.backends.cuda.flash_sdp_enabled():
@@ -77,8 +77,8 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
     if choice == SDPBackend.CUDNN_ATTENTION:
         return "cudnn"
     if choice == SDPBackend.FLASH_ATTENTION:
-        return {"cpu": "cpu", "cuda": "flash"}.get(q.device.type, "textbook")
-    return "textbook"
+        return {"cpu": "cpu", "cuda": "flash"}.get(q.device.type, "math")
+    return "math"
 
 
 @lru_cache
@@ -98,7 +98,7 @@ def _pad(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 
 
-# --- textbook formulas -----------------------------------------------------------------------------------------------
+# --- math backend ----------------------------------------------------------------------------------------------------
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,7 +110,7 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     return scores + bias.to(scores)
 
 
-def _textbook(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _math_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Computes one head at a time, to bound the memory of the scores."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=dtype)
@@ -122,7 +122,7 @@ def _textbook(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Ten
     return out, lse
 
 
-def _textbook_backward(
+def _math_backward(
     grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients from the probabilities ``exp(scores - lse)`` (arXiv 2205.14135, algorithm 4)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchladder.registry import ConfigError
 
-CONFIG_FILE = "config.json"
+HF_CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 ASSET_FILES = (
@@ -57,8 +57,8 @@ class HFFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         if not is_hf_folder(self.path):
-            raise ConfigError(f"{str(path)!r} is not a Hugging Face folder: it has no {CONFIG_FILE}.")
-        self.config = _read_json(self.path / CONFIG_FILE)
+            raise ConfigError(f"{str(path)!r} is not a Hugging Face folder: it has no {HF_CONFIG_FILE}.")
+        self.config = _read_json(self.path / HF_CONFIG_FILE)
         self._open: tuple[Path, Any] | None = None
 
     @cached_property
@@ -103,7 +103,7 @@ class HFFolder:
 
 def is_hf_folder(path: Path) -> bool:
     """Whether a folder has a config.json."""
-    return (path / CONFIG_FILE).is_file()
+    return (path / HF_CONFIG_FILE).is_file()
 
 
 def write_hf_folder(
@@ -135,7 +135,7 @@ def write_hf_folder(
         if is_writer:
             _safetensors(path / file).torch.save_file(tensors, path / file, metadata={"format": "pt"})
     if is_writer:
-        (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        (path / HF_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
