@@ -187,7 +187,7 @@ def test_the_report_states_the_promise(load):
         ({"train_split": "training"}, "split 'training', cannot be read"),
         ({"data_files": "none/*.jsonl"}, "cannot be read"),
         ({"seed": -1}, "data.seed = -1: must be 0 or more"),
-        ({"validation_documents": 0}, "validation_documents is 0"),
+        ({"validation_documents": 0}, "data.validation_documents = 0: must be 1 or more"),
         ({"validation_fraction": 1.0}, "data.validation_fraction = 1.0: must be 0 or more and below 1"),
         ({"bos": True}, "no bos token"),
         ({"global_batch_size": 9}, "not a multiple"),
