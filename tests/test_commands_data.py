@@ -161,7 +161,7 @@ def test_a_tokenizer_is_trained_and_used(here, capsys):
         ("--character-coverage 1.5", "--character-coverage 1.5: must be above 0"),
         ("--kind byte-bpe --character-coverage 0.9", "not for byte-bpe"),
         ("--normalization nfc", "unknown normalization for bpe 'nfc'"),
-        ("--special-tokens <a> <a>", "special_tokens is"),
+        ("--special-tokens <a> <a>", "--special-tokens <a> <a>: must be different"),
         ("--sample-chars 0", "--sample-chars 0: must be 1 or more"),
         ("--vocab-size 0", "--vocab-size 0: must be 1 or more"),
     ],
