@@ -49,7 +49,7 @@ def test_prepare_reports_what_it_wrote(here, capsys):
         (["--eos-token", "</s>"], "with its own bos and eos"),
         (["--tokenizer", "none.json"], "'none.json' is not a file or folder"),
         (["--text-key", "txt"], r"0\.jsonl\.gz:1: text_key: unknown key 'txt'"),
-        (["--workers", "0"], "workers is 0"),
+        (["--workers", "0"], "--workers 0: must be 1 or more"),
     ],
 )
 def test_prepare_refuses(here, extra, message):
@@ -168,12 +168,12 @@ def test_a_tokenizer_is_trained_and_used(here, capsys):
     [
         ("--vocab-size 100000", "no tokenizer with vocab_size 100000"),
         ("--kind byte-bpe --vocab-size 100000", "no tokenizer with vocab_size 100000"),
-        ("--character-coverage 1.5", "character_coverage is 1.5"),
+        ("--character-coverage 1.5", "--character-coverage 1.5: must be above 0"),
         ("--kind byte-bpe --character-coverage 0.9", "not for byte-bpe"),
         ("--normalization nfc", "unknown normalization for bpe 'nfc'"),
-        ("--special-tokens <a> <a>", "special_tokens is"),
+        ("--special-tokens <a> <a>", "--special-tokens <a> <a>: must be different"),
         ("--sample-chars 0", "--sample-chars 0: must be 1 or more"),
-        ("--vocab-size 0", "vocab_size is 0"),
+        ("--vocab-size 0", "--vocab-size 0: must be 1 or more"),
     ],
 )
 def test_training_refuses(here, extra, message):

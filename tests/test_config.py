@@ -257,7 +257,7 @@ def test_load_file_is_a_file_with_overrides(write):
     file = Path(write("[training]\nsteps = 7"))
     made = config.load_file(file, {"training.seq_len": 64, "model.flavor": "debug"})
     assert (made.training.steps, made.training.seq_len, made.model.flavor) == (7, 64, "debug")
-    with pytest.raises(ConfigError, match=r"unknown key in \[training\]"):
+    with pytest.raises(ConfigError, match=r"unknown key .* in \[training\]"):
         config.load_file(file, {"training.sequence": 64})
     with pytest.raises(ConfigError, match=r"curriculum\.stages is required"):
         config.load_file(None, {"curriculum.name": "stages"})

@@ -105,7 +105,7 @@ def test_invalid_settings(folder, tmp_path):
     with pytest.raises(ConfigError, match="no bos token"):
         tokenize_cached(source, ByteTokenizer(), tmp_path, bos=True)
     for fraction in (-0.1, 1.0):
-        with pytest.raises(ConfigError, match="at least 0 and below 1"):
+        with pytest.raises(ConfigError, match="0 or more and below 1"):
             tokenize_cached(source, ByteTokenizer(), tmp_path, validation_fraction=fraction)
 
 

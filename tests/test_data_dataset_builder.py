@@ -189,8 +189,8 @@ def test_after_an_error_skipping_continues(prepare, folder, tmp_path, capfd):
     about = prepare(on_error="skip")
     said = capfd.readouterr().err
     assert f"continuing: {kept} of" in said
-    assert "skip: 1 documents broken as JSON, first" in said
-    assert about.skipped == {"broken as JSON": 1, "empty": 1}
+    assert "skip: 1 documents: invalid JSON (first: " in said
+    assert about.skipped == {"invalid JSON": 1, "empty": 1}
     assert about.documents == 420
 
 
@@ -266,9 +266,9 @@ def test_invalid_inputs(prepare, folder):
         prepare(inputs=[])
     with pytest.raises(ConfigError, match=r"shard is 4/4; N shards are numbered 0/N to N-1/N"):
         prepare(shard=(4, 4))
-    with pytest.raises(ConfigError, match="part_bytes is 0"):
+    with pytest.raises(ConfigError, match="--part-bytes 0: must be 1 or more"):
         prepare(part_bytes=0)
-    with pytest.raises(ConfigError, match="workers is 0"):
+    with pytest.raises(ConfigError, match="--workers 0: must be 1 or more"):
         prepare(workers=0)
 
 

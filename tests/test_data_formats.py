@@ -105,7 +105,7 @@ def test_a_chunk_of_a_few_bytes_and_one_without_a_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match="fewer than the header's 24"):
         corpus(tmp_path / "a.bin", tmp_path)
     chunk(tmp_path / "a.bin", [1, 2])
-    with pytest.raises(ConfigError, match="chunks do not store documents"):
+    with pytest.raises(ConfigError, match="chunks do not store document boundaries"):
         SourceLoader(None, tmp_path, 0.0, False).open(SourceConfig(path=str(tmp_path / "a.bin")), "train")
 
 
@@ -139,7 +139,7 @@ def test_labels_and_attention_masks_silence_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"input_id": [[1]]}, "unknown column in .*a.parquet 'input_ids'. Did you mean 'input_id'"),
+        ({"input_id": [[1]]}, "unknown column 'input_ids' in .*a.parquet. Did you mean 'input_id'"),
         ({"input_ids": ["text"]}, "input_ids holds string, not lists of integers"),
         ({"input_ids": [[1], None]}, "a row, or a number in it, is missing"),
         ({"input_ids": [[1], [None, 2]]}, "a row, or a number in it, is missing"),
@@ -147,7 +147,7 @@ def test_labels_and_attention_masks_silence_tokens(tmp_path):
         ({"input_ids": [[1, -2]]}, "row 0 holds token -2"),
         ({"input_ids": [[1, 2]], "labels": [[1]]}, "row 0 has 2 input_ids and 1 labels"),
         ({"input_ids": [[1, 2]], "labels": [[1, 3]]}, "neither its tokens nor -100"),
-        ({"input_ids": [[1, 300]]}, r"holds token 300, the tokenizer's vocabulary has 257"),
+        ({"input_ids": [[1, 300]]}, r"holds token 300: tokens must be below 257, the tokenizer's vocab_size"),
     ],
 )
 def test_parquet_that_cannot_be(tmp_path, columns, message):
@@ -206,7 +206,7 @@ def test_a_folder_is_searched_to_the_bottom(tmp_path):
     chunk(tmp_path / "x" / "y" / "b.bin", [3, EOS])
     chunk(tmp_path / "x" / "a.bin", [1, EOS])
     assert documents(corpus(tmp_path / "x", tmp_path / "cache", name="litpkds")) == [[1, EOS], [3, EOS]]
-    with pytest.raises(ConfigError, match=r"matches no tokens. Known: .parquet"):
+    with pytest.raises(ConfigError, match=r"matches no token file. Known: .parquet"):
         corpus(tmp_path / "x", tmp_path, name="parquet")
 
 

@@ -78,5 +78,5 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 
 def test_zero_workers_are_an_error():
     pytest.importorskip("ray")
-    with pytest.raises(ConfigError, match="workers is 0"):
+    with pytest.raises(ConfigError, match="--workers 0: must be 1 or more"):
         executor.registry.get("ray")(workers=0)

@@ -357,8 +357,8 @@ def test_training_texts_leave_out_what_is_held_out(folder):
         ({"dp_rank": 1}, "dp_rank is 1"),
         ({"local_batch_size": 0}, "local_batch_size is 0"),
         ({"split": "test"}, "Known: train, validation"),
-        ({"seed": -1}, "must be 0 or more"),
-        ({"prefetch_factor": 2}, "only with num_workers"),
+        ({"seed": -1}, "data.seed = -1: must be 0 or more"),
+        ({"prefetch_factor": 2}, "data.prefetch_factor = 2: .*needs data.num_workers"),
         ({"packing": "best"}, "unknown packing 'best'"),
     ],
 )
@@ -387,7 +387,9 @@ def test_raw_text_needs_a_tokenizer_and_tokens_need_theirs(folder):
     class Small(ByteTokenizer):
         vocab_size = 100
 
-    with pytest.raises(ConfigError, match=r"a\.bin holds token \d+, the tokenizer's vocabulary has 100"):
+    with pytest.raises(
+        ConfigError, match=r"a\.bin holds token \d+: tokens must be below 100, the tokenizer's vocab_size"
+    ):
         list(itertools.islice(load(folder, tokenizer=Small()), 50))
 
 

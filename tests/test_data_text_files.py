@@ -95,7 +95,7 @@ def test_what_cannot_be_read_is_an_error_or_counted(tmp_path, caplog):
     with pytest.raises(ConfigError, match=r"x\.txt: not UTF-8"):
         texts(text_files.text(str(tmp_path)))
     assert list(texts(text_files.text(str(tmp_path), on_error="skip")).values()) == ["fine"]
-    assert "2 documents not UTF-8, first" in caplog.text
+    assert "2 documents: not UTF-8 (first: " in caplog.text
     assert list(texts(text_files.text(str(tmp_path), on_error="repair")).values()) == ["ab", "cd", "fine"]
 
 

@@ -186,7 +186,7 @@ def test_the_default_losses_of_a_model_are_the_same(monkeypatch):
 def test_a_token_that_the_model_does_not_have_is_named(tiny):
     model = models.Llama(SHAPE, SdpaKernel.attention, seq_len=4)
     loaded_model = LoadedModel(model, torch.zeros(4, dtype=torch.int32), torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"memory\.bin has token 11, the model's vocabulary is 11"):
+    with pytest.raises(ConfigError, match=r"memory\.bin has token 11, but the model's vocab_size is 11"):
         eval_jobs.compute_losses(loaded_model, job_of(tiny, [[1, V, 2]], 4, 4), 100, len)
 
 

@@ -267,12 +267,12 @@ def test_shards_hold_each_tensor_once_in_order(sizes, limit):
     ("change", "message"),
     [
         ({"rope_scaling": {"type": "linear"}}, "of type linear lack factor"),
-        ({"model_type": "lama"}, "unknown model_type in config.json 'lama'. Did you mean 'llama'"),
+        ({"model_type": "lama"}, "unknown model_type 'lama' in config.json. Did you mean 'llama'"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "unknown rope_type in config.json 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "unknown rope_type 'yarn' in config.json"),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
             "'sliding_attention'; all layers must be 'full_attention'",
@@ -328,7 +328,7 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path):
     tensors = safetensors.load_file(file)
     for name, changed, message in (
         ("lm_head.weight", None, "1 tensors are missing, such as lm_head.weight"),
-        ("lm_head.bias", torch.zeros(V), "lacks 1 of the tensors, such as lm_head.bias"),
+        ("lm_head.bias", torch.zeros(V), "1 unexpected tensors, such as lm_head.bias"),
         ("model.norm.weight", torch.zeros(31), r"model.norm.weight has shape \[31\], the model's is \[32\]"),
         ("lm_head.weight", torch.zeros(V - 1, 32), r"has shape \[95, 32\]"),
     ):

@@ -55,6 +55,7 @@ def test_unknown_names_come_with_the_nearest(shapes):
     with pytest.raises(ConfigError, match=r"unknown shape 'sqare'. Did you mean 'square'\? Known: disc, square."):
         shapes.get("sqare")
     assert "Did you mean" not in str(unknown_name("shape", "xyz", ["square"]))
+    assert str(unknown_name("key", "x", ["a"], "[b] of c.toml")) == "unknown key 'x' in [b] of c.toml. Known: a."
 
 
 def test_a_name_is_taken_once(shapes):

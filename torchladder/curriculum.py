@@ -58,7 +58,8 @@ class Ramp:
     """Window after the ramp, in tokens; default: the whole row."""
 
     every: Annotated[int | None, Ge(1)] = None
-    """Steps per token of growth: the ramp takes (final_window - initial_window) * every steps. Excludes ramp."""
+    """Steps per token of growth: the ramp takes (final_window - initial_window) * every steps.
+    Cannot be combined with ramp."""
 
     ramp: Annotated[float | None, Gt(0), Le(1)] = None
     """Length of the ramp as a fraction of the run, above 0 and at most 1; default: 0.64, unless every is set."""

@@ -50,12 +50,13 @@ def check_bounds(config: Any, section: str) -> None:
             raise ConfigError(f"{section}.{field.name} = {value}: must be {allowed}{unset}.")
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
+def unknown_name(what: str, name: str, known: Iterable[str], where: str = "") -> ConfigError:
     """Returns the error for an unknown name, which suggests the nearest known one and lists all of them."""
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return ConfigError(f"unknown {what} {name!r}.{hint} Known: {', '.join(known) or 'none'}.")
+    place = f" in {where}" if where else ""
+    return ConfigError(f"unknown {what} {name!r}{place}.{hint} Known: {', '.join(known) or 'none'}.")
 
 
 class Registry(Generic[T]):

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one training; returns the exit code: 0 finished, 75 interrupted, 1 failed, 2 bad settings."""
+    """Runs training; returns the exit code: 0 finished, 75 interrupted, 1 failed, 2 invalid settings."""
     try:
         config = load(sys.argv[1:] if argv is None else argv)
         with interrupt.Interrupt(config.job.max_minutes) as interruption:

@@ -106,7 +106,7 @@ class CheckpointConfig:
                     "function of the step. Exclude 'train_state' to start at step 0."
                 )
             if name not in EXCLUDABLE:
-                raise unknown_name("entry of checkpoint.exclude_from_loading", name, EXCLUDABLE)
+                raise unknown_name("entry", name, EXCLUDABLE, "checkpoint.exclude_from_loading")
 
     def folder_in(self, dump_folder: str | Path) -> str:
         """Returns the local path or the URL of the checkpoints of a run."""

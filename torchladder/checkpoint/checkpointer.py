@@ -103,7 +103,7 @@ class Checkpointer:
         """Saves model, optimizer and run state; a failed save is logged and retried later.
 
         Args:
-            run_state: where the run stands.
+            run_state: the state of the run at this step.
             last: the run has finished: ``last_save_model_only`` applies. Implies ``blocking``.
             blocking: return only when the checkpoint is complete, and retry until it is.
 

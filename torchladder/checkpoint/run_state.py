@@ -18,7 +18,7 @@ RUN_STATE_FILE = "run.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands.
+    """The state of a run, apart from model and optimizer.
 
     Attributes:
         step: optimizer steps taken.
@@ -92,7 +92,7 @@ def check_fingerprints(saved: Mapping[str, str], current: Mapping[str, str], acc
         )
     for name in accepted:
         if name not in current:
-            raise unknown_name("entry of checkpoint.accept_changes", name, current)
+            raise unknown_name("entry", name, current, "checkpoint.accept_changes")
     for name, value in current.items():
         if saved.get(name) != value and name not in accepted:
             raise ConfigError(

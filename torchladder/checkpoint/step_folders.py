@@ -87,7 +87,7 @@ def find_load_error(path: str, check: RunStateCheck | None, group: CheckpointGro
     """Returns what is wrong with a checkpoint, the same on every rank; None if it is intact.
 
     Each rank reads its share of the files, after ``check`` (None: only the weights are of interest), since reading all
-    of them may take long.
+    of them may take a long time.
 
     Raises:
         ConfigError: ``check`` rejects the checkpoint.
@@ -112,8 +112,8 @@ def find_newest_intact(folder: str, load_step: int, check: RunStateCheck, group:
     """
     steps = group.broadcast(get_storage(folder).steps(folder))
     if load_step != -1 and load_step not in steps:
-        known = ", ".join(map(str, steps)) or "none"
-        raise ConfigError(f"checkpoint.load_step = {load_step}: {folder} has the steps {known}.")
+        known = f"the steps {', '.join(map(str, steps))}" if steps else "no checkpoints"
+        raise ConfigError(f"checkpoint.load_step = {load_step}: {folder} has {known}.")
     for step in [load_step] if load_step != -1 else reversed(steps):
         path = f"{folder}/step-{step}"
         error = find_load_error(path, check, group)
@@ -204,5 +204,5 @@ def prune(folder: str, step: int, keep: int, keep_every: int) -> None:
 
 
 def is_restart() -> bool:
-    """Whether torchrun or Slurm has restarted this run, which has followed load_step already."""
+    """Whether torchrun or Slurm has restarted this run; load_step no longer applies then."""
     return any(os.environ.get(key, "0") != "0" for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))

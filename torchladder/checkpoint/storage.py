@@ -113,10 +113,10 @@ class CheckpointStorage(FileSystemBase):
         self.mkdir(partial)
 
     def commit(self, path: str) -> None:
-        """Makes a checkpoint whose files have all been written, ``SHA256SUMS`` last, the one at ``path``."""
+        """Publishes the checkpoint at ``path``; all of its files have been written, ``SHA256SUMS`` last."""
 
     def delete(self, path: str) -> None:
-        """Deletes a checkpoint; without ``SHA256SUMS``, its first file to go, it no longer counts as complete."""
+        """Deletes a checkpoint, ``SHA256SUMS`` first, so that an interrupted deletion does not count as complete."""
         if self.exists(f"{path}/{CHECKSUM_FILE}"):
             self.rm_file(f"{path}/{CHECKSUM_FILE}")
         self.rm_tree(path)

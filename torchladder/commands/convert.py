@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
     add("source", type=Path, metavar="CHECKPOINT", help="checkpoint of a run: .../checkpoint/step-N")
     add("--vocab-size", type=int, metavar="N", help="rows of the vocabulary to keep, without padding")
     add("--seq-len", type=int, metavar="N", help="max_position_embeddings (default: training.seq_len)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as saved)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: as saved)")
     add("--tokenizer", metavar="T", help="tokenizer file or folder, or none (default: the run's)")
     for command in (from_hf, to_hf):
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")

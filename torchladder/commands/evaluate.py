@@ -33,9 +33,9 @@ examples:
   torchladder evaluate outputs/run models/exported --files val --context 512 2048 --stride 256 --output results.csv
 
 files: .txt, .md and .py are one document each, .jsonl has one per line, .csv and .parquet one per row; each may be
-compressed (.gz, .zst, .bz2). Files of tokens are named by their .bin, or are .parquet.
+compressed (.gz, .zst, .bz2). Token files are .bin (with .idx beside it) or .parquet.
 
-exit code: 1 if a checkpoint is damaged; the others are evaluated nevertheless.
+exit code: 1 if a checkpoint is damaged; the others are evaluated anyway.
 """
 
 NUMBER_FORMATS = {"context": ",", "tokens": ",", "loss": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f"}

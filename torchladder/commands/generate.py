@@ -28,7 +28,7 @@ def run(argv: list[str]) -> int:
     add("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="default: %(default)s")
     add("--temperature", type=float, default=defaults.temperature, help="0 is greedy (default: %(default)s)")
     add("--top-p", type=float, default=defaults.top_p, help="nucleus sampling (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of each prompt's random numbers (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of each prompt's sampling (default: %(default)s)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts per batch (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)")
     arguments = parser.parse_args(argv)

@@ -22,7 +22,7 @@ from torchladder.training.memory_estimate import MemoryEstimator, RankMemory, Tr
 from torchladder.training.run_plan import Plan, make_plan, summary_lines
 
 EPILOG = """
-All other options are settings of the run. They and its data are checked as at the start of a training.
+All other options are settings of the run; they and the data are checked as when training starts.
 
 example:
   torchladder plan --job.config_file train_configs/llama1b_dm8.toml --world-size 8 --gpu-memory 80GiB
@@ -89,8 +89,8 @@ def _estimate_memory(plan: Plan, ranks: int, limit: str | None) -> tuple[RankMem
         if max_bytes is None or memory.total <= max_bytes:
             return memory, traffic
         fitting = estimator.find_fitting(max_bytes)
-    lines = [f"{_gib(memory.total)} per rank do not fit {limit}: {_breakdown(memory)}."]
-    lines.append("Nearest layouts that fit:" if fitting else f"No layout of {ranks} ranks fits: take more ranks.")
+    lines = [f"a rank needs {_gib(memory.total)}, more than --gpu-memory {limit}: {_breakdown(memory)}."]
+    lines.append("Nearest layouts that fit:" if fitting else f"No layout of {ranks} ranks fits: use more ranks.")
     for layout, needed in fitting:
         settings = " ".join(f"--{key} {value}" for key, value in estimator.changes(layout).items())
         lines.append(f"  {_gib(needed.total)} with {settings}")

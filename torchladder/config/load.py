@@ -94,7 +94,7 @@ def _load_defaults(file: Path | None, overrides: Mapping[str, Any], argv: list[s
     kind = config_type(settings, argv)
     for name in settings:
         if name not in fields(kind):
-            raise unknown_name(f"section in {toml_files.origin(origins, name)}", name, fields(kind))
+            raise unknown_name("section", name, fields(kind), str(toml_files.origin(origins, name)))
     sections: dict[str, Any] = {}
     for name, field in fields(kind).items():
         if name in toml_files.TABLES:
@@ -111,7 +111,7 @@ def _make_section(kind: type, name: str, settings: dict[str, Any], origins: toml
     for key, value in settings.items():
         file = toml_files.origin(origins, name, key)
         if key not in known:
-            raise unknown_name(f"key in [{name}] of {file}", key, known)
+            raise unknown_name("key", key, known, f"[{name}] of {file}")
         values[key] = check_type(known[key].type, value, f"{file}: {name}.{key}")
     try:
         return kind(**values)

@@ -117,7 +117,7 @@ class TrainingConfig:
         require(
             self.epochs is None or self.steps == -1,
             f"training.epochs = {self.epochs} and training.steps = {self.steps} both set the run's length: set one "
-            "(steps = -1 unsets that of another file).",
+            "(steps = -1 overrides an inherited value).",
         )
 
 

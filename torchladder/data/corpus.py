@@ -65,10 +65,11 @@ class Corpus:
         bound = MAX_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
         if len(tokens) and (self.vocab_size is not None or tokens.itemsize > 4):
             least, most = int(tokens.min()), int(tokens.max())
+            written = ", the tokenizer's vocab_size: the source was written with another tokenizer"
+            why = written if self.vocab_size else ""
             require(
                 -bound <= least <= most < bound,
-                f"{self.label} holds token {most if most >= bound else ~least}, the tokenizer's vocabulary has "
-                f"{self.vocab_size or 'fewer'}: it was written with another tokenizer.",
+                f"{self.label} holds token {most if most >= bound else ~least}: tokens must be below {bound:,}{why}.",
             )
         return tokens
 

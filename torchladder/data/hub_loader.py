@@ -85,7 +85,7 @@ class HubLoader:
         )
         for name, minimum in {"validation_documents": 1, "shuffle_buffer": 0, "seed": 0}.items():
             value = getattr(self, name)
-            require(value >= minimum, f"{name} is {value}; it must be {minimum} or more.")
+            require(value >= minimum, f"data.{name} = {value}: must be {minimum} or more.")
         check_validation_fraction(self.validation_fraction)
         self._fraction = 0.0 if self.validation_split else self.validation_fraction
         if self.split == "validation" and not (self.validation_split or self._fraction):

@@ -191,17 +191,17 @@ class RowLoader:
         return self._source_mix.usage(self.steps)
 
     def _check_settings(self) -> None:
-        """Checks everything that is known before text is tokenized, which may take long."""
+        """Checks everything that is known before text is tokenized, which may take a long time."""
         require(bool(self.sources), 'data.sources is empty. For a first run: sources = [{ name = "python-stdlib" }].')
         self._layout = BatchLayout(
             self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size
         )
         require(self.split in ("train", "validation"), f"split is {self.split!r}. Known: train, validation.")
         for name in ("seed", "num_workers"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more.")
+            require(getattr(self, name) >= 0, f"data.{name} = {getattr(self, name)}: must be 0 or more.")
         require(
             self.prefetch_factor is None or (self.num_workers > 0 and self.prefetch_factor > 0),
-            "prefetch_factor must be 1 or more, and only with num_workers above 0.",
+            f"data.prefetch_factor = {self.prefetch_factor}: must be 1 or more, and needs data.num_workers above 0.",
         )
         packings.registry.get(self.packing)
         self._sources = [source for source in self.sources if source.title not in self.exclude]
@@ -214,7 +214,7 @@ class RowLoader:
             named |= source.check(self.exclude)
         for pattern in self.exclude:
             if pattern not in named:
-                raise unknown_name("source or file of tokens in data.exclude", pattern, named)
+                raise unknown_name("entry", pattern, named, "data.exclude")
 
     def _open_sources(self) -> list[Corpus]:
         """Returns the documents of this split for each source."""

@@ -60,7 +60,7 @@ class SourceConfig:
         known = [field.name for field in dataclasses.fields(made)]
         for key in settings:
             if key not in known:
-                raise unknown_name(f"key of source {kind!r}:", key, known)
+                raise unknown_name("key", key, known, f"source {kind!r}")
         require(bool(name or paths), 'a source needs a path, or a name such as "python-stdlib".')
         return made
 
@@ -109,7 +109,7 @@ class SourceConfig:
 
     def _all_files(self) -> list[Path]:
         suffixes, patterns = sources.token_formats[self.kind].suffixes, as_list(getattr(self, "path", []))
-        what = f"tokens. Known: {', '.join(suffixes)}"
+        what = "token file" + (f". Known: {', '.join(suffixes)}" if suffixes else "")
         found = [match_files(one, lambda file: not suffixes or file.suffix in suffixes, what) for one in patterns]
         return list(dict.fromkeys(chain(*found)))
 

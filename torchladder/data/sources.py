@@ -148,7 +148,7 @@ def detect_source(paths: Sequence[str]) -> str:
 
 def check_validation_fraction(fraction: float) -> None:
     """Raises ``ConfigError`` unless the fraction is in [0, 1)."""
-    require(0 <= fraction < 1, f"validation_fraction is {fraction}; it must be at least 0 and below 1.")
+    require(0 <= fraction < 1, f"data.validation_fraction = {fraction}: must be 0 or more and below 1.")
 
 
 def held_out(identity: str, fraction: float) -> bool:

@@ -56,7 +56,7 @@ class Float8Config:
         """Raises ``ConfigError`` unless the device supports float8 and the compute dtype is bfloat16."""
         if not self.enable or self.emulate:
             return
-        instead = "Set float8.emulate to compute the same, slowly"
+        instead = "Set float8.emulate to emulate float8 in float32 (slow)"
         require(device.type == "cuda", f"float8.enable: {device.type} does not support float8. {instead}.")
         required = (8, 9) if self.recipe_name == "tensorwise" else (9, 0)
         found = torch.cuda.get_device_capability(device)

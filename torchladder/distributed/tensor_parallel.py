@@ -49,7 +49,7 @@ def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: DeviceMe
     """
     for path, style in plan.items():
         if style not in _STYLES:
-            raise unknown_name(f"style of {path} in the model's parallel_plan", style, _STYLES)
+            raise unknown_name("style", style, _STYLES, f"parallel_plan[{path!r}]")
         parallelize_module(model, mesh, {path: _STYLES[style](loss_parallel)}, src_data_rank=None)
     for name, parameter in model.named_parameters():
         # All parameters must be on one mesh, because gradient clipping computes their norm together.

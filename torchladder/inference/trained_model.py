@@ -115,7 +115,7 @@ class TrainedModel:
                 if text not in configs:
                     configs[text] = _run_config(folder)
                 found.append(cls._open_checkpoint(folder, configs[text]))
-            except (OSError, ValueError, KeyError) as error:  # damaged, or deleted by a running training
+            except (OSError, ValueError, KeyError) as error:  # damaged, or deleted by a run in progress
                 errors.append(UnreadableCheckpointError(f"{folder} cannot be read: {error}"))
         known = "a run with a complete checkpoint, a complete checkpoint (step-N) or a Hugging Face folder"
         require(bool(found or errors), f"{str(path)!r} is not {known}.")

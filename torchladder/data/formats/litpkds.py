@@ -111,7 +111,9 @@ def litpkds(files: list[Path], eos: int | None, cache: Path) -> list[LitPkdsChun
         ConfigError: as ``LitPkdsChunks``, or there is no tokenizer.
     """
     if eos is None:
-        raise ConfigError(f"{files[0]}: chunks do not store documents: set a tokenizer, whose eos ends each.")
+        raise ConfigError(
+            f"{files[0]}: LITPKDS chunks do not store document boundaries: set [tokenizer], whose eos token marks them."
+        )
     return [LitPkdsChunks(files, eos, cache)]
 
 

@@ -57,7 +57,7 @@ def _documents(file: Path) -> Iterator[np.ndarray]:
     schema = opened.schema_arrow
     names = [name for name in COLUMNS if name in schema.names]
     if COLUMNS[0] not in names:
-        raise unknown_name(f"column in {file}", COLUMNS[0], schema.names)
+        raise unknown_name("column", COLUMNS[0], schema.names, str(file))
     for name in names:
         item = getattr(schema.field(name).type, "value_type", None)
         if item is None or not str(item).startswith(("int", "uint")):

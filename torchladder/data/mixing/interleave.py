@@ -14,8 +14,8 @@ Example with proportions 0.5, 0.3, 0.2, called A, B, C, and the next (release, d
     row 4   A (4, 5)   B (3, 6)   C (5, 9)   -> A
 
 That rule alone would have to run from row 0 to find row 10,000,000. So rows are divided into blocks, and the counts at
-the border of a block are computed without the blocks before it: any row costs one block. Let W be more than any 1 / p.
-The counts at a border S take two steps:
+the boundary of a block are computed without the blocks before it: any row costs one block. Let W be more than any
+1 / p. The counts at a boundary S take two steps:
 
 1. At S - W, round r * p down for each source; give the rows still missing to sources that were rounded, the earliest
    deadlines first. The rule can continue from these counts forever: what must come by any t > S - W has room. (If
@@ -25,8 +25,8 @@ The counts at a border S take two steps:
    and those before S are met: rows released in the last W rows were placed by this run, and those released earlier
    have their deadlines before S.
 
-Blocks have at least 2 W rows. Within a block the rule runs from the counts at its first border, each source up to its
-count at the next border: by 1 and 2 every interval has room for the rows due in it, so the rule meets all deadlines.
+Blocks have at least 2 W rows. Within a block the rule runs from the counts at its first boundary, each source up to its
+count at the next boundary: by 1 and 2 every interval has room for the rows due in it, so the rule meets all deadlines.
 """
 
 from __future__ import annotations

@@ -106,13 +106,13 @@ class MixtureWeights:
         present = {source.language for source in sources}
         for language in self.languages:
             if language not in present:
-                raise unknown_name("language in data.languages, which no source has:", language, present - {""})
+                raise unknown_name("language", language, present - {""}, "data.languages, which no source has")
         for source in sources:
             require(
                 bool(source.language), f"the source {source.title} needs a language, because data.languages is set."
             )
             if source.language not in self.languages:
-                raise unknown_name(f"language of the source {source.title}", source.language, self.languages)
+                raise unknown_name("language", source.language, self.languages, f"the source {source.title}")
 
     def _check_domains(self, sources: Sequence[SourceConfig]) -> None:
         pairs = {(source.language, source.domain) for source in sources}
@@ -120,23 +120,23 @@ class MixtureWeights:
         for key, value in self.domains.items():
             if not isinstance(value, dict):
                 if key not in domains:
-                    raise unknown_name("domain in data.domains, which no source has:", key, domains - {""})
+                    raise unknown_name("domain", key, domains - {""}, "data.domains, which no source has")
                 continue
             if key not in languages:
-                raise unknown_name("language in data.domains, which no source has:", key, languages - {""})
+                raise unknown_name("language", key, languages - {""}, "data.domains, which no source has")
             require(bool(value), f"data.domains.{key} is empty: set the multiplier of at least one domain.")
             _check_positive(f"domains.{key}", value)
             for domain in value:
                 if (key, domain) not in pairs:
                     known = {of for language, of in pairs if language == key}
-                    raise unknown_name(f"domain in data.domains.{key}, which no source has:", domain, known - {""})
+                    raise unknown_name("domain", domain, known - {""}, f"data.domains.{key}, which no source has")
         everywhere = {key for key, value in self.domains.items() if not isinstance(value, dict)}
         for source in sources:
             require(bool(source.domain), f"the source {source.title} needs a domain, because data.domains is set.")
             of_language = self.domains.get(source.language, {})
             known = {*(of_language if isinstance(of_language, dict) else ()), *everywhere}
             if source.domain not in known:
-                raise unknown_name(f"domain of the source {source.title}, without a multiplier:", source.domain, known)
+                raise unknown_name("domain", source.domain, known, f"the source {source.title}, without a multiplier")
 
 
 def _check_positive(where: str, numbers: Mapping[str, float]) -> None:

@@ -99,7 +99,7 @@ class SourceMix:
         return lines
 
     def describe_epochs(self, steps: int) -> list[str]:
-        """Returns a line for each phase with the epochs of each source at its begin and end."""
+        """Returns a line for each phase with the epochs of each source at its beginning and end."""
         lines: dict[str, list[str]] = {}
         for one in self.usage(steps):
             named = lines.setdefault(f"epochs of steps {one.step:,} to {one.step + one.steps - 1:,}: ", [])
@@ -124,7 +124,7 @@ def in_order(weights: list[float] | dict[str, float], labels: Sequence[str]) -> 
         return weights
     for label in weights:
         if label not in labels:
-            raise unknown_name("source in phases.source_weights", label, labels)
+            raise unknown_name("source", label, labels, "phases.source_weights")
     missing = [label for label in labels if label not in weights]
     require(not missing, f"phases: source_weights lacks {', '.join(missing)}; a weight of 0 leaves a source out.")
     unique = len(set(labels)) == len(labels)

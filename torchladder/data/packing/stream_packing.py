@@ -18,8 +18,8 @@ class StreamPacking:
     """Concatenates all documents, epoch after epoch, and cuts the stream every ``seq_len`` tokens.
 
     A row is the next ``seq_len`` tokens and one more, which is only a label here and the first token of the next row.
-    So every token is an input of exactly one row per epoch. Rows cross the border of epochs, and no tail is dropped; if
-    there is a last epoch, its last row is shorter.
+    So every token is an input of exactly one row per epoch. Rows cross epoch boundaries, and no tail is dropped;
+    if there is a last epoch, its last row is shorter.
     """
 
     lengths: np.ndarray
@@ -70,7 +70,7 @@ class StreamPacking:
     def _epoch(self, number: int) -> tuple[np.ndarray, ...]:
         """Returns an epoch's documents in order, and their bounds in its tokens: (documents + 1,), from 0.
 
-        Keeps the last two epochs, since workers read on both sides of a border.
+        Keeps the last two epochs, since workers read on both sides of a boundary.
         """
         if number not in self._epochs:
             documents = self.order(number)

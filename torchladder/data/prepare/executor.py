@@ -54,7 +54,7 @@ class LocalExecutor:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.workers is None or self.workers > 0, f"workers is {self.workers}; it must be 1 or more.")
+        require(self.workers is None or self.workers > 0, f"--workers {self.workers}: must be 1 or more.")
 
     def __call__(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         workers = min(self.workers or available_cpus(), len(tasks))
@@ -114,7 +114,7 @@ class RayExecutor:
 
     def __post_init__(self) -> None:
         import_extra("ray", "ray", "--executor ray")
-        require(self.workers is None or self.workers > 0, f"workers is {self.workers}; it must be 1 or more.")
+        require(self.workers is None or self.workers > 0, f"--workers {self.workers}: must be 1 or more.")
 
     def __call__(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         if not tasks:

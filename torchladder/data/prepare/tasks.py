@@ -56,7 +56,7 @@ class PrepareConfig:
         index, count = self.shard or (0, 1)
         require(0 <= index < count, f"shard is {index}/{count}; N shards are numbered 0/N to N-1/N.")
         in_range = self.part_bytes is None or self.part_bytes > 0
-        require(in_range, f"part_bytes is {self.part_bytes}; it must be 1 or more.")
+        require(in_range, f"--part-bytes {self.part_bytes}: must be 1 or more.")
         DocumentReader(self.text_key, self.on_error)  # checks both
 
     @property

@@ -75,4 +75,4 @@ def document_location(file_slice: FileSlice, number: int | None) -> str:
 
 def summarize_skipped(skipped: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:
     """Returns a line for each reason why documents were skipped or repaired."""
-    return [f"{count:,} documents {reason}, first {examples[reason]}" for reason, count in sorted(skipped.items())]
+    return [f"{count:,} documents: {reason} (first: {examples[reason]})" for reason, count in sorted(skipped.items())]

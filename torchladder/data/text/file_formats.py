@@ -103,12 +103,12 @@ def _parse_csv(file_slice: FileSlice, text_key: str, count_bytes: Callable[[int]
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, ParseError("broken as a row", f"not a row of a .csv ({error})")
+            yield number, ParseError("invalid CSV row", f"not a row of a .csv ({error})")
             continue
         if not row:
             continue
         if len(row) != len(head):
-            yield number, ParseError("broken as a row", f"{len(row)} fields, the first row has {len(head)}")
+            yield number, ParseError("invalid CSV row", f"{len(row)} fields, the first row has {len(head)}")
         else:
             yield number, row[column].encode("utf-8", errors="surrogateescape")
 
@@ -130,7 +130,7 @@ def _parse_parquet(file_slice: FileSlice, text_key: str, count_bytes: Callable[[
             # As bytes, because arrow does not check that strings are UTF-8.
             for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
                 number += 1
-                yield number, ParseError("without text", f"no {text_key!r}") if value is None else value
+                yield number, ParseError("no text", f"no {text_key!r}") if value is None else value
     except (arrow.ArrowException, OSError) as error:
         raise ConfigError(f"{file_slice.path} is a damaged .parquet: {error}.") from error
 
@@ -143,14 +143,14 @@ def _text_of_json(line: bytes, text_key: str) -> bytes | ParseError:
         rest = _text_of_json(line.decode("utf-8-sig", errors="ignore").encode(), text_key)
         return _not_utf8(error, b"" if isinstance(rest, ParseError) else rest)
     except (ValueError, RecursionError) as error:
-        return ParseError("broken as JSON", f"not JSON ({error}); a .jsonl holds one object a line")
+        return ParseError("invalid JSON", f"not JSON ({error}); a .jsonl holds one object per line")
     if not isinstance(record, dict):
-        return ParseError("broken as JSON", f"holds a {type(record).__name__}; a .jsonl holds one object a line")
+        return ParseError("invalid JSON", f"holds a {type(record).__name__}; a .jsonl holds one object per line")
     if text_key not in record:
-        return ParseError("without text", f"text_key: {unknown_name('key', text_key, record)}".rstrip("."))
+        return ParseError("no text", f"text_key: {unknown_name('key', text_key, record)}".rstrip("."))
     text = record[text_key]
     if not isinstance(text, str):
-        return ParseError("without text", f"{text_key!r} holds a {type(text).__name__}, not a string")
+        return ParseError("no text", f"{text_key!r} holds a {type(text).__name__}, not a string")
     # JSON can spell half of a surrogate pair, which UTF-8 cannot encode: decode_text rejects it later.
     return text.encode("utf-8", errors="surrogatepass")
 

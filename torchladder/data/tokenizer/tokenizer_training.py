@@ -53,16 +53,16 @@ class TokenizerTrainingConfig:
         if self.kind not in get_args(TokenizerKind):
             raise unknown_name("kind of tokenizer", self.kind, get_args(TokenizerKind))
         coverage, tokens = self.character_coverage, self.special_tokens
-        require(self.vocab_size >= 1, f"vocab_size is {self.vocab_size}; it must be 1 or more.")
+        require(self.vocab_size >= 1, f"--vocab-size {self.vocab_size}: must be 1 or more.")
         in_range = coverage is None or 0 < coverage <= 1
-        require(in_range, f"character_coverage is {coverage}; it must be above 0 and at most 1.")
+        require(in_range, f"--character-coverage {coverage}: must be above 0 and at most 1.")
         different = len({"", *tokens}) == 1 + len(tokens)
-        require(different, f"special_tokens is {tokens}; they must be different and not empty.")
+        require(different, f"--special-tokens {' '.join(tokens)}: must be different and not empty.")
         known = sorted(NORMALIZATION_RULES) if self.kind != "byte-bpe" else ["nfc", "nfkc", "none"]
         if self.normalization not in known:
             raise unknown_name(f"normalization for {self.kind}", self.normalization, known)
         applies = coverage is None or self.kind != "byte-bpe"
-        require(applies, "character_coverage is not for byte-bpe: its bytes cover every character.")
+        require(applies, "--character-coverage is not for byte-bpe: its bytes cover every character.")
 
 
 def train_tokenizer(sample: list[str], settings: TokenizerTrainingConfig) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Evaluation jobs, each of one model on one file at one context: computes their losses, finds the unfinished."""
+"""Evaluation jobs, each of one model on one file at one context: computes their losses, finds those not yet run."""
 
 from __future__ import annotations
 
@@ -142,7 +142,8 @@ def compute_losses(
         content[positions <= lengths[:, None]] = corpus.read(Spans(batch.documents, batch.begins, batch.ends + 1))
         largest = np.maximum(content, ~content).max()
         require(
-            largest < vocab_size, f"{job.documents.path} has token {largest}, the model's vocabulary is {vocab_size}."
+            largest < vocab_size,
+            f"{job.documents.path} has token {largest}, but the model's vocab_size is {vocab_size}.",
         )
         tokens, labels = split_labels(torch.from_numpy(content))
         labels[torch.from_numpy(positions[:-1] < batch.overlaps[:, None])] = data.IGNORE_INDEX

@@ -29,7 +29,7 @@ class FoldKernel(AttentionKernel):
 
     @classmethod
     def auto_reason(cls, setup: AttentionSetup) -> str | None:
-        return f"{' + '.join(setup.masks)} cuts rows into chunks of one width, each a row of plain causal attention"
+        return f"uniform chunks ({' + '.join(setup.masks)}): each chunk is a shorter row of plain causal attention"
 
     def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> Tensor:
         return torch.tensor(mask.chunk_width(start))  # stays on the CPU, where the operator reads it

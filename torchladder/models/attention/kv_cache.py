@@ -30,7 +30,9 @@ class DecodeMask:
 
 
 class KVCache:
-    """The keys and values of each layer, for the rows of one batch. A model takes ``attention`` as its kernel's.
+    """The keys and values of each layer, for the rows of one batch.
+
+    Pass ``attention`` to a model as its ``attention_fn``.
 
     Layers are identified by the order in which they call ``attention``, the same in every forward pass.
     """

@@ -1,4 +1,4 @@
-"""Maps a family of models to Hugging Face and back: the entries of config.json, tensor names, and what is refused."""
+"""Maps a model family to Hugging Face and back: config.json entries, tensor names, and what is not supported."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class HFAdapter:
         if rope_type == "default":
             return theta
         if rope_type not in self.rope_scalings:
-            raise unknown_name("rope_type in config.json", str(rope_type), ["default", *self.rope_scalings])
+            raise unknown_name("rope_type", str(rope_type), ["default", *self.rope_scalings], "config.json")
         keys = self.rope_scalings[rope_type]
         missing = [key for key in keys.values() if key not in table]
         if missing:

@@ -117,7 +117,9 @@ def _check_shapes(
     path: Path, shapes: dict[str, Shape], stored: dict[str, Shape], vocab_tensors: tuple[str, ...]
 ) -> None:
     if differing := set(shapes) ^ set(stored):
-        raise ConfigError(f"{path} holds another model: only one of the two has {min(differing)}.")
+        name = min(differing)
+        only = "model" if name in shapes else "checkpoint"
+        raise ConfigError(f"{path} does not hold this model: {name} is only in the {only}.")
     for name, shape in shapes.items():
         cuts = name in vocab_tensors and shape[1:] == stored[name][1:] and shape[0] < stored[name][0]
         if shape != stored[name] and not cuts:

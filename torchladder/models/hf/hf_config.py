@@ -29,7 +29,7 @@ def model_name(hf_config: dict[str, Any]) -> str:
         names.update(dict.fromkeys(adapter.architectures if adapter else (), name))
     model_type = str(hf_config.get("model_type"))
     if model_type not in names:
-        raise unknown_name("model_type in config.json", model_type, names)
+        raise unknown_name("model_type", model_type, names, "config.json")
     return names[model_type]
 
 

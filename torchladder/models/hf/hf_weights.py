@@ -91,7 +91,7 @@ def match_tensors(folder: HFFolder, adapter: HFAdapter, shapes: Mapping[str, Sha
     known = {*hf_names.values(), *adapter.tensor_names.values()}  # some folders store a tied head, too
     unexpected = [hf_name for hf_name in folder.tensors if hf_name not in known and "rotary_emb" not in hf_name]
     if unexpected:
-        raise ConfigError(f"{folder.path}: the model lacks {len(unexpected)} of the tensors, such as {unexpected[0]}.")
+        raise ConfigError(f"{folder.path}: {len(unexpected)} unexpected tensors, such as {unexpected[0]}.")
     for name, hf_name in hf_names.items():
         stored, expected = folder.tensors[hf_name].shape, shapes[name]
         extends = name in adapter.vocab_tensors and stored == (folder.config["vocab_size"], *expected[1:])
