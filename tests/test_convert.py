@@ -306,7 +306,7 @@ def test_mistral_keeps_its_window(folders, tmp_path, capsys):
     assert config.load([*path, "--training.seq_len", "16"]).attention.masks == ["causal"]
     other = config.load([*path, "--training.seq_len", "64", "--attention.masks", "document"])
     assert other.attention.masks == ["document"]
-    assert "sliding window of 16" in capsys.readouterr().out
+    assert "sliding window of 16" in capsys.readouterr().err
 
     assert convert.run(["from-hf", str(folders / "mistral"), "--output", str(tmp_path / "converted")]) == 0
     assert (
