@@ -84,7 +84,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
 def _run_settings(source: HFFolder, output: Path, vocab_size: int | None) -> dict[str, dict[str, Any]]:
     """Returns the settings of a run that starts from the converted model."""
-    model = hf_config.model_section(source.config)
+    model = hf_config.model_section(source.config, source.config_file)
     seq_len = min(source.config.get("max_position_embeddings", MAX_SEQ_LEN), MAX_SEQ_LEN)
     sections: dict[str, dict[str, Any]] = {
         "model": {**model, "vocab_size": vocab_size or model["vocab_size"]},

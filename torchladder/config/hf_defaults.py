@@ -12,7 +12,7 @@ from torchladder.config.toml_files import Origins, RawSettings
 from torchladder.config.values import cli_value, cli_values
 from torchladder.data.tokenizer import tokenizer_registry
 from torchladder.models.hf import hf_config
-from torchladder.models.hf.hf_folder import HF_CONFIG_FILE, HFFolder
+from torchladder.models.hf.hf_folder import HFFolder
 from torchladder.registry import ConfigError
 
 
@@ -27,7 +27,7 @@ def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) 
     if not path:
         return
     folder = HFFolder(path)
-    model = hf_config.model_section(folder.config)
+    model = hf_config.model_section(folder.config, folder.config_file)
     name = cli_value(argv, "model.name") or settings.get("model", {}).get("name", model["name"])
     if name != model["name"]:
         raise ConfigError(f"model.name = {name!r}: the model in {path} is {model['name']!r}.")
@@ -40,7 +40,7 @@ def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) 
         sections |= _sliding_window_defaults(window, settings, argv)
     for name, section in sections.items():
         own = settings.get(name, {})
-        origins.update({(name, key): folder.path / HF_CONFIG_FILE for key in section.keys() - own.keys()})
+        origins.update({(name, key): folder.config_file for key in section.keys() - own.keys()})
         settings[name] = {**section, **own}
 
 
@@ -54,7 +54,8 @@ def check_hf_settings(config: Config) -> None:
     if config.checkpoint.initial_load_in_hf and not (path or config.checkpoint.initial_load_path):
         raise ConfigError("checkpoint.initial_load_in_hf: set model.hf_assets_path or checkpoint.initial_load_path.")
     if path:
-        section, source = hf_config.model_section(HFFolder(path).config), f"{path}/{HF_CONFIG_FILE}"
+        folder = HFFolder(path)
+        section, source = hf_config.model_section(folder.config, folder.config_file), str(folder.config_file)
         hf_config.check_compatible(section, models.resolve(config.model), source)
         if config.model.flavor:
             flavor = models.registry.flavors(config.model.name)[config.model.flavor]

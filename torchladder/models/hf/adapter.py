@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from torchladder.models.hf.config_fields import ROPE_TYPES, SHARED_TYPES, check_types
 from torchladder.registry import ConfigError, unknown_name
 
 
@@ -38,6 +40,7 @@ class HFAdapter:
         tensor_names: parameter -> Hugging Face tensor, with ``*`` for the layer index.
         config_keys: field of the model's config -> key of config.json.
         defaults: key of config.json -> its value if the key is missing.
+        type_defaults: ``model_type`` -> defaults that only this type has.
         fixed_values: key of config.json -> the one value that is supported; the key may be missing or null.
         rope_scalings: ``rope_type`` -> field of the model's config -> key in the table of RoPE parameters.
         sliding_window_type: the ``model_type`` that has a sliding window; empty if none has.
@@ -52,6 +55,7 @@ class HFAdapter:
     rope_scalings: Mapping[str, Mapping[str, str]]
     sliding_window_type: str = ""
     vocab_tensors: tuple[str, ...] = ("embedding.weight", "head.weight")
+    type_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def hf_name(self, name: str) -> str:
         """Returns the Hugging Face name of a parameter."""
@@ -66,28 +70,42 @@ class HFAdapter:
         """Returns the window of a config.json in tokens, None for full attention."""
         if hf_config["model_type"] != self.sliding_window_type:
             return None
-        window: int | None = hf_config.get("sliding_window", self.defaults.get("sliding_window"))
+        window: int | None = hf_config.get("sliding_window", self._defaults(hf_config).get("sliding_window"))
         return window
 
-    def from_hf(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    def from_hf(self, hf_config: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the fields of the model's config from the entries of a config.json.
 
-        Raises ``ConfigError`` if a key is missing or has a value that the model does not support.
+        Args:
+            hf_config: the entries.
+            types: field of the model's config -> its type, which is that of its entry, too.
+
+        Raises:
+            ConfigError: an entry is missing, or has another type or a value that the model does not support.
         """
+        keys, defaults = self.config_keys, self._defaults(hf_config)
+        check_types(hf_config, SHARED_TYPES | {key: types[name] for name, key in keys.items()})
         for key, value in self.fixed_values.items():
-            if hf_config.get(key) not in (None, value):
-                raise ConfigError(f"config.json: {key} = {hf_config[key]!r} is not supported, only {value!r}.")
+            found = hf_config.get(key)
+            if found is not None and (found != value or isinstance(found, bool) != isinstance(value, bool)):
+                raise ConfigError(
+                    f"{key} = {json.dumps(found)}: must be {json.dumps(value)}, others are not supported."
+                )
         layer_type = "full_attention" if self.sliding_window(hf_config) is None else "sliding_attention"
         if others := {*(hf_config.get("layer_types") or ())} - {layer_type}:
-            raise ConfigError(f"config.json: layer_types has {min(others)!r}; all layers must be {layer_type!r}.")
-        fields = {name: hf_config.get(key, self.defaults.get(key)) for name, key in self.config_keys.items()}
-        fields["n_kv_heads"] = fields["n_kv_heads"] or fields["n_heads"]
-        missing = [key for name, key in self.config_keys.items() if fields[name] is None and name != "head_dim"]
+            raise ConfigError(f"layer_types has {min(others)!r}; all layers must be {layer_type!r}.")
+        fields = {name: hf_config.get(key, defaults.get(key)) for name, key in keys.items()}
+        missing = [key for name, key in keys.items() if fields[name] is None and name not in ("head_dim", "n_kv_heads")]
         if missing:
-            raise ConfigError(f"config.json lacks {', '.join(missing)}.")
-        head_dim = fields["head_dim"] or self.defaults.get("head_dim")
-        fields["head_dim"] = head_dim or fields["dim"] // fields["n_heads"]
-        return {**fields, **self._rope_from_hf(hf_config), "initialization": "normal"}
+            raise ConfigError(f"lacks {', '.join(missing)}.")
+        if fields["n_kv_heads"] is None:
+            fields["n_kv_heads"] = fields["n_heads"]
+        if fields["head_dim"] is None:
+            fields["head_dim"] = defaults.get("head_dim", fields["dim"] // max(fields["n_heads"], 1))
+        return {**fields, **self._rope_from_hf(hf_config, types), "initialization": "normal"}
+
+    def _defaults(self, hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**self.defaults, **self.type_defaults.get(hf_config["model_type"], {})}
 
     def to_hf(self, config: Any, metadata: HFMetadata, dtype: torch.dtype) -> dict[str, Any]:
         """Returns the config.json of a model, from the model's config, the other entries and the dtype of the weights.
@@ -115,26 +133,41 @@ class HFAdapter:
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
 
-    def _rope_from_hf(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    def _rope_from_hf(self, hf_config: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the RoPE fields: ``rope_parameters`` has all of them (transformers 5), or ``rope_scaling`` next to
-        ``rope_theta`` (transformers 4)."""
-        table = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+        ``rope_theta`` (transformers 4). Both must agree, since transformers reads ``rope_scaling`` alone."""
+        tables = [name for name in ("rope_scaling", "rope_parameters") if hf_config.get(name)]
+        first, *others = [self._read_rope(name, hf_config, types) for name in tables or ["rope_parameters"]]
+        if others and others[0] != first:
+            raise ConfigError(
+                "rope_scaling and rope_parameters differ: transformers ignores rope_parameters if there is a "
+                f"rope_scaling, and its rope_theta is then {first['rope_theta']:g}. Remove one of the two."
+            )
+        return first
+
+    def _read_rope(self, name: str, hf_config: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+        table = hf_config.get(name) or {}
+        check_types(table, ROPE_TYPES, name)
         rope_type = table.get("rope_type", table.get("type", "default"))
-        theta = {"rope_theta": float(table.get("rope_theta", hf_config.get("rope_theta", 10000.0)))}
-        if table.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError("config.json: partial_rotary_factor is not supported, only 1.0.")
+        theta = table.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+        if theta is None:
+            raise ConfigError("rope_theta = null: must be a number.")
+        if table.get("partial_rotary_factor") not in (None, 1.0):
+            raise ConfigError(f"{name}.partial_rotary_factor = {table['partial_rotary_factor']}: must be 1.0.")
+        if nested := [key for key, value in table.items() if isinstance(value, dict)]:
+            raise ConfigError(f"{name}.{nested[0]}: RoPE parameters per type of layer are not supported.")
         if rope_type == "default":
-            return theta
+            return {"rope_theta": float(theta)}
         if rope_type not in self.rope_scalings:
-            raise unknown_name("rope_type", str(rope_type), ["default", *self.rope_scalings], "config.json")
-        keys = self.rope_scalings[rope_type]
-        missing = [key for key in keys.values() if key not in table]
-        if missing:
-            raise ConfigError(f"config.json: the RoPE parameters of type {rope_type} lack {', '.join(missing)}.")
-        scaling: dict[str, Any] = {name: float(table[key]) for name, key in keys.items()}
-        if "rope_original_seq_len" in scaling:
-            scaling["rope_original_seq_len"] = int(scaling["rope_original_seq_len"])
-        return theta | scaling
+            raise unknown_name(f"{name}.rope_type", rope_type, ["default", *self.rope_scalings])
+        fields = self.rope_scalings[rope_type]
+        original = "original_max_position_embeddings"
+        if original in hf_config and original in fields.values():
+            table = {**table, original: hf_config[original]}
+        check_types(table, {key: types[field] for field, key in fields.items()}, name)
+        if missing := [key for key in fields.values() if key not in table]:
+            raise ConfigError(f"{name} of type {rope_type} lacks {', '.join(missing)}.")
+        return {"rope_theta": float(theta), **{field: table[key] for field, key in fields.items()}}
 
     def _rope_to_hf(self, config: Any) -> dict[str, Any]:
         scaled, condensed = config.rope_scaling_factor != 1, config.rope_condense_ratio != 1

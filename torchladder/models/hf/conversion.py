@@ -32,7 +32,7 @@ def hf_to_checkpoint(folder: HFFolder, path: Path, vocab_size: int | None = None
         path: of the checkpoint.
         vocab_size: rows of the vocabulary; additional ones are the mean of the others. None: those of the folder.
     """
-    model = hf_config.model_section(folder.config)
+    model = hf_config.model_section(folder.config, folder.config_file)
     rows = vocab_size or model["vocab_size"]
     if rows < model["vocab_size"]:
         raise ConfigError(

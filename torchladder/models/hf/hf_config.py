@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, get_type_hints
 
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.models.model import Model, registry
@@ -29,14 +31,30 @@ def model_name(hf_config: dict[str, Any]) -> str:
         names.update(dict.fromkeys(adapter.architectures if adapter else (), name))
     model_type = str(hf_config.get("model_type"))
     if model_type not in names:
-        raise unknown_name("model_type", model_type, names, "config.json")
+        raise unknown_name("model_type", model_type, names)
     return names[model_type]
 
 
-def model_section(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the ``[model]`` section of the model that a config.json describes, with every field of its config."""
-    name = model_name(hf_config)
-    return {"name": name, "flavor": "", **adapter_for(name).from_hf(hf_config)}
+def model_section(hf_config: dict[str, Any], source: str | Path = "config.json") -> dict[str, Any]:
+    """Returns the ``[model]`` section of the model that a config.json describes, with every field of its config.
+
+    Raises ``ConfigError``, which names ``source`` and the entry, if an entry is missing or not valid.
+    """
+    try:
+        name = model_name(hf_config)
+        adapter, kind = adapter_for(name), registry.config_type(name)
+        fields = adapter.from_hf(hf_config, get_type_hints(kind))
+        scalings = {field: key for keys in adapter.rope_scalings.values() for field, key in keys.items()}
+        resolved = {value: adapter.config_keys[field] for field, value in RESOLVED.items() if field in fields}
+        entries = {**scalings, **adapter.config_keys, **resolved, "rope_theta": "rope_theta"}
+        try:
+            kind(**fields)
+        except ConfigError as error:  # a value out of range, by the name of its field
+            message = re.sub(r"model\.(\w+)", lambda field: entries.get(field[1], field[0]), str(error))
+            raise ConfigError(message) from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return {"name": name, "flavor": "", **fields}
 
 
 def sliding_window(hf_config: dict[str, Any]) -> int | None:

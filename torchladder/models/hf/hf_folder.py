@@ -52,13 +52,15 @@ class HFFolder:
 
     Attributes:
         config: the content of config.json.
+        config_file: its path, which errors name.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         if not is_hf_folder(self.path):
             raise ConfigError(f"{str(path)!r} is not a Hugging Face folder: it has no {HF_CONFIG_FILE}.")
-        self.config = _read_json(self.path / HF_CONFIG_FILE)
+        self.config_file = self.path / HF_CONFIG_FILE
+        self.config = _read_json(self.config_file)
         self._open: tuple[Path, Any] | None = None
 
     @cached_property

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchladder.models.hf import hf_config
 from torchladder.models.hf.adapter import HFAdapter, HFMetadata
 from torchladder.models.hf.hf_config import adapter_for
-from torchladder.models.hf.hf_folder import HF_CONFIG_FILE, HFFolder, write_hf_folder
+from torchladder.models.hf.hf_folder import HFFolder, write_hf_folder
 from torchladder.models.model import Model
 from torchladder.registry import ConfigError
 
@@ -32,8 +32,8 @@ def load_hf_weights(model: Model, path: str | Path) -> None:
     ``ConfigError`` if the folder holds another model.
     """
     folder = HFFolder(path)
-    source = str(folder.path / HF_CONFIG_FILE)
-    hf_config.check_compatible(hf_config.model_section(folder.config), model.config, source)
+    section = hf_config.model_section(folder.config, folder.config_file)
+    hf_config.check_compatible(section, model.config, str(folder.config_file))
     state: dict[str, Any] = get_model_state_dict(model)  # names without wrappers
     hf_names = match_tensors(folder, adapter_for(model), {name: tuple(tensor.shape) for name, tensor in state.items()})
     extended = [name for name in hf_names if folder.tensors[hf_names[name]].shape != tuple(state[name].shape)]

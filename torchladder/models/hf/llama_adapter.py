@@ -35,7 +35,8 @@ LLAMA_ADAPTER = HFAdapter(
         "tie_embeddings": "tie_word_embeddings",
         "init_std": "initializer_range",
     },
-    defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02, "sliding_window": 4096},
+    defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02},
+    type_defaults={"mistral": {"sliding_window": 4096, "num_key_value_heads": 8}},
     fixed_values={
         "hidden_act": "silu",
         "attention_bias": False,
@@ -43,6 +44,7 @@ LLAMA_ADAPTER = HFAdapter(
         "use_sliding_window": False,
         "partial_rotary_factor": 1.0,
         "quantization_config": None,
+        "per_layer_config": None,
     },
     rope_scalings={
         "linear": {"rope_condense_ratio": "factor"},

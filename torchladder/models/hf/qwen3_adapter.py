@@ -14,6 +14,6 @@ QWEN3_ADAPTER = replace(
         "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
         "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
     },
-    defaults={**LLAMA_ADAPTER.defaults, "head_dim": 128},
+    defaults={**LLAMA_ADAPTER.defaults, "head_dim": 128, "num_key_value_heads": 32},
     sliding_window_type="",
 )
