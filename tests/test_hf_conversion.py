@@ -1,6 +1,7 @@
 """Models here and in transformers: the same logits, bits and text, in both directions."""
 
 import json
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -321,7 +322,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path, change, message):
 def test_missing_and_unexpected_tensors_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(JSON))
     model, _ = make(tmp_path)
-    with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
+    with pytest.raises(ConfigError, match="has no weights: neither model.safetensors nor pytorch_model.bin"):
         hf_weights.load_hf_weights(model, tmp_path)
     hf_weights.save_hf_weights(model, tmp_path, HFMetadata(T), torch.float32, is_writer=True)
     file = tmp_path / "model.safetensors"
@@ -355,3 +356,46 @@ def test_damaged_files_are_named(reference, tmp_path):
 def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is not a Hugging Face folder"):
         HFFolder(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_pickled_weights_are_read(reference, tmp_path, zipped, sharded):
+    tensors = reference.model.state_dict()
+    if reference.model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    names = [*tensors]
+    groups = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+    for file, group in (groups if sharded else {"pytorch_model.bin": names}).items():
+        content = {name: tensors[name] for name in group}
+        torch.save(content, tmp_path / file, _use_new_zipfile_serialization=zipped)
+    index = {"weight_map": {name: file for file, group in groups.items() for name in group}}
+    if sharded:
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    shutil.copyfile(reference.path / "config.json", tmp_path / "config.json")
+    model, _ = make(tmp_path, vocab_size=V + 1)
+    hf_weights.load_hf_weights(model, tmp_path)
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter[:V], tensors[model.hf_adapter.hf_name(name)][:V])
+    conversion.hf_to_checkpoint(HFFolder(tmp_path), tmp_path / "step-0")
+
+
+def test_pickled_weights_that_run_code_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(JSON))
+    for content, message in (
+        ({"a": SimpleNamespace()}, "is damaged or holds more than tensors"),
+        ([torch.zeros(1)], "not hold tensors by name"),
+    ):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ConfigError, match=message):
+            hf_weights.load_hf_weights(make(tmp_path)[0], tmp_path)
+
+
+def test_other_safetensors_files_in_a_folder_are_not_read(reference, tmp_path):
+    shutil.copytree(reference.path, tmp_path, dirs_exist_ok=True)
+    weights = {name: HFFolder(tmp_path).read_tensor(name) for name in HFFolder(tmp_path).tensors}
+    for other in ("a-older.safetensors", "z-older.safetensors"):
+        safetensors.save_file({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, tmp_path / other)
+    model, _ = make(tmp_path)
+    hf_weights.load_hf_weights(model, tmp_path)
+    assert all(torch.equal(it, weights[model.hf_adapter.hf_name(name)]) for name, it in model.state_dict().items())

@@ -86,7 +86,8 @@ class TrainedModel:
             overrides["training.seq_len"] = seq_len
         if not hf_defaults.tokenizer_section(path):
             overrides["tokenizer.name"] = "none"
-        stats = {file.name: file.stat() for file in sorted(path.iterdir()) if file.suffix in (".json", ".safetensors")}
+        suffixes = (".json", ".safetensors", ".bin")
+        stats = {file.name: file.stat() for file in sorted(path.iterdir()) if file.suffix in suffixes}
         weights_id = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()])
         return cls(path, settings.load_file(None, overrides), weights_id=weights_id)
 

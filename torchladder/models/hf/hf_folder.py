@@ -1,8 +1,9 @@
-"""Reads and writes Hugging Face folders: config.json and safetensors shards, one tensor or one shard at a time."""
+"""Reads and writes Hugging Face folders: config.json and shards of weights, one tensor or one shard at a time."""
 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,8 @@ from torch import Tensor
 from torchladder.registry import ConfigError
 
 HF_CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Files of weights that are not sharded, the preferred one first; an index has the suffix ``.index.json``."""
 INDEX_FILE = "model.safetensors.index.json"
 
 ASSET_FILES = (
@@ -68,39 +71,46 @@ class HFFolder:
         """All tensors by name, file by file."""
         tensors = {}
         for file in self._weight_files():
-            with _open_safetensors(file) as content:
-                for name in content.keys():  # noqa: SIM118 - not a dict
-                    tensor = content.get_slice(name)
-                    if tensor.get_dtype() not in DTYPES:
-                        known = ", ".join(DTYPES)
-                        raise ConfigError(f"{file}: {name} has the type {tensor.get_dtype()}. Known: {known}.")
-                    tensors[name] = StoredTensor(file, tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
+            for name, shape, dtype in _entries(file):
+                if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
+                    raise ConfigError(f"{file}: {name} has the type {dtype}. Known: {', '.join(DTYPES)}.")
+                tensors[name] = StoredTensor(file, shape, dtype)
         return tensors
+
+    @property
+    def holds_other_weights(self) -> bool:
+        """Whether the folder has safetensors files that are not its weights."""
+        return {*self.path.glob("*.safetensors")} != {stored.file for stored in self.tensors.values()}
 
     def read_tensor(self, name: str) -> Tensor:
         """Returns a tensor. Its file stays open until a tensor of another file is read."""
         file = self.tensors[name].file
         if self._open is None or self._open[0] != file:
             self._open = None  # close first: the mapped pages of both files would count as memory
-            self._open = file, _open_safetensors(file)
-        return self._open[1].get_tensor(name)
+            self._open = file, _open_pickled(file) if file.suffix == ".bin" else _open_safetensors(file)
+        content = self._open[1]
+        return content[name] if isinstance(content, dict) else content.get_tensor(name)
 
     def asset_files(self) -> list[Path]:
         """Returns the files of the tokenizer and of generation."""
         return [self.path / name for name in ASSET_FILES if (self.path / name).is_file()]
 
     def _weight_files(self) -> list[Path]:
-        index = self.path / INDEX_FILE
-        names = ["model.safetensors"]
-        if index.is_file():
+        """Returns the files of the weights that transformers reads."""
+        for name in WEIGHT_FILES:
+            index = self.path / f"{name}.index.json"
+            if (self.path / name).is_file():
+                return [self.path / name]
+            if not index.is_file():
+                continue
             weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ConfigError(f"{index} has no weight_map.")
-            names = sorted(set(weight_map.values()))
-        for name in names:
-            if not (self.path / name).is_file():
-                raise ConfigError(f"{self.path}: {name} is missing. Weights must be safetensors files.")
-        return [self.path / name for name in names]
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise ConfigError(f"{index} has no weight_map of tensors to files.")
+            files = [self.path / file for file in sorted({*weight_map.values()})]
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise ConfigError(f"{self.path}: {missing[0]} is missing, which {index.name} names.")
+            return files
+        raise ConfigError(f"{self.path} has no weights: neither {' nor '.join(WEIGHT_FILES)}, whole or sharded.")
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -163,6 +173,28 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} is not a JSON object.")
+    return content
+
+
+def _entries(file: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype | str]]:
+    """Yields the name, the shape and the type of each tensor in a file of weights."""
+    if file.suffix == ".bin":
+        yield from ((name, tuple(tensor.shape), tensor.dtype) for name, tensor in _open_pickled(file).items())
+        return
+    with _open_safetensors(file) as content:
+        for name in content.keys():  # noqa: SIM118 - not a dict
+            tensor = content.get_slice(name)
+            yield name, tuple(tensor.get_shape()), DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
+
+
+def _open_pickled(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a file that ``torch.save`` wrote; without running its code, and mapped where possible."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # torch raises no narrower type
+        raise ConfigError(f"{file} is damaged or holds more than tensors ({type(error).__name__}).") from None
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ConfigError(f"{file} does not hold tensors by name.")
     return content
 
 

@@ -36,13 +36,15 @@ def load_hf_weights(model: Model, path: str | Path) -> None:
     hf_config.check_compatible(section, model.config, str(folder.config_file))
     state: dict[str, Any] = get_model_state_dict(model)  # names without wrappers
     hf_names = match_tensors(folder, adapter_for(model), {name: tuple(tensor.shape) for name, tensor in state.items()})
-    extended = [name for name in hf_names if folder.tensors[hf_names[name]].shape != tuple(state[name].shape)]
-    unchanged = {hf_names[name]: state[name] for name in hf_names if name not in extended}
-    reader = HuggingFaceStorageReader(str(folder.path))
-    dcp.load(unchanged, storage_reader=reader, no_dist=not dist.is_initialized())
-    for name in extended:
-        parameter = state[name]
-        values = extend_rows(folder.read_tensor(hf_names[name]), len(parameter))
+    extended = {name for name in hf_names if folder.tensors[hf_names[name]].shape != tuple(state[name].shape)}
+    # The reader of shards takes every safetensors file in the folder, and no other file.
+    whole = hf_names.keys() if folder.holds_other_weights else extended
+    if by_shard := {hf_names[name]: state[name] for name in hf_names if name not in whole}:
+        reader = HuggingFaceStorageReader(str(folder.path))
+        dcp.load(by_shard, storage_reader=reader, no_dist=not dist.is_initialized())
+    for name in whole:
+        parameter, values = state[name], folder.read_tensor(hf_names[name])
+        values = extend_rows(values, len(parameter)) if name in extended else values
         values = values.to(parameter.device, parameter.dtype)
         if isinstance(parameter, DTensor):
             values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
