@@ -152,7 +152,9 @@ def test_a_tokenizer_that_a_run_has_trained_is_exported(trained, tmp_path):
     out = root / "run" / "checkpoint" / "step-2-hf"
     own = _tokenizer(config.load(words))
     assert own.vocab_size == 400
-    assert tokenizer.load_tokenizer(str(out)).fingerprint == own.fingerprint
+    assert tokenizer.load_tokenizer(str(out / "tokenizer.model")).fingerprint == own.fingerprint
+    with_folder = ["--model.hf_assets_path", str(out), "--tokenizer.name", "sentencepiece"]
+    assert _tokenizer(config.load(with_folder)).fingerprint == own.fingerprint
     exported = transformers.AutoTokenizer.from_pretrained(out)
     for piece in (text[:200], "  two spaces, a\n\ttab and é", "the ladder"):
         assert exported(piece, add_special_tokens=False)["input_ids"] == own.encode(piece)
@@ -389,7 +391,10 @@ def test_a_folder_without_a_tokenizer_is_an_error_for_text(folders, tmp_path, mo
     for words, message in (
         (["generate", "--checkpoint", str(folder), "--prompt", "a"], f"{folder} has no tokenizer for the prompts"),
         (["evaluate", str(folder), "--files", str(folders / "text.txt")], "text.txt is raw text: it needs a tokenizer"),
-        (["generate", "--checkpoint", str(converted / "checkpoint" / "step-0"), "--prompt", "a"], f"of {converted}"),
+        (
+            ["generate", "--checkpoint", str(converted / "checkpoint" / "step-0"), "--prompt", "a"],
+            "step-0 has no tokenizer for the prompts",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", ["torchladder", *words])
         assert commands.main() == 2

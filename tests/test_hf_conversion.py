@@ -322,7 +322,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path, change, message):
 def test_missing_and_unexpected_tensors_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(JSON))
     model, _ = make(tmp_path)
-    with pytest.raises(ConfigError, match="has no weights: neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(ConfigError, match=r"has no weights: neither model\.safetensors nor pytorch_model.bin"):
         hf_weights.load_hf_weights(model, tmp_path)
     hf_weights.save_hf_weights(model, tmp_path, HFMetadata(T), torch.float32, is_writer=True)
     file = tmp_path / "model.safetensors"

@@ -16,6 +16,7 @@ from torchladder import checkpoint, models
 from torchladder.commands.arguments import CommandParser, check_positive
 from torchladder.config import hf_defaults
 from torchladder.data import tokenizer
+from torchladder.data.tokenizer import hf_tokenizer
 from torchladder.inference import hf_export
 from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
 from torchladder.models.hf import conversion, hf_config
@@ -42,7 +43,7 @@ def run(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="from-hf|to-hf")
     from_hf = commands.add_parser("from-hf", help="Hugging Face folder to checkpoint")
     add = from_hf.add_argument
-    add("source", type=Path, metavar="DIR", help="folder with config.json and safetensors")
+    add("source", type=Path, metavar="DIR", help="folder with config.json and weights")
     add("--vocab-size", type=int, metavar="N", help="rows of the vocabulary; new ones are the mean of the others")
     to_hf = commands.add_parser("to-hf", help="checkpoint to Hugging Face folder")
     add = to_hf.add_argument
@@ -91,9 +92,9 @@ def _run_settings(source: HFFolder, output: Path, vocab_size: int | None) -> dic
         "training": {"seq_len": seq_len},
         "checkpoint": {"enable": True, "initial_load_path": str(output.resolve() / "checkpoint" / "step-0")},
     }
-    if section := hf_defaults.tokenizer_section(source.path):
-        path = output.resolve() / TOKENIZER_FOLDER / Path(section["path"]).name
-        sections["tokenizer"] = {**section, "path": str(path)}
+    section = hf_defaults.tokenizer_section(source.path)
+    path = output.resolve() / TOKENIZER_FOLDER / Path(section.get("path", "")).name
+    sections["tokenizer"] = {**section, "path": str(path)} if section else {"name": "none"}
     window = hf_config.sliding_window(source.config)
     if window is not None and window < seq_len:
         sections |= hf_defaults.sliding_window_sections(window)
@@ -110,12 +111,13 @@ def _to_hf(arguments: argparse.Namespace) -> int:
         rows, tokens = models.resolve(config.model).vocab_size, own.vocab_size if own else 0
         require(vocab_size <= rows, f"--vocab-size {vocab_size}: the model has only {rows} rows.")
         require(vocab_size >= tokens, f"--vocab-size {vocab_size}: the tokenizer has {tokens} tokens.")
-    metadata = hf_export.hf_metadata(config, own, trained.final_window, trained.rope_theta)
+    files, token_ids = hf_tokenizer.export_tokenizer(own, files)
+    metadata = hf_export.hf_metadata(config, token_ids, trained.window, trained.rope_theta)
     metadata = replace(metadata, seq_len=arguments.seq_len or metadata.seq_len)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     hf_export.export_checkpoint(trained, output, metadata, files, dtype, vocab_size)
     print(f"{output}: {HF_CONFIG_FILE}, weights, {', '.join(files) or 'no tokenizer (add one with --tokenizer)'}")
-    full = trained.final_window >= config.training.seq_len  # then chunk is causal
+    full = trained.window >= config.training.seq_len  # then chunk is causal
     for mask in sorted({*config.attention.masks} - {"causal", "sliding", *(["chunk"] if full else [])}):
         print(f"Hugging Face has no mask {mask!r}: the exported model attends to all tokens before each token.")
     return 0

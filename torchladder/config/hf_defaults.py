@@ -32,8 +32,9 @@ def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) 
     if name != model["name"]:
         raise ConfigError(f"model.name = {name!r}: the model in {path} is {model['name']!r}.")
     sections: dict[str, dict[str, Any]] = {"model": model}
-    tokenizer = tokenizer_section(folder.path)
-    if tokenizer.get("name") == (cli_value(argv, "tokenizer.name") or settings.get("tokenizer", tokenizer).get("name")):
+    kind = cli_value(argv, "tokenizer.name") or settings.get("tokenizer", {}).get("name")
+    tokenizer = tokenizer_section(folder.path, kind)
+    if kind in (None, tokenizer.get("name")):
         sections["tokenizer"] = tokenizer
     window = hf_config.sliding_window(folder.config)
     if window is not None:
@@ -62,10 +63,11 @@ def check_hf_settings(config: Config) -> None:
             hf_config.check_compatible(section, flavor, source)
 
 
-def tokenizer_section(folder: Path) -> dict[str, str]:
-    """Returns the ``[tokenizer]`` section of a folder's tokenizer, empty if it has none."""
-    file = next((folder / name for name in tokenizer_registry.file_names() if (folder / name).is_file()), None)
-    return {} if file is None else {"name": tokenizer_registry.recognize_kind(file.read_bytes()), "path": str(file)}
+def tokenizer_section(folder: Path, kind: str | None = None) -> dict[str, str]:
+    """Returns the ``[tokenizer]`` section of a folder's tokenizer, preferably of that kind; empty if it has none."""
+    files = [folder / name for name in tokenizer_registry.file_names() if (folder / name).is_file()]
+    found = [{"name": tokenizer_registry.recognize_kind(file.read_bytes()), "path": str(file)} for file in files]
+    return next((section for section in found if section["name"] == kind), found[0] if found else {})
 
 
 def sliding_window_sections(window: int) -> dict[str, dict[str, Any]]:

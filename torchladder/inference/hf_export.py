@@ -9,38 +9,51 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from torchladder import checkpoint, data, models
 from torchladder.config import Config
-from torchladder.data.tokenizer import tokenizer_registry
+from torchladder.data.extras import import_extra
+from torchladder.data.tokenizer import hf_tokenizer, tokenizer_registry
 from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
 from torchladder.models import Model
-from torchladder.models.hf import conversion, hf_weights
+from torchladder.models.hf import conversion, hf_config, hf_weights
 from torchladder.models.hf.adapter import HFMetadata
 from torchladder.models.hf.hf_folder import ASSET_FILES, HF_CONFIG_FILE
+from torchladder.registry import ConfigError
 from torchladder.schedule import StepSettings
 
 logger = logging.getLogger(__name__)
 
 
-def hf_metadata(config: Config, tokenizer: data.Tokenizer | None, window: int, rope_theta: float | None) -> HFMetadata:
+def hf_metadata(config: Config, token_ids: Mapping[str, Any], window: int, rope_theta: float | None) -> HFMetadata:
     """Returns the values of config.json that are not the model's shape.
 
     Args:
+        token_ids: of the exported tokenizer.
         window: tokens a query may attend to, itself included; exported only under a sliding mask.
         rope_theta: RoPE base of the weights, None for that of the model's config.
     """
     seq_len = config.training.seq_len
     slides = "sliding" in config.attention.masks and window < seq_len
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos} if tokenizer else {}
-    token_ids = {key: token for key, token in ids.items() if token is not None}
     return HFMetadata(seq_len, window=window if slides else None, rope_theta=rope_theta, token_ids=token_ids)
 
 
+def check_exportable(config: Config, final: StepSettings) -> None:
+    """Raises ``ConfigError`` if Hugging Face has no such model, or a package is missing that its export needs."""
+    model = config.model
+    try:
+        import_extra("safetensors.torch", "hf", "the export")
+        adapter = hf_config.adapter_for(model.name)
+        adapter.to_hf(models.resolve(model), hf_metadata(config, {}, final.window, final.rope_theta), torch.float32)
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint.last_save_in_hf: {error}") from None
+
+
 def exported_tokenizer_files(tokenizer: data.Tokenizer | None, path: str) -> dict[str, bytes]:
-    """Returns the files of a tokenizer by their names in a Hugging Face folder.
+    """Returns the files of a tokenizer by their names in a folder.
 
     Args:
         tokenizer: the tokenizer, read from files or trained by the run.
@@ -121,7 +134,7 @@ class FinalHFExport:
     """Saves ``step-N-hf`` next to the last checkpoint ``step-N`` of a run (``checkpoint.last_save_in_hf``).
 
     Args:
-        tokenizer_files: file name -> content, read at the start of the run.
+        tokenizer_files: file name -> content.
         final: the settings of the last step.
     """
 
@@ -132,10 +145,12 @@ class FinalHFExport:
         tokenizer_files: Mapping[str, bytes],
         final: StepSettings,
     ) -> None:
-        self.config, self.tokenizer_files = config, tokenizer_files
+        self.config = config
         self.checkpoint = Path(config.job.dump_folder, config.checkpoint.folder, f"step-{config.training.steps}")
         self.path = self.checkpoint.with_name(f"{self.checkpoint.name}-hf")
-        self.metadata = hf_metadata(config, tokenizer, final.window, final.rope_theta)
+        if config.checkpoint.last_save_in_hf:  # at the start of the run: its warnings come in time
+            self.tokenizer_files, token_ids = hf_tokenizer.export_tokenizer(tokenizer, tokenizer_files)
+            self.metadata = hf_metadata(config, token_ids, final.window, final.rope_theta)
         self.dtype = getattr(torch, config.checkpoint.export_dtype)
 
     def write(self, model: Model, is_writer: bool) -> None:

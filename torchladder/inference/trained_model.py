@@ -159,6 +159,11 @@ class TrainedModel:
         return None if self.run_state is None else self.run_state.rope_theta
 
     @property
+    def window(self) -> int:
+        """Tokens a query could attend to in the checkpoint's last step; at the end of the run if it is unknown."""
+        return self.final_window if self.run_state is None else self.run_state.window or self.final_window
+
+    @property
     def final_window(self) -> int:
         """Tokens a query may attend to at the end of the run, itself included."""
         if self.run_state is not None and self.run_state.final_window is not None:

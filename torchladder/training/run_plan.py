@@ -17,6 +17,7 @@ from torchladder.data.dataloader import BaseDataLoader
 from torchladder.distributed import mesh
 from torchladder.distributed.parallelize import ParallelizeConfig, Precision
 from torchladder.distributed.ranks import Ranks
+from torchladder.inference import hf_export
 from torchladder.metrics import RunInfo
 from torchladder.models.attention import AttentionKernel
 from torchladder.registry import ConfigError
@@ -87,6 +88,8 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     training, rows = config.training, batch.global_batch_size
     schedule = config.schedule(tokens_per_step=rows * training.seq_len)
     _check_window_is_used(config, schedule)
+    if config.checkpoint.last_save_in_hf:
+        hf_export.check_exportable(config, schedule(training.steps - 1))
     if not data_setup.all_sources_repeat(config.data):
         data_setup.build_loader(config, batch, schedule)  # fails if a source runs out before the last step
 

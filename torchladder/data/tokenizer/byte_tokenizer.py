@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from torchladder.data.tokenizer import tokenizer_json
 from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, register
 
 
@@ -21,6 +22,9 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return bytes(token for token in ids if 0 <= token < 256).decode("utf-8", errors="replace")
+
+    def tokenizer_json(self) -> bytes:
+        return tokenizer_json.from_ranks({bytes([byte]): byte for byte in range(256)}, "", ["<|end_of_text|>"])
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8) for text in texts]

@@ -11,11 +11,13 @@ import numpy as np
 
 from torchladder.data.extras import import_extra
 from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, find_tokenizer_file, kind_hint, register
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError, require, unknown_name
 
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]")
 EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
-"""Usual names of the tokens that begin and end a document, for files without a tokenizer_config.json."""
+UNK = ("<unk>", "<|unk|>", "<UNK>", "[UNK]")
+PAD = ("<pad>", "<|pad|>", "<PAD>", "[PAD]", "<|finetune_right_pad_id|>")
+"""Usual names of the tokens that begin and end a document, stand for unknown text and fill rows up."""
 
 
 @register("huggingface", "tokenizer.json", lambda content: content.lstrip().startswith(b"{"))
@@ -32,8 +34,8 @@ def huggingface(path: str = "", bos_token: str = "", eos_token: str = "") -> Tok
     """
     file = find_tokenizer_file(path)
     config_file = file.with_name("tokenizer_config.json")
-    config = _load_json(config_file.read_bytes(), config_file) if config_file.is_file() else {}
-    named = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token")}
+    config = load_json(config_file.read_bytes(), config_file) if config_file.is_file() else {}
+    named = {key: token_text(config.get(key)) for key in ("bos_token", "eos_token")}
     return HuggingFace(file.read_bytes(), bos_token or named["bos_token"], eos_token or named["eos_token"], str(file))
 
 
@@ -49,7 +51,7 @@ class HuggingFace(Tokenizer):
 
     def __init__(self, content: bytes, bos_token: str = "", eos_token: str = "", name: str = "tokenizer.json") -> None:
         tokenizers = import_extra("tokenizers", "hf", f"reading {name}")
-        _load_json(content, name)
+        load_json(content, name)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises no narrower type
@@ -102,7 +104,8 @@ class HuggingFace(Tokenizer):
         return self._vocabulary[found[0]] if found else None
 
 
-def _load_json(content: bytes, name: str | Path) -> dict[str, Any]:
+def load_json(content: bytes, name: str | Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; raises ``ConfigError`` if there is none."""
     try:
         loaded = json.loads(content)
     except ValueError as error:
@@ -112,6 +115,8 @@ def _load_json(content: bytes, name: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def _token_text(token: Any) -> str:
+def token_text(token: Any) -> str:
     """Returns a token's text, which a config stores as a string or as an object."""
-    return token.get("content", "") if isinstance(token, dict) else token or ""
+    text = token.get("content") if isinstance(token, dict) else token
+    require(isinstance(text, str | None), f"the special token {text!r} of a tokenizer_config.json is not a string.")
+    return text or ""

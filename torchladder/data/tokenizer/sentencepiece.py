@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
+from torchladder.data.tokenizer import tokenizer_json
+from torchladder.data.tokenizer.tokenizer_json import SPACE
 from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, find_tokenizer_file, kind_hint, register
 from torchladder.data.tokenizer.tokenizer_training import train_cached
 from torchladder.registry import ConfigError, require
 
 DEFAULT_VOCAB_SIZE = 4096
 """Tokens of a vocabulary that a run trains, unless it sets another size."""
-SPACE = "▁"
-"""How SentencePiece writes a space inside its pieces, so a literal U+2581 needs its bytes instead."""
 
 
 def _recognize(content: bytes) -> bool:
@@ -67,7 +67,8 @@ class SentencePiece(Tokenizer):
         self.fingerprint = f"sentencepiece {hashlib.sha256(model).hexdigest()}"
         ids = range(self.vocab_size)
         self._special_ids = {i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
-        # The byte tokens of a literal U+2581; empty for a model that lacks them or puts a space before a text.
+        # The byte tokens of a literal U+2581, which pieces have for a space; empty for a model that lacks them or puts
+        # a space before a text.
         space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         adds_space = self._model.encode("a", out_type=str)[0].startswith(SPACE)
         self._literal_space = space if all(map(self._model.is_byte, space)) and not adds_space else []
@@ -87,6 +88,9 @@ class SentencePiece(Tokenizer):
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self._content[0]}
+
+    def tokenizer_json(self) -> bytes:
+        return tokenizer_json.from_sentencepiece(self._content[0], literal_space=bool(self._literal_space))
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         plain = iter(self._model.encode([text for text in texts if SPACE not in text], num_threads=threads))

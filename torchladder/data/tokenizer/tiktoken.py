@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from torchladder.data.extras import import_extra
+from torchladder.data.tokenizer import tokenizer_json
 from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, find_tokenizer_file, kind_hint, register
 from torchladder.registry import ConfigError
 
@@ -70,6 +71,12 @@ class Tiktoken(Tokenizer):
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self._content[0]}
+
+    def tokenizer_json(self) -> bytes:
+        ranks, pattern, name = self._content
+        reserved = (f"<|reserved_special_token_{number}|>" for number in range(NUM_SPECIAL_TOKENS - 2))
+        special = ["<|begin_of_text|>", "<|end_of_text|>", *reserved]
+        return tokenizer_json.from_ranks(_ranks(ranks, name), pattern, special)
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         if threads == 1:

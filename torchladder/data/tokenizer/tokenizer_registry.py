@@ -48,6 +48,10 @@ class Tokenizer(ABC):
         """Returns the content of its files by their usual names; empty for a tokenizer without files."""
         return {}
 
+    def tokenizer_json(self) -> bytes | None:
+        """Returns the content of a ``tokenizer.json`` with the same ids, for transformers; None if there is none."""
+        return None
+
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         """Returns the ids of each text as an integer array; override it if a library encodes many texts at once.
 

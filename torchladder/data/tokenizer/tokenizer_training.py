@@ -15,6 +15,7 @@ import sentencepiece as spm
 
 from torchladder.data.disk_cache import build_once
 from torchladder.data.extras import import_extra
+from torchladder.data.tokenizer.huggingface import PAD, UNK
 from torchladder.data.tokenizer.tiktoken import LLAMA3_PATTERN
 from torchladder.registry import ConfigError, require, unknown_name
 
@@ -185,6 +186,8 @@ def _train_byte_bpe(texts: list[str], settings: TokenizerTrainingConfig) -> dict
         "eos_token": EOS,
         "clean_up_tokenization_spaces": False,
     }
+    for role, usual in (("unk_token", UNK), ("pad_token", PAD)):
+        config.update((role, name) for name in usual if name in settings.special_tokens)
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": json.dumps(config, indent=2).encode(),
