@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchladder import checkpoint, commands, config, data, train
+from torchladder import checkpoint, commands, config, data, mask, train
 from torchladder.checkpoint import CheckpointConfig, step_folders
 from torchladder.commands import convert, evaluate, generate
 from torchladder.data import tokenizer
@@ -21,6 +21,7 @@ from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.inference import hf_export
 from torchladder.inference.evaluation.result_table import ResultTable
 from torchladder.inference.trained_model import TrainedModel
+from torchladder.models import attention
 from torchladder.models.hf.hf_folder import HFFolder
 from torchladder.registry import ConfigError
 
@@ -327,6 +328,113 @@ def test_mistral_keeps_its_window(folders, tmp_path, capsys):
     back = HFFolder(tmp_path / "back").config
     assert (back["sliding_window"], back["max_position_embeddings"], back["bos_token_id"]) == (16, 4096, 0)
     assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")).__name__ == "MistralForCausalLM"
+
+
+def test_a_step_in_mid_run_is_exported_with_the_window_and_the_rope_theta_of_its_step(folders, tmp_path):
+    """The logits are those of transformers under the window of the step, on rows longer than it."""
+    straight = ["--model.hf_assets_path", str(folders / "llama"), "--checkpoint.initial_load_in_hf"]
+    grows = ["--attention.masks", "sliding", "--curriculum.name", "linear", "--curriculum.initial_window", "7"]
+    phases = ["--phases", "{ from_step = 0, rope_theta = 5e5 }", "{ from_step = 3, rope_theta = 1e6 }"]
+    steps = ["--curriculum.every", "1", "--training.steps", "5", "--checkpoint.interval", "2"]
+    assert train.main(argv(folders, tmp_path, *straight, *grows, *phases, *steps)) == 0
+    for step, window, theta in ((2, 8, 5e5), (4, 10, 1e6), (5, 11, 1e6)):
+        source, out = tmp_path / "checkpoint" / f"step-{step}", tmp_path / f"hf-{step}"
+        assert convert.run(["to-hf", str(source), "--output", str(out)]) == 0
+        written = HFFolder(out).config
+        assert (written["sliding_window"], written["rope_theta"]) == (window, theta)
+        kernel = attention.build_kernel("dense", ["sliding"], "cpu", training=False)
+        model = TrainedModel.open(source).load(kernel.attention, 64).model
+        tokens = torch.arange(64)[None]
+        start = mask.sliding(torch.arange(64, dtype=torch.int32)[None], window)
+        other = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+        with torch.no_grad():
+            found = model(tokens, kernel.prepare(start, torch.device("cpu")))
+            torch.testing.assert_close(found, other(tokens).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_the_special_tokens_of_the_settings_are_those_of_every_exported_file(folders, tmp_path):
+    words = ["--tokenizer.name", "huggingface", "--tokenizer.path", str(folders / "llama" / "tokenizer.json")]
+    words += ["--tokenizer.bos_token", "!", "--tokenizer.eos_token", "#", "--model.hf_assets_path"]
+    words += [str(folders / "llama"), "--training.steps", "1", "--checkpoint.last_save_in_hf"]
+    assert train.main(argv(folders, tmp_path / "run", *words)) == 0
+    step = tmp_path / "run" / "checkpoint" / "step-1"
+    assert convert.run(["to-hf", str(step), "--output", str(tmp_path / "out")]) == 0
+    for out in (step.with_name("step-1-hf"), tmp_path / "out"):
+        own = transformers.AutoTokenizer.from_pretrained(out)
+        model = transformers.AutoModelForCausalLM.from_pretrained(out)
+        assert (own.bos_token, own.eos_token) == ("!", "#")
+        for ids in (model.config, model.generation_config):
+            assert (ids.bos_token_id, ids.eos_token_id) == (own.bos_token_id, own.eos_token_id)
+
+
+def test_a_folder_without_a_tokenizer_converts_there_and_back(folders, tmp_path):
+    folder, out = tmp_path / "bare", tmp_path / "converted"
+    shutil.copytree(folders / "llama", folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert convert.run(["from-hf", str(folder), "--output", str(out)]) == 0
+    assert convert.run(["to-hf", str(out / "checkpoint" / "step-0"), "--output", str(tmp_path / "back")]) == 0
+    assert set(files_in(tmp_path / "back")) == {"config.json", "model.safetensors"}
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert (back.config.bos_token_id, back.config.eos_token_id) == (None, None)
+    for name in HFFolder(folder).tensors:
+        assert torch.equal(HFFolder(folder).read_tensor(name), HFFolder(tmp_path / "back").read_tensor(name))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.positional_embedding", "none"], "positional_embedding = 'none'"),
+        (["--model.rope_restart", "8"], "model.rope_restart"),
+        (["--model.name", "qwen3", "--attention.masks", "sliding", "--curriculum.window", "16"], "no sliding window"),
+    ],
+)
+def test_a_run_whose_model_cannot_be_exported_is_refused_before_it_starts(tmp_path, capsys, words, message):
+    words = [*words, "--checkpoint.last_save_in_hf", "--model.flavor", "debug", "--curriculum.name", "constant"]
+    (tmp_path / "text.txt").write_text(WORDS * 60)
+    assert train.main(argv(tmp_path, tmp_path / "run", *words)) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint.last_save_in_hf: " in error
+    assert message in error
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+BAD_FOLDERS = {
+    "no config": {"config.json": None},
+    "config no JSON": {"config.json": "{"},
+    "config no object": {"config.json": "[]"},
+    "string": {"config.json": '{"model_type": "llama", "vocab_size": "96"}'},
+    "no weights": {"*.safetensors*": None},
+    "empty weights": {"*.safetensors*": None, "pytorch_model.bin": ""},
+    "missing shard": {"*00002*.safetensors": None},
+    "damaged index": {"model.safetensors.index.json": '{"weight_map": {"a": ["b"]}}'},
+    "tokenizer no JSON": {"tokenizer.json": "{"},
+    "unknown tokenizer": {"tokenizer.json": "hello"},
+    "tokenizer config no JSON": {"tokenizer_config.json": "{"},
+    "special token no string": {"tokenizer_config.json": '{"eos_token": 5}'},
+    "unknown special token": {"tokenizer_config.json": '{"eos_token": "<end>"}'},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_FOLDERS)
+def test_a_bad_folder_is_one_clear_line_for_every_command(folders, tmp_path, monkeypatch, capsys, bad):
+    folder = shutil.copytree(folders / "llama", tmp_path / "bad")
+    for pattern, content in BAD_FOLDERS[bad].items():
+        for file in folder.glob(pattern):
+            file.unlink()
+        if content is not None:
+            (folder / pattern).write_text(content)
+    calls = [
+        ["evaluate", str(folder), "--files", str(folders / "text.txt"), "--context", "32"],
+        ["generate", "--checkpoint", str(folder), "--prompt", "the ladder", "--max-new-tokens", "1"],
+    ]
+    if "token" not in bad:  # a conversion copies the files of the tokenizer
+        calls.append(["convert", "from-hf", str(folder), "--output", str(tmp_path / "out")])
+    for words in calls:
+        monkeypatch.setattr(sys, "argv", ["torchladder", *words])
+        assert commands.main() == 2, words
+        error = capsys.readouterr().err.strip()
+        assert str(folder) in error
+        assert len(error.splitlines()) == 1, error
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_row_length_and_the_rope_theta_of_phases_are_exported(folders, tmp_path):

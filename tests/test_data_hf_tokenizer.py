@@ -21,9 +21,8 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 tiktoken = pytest.importorskip("tiktoken")
 
-TEXTS = [page.read_text() for page in sorted((Path(__file__).parents[1] / "docs").glob("*.md"))] + [
-    "你好 Привет é 🙂"
-] * 9
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+TEXTS = [page.read_text() for page in PAGES] + ["你好 Привет é 🙂"] * 9
 SPM = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 OWN = {
     "bpe": {"kind": "bpe", "special_tokens": ["<pad>", "<|mine|>"]},

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from torchladder.inference.trained_model import TrainedModel
 from torchladder.models import attention
+from torchladder.models.hf import hf_config
 from torchladder.registry import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -118,8 +119,8 @@ def test_an_error_names_the_file_the_entry_and_what_is_allowed(tmp_path, change,
     assert message in str(error.value)
 
 
-def test_equal_rope_tables_may_be_present_twice(tmp_path):
+def test_equal_rope_tables_may_be_present_twice():
     table = {**LLAMA3, "rope_theta": 500.0}
     entries = {"model_type": "llama", **SHAPE, "rope_scaling": LLAMA3, "rope_parameters": table}
-    (tmp_path / "config.json").write_text(json.dumps(entries))
-    assert TrainedModel.open(tmp_path).config.model.rope_scaling_factor == 8.0
+    section = hf_config.model_section(entries)
+    assert (section["rope_scaling_factor"], section["rope_theta"]) == (8.0, 500.0)

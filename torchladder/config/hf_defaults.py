@@ -13,7 +13,7 @@ from torchladder.config.values import cli_value, cli_values
 from torchladder.data.tokenizer import tokenizer_registry
 from torchladder.models.hf import hf_config
 from torchladder.models.hf.hf_folder import HFFolder
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 
 def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) -> None:
@@ -67,7 +67,10 @@ def tokenizer_section(folder: Path, kind: str | None = None) -> dict[str, str]:
     """Returns the ``[tokenizer]`` section of a folder's tokenizer, preferably of that kind; empty if it has none."""
     files = [folder / name for name in tokenizer_registry.file_names() if (folder / name).is_file()]
     found = [{"name": tokenizer_registry.recognize_kind(file.read_bytes()), "path": str(file)} for file in files]
-    return next((section for section in found if section["name"] == kind), found[0] if found else {})
+    chosen = next((section for section in found if section["name"] == kind), found[0] if found else {})
+    known = ", ".join(sorted(tokenizer_registry.tokenizer_formats))
+    require(chosen.get("name") != "", f"{chosen.get('path')} is not a tokenizer of a known kind. Known: {known}.")
+    return chosen
 
 
 def sliding_window_sections(window: int) -> dict[str, dict[str, Any]]:

@@ -89,7 +89,9 @@ class TrainedModel:
         suffixes = (".json", ".safetensors", ".bin")
         stats = {file.name: file.stat() for file in sorted(path.iterdir()) if file.suffix in suffixes}
         weights_id = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()])
-        return cls(path, settings.load_file(None, overrides), weights_id=weights_id)
+        config = settings.load_file(None, overrides)
+        _ = HFFolder(path).tensors  # missing or damaged weights are an error before any work on the data
+        return cls(path, config, weights_id=weights_id)
 
     @classmethod
     def find_all(
