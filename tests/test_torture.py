@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +143,8 @@ def signal_once(folder: Path, round: Round, before: int) -> int:
         argv = [*argv, "--compile.enable"]
     environment = {"PYTHON": sys.executable, "NGPU": str(round.ranks), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     job = runs.start(folder, *argv, script=True, new_session=True, **environment)
+    hangs = threading.Timer(240, _kill, (job,))
+    hangs.start()
     try:
         log = []
         for line in job.stdout:
@@ -149,10 +153,11 @@ def signal_once(folder: Path, round: Round, before: int) -> int:
                 break
         time.sleep(round.delay)
         _send(round, job.pid)
-        said = "".join(log) + job.communicate(timeout=200)[0]
+        said = "".join(log) + job.stdout.read()
+        job.wait()
     finally:
-        for pid in [*_descendants(job.pid), job.pid] if job.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
+        hangs.cancel()
+        _kill(job)
     assert job.returncode == 75, said
     assert not before or f"resume      after step {before:,}\n" in said, said
     ending = re.search(r"ending after step (\d+) of", said)
@@ -174,6 +179,11 @@ def _send(round: Round, started: int) -> None:
             os.kill(pid, round.number)
 
 
+def _kill(job: subprocess.Popen) -> None:
+    for pid in [*_descendants(job.pid), job.pid] if job.poll() is None else []:
+        os.kill(pid, signal.SIGKILL)
+
+
 def _children(pid: int) -> list[int]:
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -185,26 +195,45 @@ def _descendants(pid: int) -> list[int]:
     return [found for child in _children(pid) for found in (child, *_descendants(child))]
 
 
-def signal_again_and_again(folder: Path, rounds: int, seed: int = 0) -> None:
-    """Signals a run in random ways; each time it must save the step it has reached and resume from there."""
-    chance, step = random.Random(seed), 0
-    for number in range(rounds):
-        round = Round.draw(chance)
+def signal_again_and_again(folder: Path, rounds: Iterable[Round]) -> None:
+    """Signals a run again and again: it must save the step that it has reached, and resume from it the next time."""
+    step = 0
+    for round in rounds:
         step = signal_once(folder, round, step)
-        print(f"signal {number + 1}: saved step {step}, {round}", flush=True)
+        print(f"saved step {step}: {round}", flush=True)
     steps = [line["step"] for line in lines(folder) if "loss" in line]
     assert steps == sorted(set(steps))
 
 
+ONE_OF_TWO_RANKS = [
+    Round(signal.SIGTERM, "rank", ranks=2, compile=True, moment="compiling", delay=10),
+    Round(signal.SIGUSR1, "rank", ranks=2, compile=False, moment="validation", delay=0.05),
+    Round(signal.SIGINT, "rank", ranks=2, compile=False, moment="async save", delay=0.0),
+]
+ALL_PROCESSES = [
+    Round(signal.SIGTERM, "all", ranks=1, compile=True, moment="compiling", delay=12),
+    Round(signal.SIGUSR2, "started", ranks=2, compile=False, moment="validation", delay=0.1),
+    Round(signal.SIGTERM, "group", ranks=2, compile=False, moment="step", delay=0.1),
+]
+
+
+@pytest.mark.parametrize("rounds", [ONE_OF_TWO_RANKS, ALL_PROCESSES], ids=["one of two ranks", "all processes"])
+def test_a_run_that_is_signaled_saves_and_resumes_where_it_was(tmp_path, rounds):
+    signal_again_and_again(tmp_path, rounds)
+
+
 def test_a_run_that_is_signaled_at_random_moments_saves_and_resumes_where_it_was(tmp_path):
-    signal_again_and_again(tmp_path, int(os.environ.get("TORCHLADDER_SIGNAL_ROUNDS", "3")))
+    chance = random.Random(0)
+    rounds = int(os.environ.get("TORCHLADDER_SIGNAL_ROUNDS", "2"))
+    signal_again_and_again(tmp_path, (Round.draw(chance) for _ in range(rounds)))
 
 
 if __name__ == "__main__":
     place = Path(tempfile.mkdtemp())
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     if sys.argv[2:] == ["signals"]:
-        signal_again_and_again(place, count, seed=int(time.time()))
+        chance = random.Random()
+        signal_again_and_again(place, (Round.draw(chance) for _ in range(count)))
         sys.exit(0)
     midst = torture(place, count, 5 * count + 10, *sys.argv[2:])
     print(f"{count} kills, {midst} of them in the midst of a save; the losses are those of the uninterrupted run")

@@ -32,19 +32,18 @@ _REASONS = {
 
 
 def find_disk_error(error: BaseException | None) -> OSError | None:
-    """Returns the disk error that an error is or was caused by, or None.
-
-    Libraries replace an OSError by their own: PyTorch's zip writer loses it in a chain of exceptions, Rust prints it.
-    """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _REASONS:
-            return error
-        printed = re.search(r"\(os error (\d+)\)", str(error))
-        if printed and int(printed[1]) in _REASONS:
-            return OSError(int(printed[1]), os.strerror(int(printed[1])))
-        failures = getattr(error, "failures", {})  # of DCP's CheckpointException: rank -> (error, traceback)
-        error = next((cause for cause, _ in failures.values()), None) or error.__cause__ or error.__context__
-    return None
+    """Returns the disk error that an error is, or that PyTorch or a library in Rust has replaced, or None."""
+    if isinstance(error, OSError):
+        return error if error.errno in _REASONS else None
+    if failures := getattr(error, "failures", None):  # of DCP's CheckpointException: rank -> (error, traceback)
+        return find_disk_error(next(iter(failures.values()))[0])
+    if isinstance(error, RuntimeError):
+        if found := find_disk_error(error.__cause__ or error.__context__):
+            return found
+        if "unexpected pos" in str(error):  # PyTorch's zip writer: the last bytes were not written
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    printed = re.search(r"\(os error (\d+)\)", str(error))
+    return find_disk_error(OSError(int(printed[1]), os.strerror(int(printed[1])))) if printed else None
 
 
 def describe_disk_error(error: OSError) -> str:
@@ -67,7 +66,7 @@ def naming_path(path: str | os.PathLike[str]) -> Iterator[None]:
     """Raises a disk error of the body, or the one behind another error, with ``path`` unless it names another."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # DCP's is no Exception
         disk_error = find_disk_error(error)
         if disk_error is None:
             raise
