@@ -31,7 +31,7 @@ fi
 # torchrun takes every exit code but 0 for a failure and restarts the run, so local rank 0 leaves the exit code in a file.
 TORCHLADDER_EXIT_FILE="$(mktemp)"
 export TORCHLADDER_EXIT_FILE
-trap '' USR1 USR2 # the ranks handle these signals; torchrun does not, and would be killed together with the ranks
+trap '' USR1 USR2 # torchrun does not handle these signals, and would be killed together with the ranks
 "$PYTHON" -m torch.distributed.run \
     --nnodes "$NNODES" --nproc_per_node "$NGPU" --max-restarts "$MAX_RESTARTS" \
     --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \
@@ -39,6 +39,7 @@ trap '' USR1 USR2 # the ranks handle these signals; torchrun does not, and would
     -m torchladder.train "$@" &
 torchrun=$!
 trap 'kill -TERM $torchrun' TERM INT
+trap 'pkill -USR1 -P $torchrun || true' USR1 USR2 # to the ranks, which save and end without torchrun's time limit
 code=0
 wait "$torchrun" || code=$?
 while kill -0 "$torchrun" 2>/dev/null; do # a signal interrupts wait, not the run

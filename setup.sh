@@ -16,6 +16,10 @@ setup() {
         PYTHON="$python"
         return
     fi
+    if ! command -v "$python" > /dev/null; then
+        echo "torchladder: there is no program '$python'. Set PYTHON to Python 3.10 or newer." >&2
+        exit 1
+    fi
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         echo "torchladder needs Python 3.10 or newer; '$python' is $("$python" --version 2>&1). Set PYTHON to a newer one." >&2
         exit 1
@@ -25,11 +29,16 @@ setup() {
     stamp="$root/.venv/installed-$1"
     if ! cmp -s <(cat "$root/pyproject.toml" "$root"/requirements*.txt) "$stamp"; then
         echo "torchladder: setting up $root/.venv (once, about a minute)"
-        [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv" || {
+        [ -e "$root/.venv" ] || "$python" -m venv "$root/.venv" || {
+            rm -rf "$root/.venv"
             echo "torchladder: '$python -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2
             exit 1
         }
         python="$root/.venv/bin/python"
+        if ! is_venv_with_pip "$python" "$root/.venv"; then
+            echo "torchladder: $root/.venv is not a virtual environment with pip. Remove it and run this again." >&2
+            exit 1
+        fi
         torch="$(grep '^torch==' "$root/requirements.txt")"
         install_torch "$python" "$torch"
         "$python" -m pip install --quiet --no-compile --disable-pip-version-check -r "$requirements"
@@ -37,6 +46,15 @@ setup() {
         cat "$root/pyproject.toml" "$root"/requirements*.txt > "$stamp"
     fi
     PYTHON="$root/.venv/bin/python"
+}
+
+# is_venv_with_pip PYTHON FOLDER: whether PYTHON installs into FOLDER; a link to another Python would install there.
+is_venv_with_pip() {
+    "$1" - "$2" 2>/dev/null <<'VENV'
+import os, sys
+import pip
+sys.exit(sys.prefix == sys.base_prefix or not os.path.samefile(sys.prefix, sys.argv[1]))
+VENV
 }
 
 # has_all PYTHON REQUIREMENTS: whether PYTHON has torchladder and every package that the requirements list for it.

@@ -19,14 +19,16 @@ def run(folder: Path, *argv: str, code: int = 0) -> list[dict]:
 
 
 def start(
-    folder: Path, *argv: str, ranks: int = 1, launcher: tuple[str, ...] = (), new_session: bool = False,
-    **environment: str,
+    folder: Path, *argv: str, ranks: int = 1, launcher: tuple[str, ...] = (), script: bool = False,
+    new_session: bool = False, **environment: str,
 ):  # fmt: skip
     """Starts a training in processes of its own."""
     command = [sys.executable, "-m", "torchladder.train"]
     if ranks > 1 or launcher:
         several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         command = [sys.executable, *several, *launcher, "-m", "torchladder.train"]
+    if script:
+        command = [str(ROOT / "run_train.sh")]
     return subprocess.Popen(
         [*command, *DEBUG, "--job.dump_folder", str(folder), *argv],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=new_session,

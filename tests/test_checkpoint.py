@@ -1,5 +1,6 @@
 """Checkpoints: what is on disk, what survives damage and failing disks, and who may read them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -156,12 +157,12 @@ def test_branching_off_keeps_what_is_later_until_it_is_written_again(tmp_path):
 @pytest.fixture
 def full_disk(monkeypatch):
     """Writes fail as long as the list has anything in it."""
-    broken: list[str] = ["No space left on device"]
+    broken: list[int] = [errno.ENOSPC]
     write = checksums.ChecksumStream.write
 
     def fail(stream, data):
         if broken:
-            raise OSError(28, broken[0])
+            raise OSError(broken[0], os.strerror(broken[0]))
         return write(stream, data)
 
     monkeypatch.setattr(checksums.ChecksumStream, "write", fail)
@@ -174,7 +175,9 @@ def test_a_full_disk_is_reported_and_tried_again(tmp_path, caplog, full_disk, mo
     checkpointer = thing.checkpointer(tmp_path, async_mode=mode, max_failures=3, interval=10)
     checkpointer.save(run_of(10))
     checkpointer.wait()
-    assert "No space left on device" in caplog.text
+    size = sum(value.nbytes for value in thing.bits())
+    assert "__0_0.distcp: the disk is full (" in caplog.text
+    assert f" bytes written); a checkpoint takes {size:,} bytes" in caplog.text
     assert storage.get_storage(tmp_path).steps(str(tmp_path)) == []
     assert not list(tmp_path.iterdir())  # what was written of it must not fill the disk further
     assert checkpointer.overdue
@@ -192,7 +195,7 @@ def test_only_max_failures_in_a_row_end_the_run(tmp_path, full_disk):
     checkpointer.save(run_of(2))
     full_disk.clear()
     checkpointer.save(run_of(3))
-    full_disk.append("Stale file handle")
+    full_disk.append(errno.ESTALE)
     checkpointer.save(run_of(4))
     checkpointer.save(run_of(5))
     with pytest.raises(SaveError, match=r"3 saves in a row failed .*Stale file handle"):

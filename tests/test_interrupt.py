@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 
@@ -12,7 +13,7 @@ from runs import lines, losses, run, start, validations
 from torchladder import checkpoint, metrics, train
 from torchladder.checkpoint import step_folders
 from torchladder.data.row_loader import RowLoader
-from torchladder.resilience.interrupt import Interrupt, Interrupted
+from torchladder.resilience.interrupt import SIGNALS, Interrupt, Interrupted
 from torchladder.training import samples, trainer
 
 STEPS = 6
@@ -168,6 +169,46 @@ def test_signals_and_the_time_limit_are_recorded():
         with pytest.raises(Interrupted), interrupt.interruptible():
             raise AssertionError("the signal came before")
     assert Interrupt(max_minutes=1e-12).requested
+
+
+def test_processes_that_are_started_in_a_step_outlive_the_signal():
+    """As the compilers of torch.compile do, which the step waits for."""
+    with Interrupt() as interrupt:
+        compiler = subprocess.Popen(["sleep", "0.2"])
+        compiler.send_signal(signal.SIGTERM)
+        assert compiler.wait() == 0
+        with interrupt.interruptible():
+            reader = subprocess.Popen(["sleep", "60"])
+        reader.send_signal(signal.SIGTERM)
+        assert reader.wait() == -signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGUSR1)  # still pending at the end
+    assert not signal.sigpending()
+    assert not set(SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_second_signal_does_not_change_the_exit_code(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHLADDER_EXIT_FILE", str(tmp_path / "code"))
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with pytest.raises(SystemExit) as ending:
+            train.exit_process(75)
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ending.value.code == 75
+    assert (tmp_path / "code").read_text() == "75"
+
+
+def test_time_slices_shorter_than_the_interval_between_saves_lose_nothing(whole, tmp_path):
+    argv = [*RUN, "--checkpoint.interval", "1000"]
+    for step in (1, 2, 3, 4, 5):
+        run(tmp_path, *argv, "--job.exit_interval", "1", code=75)
+        assert checkpoint.complete_steps(tmp_path / "checkpoint") == list(range(1, step + 1))
+    run(tmp_path, *argv, "--job.exit_interval", "1")
+    assert losses(tmp_path) == losses(whole)
+    assert validations(tmp_path) == validations(whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -22,7 +22,7 @@ PARTS = [
     "resilience",
 ]
 LAYERS = [
-    ["registry"],
+    ["registry", "disk_errors"],
     ["mask", "schedule"],
     PARTS,
     ["config"],

@@ -206,6 +206,8 @@ def test_a_seed_checkpoint_begins_a_run_with_the_same_weights(whole, tmp_path):
     run_without_lines = [*DEBUG, "--job.dump_folder", str(tmp_path), "--checkpoint.enable"]
     assert train.main([*run_without_lines, "--checkpoint.create_seed_checkpoint"]) == 0
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-0"]
+    opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [path for path in opened if path.startswith(str(tmp_path))]  # metrics.jsonl, TensorBoard
     assert losses(run(tmp_path, "--checkpoint.enable")) == losses(lines(whole))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from torchladder import checkpoint
 from torchladder.config import Config, load, print_config_error
+from torchladder.disk_errors import naming_path
 from torchladder.distributed.ranks import destroy_distributed, init_distributed, record_error
 from torchladder.metrics import init_logger
 from torchladder.registry import ConfigError
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load(sys.argv[1:] if argv is None else argv)
         with interrupt.Interrupt(config.job.max_minutes) as interruption:
             return run(config, interruption)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         record_error(error)
         return print_config_error(error)
 
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: Config, interruption: interrupt.Interrupt) -> int:
     """Trains, unless the run has finished already; returns the exit code."""
     try:
-        with interruption.interruptible():
+        with interruption.interruptible(), naming_path(config.job.dump_folder):
             plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
             if config.debug.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -68,13 +70,18 @@ def exit_process(code: int) -> NoReturn:
     torchrun, and whoever started torchrun reads its 75 from the file. Python's shutdown is skipped there: threads of
     libraries sometimes abort in it, and torchrun would treat the finished rank as failed.
     """
+    for number in interrupt.SIGNALS:  # torchrun passes a signal on that the rank may have got already
+        signal.signal(number, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # of a log on a full disk, which Python would turn into another exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     file = os.environ.get("TORCHLADDER_EXIT_FILE")
     if file and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(file).write_text(str(code))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(0 if code == interrupt.REQUEUE else code)
     sys.exit(code)
 

@@ -11,6 +11,8 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
+from torchladder.disk_errors import naming_path
+
 CHECKSUM_FILE = "SHA256SUMS"
 """One line ``<sha256>  <name>`` for each other file of the checkpoint, in the format of ``sha256sum``."""
 
@@ -41,7 +43,7 @@ class _ChecksumFileSystem:
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
-        with self._fs.create_stream(path, mode) as stream:
+        with naming_path(path), self._fs.create_stream(path, mode) as stream:
             hashed = ChecksumStream(stream)
             yield hashed
         self._checksums[os.path.basename(path)] = hashed.digest.hexdigest()

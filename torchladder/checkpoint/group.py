@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from torchladder.disk_errors import describe_disk_error, find_disk_error
+
 T = TypeVar("T")
 
 
@@ -47,9 +49,9 @@ class CheckpointGroup:
             result = work()
         except CheckpointException as failure:  # of DCP, which raises it on every rank
             rank, (cause, _) = next(iter(failure.failures.items()))
-            error = f"rank {rank}: {type(cause).__name__}: {cause}"
+            error = f"rank {rank}: {_describe(cause)}"
         except Exception as failure:
-            error = f"rank {self.rank}: {type(failure).__name__}: {failure}"
+            error = f"rank {self.rank}: {_describe(failure)}"
         results = self.all_gather((result, error))
         errors = dict.fromkeys(error for _, error in results if error)
         if errors:
@@ -63,3 +65,8 @@ class CheckpointGroup:
             SaveError: on every rank, if ``work`` failed.
         """
         self.run_on_all_ranks(lambda: work() if self.rank == 0 else None)
+
+
+def _describe(error: BaseException) -> str:
+    disk_error = find_disk_error(error)
+    return describe_disk_error(disk_error) if disk_error else f"{type(error).__name__}: {error}"

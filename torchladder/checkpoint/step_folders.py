@@ -12,13 +12,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
+from torch.utils._pytree import tree_leaves
 
 from torchladder.checkpoint.checksums import CHECKSUM_FILE, format_checksums, parse_checksums
 from torchladder.checkpoint.group import CheckpointGroup, SaveError
 from torchladder.checkpoint.model_state import StateDict
 from torchladder.checkpoint.run_state import RUN_STATE_FILE, RunState
 from torchladder.checkpoint.storage import CheckpointStorage, get_storage
+from torchladder.disk_errors import DISK_FULL
 from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -148,10 +151,13 @@ def write_checkpoint(path: str, state: StateDict, files: Mapping[str, bytes], gr
         per_rank = group.run_on_all_ranks(lambda: _write_tensors(storage, partial, state, group))
         checksums = {name: digest for part in per_rank for name, digest in part.items()}
         group.run_on_rank0(lambda: _write_files(storage, path, files, checksums))
-    except SaveError:
+    except SaveError as error:
         if group.rank == 0:
             with suppress(Exception):  # what is left may be what fills the disk
                 storage.delete(partial)
+        if DISK_FULL in str(error):
+            num_bytes = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+            raise SaveError(f"{error}; a checkpoint takes {num_bytes:,} bytes") from error
         raise
 
 

@@ -37,5 +37,5 @@ def main() -> int:
         if argv[0] not in COMMANDS:
             raise unknown_name("command", argv[0], COMMANDS)
         return COMMANDS[argv[0]][0].run(argv[1:])
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         return config.print_config_error(error)

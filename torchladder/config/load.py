@@ -18,6 +18,7 @@ from torchladder.config import hf_defaults, toml_files
 from torchladder.config.component_sections import config_type
 from torchladder.config.sections import Config
 from torchladder.config.values import check_type, cli_value, cli_values, fields
+from torchladder.disk_errors import describe_disk_error, find_disk_error
 from torchladder.registry import ConfigError, unknown_name
 
 RENAMED_KEYS = {
@@ -74,8 +75,12 @@ def load_file(path: Path | None, overrides: Mapping[str, Any] | None = None) -> 
     return config
 
 
-def print_config_error(error: ConfigError) -> int:
-    """Prints the message of an error and returns its exit code, 2."""
+def print_config_error(error: ConfigError | OSError) -> int:
+    """Prints the message of an error and returns its exit code, 2; raises an OSError that is no disk error."""
+    if isinstance(error, OSError):
+        if find_disk_error(error) is None:
+            raise error
+        error = ConfigError(describe_disk_error(error))
     print(f"torchladder: {error}", file=sys.stderr)
     return 2
 

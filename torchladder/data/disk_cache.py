@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from torchladder.disk_errors import naming_path
 from torchladder.registry import ConfigError
 
 DEFAULT_FOLDER = "~/.cache/torchladder"
@@ -44,7 +45,8 @@ def build_once(target: Path, build: Callable[[Path], object]) -> Path:
             partial = target.with_name(f"{target.name}.partial")
             _remove(partial)  # left by a killed build; under the lock no other process uses it
             try:
-                build(partial)
+                with naming_path(target.parent):
+                    build(partial)
                 os.replace(partial, target)
             finally:
                 _remove(partial)

@@ -17,6 +17,7 @@ from torchladder import checkpoint, data, models
 from torchladder.config import Config
 from torchladder.data.extras import import_extra
 from torchladder.data.tokenizer import hf_tokenizer, tokenizer_registry
+from torchladder.disk_errors import naming_path
 from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
 from torchladder.models import Model
 from torchladder.models.hf import conversion, hf_config, hf_weights
@@ -94,10 +95,16 @@ def replace_directory(path: Path, assets: Mapping[str, bytes], is_writer: bool =
     if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    yield partial
+    try:
+        with naming_path(path):
+            yield partial
+            for name, content in assets.items() if is_writer else ():
+                (partial / name).write_bytes(content)
+    except BaseException:
+        if is_writer:
+            shutil.rmtree(partial, ignore_errors=True)  # what is left may be what fills the disk
+        raise
     if is_writer:
-        for name, content in assets.items():
-            (partial / name).write_bytes(content)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
 

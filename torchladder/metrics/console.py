@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 
 from rich.console import Console
 from rich.text import Text
@@ -35,4 +36,5 @@ class ConsoleHandler(logging.Handler):
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         style = "bold red" if record.levelno >= logging.ERROR else "yellow" if level else ""
         message = getattr(record, "styled", None) or Text(level + self.format(record), style)
-        console.print(Text.assemble((f"[{clock}] ", "dim"), rank, message), soft_wrap=True)
+        with suppress(OSError):  # a log on a full disk does not end the run
+            console.print(Text.assemble((f"[{clock}] ", "dim"), rank, message), soft_wrap=True)

@@ -25,7 +25,9 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Output(Protocol):
-    """A destination of reports."""
+    """A destination of reports; ``name`` is what a warning calls it."""
+
+    name: str
 
     def write(self, report: Report) -> None: ...
 
@@ -36,6 +38,7 @@ class JsonlOutput:
     """Appends one JSON object per report to metrics.jsonl and flushes it."""
 
     def __init__(self, path: Path) -> None:
+        self.name = str(path)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, report: Report) -> None:
@@ -77,6 +80,7 @@ class TensorBoardOutput:
     """Writes TensorBoard events; events of an earlier process after ``step`` are hidden by ``purge_step``."""
 
     def __init__(self, folder: Path, step: int) -> None:
+        self.name = str(folder)
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, report: Report) -> None:
@@ -90,6 +94,8 @@ class TensorBoardOutput:
 
 class WandBOutput:
     """Logs to Weights & Biases, under the tags of TensorBoard."""
+
+    name = "wandb"
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         try:
@@ -114,6 +120,8 @@ class TerminalOutput:
 
     Without a bar, lines of training steps end with the time left at the pace of the last interval.
     """
+
+    name = "log"
 
     def __init__(self, steps: int, step: int, colors: bool, bar: bool) -> None:
         self.colors = colors

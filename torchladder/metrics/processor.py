@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
 
+from torchladder.disk_errors import tolerating
 from torchladder.metrics.device import get_peak_flops, peak_memory
 from torchladder.metrics.metric_table import Interval, Report, RunInfo, Value, training_report, validation_report
 from torchladder.metrics.outputs import (
@@ -24,8 +24,6 @@ from torchladder.metrics.outputs import (
     rewind_jsonl,
 )
 from torchladder.registry import check_bounds
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +72,7 @@ class MetricsProcessor:
         self.run = run
         self.peak_flops = config.peak_flops or get_peak_flops(run.device)
         self.outputs: list[Output] = []
+        self._warned: set[str] = set()
         self.rewind(step)
 
     def __enter__(self) -> MetricsProcessor:
@@ -157,12 +156,11 @@ class MetricsProcessor:
     def close(self) -> None:
         """Closes every output; may be called twice."""
         for output in self.outputs:
-            output.close()
+            with tolerating(output.name, self._warned):
+                output.close()
         self.outputs = []
 
     def _write(self, report: Report) -> None:
         for output in self.outputs:
-            try:
+            with tolerating(output.name, self._warned):  # training continues on a full disk
                 output.write(report)
-            except OSError as error:  # training continues on a full disk
-                logger.warning("metrics: the report of step %d is incomplete: %s", report.step, error)

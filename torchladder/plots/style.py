@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchladder.disk_errors import naming_path
 from torchladder.registry import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def saved_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), dpi=200, layout="constrained", facecolor="white")
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        with naming_path(path):
+            figure.savefig(path)
 
 
 def draw_window(axes: Axes, step: np.ndarray, window: np.ndarray, color: str) -> None:

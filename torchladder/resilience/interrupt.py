@@ -1,8 +1,11 @@
 """Ending a run early: signals and a time limit.
 
-A signal handler only sets a flag. The trainer checks it before each step, validation batch and sampled token, in an
-all-reduce with the other ranks, so all of them stop at the same step and save. Work that only this process waits for
-(building the model, reading data) is interrupted at once: nothing is lost.
+Signals are blocked and stay pending. The trainer looks for them before each step, validation batch and sampled token,
+in an all-reduce with the other ranks, so all of them stop at the same step and save. Work that only this process waits
+for (building the model, reading data) is interrupted at once: nothing is lost.
+
+Slurm, systemd and terminals signal every process of a run at once. Processes that are started in between, such as the
+compilers of torch.compile, inherit the blocked signals, so the step that waits for them does not fail.
 """
 
 from __future__ import annotations
@@ -42,18 +45,23 @@ class Interrupt:
         self._interruptible = False
         self._pid = os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
+        self._previous_mask: set[int] = set()
 
     def __enter__(self) -> Interrupt:
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         return self
 
     def __exit__(self, *error: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)  # pending signals still come to our handler
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @property
     def requested(self) -> bool:
         """Whether this process should end."""
+        if pending := signal.sigpending().intersection(SIGNALS):
+            self.reason = self.reason or signal.Signals(min(pending)).name
         if not self.reason and time.monotonic() >= self._deadline:
             self.reason = f"time limit reached (job.max_minutes = {self.max_minutes:g})"
         return bool(self.reason)
@@ -63,11 +71,13 @@ class Interrupt:
         """Raises ``Interrupted`` in the body on a signal, or at once if this process should end already."""
         try:
             self._interruptible = True
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             if self.requested:
                 raise Interrupted(self.reason)
             yield
         finally:
             self._interruptible = False
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchladder import data
 from torchladder.config import Config
+from torchladder.disk_errors import tolerating
 from torchladder.inference.decoding import generate
 from torchladder.registry import ConfigError
 
@@ -59,7 +60,7 @@ class Samples:
             texts.append(f"{prompt}{tokenizer.decode(new)}")
         for text in texts if is_writer else []:  # all or none: interrupted samples are repeated
             logger.info("sample after step %d:\n%s", step, text)
-            with self.file.open("a", encoding="utf-8") as file:
+            with tolerating(self.file), self.file.open("a", encoding="utf-8") as file:
                 file.write(f"--- step {step}\n{text}\n")
 
     def rewind(self, step: int) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchladder import mask, models, optim, plots, profiling
 from torchladder.checkpoint import Checkpointer, RunState
 from torchladder.data import BaseDataLoader, Batch
+from torchladder.disk_errors import tolerating
 from torchladder.distributed import context_parallel, float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
 from torchladder.inference import hf_export
@@ -152,7 +153,8 @@ class Trainer:
                 gc.enable()
         if self.ranks.is_rank0:
             curves = plots.RunCurves(str(self.folder), read_jsonl(self.folder / METRICS_FILE))
-            plots.plot_run(self.folder / "ladder.png", curves)
+            with tolerating(self.folder / "ladder.png"):
+                plots.plot_run(self.folder / "ladder.png", curves)
         return True
 
     def train_step(self) -> None:

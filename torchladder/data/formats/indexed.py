@@ -14,6 +14,7 @@ import os
 import struct
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from torchladder.data.sources import register_tokens
+from torchladder.disk_errors import naming_path
 from torchladder.registry import ConfigError, require
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -111,7 +113,8 @@ class IndexedWriter:
                 f"in {self.prefix}.bin."
             )
         data = np.ascontiguousarray(tokens, dtype=self.dtype.newbyteorder("<")).data
-        self._file.write(data)
+        with naming_path(self._file.name):
+            self._file.write(data)
         self._digest.update(data)
         self.lengths.frombytes(np.asarray(lengths, dtype=np.int32).tobytes())
 
@@ -120,10 +123,12 @@ class IndexedWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._file.close()
+            with suppress(OSError):  # of a full disk
+                self._file.close()
             os.unlink(self._file.name)
             return
-        _sync(self._file)
+        with naming_path(self._file.name):
+            _sync(self._file)
         lengths = np.frombuffer(self.lengths, dtype=np.int32) if self.lengths else np.empty(0, np.int32)
         ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
         count = len(lengths)
@@ -134,7 +139,7 @@ class IndexedWriter:
             np.arange(count + 1, dtype="<i8").data,
         ]
         digest = hashlib.sha256()
-        with open(f"{self.prefix}.idx.partial", "wb") as index:
+        with naming_path(f"{self.prefix}.idx.partial"), open(f"{self.prefix}.idx.partial", "wb") as index:
             for piece in content:
                 index.write(piece)
                 digest.update(piece)

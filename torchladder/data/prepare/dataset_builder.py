@@ -33,6 +33,7 @@ from torchladder.data.prepare.tasks import (
     split_into_tasks,
 )
 from torchladder.data.text.document_reader import DocumentReader, OnError, document_location, summarize_skipped
+from torchladder.disk_errors import naming_path
 from torchladder.registry import ConfigError, require
 
 
@@ -201,4 +202,5 @@ def _lock_parts(prefix: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"another process is preparing {prefix}; wait for it or end it.") from None
-        yield folder
+        with naming_path(folder):
+            yield folder
