@@ -109,6 +109,14 @@ def test_a_chunk_of_a_few_bytes_and_one_without_a_tokenizer(tmp_path):
         SourceLoader(None, tmp_path, 0.0, False).open(SourceConfig(path=str(tmp_path / "a.bin")), "train")
 
 
+def test_tokens_below_0_and_beyond_the_vocabulary_name_their_chunk(tmp_path):
+    chunk(tmp_path / "0.bin", [1, EOS, 2, EOS], 4, "<i4")
+    for token in (-2, 257):
+        chunk(tmp_path / "1.bin", [1, EOS, 3, token], 4, "<i4")
+        with pytest.raises(ConfigError, match=rf"1\.bin, document 1 holds token {token}: tokens must be 0 or more"):
+            corpus(tmp_path / "*.bin", tmp_path / f"cache{token}")
+
+
 # --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +155,7 @@ def test_labels_and_attention_masks_silence_tokens(tmp_path):
         ({"input_ids": [[1, -2]]}, "row 0 holds token -2"),
         ({"input_ids": [[1, 2]], "labels": [[1]]}, "row 0 has 2 input_ids and 1 labels"),
         ({"input_ids": [[1, 2]], "labels": [[1, 3]]}, "neither its tokens nor -100"),
-        ({"input_ids": [[1, 300]]}, r"holds token 300: tokens must be below 257, the tokenizer's vocab_size"),
+        ({"input_ids": [[1], [2, 300]]}, r"a.parquet, row 1 holds token 300: tokens must be 0 or more and below 257"),
     ],
 )
 def test_parquet_that_cannot_be(tmp_path, columns, message):
