@@ -404,15 +404,14 @@ def test_a_token_that_the_model_does_not_have_is_one_error(folder, monkeypatch, 
             for document in chosen:
                 writer.add(document)
     sources = [SourceConfig(path=f"{folder}/{name}.bin", label=name) for name in ("first", "far")]
-    named = rf"far\.bin, document 7 holds token {token}: tokens must be 0 or more and below 512, the model's vocab_size\.$"
+    named = rf"far\.bin, document 7 holds token {token}: tokens must be 0 or more and below 512, the model's vocab_size"
     facts = {"sources": sources, "tokenizer": None, "vocab_size": 512}
     with pytest.raises(ConfigError, match=named):
         load(folder, **facts)
     monkeypatch.setattr("torchladder.data.corpus.MAX_CHECKED_TOKENS", 256)
     loader = load(folder, **facts, num_workers=workers)
     with pytest.raises(ConfigError, match=named) as raised:
-        for _ in range(300):
-            next(loader)
+        list(itertools.islice(loader, 300))
     assert "\n" not in str(raised.value)
 
 

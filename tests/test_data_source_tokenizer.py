@@ -61,7 +61,7 @@ def test_tokens_of_another_tokenizer_are_refused(root, caplog):
 
 def test_without_a_tokenizer_the_models_vocabulary_is_compared(root):
     assert load(root)
-    with pytest.raises(ConfigError, match=r"\(400 tokens, .*the model's vocab_size is 399\. Set model\.vocab_size to 400"):
+    with pytest.raises(ConfigError, match=r"400 tokens, .* vocab_size is 399\. Set model\.vocab_size to 400"):
         load(root, vocab_size=399)
 
 
@@ -100,7 +100,7 @@ def test_a_run_and_an_evaluation_refuse_with_one_line(root, tmp_path, capsys):
     assert train.main([*words, "--data.no_check_tokenizer"]) == 0
     files = [str(tmp_path / "run"), "--files", str(root / "tokens.bin"), "--output", str(tmp_path / "out.csv")]
     assert evaluate.run(files) == 0  # accepted, as in its run
-    with pytest.raises(ConfigError, match="not with the run's .420 tokens"):
+    with pytest.raises(ConfigError, match=r"not with the run's \(420 tokens"):
         evaluate.run([*files, "--check-tokenizer"])
 
 

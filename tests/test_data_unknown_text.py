@@ -38,8 +38,8 @@ def train(folder: Path, kind: str) -> str:
     pre = {"of bytes": library.pre_tokenizers.ByteLevel(), "with ▁": library.pre_tokenizers.Metaspace()}
     tokenizer.pre_tokenizer = pre.get(variant, library.pre_tokenizers.Whitespace())
     special = ["</s>", *unk.values()]
-    trainer = getattr(library.trainers, f"{name.replace('BPE', 'Bpe')}Trainer")(special_tokens=special, show_progress=False, vocab_size=90)
-    tokenizer.train_from_iterator([ENGLISH], trainer)
+    trainer = getattr(library.trainers, f"{name.replace('BPE', 'Bpe')}Trainer")
+    tokenizer.train_from_iterator([ENGLISH], trainer(special_tokens=special, show_progress=False, vocab_size=90))
     tokenizer.save(str(folder / "tokenizer.json"))
     return str(folder)
 
@@ -68,7 +68,7 @@ def test_unknown_text_is_counted(places, kind):
         assert (some.unknown_tokens, some.dropped_characters) == (ids.count(tokenizer.unk), 0)
         assert some.unknown_tokens >= 3
     assert some.unknown_words == ["Привет", "ж", "😀"]
-    with pytest.raises(ConfigError, match=r"x: the tokenizer does not know \d+\.\d% of the text: .*'Привет', 'ж', '😀'"):
+    with pytest.raises(ConfigError, match=r"x: the tokenizer does not know \d+\.\d% of .*'Привет', 'ж', '😀'"):
         some.check("x", 0.01, "setting")
     some.check("x", 1.0, "setting")
 
@@ -113,11 +113,11 @@ def test_prepare_refuses_keeps_its_parts_and_accepts(places, tmp_path, capsys):
     (tmp_path / "ru.txt").write_text("Привет мир\n" * 5)
     words = ["--input", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "1"]
     words += ["--tokenizer", places["WordLevel"]]
-    with pytest.raises(ConfigError, match=r"10 of 250 tokens are its unknown token, .*'Привет', 'мир'.*--max-unknown-f"):
+    with pytest.raises(ConfigError, match=r"10 of 250 tokens are its unknown token, .*'Привет', 'мир'.*--max"):
         prepare.run(words)
     assert not (tmp_path / "out.bin").exists()
     assert prepare.run([*words, "--max-unknown-fraction", "0.04"]) == 0
-    assert "8.52 bytes per token, 4.00% unknown" not in capsys.readouterr().err  # nothing is tokenized again
+    assert "continuing: 1 of 1 parts exist" in capsys.readouterr().err  # nothing is tokenized again
     about = json.loads((tmp_path / "out.json").read_text())["text_counts"]
     assert about == {
         "text_bytes": len(ENGLISH) + 5 * 20, "text_tokens": 250, "unknown_tokens": 10, "dropped_characters": 0,
@@ -127,7 +127,7 @@ def test_prepare_refuses_keeps_its_parts_and_accepts(places, tmp_path, capsys):
     assert "text: 1,220 bytes, 4.88 bytes per token, 4.00% unknown" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="10 of 250 tokens"):
         prepare.run(words)  # what was accepted before
-    with pytest.raises(ConfigError, match="--max-unknown-fraction = 2.0: must be from 0 to 1"):
+    with pytest.raises(ConfigError, match=r"--max-unknown-fraction = 2\.0: must be from 0 to 1"):
         prepare.run([*words, "--max-unknown-fraction", "2"])
 
 
