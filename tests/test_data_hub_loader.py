@@ -183,6 +183,17 @@ def test_the_report_states_the_promise(load):
     assert load(split="validation").describe() == ["validation: stream of json, up to 500 documents held out of train"]
 
 
+def test_a_stream_of_unknown_text_is_refused_at_its_beginning(load):
+    class KnowsNoX(ByteTokenizer):
+        unk = ord("x")
+
+    with pytest.raises(
+        ConfigError, match=r"json: the tokenizer does not know .*'<1>xxxxxxx'.*data\.max_unknown_fraction"
+    ):
+        next(load(tokenizer=KnowsNoX()))
+    assert next(load(tokenizer=KnowsNoX(), max_unknown_fraction=1.0))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -22,9 +22,9 @@ class DroppedCharacters:
         self._normalizer, self._pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
         self._vocabulary = tokenizer.get_vocab(with_added_tokens=False)
         self._is_dropped: dict[str, bool] = {}
-        alphabet = set(byte_alphabet)
-        covers_bytes = self._symbols("\U0001f600") <= alphabet <= self._vocabulary.keys()  # then it covers any text
-        self._may_drop = type(self._model).__name__ == "BPE" and not covers_bytes
+        self._may_drop = type(self._model).__name__ == "BPE" and not (
+            self._symbols("\U0001f600") <= set(byte_alphabet) <= self._vocabulary.keys()  # words are bytes, all known
+        )
 
     def __call__(self, text: str) -> str:
         if not self._may_drop:
