@@ -390,7 +390,8 @@ def test_workers_are_processes():
 
 
 def test_batches_of_long_and_short_documents():
-    tokens, lengths = DocumentEncoder(ByteTokenizer())(["", "ab", "c"], str)
+    tokens, lengths, counts = DocumentEncoder(ByteTokenizer())(["", "ab", "c"], str)
+    assert (counts.text_bytes, counts.text_tokens, counts.unknown_fraction) == (3, 3, 0)
     assert tokens.tolist() == [256, 97, 98, 256, 99, 256]
     assert lengths.tolist() == [1, 3, 2]
     assert np.asarray(DocumentEncoder(ByteTokenizer(), eos=False)([], str)[0]).tolist() == []

@@ -2,10 +2,12 @@
 
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from torchladder import data
 from torchladder.data import SourceConfig
 from torchladder.data.corpus import SourceLoader
 from torchladder.data.formats.indexed import IndexedWriter
@@ -109,6 +111,14 @@ def test_a_chunk_of_a_few_bytes_and_one_without_a_tokenizer(tmp_path):
         SourceLoader(None, tmp_path, 0.0, False).open(SourceConfig(path=str(tmp_path / "a.bin")), "train")
 
 
+def test_tokens_below_0_and_beyond_the_vocabulary_name_their_chunk(tmp_path):
+    chunk(tmp_path / "0.bin", [1, EOS, 2, EOS], 4, "<i4")
+    for token in (-2, 257):
+        chunk(tmp_path / "1.bin", [1, EOS, 3, token], 4, "<i4")
+        with pytest.raises(ConfigError, match=rf"1\.bin, document 1 holds token {token}: tokens must be 0 or more"):
+            corpus(tmp_path / "*.bin", tmp_path / f"cache{token}")
+
+
 # --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +157,7 @@ def test_labels_and_attention_masks_silence_tokens(tmp_path):
         ({"input_ids": [[1, -2]]}, "row 0 holds token -2"),
         ({"input_ids": [[1, 2]], "labels": [[1]]}, "row 0 has 2 input_ids and 1 labels"),
         ({"input_ids": [[1, 2]], "labels": [[1, 3]]}, "neither its tokens nor -100"),
-        ({"input_ids": [[1, 300]]}, r"holds token 300: tokens must be below 257, the tokenizer's vocab_size"),
+        ({"input_ids": [[1], [2, 300]]}, r"a.parquet, row 1 holds token 300: tokens must be 0 or more and below 257"),
     ],
 )
 def test_parquet_that_cannot_be(tmp_path, columns, message):
@@ -167,6 +177,76 @@ def test_parquet_names_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"pip install 'torchladder\[parquet\]'"):
         corpus(file, tmp_path, name="parquet")
+
+
+# --- rows of files that other systems write, by writers of their own layouts -----------------------------------------
+
+
+def skyladder(folder, documents):
+    """TinyLlama's PackedDatasetBuilder: one stream with eos, cut into files of equal size, the rest dropped."""
+    stream = [token for document in documents for token in (*document, EOS)]
+    for number in range(len(stream) // 24):
+        content = struct.pack("<24H", *stream[24 * number : 24 * (number + 1)])
+        head = b"LITPKDS" + (1).to_bytes(8, "little") + bytes([8]) + (24).to_bytes(8, "little")
+        (folder / f"train_cc_0_{number:010}.bin").write_bytes(head + content)
+    return folder / "train_cc_*.bin", stream[: len(stream) // 24 * 24]
+
+
+def megatron(folder, documents, indices=None, code=8, letter="H"):
+    """Megatron-LM's IndexedDatasetBuilder with --append-eod: a sequence and a document for each text."""
+    ended, size = [[*document, EOS] for document in documents], struct.calcsize(letter)
+    stream, lengths = [token for one in ended for token in one], [len(one) for one in ended]
+    pointers = [sum(lengths[:i]) * size for i in range(len(lengths))]
+    indices = list(range(len(lengths) + 1)) if indices is None else indices
+    (folder / "x.bin").write_bytes(struct.pack(f"<{len(stream)}{letter}", *stream))
+    counts = struct.pack("<QBQQ", 1, code, len(lengths), len(indices))
+    numbers = [(lengths, "i"), (pointers, "q"), (indices, "q")]
+    body = b"".join(struct.pack(f"<{len(values)}{kind}", *values) for values, kind in numbers)
+    (folder / "x.idx").write_bytes(b"MMIDIDX\0\0" + counts + body)
+    return folder / "x.bin", stream
+
+
+def neox(folder, documents):
+    """GPT-NeoX's merge_datasets.py: int32, and document indices [0], which it does not extend."""
+    return megatron(folder, documents, indices=[0], code=4, letter="i")
+
+
+def rows_of(path, cache, seq_len, count, packing="stream"):
+    settings = {key: parameter.default for key, parameter in data.registry.parameters("rows").items()}
+    settings |= {"sources": [SourceConfig(path=str(path))], "validation_sources": [], "exclude": [], "domains": {}}
+    settings |= {"languages": {}, "skip_rows": [], "shuffle": False, "cache_folder": str(cache), "packing": packing}
+    facts = dict(seq_len=seq_len, split="train", tokenizer=ByteTokenizer(), dp_rank=0, dp_degree=1, steps=None)
+    facts |= dict(local_batch_size=1, global_batch_size=1, weight_changes={}, vocab_size=257)
+    loader = data.registry.build(SimpleNamespace(name="rows", **settings), **facts)
+    batches = [next(loader) for _ in range(count)]
+    return [(batch.tokens[0].tolist(), batch.labels[0].tolist()) for batch in batches]
+
+
+@pytest.mark.parametrize("write", [skyladder, megatron, neox])
+def test_rows_are_the_stream_of_another_system(tmp_path, write):
+    path, stream = write(tmp_path, [[i] * (3 + i % 5) for i in range(40)])
+    rows = rows_of(path, tmp_path / "cache", 16, (len(stream) - 1) // 16)
+    assert len(rows) > 10
+    for number, row in enumerate(rows):
+        begin = 16 * number
+        assert row == (stream[begin : begin + 16], stream[begin + 1 : begin + 17])
+
+
+def test_rows_are_those_of_mathcoder2(tmp_path):
+    """Its group_text.py pads input_ids to max_len with eos, and labels with -100; transformers shifts the labels."""
+    rows = [([1, 2, 3, EOS, 4, 5, 6, EOS], 8), ([7, 8, EOS, 9, EOS, EOS, EOS, EOS], 5)]
+    ids = [tokens for tokens, _ in rows]
+    labels = [tokens[:used] + [-100] * (8 - used) for tokens, used in rows]
+    file = table(tmp_path / "grouped.parquet", input_ids=ids, labels=labels)
+    expected = [(tokens, [*label[1:], -100]) for tokens, label in zip(ids, labels, strict=True)]
+    assert rows_of(file, tmp_path / "cache", 8, 2, "pad") == expected
+
+
+def test_rows_are_those_of_teenytinyllama(tmp_path):
+    """Its tokenize-dataset.py writes blocks of block_size, an attention_mask of ones, and labels equal to input_ids."""
+    ids = [[1, 2, 3, 4, 5], [6, EOS, 7, 8, 9], [10, 11, 12, EOS, 13]]
+    file = table(tmp_path / "train.parquet", input_ids=ids, attention_mask=[[1] * 5] * 3, labels=ids)
+    assert rows_of(file, tmp_path / "cache", 5, 3, "pad") == [(tokens, [*tokens[1:], -100]) for tokens in ids]
 
 
 # --- what a path names -----------------------------------------------------------------------------------------------

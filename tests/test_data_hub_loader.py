@@ -173,10 +173,25 @@ def test_the_fingerprint_names_what_differs(load, folder):
 
 
 def test_the_report_states_the_promise(load):
-    assert load(shuffle_buffer=7).describe() == [
-        "train: stream of json, train, shuffled within 7 documents; resuming reads earlier rows again"
+    loader = load(shuffle_buffer=7)
+    described = loader.describe()
+    begins = ByteTokenizer().decode(next(loader).tokens[0].tolist())  # reading ahead for the report loses no row
+    assert described == [
+        "train: stream of json, train, shuffled within 7 documents; resuming reads earlier rows again",
+        f"the next row begins with {begins!r}",
     ]
     assert load(split="validation").describe() == ["validation: stream of json, up to 500 documents held out of train"]
+
+
+def test_a_stream_of_unknown_text_is_refused_at_its_beginning(load):
+    class KnowsNoX(ByteTokenizer):
+        unk = ord("x")
+
+    with pytest.raises(
+        ConfigError, match=r"json: the tokenizer does not know .*'<1>xxxxxxx'.*data\.max_unknown_fraction"
+    ):
+        next(load(tokenizer=KnowsNoX()))
+    assert next(load(tokenizer=KnowsNoX(), max_unknown_fraction=1.0))
 
 
 @pytest.mark.parametrize(

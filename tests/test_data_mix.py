@@ -145,7 +145,7 @@ def test_validation_honours_the_packing(folder, packing):
 
 
 def test_the_report_tells_how_full_rows_are(folder):
-    _, line, _ = load(folder, packing="pad").describe()
+    _, line, *_ = load(folder, packing="pad").describe()
     efficiency = load(folder, packing="pad")._source_mix.packings[0].efficiency
     assert f"rows {efficiency:.1%} full" in line
     assert "of the documents cut" in line
@@ -153,10 +153,10 @@ def test_the_report_tells_how_full_rows_are(folder):
 
 
 def test_masked_tokens_are_inputs_but_not_labels(folder, tmp_path):
-    with IndexedWriter(tmp_path / "silent", np.dtype(np.int32)) as writer:
-        writer.add(np.array([~1, ~2, 3, 4]))
-        writer.add(np.array([~5, 6, ~7, 8]))
-    loader = load(folder, "a", seq_len=4, shuffle=False, sources=[SourceConfig(path=f"{tmp_path}/silent.bin")])
+    parquet, file = pytest.importorskip("pyarrow.parquet"), tmp_path / "silent.parquet"
+    columns = {"input_ids": [[1, 2, 3, 4], [5, 6, 7, 8]], "labels": [[-100, -100, 3, 4], [-100, 6, -100, 8]]}
+    parquet.write_table(pytest.importorskip("pyarrow").table(columns), file)
+    loader = load(folder, "a", seq_len=4, shuffle=False, sources=[SourceConfig(path=str(file))])
     tokens, labels, _ = take(loader, 1)
     assert tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert labels.tolist() == [[IGNORE_INDEX, 3, 4, IGNORE_INDEX], [6, IGNORE_INDEX, 8, IGNORE_INDEX]]
@@ -192,7 +192,7 @@ def test_rows_before_a_phase_are_as_without_it(folder):
         assert torch.equal(ours, without)
     tokens = take(phased, 8)[0]
     assert tokens.min() >= 10_000
-    *_, mixture, first, second = phased.describe()
+    *_, mixture, first, second, _, _ = phased.describe()
     assert "from step 3: a 0.0%, b 100.0%" in mixture
     read = {(one.step, one.source): one.epochs for one in phased.usage()}
     assert first == f"  epochs of steps 0 to 2: a 0.00 to {read[0, 'a']:.2f}, b 0.00 to {read[0, 'b']:.2f}"

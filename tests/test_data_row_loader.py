@@ -51,7 +51,7 @@ def load(folder, **changes):
         local_batch_size=2,
         global_batch_size=8,
     )
-    facts |= {key: changes.pop(key) for key in list(changes) if key in {*facts, "steps"}}
+    facts |= {key: changes.pop(key) for key in list(changes) if key in {*facts, "steps", "vocab_size"}}
     base = {
         "sources": [SourceConfig(path=f"{folder}/a.bin", weight=2), SourceConfig(path=f"{folder}/b.bin")],
         "validation_sources": [],
@@ -388,9 +388,31 @@ def test_raw_text_needs_a_tokenizer_and_tokens_need_theirs(folder):
         vocab_size = 100
 
     with pytest.raises(
-        ConfigError, match=r"a\.bin holds token \d+: tokens must be below 100, the tokenizer's vocab_size"
+        ConfigError, match=r"a\.bin, document \d+ holds token \d+: tokens must be .* below 100, the tokenizer's"
     ):
-        list(itertools.islice(load(folder, tokenizer=Small()), 50))
+        load(folder, tokenizer=Small())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("dtype", "token"), [(np.int32, 512), (np.int16, -2)])
+def test_a_token_that_the_model_does_not_have_is_one_error(folder, monkeypatch, workers, dtype, token):
+    """Where opening the source does not find it, the row does: in a worker, too."""
+    documents = [[1] * 200 for _ in range(9)]
+    documents[7][150] = token
+    for name, chosen in (("far", documents), ("first", documents[:2])):
+        with IndexedWriter(folder / name, np.dtype(dtype)) as writer:
+            for document in chosen:
+                writer.add(document)
+    sources = [SourceConfig(path=f"{folder}/{name}.bin", label=name) for name in ("first", "far")]
+    named = rf"far\.bin, document 7 holds token {token}: tokens must be 0 or more and below 512, the model's vocab_size"
+    facts = {"sources": sources, "tokenizer": None, "vocab_size": 512}
+    with pytest.raises(ConfigError, match=named):
+        load(folder, **facts)
+    monkeypatch.setattr("torchladder.data.corpus.MAX_CHECKED_TOKENS", 256)
+    loader = load(folder, **facts, num_workers=workers)
+    with pytest.raises(ConfigError, match=named) as raised:
+        list(itertools.islice(loader, 300))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_source_without_tokens_is_an_error(folder):
@@ -403,5 +425,5 @@ def test_a_source_without_tokens_is_an_error(folder):
 def test_tokens_beyond_32_bits_are_an_error(folder):
     with IndexedWriter(folder / "wide", np.dtype(np.int64)) as writer:
         writer.add([1, 1 << 31, 3])
-    with pytest.raises(ConfigError, match=r"wide\.bin holds token 2147483648"):
+    with pytest.raises(ConfigError, match=r"wide\.bin, document 0 holds token 2147483648"):
         next(load(folder, sources=[SourceConfig(path=f"{folder}/wide.bin")], tokenizer=None))

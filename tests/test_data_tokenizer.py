@@ -294,10 +294,40 @@ def test_a_damaged_rank_file_is_named(tmp_path, content, message):
 
 
 def test_a_damaged_tokenizer_json_is_named(tmp_path):
-    for content, message in [("{", "is not JSON"), ("{}", "is not a tokenizer.json")]:
+    no_tokens = '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'
+    for content, message in [("{", "is not JSON"), ("{}", "is not a tokenizer.json"), (no_tokens, "has no tokens")]:
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(ConfigError, match=rf"x\.json {message}"):
             tokenizer.load_tokenizer(str(tmp_path / "x.json"))
+
+
+def test_an_empty_tokenizer_json_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not JSON"):
+        tokenizer.huggingface(str(tmp_path))
+    with pytest.raises(ConfigError, match="is not a tokenizer file of a known kind"):
+        tokenizer.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [["<|end_of_text|>"], 1, {"content": ["x"]}])
+def test_special_tokens_of_a_config_that_are_no_text(places, tmp_path, value):
+    (tmp_path / "tokenizer.json").write_bytes(Path(places["json"], "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": value}))
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: eos_token is .*: set tokenizer\.eos_token to one"):
+        tokenizer.load_tokenizer(str(tmp_path))
+    assert tokenizer.load_tokenizer(str(tmp_path), eos_token="<|end_of_text|>").eos == 1
+
+
+def test_a_word_that_a_vocabulary_without_unk_lacks_is_named(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    made = library.Tokenizer(library.models.WordLevel({"a": 0, "b": 1, "</s>": 2}))
+    made.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    loaded = tokenizer.load_tokenizer(str(tmp_path))
+    assert loaded.encode("a b") == [0, 1]
+    for encode in (lambda: loaded.encode("a dog b"), lambda: loaded.encode_batch(["a", "a dog b"])):
+        with pytest.raises(ConfigError, match=r"tokenizer\.json cannot encode 'dog': .*Use a tokenizer"):
+            encode()
 
 
 @pytest.mark.parametrize(

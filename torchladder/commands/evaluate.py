@@ -56,6 +56,10 @@ def run(argv: list[str]) -> int:
     add("--text-key", metavar="KEY", help="key or column of the text (default: as in the run)")
     add_on_error_option(parser)
     add("--bos", action=argparse.BooleanOptionalAction, help="begin documents with bos (default: as in the run)")
+    text = "refuse tokens that another tokenizer has written (default: as in the run)"
+    add("--check-tokenizer", action=argparse.BooleanOptionalAction, help=text)
+    text = "fraction of a text's tokens that may be unknown (default: as in the run)"
+    add("--max-unknown-fraction", type=float, metavar="F", help=text)
     add("--output", type=Path, metavar="FILE", help=".csv or .jsonl to add to (default: evaluation.csv in MODEL's run)")
     add("--plot", type=Path, metavar="FILE", help="also plot the results (.png, .svg, .pdf)")
     arguments = parser.parse_args(argv)
@@ -71,7 +75,8 @@ def run(argv: list[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    files = EvalFiles(expand_paths(arguments.files), arguments.text_key, arguments.on_error, arguments.bos)
+    keys = ("text_key", "on_error", "bos", "check_tokenizer", "max_unknown_fraction")
+    files = EvalFiles(expand_paths(arguments.files), **{key: getattr(arguments, key) for key in keys})
     models: list[TrainedModel] = []
     errors: list[UnreadableCheckpointError] = []
     for path in dict.fromkeys(arguments.models):
@@ -149,6 +154,8 @@ def _warnings(jobs: Sequence[EvalJob]) -> list[str]:
                 f"context {job.slices.context:,}: longer than the rows in training ({job.trained.max_seq_len:,}); "
                 "the model has not seen the positions beyond"
             )
+        if not job.documents.corpus.tokenizer_known:
+            lines.append(f"{path_label(job.documents.path)}: its tokenizer is unknown and cannot be verified")
         if not job.num_tokens:
             lines.append(f"warning: {path_label(job.documents.path)} has no token to predict: its loss stays empty")
     return list(dict.fromkeys(lines))

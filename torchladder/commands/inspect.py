@@ -16,6 +16,7 @@ from torchladder.data import tokenizer
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.prepare import metadata
 from torchladder.data.prepare.metadata import DatasetMetadata
+from torchladder.data.prepare.text_counts import TextCounts
 from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError
 
@@ -62,6 +63,7 @@ def run(argv: list[str]) -> int:
             "histogram": [list(row) for row in length_histogram(dataset.lengths)],
             "settings": about.settings() if about else None,
             "skipped": about.skipped if about else None,
+            "text_counts": about.text_counts if about else None,
             "damaged": corrupt,
             "checksums_tested": verify,
         }
@@ -100,6 +102,9 @@ def _print_summary(dataset: IndexedTokens, about: DatasetMetadata | None) -> Non
             print(f"added to each document: bos {known.get('bos')}, eos {known.get('eos')}")
         else:
             print("tokenizer: unknown (the merged datasets had no metadata)")
+        if about.text_counts:
+            of_text = TextCounts(**about.text_counts)
+            print(f"text: {of_text.text_bytes:,} bytes, {of_text.describe()}")
         print(f"sources: {len(about.sources):,} files, {sum(source['bytes'] for source in about.sources):,} bytes")
         for reason, count in about.skipped.items():
             print(f"{about.on_error}: {count:,} documents {reason}")

@@ -16,6 +16,7 @@ from torchladder.data.prepare.dataset_builder import prepare_dataset
 from torchladder.data.prepare.document_encoder import DocumentEncoder
 from torchladder.data.prepare.metadata import DatasetMetadata
 from torchladder.data.prepare.tasks import PrepareConfig
+from torchladder.data.prepare.text_counts import MAX_UNKNOWN_FRACTION, TextCounts
 from torchladder.registry import ConfigError
 
 EPILOG = """
@@ -42,6 +43,8 @@ def run(argv: list[str]) -> int:
     add("--executor", default="local", metavar="NAME", help="local: this machine (default); ray: a Ray cluster")
     add("--shard", metavar="I/N", help="prepare shard I of N, counted from 0, as PREFIX-I-of-N")
     add("--part-bytes", type=int, metavar="N", help="bytes of input per task (default: 4 to 64 MiB)")
+    text = "fraction of the tokens that may be unknown to the tokenizer (default: %(default)s)"
+    add("--max-unknown-fraction", type=float, default=MAX_UNKNOWN_FRACTION, metavar="F", help=text)
     add("--overwrite", action="store_true", help="replace an output that was prepared with other settings")
     arguments = parser.parse_args(argv)
     build_executor = executor.registry.get(arguments.executor)
@@ -55,6 +58,7 @@ def run(argv: list[str]) -> int:
         shard=_parse_shard(arguments.shard),
         overwrite=arguments.overwrite,
         part_bytes=arguments.part_bytes,
+        max_unknown_fraction=arguments.max_unknown_fraction,
     )
     try:
         done = prepare_dataset(config, build_executor(workers=arguments.workers))
@@ -69,7 +73,8 @@ def describe_dataset(prefix: str, about: DatasetMetadata) -> str:
     """Returns a line on the documents and tokens of a dataset."""
     bos, eos = ("no token" if (token := about.tokenizer.get(end)) is None else token for end in ("bos", "eos"))
     counts = f"{about.documents:,} documents, {about.tokens:,} tokens as {about.dtype}"
-    return f"{prefix}.bin: {counts}; bos: {bos}, eos: {eos}"
+    line = f"{prefix}.bin: {counts}; bos: {bos}, eos: {eos}"
+    return f"{line}; {TextCounts(**about.text_counts).describe()}" if about.text_counts else line
 
 
 def _parse_shard(text: str | None) -> tuple[int, int] | None:

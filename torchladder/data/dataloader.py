@@ -123,6 +123,7 @@ registry: Registry[BaseDataLoader] = Registry(
         "seq_len": "tokens in a row",
         "split": "train or validation",
         "tokenizer": "the run's tokenizer",
+        "vocab_size": "tokens in the model's vocabulary, None if unknown",
         "dp_rank": "this data-parallel rank",
         "dp_degree": "number of data-parallel ranks",
         "local_batch_size": "rows in a micro-batch",

@@ -24,8 +24,9 @@ import torch
 
 from torchladder.data.dataloader import Batch, register
 from torchladder.data.extras import import_extra
-from torchladder.data.packed_rows import BatchLayout, PackedRows, StreamedRows
+from torchladder.data.packed_rows import BatchLayout, PackedRows, StreamedRows, preview_row
 from torchladder.data.prepare.document_encoder import DocumentEncoder
+from torchladder.data.prepare.text_counts import MAX_UNKNOWN_FRACTION, TextCounts, check_max_unknown_fraction
 from torchladder.data.sources import check_validation_fraction, held_out
 from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError, require, unknown_name
@@ -33,6 +34,8 @@ from torchladder.registry import ConfigError, require, unknown_name
 logger = logging.getLogger(__name__)
 
 TOKENIZE_BATCH_DOCUMENTS = 64
+CHECKED_TOKENS = 1 << 20
+"""Tokens at the beginning of a stream whose unknown ones are counted."""
 
 
 @register("hub")
@@ -70,6 +73,8 @@ class HubLoader:
     """Begin each document with the tokenizer's bos token."""
     labels_across_documents: bool = True
     """The last token of a document predicts the first one of the next; otherwise it has no label."""
+    max_unknown_fraction: float = MAX_UNKNOWN_FRACTION
+    """Largest fraction of unknown tokens in the first million tokens of the stream; more is an error."""
     shuffle_buffer: int = 10_000
     """Documents in the shuffle buffer; 0 reads them in order."""
     seed: int = 0
@@ -87,6 +92,7 @@ class HubLoader:
             value = getattr(self, name)
             require(value >= minimum, f"data.{name} = {value}: must be {minimum} or more.")
         check_validation_fraction(self.validation_fraction)
+        check_max_unknown_fraction(self.max_unknown_fraction, "data.max_unknown_fraction")
         self._fraction = 0.0 if self.validation_split else self.validation_fraction
         if self.split == "validation" and not (self.validation_split or self._fraction):
             raise ConfigError("no documents are held out for validation: set validation_split or validation_fraction.")
@@ -149,15 +155,23 @@ class HubLoader:
             held = f"up to {self.validation_documents:,} documents held out of {self.train_split}"
             return [f"validation: stream of {self.path}, {self.validation_split or held}"]
         resume = "resuming reads earlier rows again"
-        return [f"train: stream of {self.path}, {self.train_split}, {order}; {resume}"]
+        self._prefetched = self._prefetched or self._thread.submit(self._next_batch, self._stream)
+        first = self._prefetched.result()
+        preview = [preview_row(first, self.tokenizer)] if first else []
+        return [f"train: stream of {self.path}, {self.train_split}, {order}; {resume}", *preview]
 
     def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (tokens of several documents back to back, length of each); for training, epochs without end."""
+        counts = TextCounts()
         for epoch in count() if self.split == "train" else range(1):
             texts, found = self.texts(epoch), False
             while chunk := list(islice(texts, TOKENIZE_BATCH_DOCUMENTS)):
                 found = True
-                yield self._encoder(chunk, lambda _: self.path)
+                encoded = self._encoder(chunk, lambda _: self.path)
+                if counts.text_tokens < CHECKED_TOKENS:  # later, an error would end a run that has trained for long
+                    counts += encoded.counts
+                    counts.check(self.path, self.max_unknown_fraction, "data.max_unknown_fraction")
+                yield encoded.tokens, encoded.lengths
             if not found:
                 raise ConfigError(f"the dataset {self.path} has no documents for data-parallel rank {self.dp_rank}.")
 

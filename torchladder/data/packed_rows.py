@@ -18,10 +18,13 @@ from torchladder.data.dataloader import Batch
 from torchladder.data.mixing.source_mix import SourceMix
 from torchladder.data.packing.spans import EMPTY_SPANS
 from torchladder.data.row_skipping import RowSkipper
+from torchladder.data.tokenizer import Tokenizer
 from torchladder.data.unlabeled_tokens import PADDING, mark_unlabeled, split_labels
-from torchladder.registry import require
+from torchladder.registry import ConfigError, require
 
 Row = TypeVar("Row")
+PREVIEW_CHARS = 80
+"""Characters of the first row in the report at start-up; a token is seldom shorter than one."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class PackedRows:
 
 
 @dataclass(eq=False)
-class RowDataset(Dataset[PackedRows]):
+class RowDataset(Dataset[PackedRows | ConfigError]):
     """Makes micro-batches of global rows: row ``r`` is the same in every process, at any time, in any order.
 
     Attributes:
@@ -117,7 +120,15 @@ class RowDataset(Dataset[PackedRows]):
     labels_across_documents: bool = True
     num_rows: int | None = None
 
-    def __getitem__(self, rows: list[int]) -> PackedRows:
+    def __getitem__(self, rows: list[int]) -> PackedRows | ConfigError:
+        """Returns the rows, or why there are none: of an error that is raised, a worker sends the traceback as text."""
+        try:
+            return self.pack(rows)
+        except ConfigError as error:
+            return error
+
+    def pack(self, rows: list[int]) -> PackedRows:
+        """Returns the rows; raises ``ConfigError`` if a token is outside the vocabulary."""
         seq_len, begins = self.mix.seq_len, []
         tokens = np.empty((len(rows), seq_len + 1), np.int32)
         for b, row in enumerate(rows):
@@ -130,6 +141,15 @@ class RowDataset(Dataset[PackedRows]):
                 tokens[b, : bounds[-1]] = self.mix.corpora[source].read(spans)
             begins.append(b * seq_len + finish_row(tokens[b], bounds, self.labels_across_documents))
         return PackedRows(tokens, np.concatenate(begins), tuple(rows))
+
+
+def preview_row(batch: Batch, tokenizer: Tokenizer | None) -> str:
+    """Returns about a line on how the first row of a batch begins: its text, or its tokens without a tokenizer."""
+    ids = batch.tokens[0, :PREVIEW_CHARS].tolist()
+    number = f"row {batch.rows[0]:,}" if batch.rows else "the next row"
+    if tokenizer is None:
+        return f"{number} begins with the tokens {' '.join(map(str, ids[: PREVIEW_CHARS // 4]))}"
+    return f"{number} begins with {tokenizer.decode(ids)[:PREVIEW_CHARS]!r}"
 
 
 def finish_row(tokens: np.ndarray, begins: np.ndarray, labels_across_documents: bool) -> np.ndarray:

@@ -28,9 +28,10 @@ from torchladder.data.loader_workers import ignore_run_signals, is_worker_death,
 from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.mixing.mixture_weights import DomainMultipliers, MixtureWeights
 from torchladder.data.mixing.source_mix import SourceMix, in_order
-from torchladder.data.packed_rows import BatchLayout, PackedRows, RankBatchSampler, RowDataset
+from torchladder.data.packed_rows import BatchLayout, PackedRows, RankBatchSampler, RowDataset, preview_row
 from torchladder.data.packing.shuffle import DocumentOrder, RowOrder
 from torchladder.data.packing.spans import Packing
+from torchladder.data.prepare.text_counts import MAX_UNKNOWN_FRACTION, check_max_unknown_fraction
 from torchladder.data.row_skipping import RowSkipper
 from torchladder.data.source_config import SourceConfig
 from torchladder.data.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ class RowLoader:
     dp_degree: int
     local_batch_size: int
     global_batch_size: int
+    vocab_size: int | None = None
     steps: int | None = None
     weight_changes: Mapping[int, list[float] | dict[str, float] | None] = field(default_factory=dict)
 
@@ -80,6 +82,10 @@ class RowLoader:
     """Seed of the shuffle."""
     bos: bool = False
     """Begin each document of raw text with the tokenizer's bos token."""
+    check_tokenizer: bool = True
+    """Refuse prepared tokens that another tokenizer has written; false reads them with a warning."""
+    max_unknown_fraction: float = MAX_UNKNOWN_FRACTION
+    """Largest fraction of a text's tokens that may be unknown to the tokenizer; more is an error."""
     cache_folder: str = DEFAULT_FOLDER
     """Folder for tokenized text; the default follows XDG_CACHE_HOME."""
     skip_rows: list[tuple[int, int]] = field(default_factory=list)
@@ -109,7 +115,7 @@ class RowLoader:
             self._source_mix.check_enough_data(-(-end // self.global_batch_size))
         self.num_rows = sum(packed.num_rows or 0 for packed in packings) if self.split == "validation" else None
         """Number of global rows; None if they never end."""
-        self._batches: Iterator[Batch | PackedRows] | None = None
+        self._batches: Iterator[Batch | PackedRows | ConfigError] | None = None
         self.seek(0)
 
     @property
@@ -130,10 +136,12 @@ class RowLoader:
                 raise
             logger.warning("%s; starting new ones. Killed for memory? Then lower data.num_workers.", error)
             found = self._restart_workers()
+        if isinstance(found, ConfigError):
+            raise found
         self._taken += 1
         return found if isinstance(found, Batch) else found.to_batch()  # the pinning thread yields batches
 
-    def _restart_workers(self) -> Batch | PackedRows:
+    def _restart_workers(self) -> Batch | PackedRows | ConfigError:
         """Returns the next micro-batch from new workers; a second death in a row is an error."""
         taken = self._taken % self._layout.accumulation_steps
         self.seek(self.row)
@@ -180,6 +188,10 @@ class RowLoader:
         lines = self._source_mix.describe()
         if self.split == "train" and self.steps is not None:
             lines += self._source_mix.describe_epochs(self.steps)
+        if unknown := [corpus.label for corpus in self._source_mix.corpora if not corpus.tokenizer_known]:
+            lines.append(f"the tokenizer of {', '.join(unknown)} is unknown and cannot be verified")
+        first = self._dataset().pack(self._skipper.take(self._first_row, 1))
+        lines.append(preview_row(first.to_batch(), self.tokenizer))
         return [summary, *(f"  {line}" for line in lines)]
 
     def steps_for(self, epochs: float) -> int:
@@ -203,6 +215,7 @@ class RowLoader:
             self.prefetch_factor is None or (self.num_workers > 0 and self.prefetch_factor > 0),
             f"data.prefetch_factor = {self.prefetch_factor}: must be 1 or more, and needs data.num_workers above 0.",
         )
+        check_max_unknown_fraction(self.max_unknown_fraction, "data.max_unknown_fraction")
         packings.registry.get(self.packing)
         self._sources = [source for source in self.sources if source.title not in self.exclude]
         require(bool(self._sources), "data.exclude leaves no source.")
@@ -219,7 +232,16 @@ class RowLoader:
     def _open_sources(self) -> list[Corpus]:
         """Returns the documents of this split for each source."""
         fraction = 0.0 if self.validation_sources else self.validation_fraction
-        loader = SourceLoader(self.tokenizer, cache_path(self.cache_folder), fraction, self.bos, self.exclude)
+        loader = SourceLoader(
+            self.tokenizer,
+            cache_path(self.cache_folder),
+            fraction,
+            self.bos,
+            self.exclude,
+            self.vocab_size,
+            check_tokenizer=self.check_tokenizer,
+            max_unknown_fraction=self.max_unknown_fraction,
+        )
         if self.split == "train" or self.validation_sources:
             chosen = self._sources if self.split == "train" else self.validation_sources
             corpora = [loader.open(source, "train") for source in chosen]
@@ -279,13 +301,16 @@ class RowLoader:
             require(any(of_source), f"the source {source.title} is never read: its weight is above 0 in no phase.")
         return PhasedInterleave(list(weights_from.values()), list(weights_from))
 
-    def _data_loader(self) -> StatefulDataLoader:
+    def _dataset(self) -> RowDataset:
         mix = self._source_mix
         row_orders = [self._row_order(number, packed) for number, packed in enumerate(mix.packings)]
+        return RowDataset(mix, row_orders, self.labels_across_documents, self.num_rows)
+
+    def _data_loader(self) -> StatefulDataLoader:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own call
             return StatefulDataLoader(
-                RowDataset(mix, row_orders, self.labels_across_documents, self.num_rows),
+                self._dataset(),
                 batch_size=None,  # the sampler yields whole micro-batches
                 sampler=RankBatchSampler(self._layout, self.num_rows, self._first_row, self._skipper),
                 num_workers=self.num_workers,

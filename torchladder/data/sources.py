@@ -69,7 +69,8 @@ class TokenShard(Protocol):
     Attributes:
         lengths: (documents,) tokens in each document.
         offsets: (documents,) int64, where each document begins in ``flat``.
-        flat: the tokens back to back, read by slices; one without a label is stored as in ``unlabeled_tokens``.
+        flat: the tokens back to back, read by slices. If the source is registered with ``unlabeled``, tokens without a
+            label are stored as in ``unlabeled_tokens``.
         fingerprint: a hash of the content.
     """
 
@@ -91,6 +92,7 @@ class TokenFormat(NamedTuple):
 
     suffixes: tuple[str, ...]
     recognize: Callable[[Path], bool] | None
+    unlabeled: bool
 
 
 registry: Registry[Any] = Registry(
@@ -108,7 +110,10 @@ token_formats: dict[str, TokenFormat] = {}
 
 
 def register_tokens(
-    name: str, suffixes: tuple[str, ...] = (), recognize: Callable[[Path], bool] | None = None
+    name: str,
+    suffixes: tuple[str, ...] = (),
+    recognize: Callable[[Path], bool] | None = None,
+    unlabeled: bool = False,
 ) -> Callable[[Component], Component]:
     """Returns a decorator for what returns a sequence of ``TokenShard``.
 
@@ -118,11 +123,12 @@ def register_tokens(
         name: of the source.
         suffixes: of its files. A folder is searched for them, and a path with one needs no name.
         recognize: whether a file with such a suffix is of this format, if several formats share the suffix.
+        unlabeled: whether its tokens may lack a label, as in ``unlabeled_tokens``; otherwise one below 0 is an error.
     """
 
     def add(component: Component) -> Component:
         registry.register(name)(component)
-        token_formats[name] = TokenFormat(suffixes, recognize)
+        token_formats[name] = TokenFormat(suffixes, recognize, unlabeled)
         return component
 
     return add
@@ -135,7 +141,7 @@ def detect_source(paths: Sequence[str]) -> str:
         for name, known in token_formats.items()
         if paths and known.suffixes and all(path.endswith(known.suffixes) for path in paths)
     }
-    for name, (suffixes, recognize) in fitting.items():
+    for name, (suffixes, recognize, _) in fitting.items():
         try:
             found = match_paths(paths[0]) if recognize else []
         except ConfigError:

@@ -88,6 +88,7 @@ def build_loader(
         config.data,
         split=split,
         tokenizer=tokenizer or build_checked_tokenizer(config),
+        vocab_size=models.resolve(config.model).vocab_size,
         seq_len=config.training.seq_len,
         dp_rank=dp_rank,
         dp_degree=batch.dp_degree,

@@ -186,8 +186,12 @@ class IndexedTokens:
         start = int(self.offsets[document])
         return self.flat[start : start + int(self.lengths[document])]
 
-    def __reduce__(self) -> tuple[type[IndexedTokens], tuple[str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return IndexedTokens, (self.prefix,)  # workers map the files instead of receiving the tokens
+
+    def locate(self, document: int) -> str:
+        """Returns where a document is, for errors."""
+        return f"{self.prefix}.bin, document {document}"
 
     @property
     def num_tokens(self) -> int:

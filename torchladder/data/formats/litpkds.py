@@ -72,6 +72,12 @@ class LitPkdsChunks:
         file, begin = divmod(places.start, self.chunk)
         return self._map(file)[begin : begin + places.stop - places.start]
 
+    def locate(self, document: int) -> str:
+        """Returns where a document is, for errors; those of a chunk are counted from 0, too."""
+        file = int(self.offsets[document]) // self.chunk
+        first = int(np.searchsorted(self.offsets, file * self.chunk))
+        return f"{self.files[file]}, document {document - first}"
+
     def __reduce__(self) -> tuple[type[LitPkdsChunks], tuple[list[Path], int, Path]]:
         return LitPkdsChunks, (self.files, self.eos, self.cache)  # workers map the files themselves
 

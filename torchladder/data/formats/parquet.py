@@ -32,8 +32,32 @@ def holds_tokens(file: Path) -> bool:
     return COLUMNS[0] in open_parquet(file)[1].schema_arrow.names
 
 
-@register_tokens("parquet", suffixes=(".parquet",), recognize=holds_tokens)
-def parquet(files: list[Path], cache: Path) -> list[IndexedTokens]:
+class ParquetTokens(IndexedTokens):
+    """The rows of Parquet files, read from the pair in the cache.
+
+    Args:
+        files: the rows come from, in order.
+        path: the pair's prefix.
+    """
+
+    def __init__(self, files: list[Path], path: Path) -> None:
+        super().__init__(path)
+        self.files = files
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ParquetTokens, (self.files, self.prefix)
+
+    def locate(self, document: int) -> str:
+        for file in self.files:
+            rows = open_parquet(file)[1].metadata.num_rows
+            if document < rows:
+                return f"{file}, row {document}"
+            document -= rows
+        raise IndexError(document)
+
+
+@register_tokens("parquet", suffixes=(".parquet",), recognize=holds_tokens, unlabeled=True)
+def parquet(files: list[Path], cache: Path) -> list[ParquetTokens]:
     """Parquet with ``input_ids``, and optionally ``labels`` and ``attention_mask`` as in Hugging Face datasets.
 
     A label is at the index of its own token, not of the one before, and is that token or -100.
@@ -48,7 +72,8 @@ def parquet(files: list[Path], cache: Path) -> list[IndexedTokens]:
                 for document in _documents(file):
                     writer.add(document)
 
-    return [IndexedTokens(build_once(cache / "parquet" / files_key(files, FORMAT_VERSION), build) / "tokens")]
+    folder = build_once(cache / "parquet" / files_key(files, FORMAT_VERSION), build)
+    return [ParquetTokens(files, folder / "tokens")]
 
 
 def _documents(file: Path) -> Iterator[np.ndarray]:

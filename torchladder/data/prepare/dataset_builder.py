@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, dtype_for
 from torchladder.data.prepare import merging, metadata
@@ -32,6 +33,7 @@ from torchladder.data.prepare.tasks import (
     select_shard,
     split_into_tasks,
 )
+from torchladder.data.prepare.text_counts import TextCounts
 from torchladder.data.text.document_reader import DocumentReader, OnError, document_location, summarize_skipped
 from torchladder.disk_errors import naming_path
 from torchladder.registry import ConfigError, require
@@ -48,6 +50,7 @@ class PreparedPart:
         skipped: number of documents skipped or repaired, by reason.
         examples: file and line of the first such document, by reason.
         on_error: how documents that cannot be read were handled.
+        text_counts: as in ``TextCounts``.
         checksums: SHA-256 of the ``bin`` and ``idx`` files.
     """
 
@@ -58,6 +61,7 @@ class PreparedPart:
     skipped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     on_error: str = "error"
+    text_counts: dict[str, Any] = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,12 +77,14 @@ class PartWriter:
     def __call__(self, task: PrepareTask) -> PreparedPart:
         reader = DocumentReader(self.text_key, self.on_error)
         # A unique name: a worker that was given up for lost may still be writing the same part.
-        name = f"{task.key}-{uuid.uuid4().hex[:8]}"
+        name, counts = f"{task.key}-{uuid.uuid4().hex[:8]}", TextCounts()
         with IndexedWriter(self.folder / name, dtype_for(self.encoder.tokenizer.vocab_size)) as writer:
             documents = ((part, *document) for part in task.slices for document in reader.read(part))
             for batch in batch_by_chars(documents, lambda document: document[2]):
                 texts = [text for _, _, text in batch]
-                writer.extend(*self.encoder(texts, lambda n, batch=batch: document_location(*batch[n][:2])))  # type: ignore[misc]
+                encoded = self.encoder(texts, lambda n, batch=batch: document_location(*batch[n][:2]))  # type: ignore[misc]
+                writer.extend(encoded.tokens, encoded.lengths)
+                counts += encoded.counts
         for part, stamp in zip(task.slices, task.stamps, strict=True):
             unchanged = file_stamp(part.path.stat()) == stamp
             require(unchanged, f"{part.path} changed while it was being read; run the same command again.")
@@ -90,6 +96,7 @@ class PartWriter:
             skipped=dict(reader.skipped),
             examples=reader.examples,
             on_error=self.on_error,
+            text_counts=dataclasses.asdict(counts),
             checksums=writer.checksums,
         )
         metadata.write_metadata(self.folder / task.key, prepared)
@@ -116,8 +123,11 @@ def prepare_dataset(config: PrepareConfig, executor: Executor) -> DatasetMetadat
         done = _existing_output(config.prefix, wanted, config.overwrite)
         if done is None:
             tasks = select_shard(split_into_tasks(config, files), config.shard)
-            done = _merge_parts(wanted, config.prefix, folder, _make_parts(config, tasks, folder, executor))
+            parts = _make_parts(config, tasks, folder, executor)
+            _check_unknown(config, TextCounts(**metadata.sum_text_counts(parts)))
+            done = _merge_parts(wanted, config.prefix, folder, parts)
         shutil.rmtree(folder, ignore_errors=True)
+        _check_unknown(config, TextCounts(**done.text_counts))  # it may have been accepted when it was prepared
     return done
 
 
@@ -159,14 +169,23 @@ def _make_parts(
     with PrepareProgress(Path(config.prefix).name, sum(num_bytes.values()), done_bytes) as progress:
         if done:
             progress.print(f"continuing: {len(done):,} of {len(tasks):,} parts exist")
+        counts = TextCounts(**metadata.sum_text_counts(done.values()))
         for part in executor(writer, [task for task in tasks if task.key not in done]):
             done[part.key] = part
-            progress.update(part.documents, part.tokens, num_bytes[part.key])
+            part_counts = TextCounts(**part.text_counts)
+            progress.update(part.documents, part.tokens, num_bytes[part.key], part_counts)
+            counts, done_bytes = counts + part_counts, done_bytes + num_bytes[part.key]
+            _check_unknown(config, counts, done_bytes / max(sum(num_bytes.values()), 1))
         parts = [done[task.key] for task in tasks]
         examples = {reason: example for part in reversed(parts) for reason, example in part.examples.items()}
         for line in summarize_skipped(metadata.count_skipped(parts), examples):
             progress.print(f"{config.on_error}: {line}")
     return parts
+
+
+def _check_unknown(config: PrepareConfig, counts: TextCounts, done: float = 1.0) -> None:
+    """Raises ``ConfigError`` if too much of the text is unknown; accepting it continues with the finished parts."""
+    counts.check(config.output, config.max_unknown_fraction, "--max-unknown-fraction, which keeps finished parts", done)
 
 
 def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list[PreparedPart]) -> DatasetMetadata:
@@ -184,7 +203,8 @@ def _merge_parts(wanted: DatasetMetadata, prefix: str, folder: Path, parts: list
                 )
             yield IndexedTokens(folder / part.pair)
 
-    return merging.write_merged(prefix, verified(), dataclasses.replace(wanted, skipped=metadata.count_skipped(parts)))
+    skipped, counts = metadata.count_skipped(parts), metadata.sum_text_counts(parts)
+    return merging.write_merged(prefix, verified(), dataclasses.replace(wanted, skipped=skipped, text_counts=counts))
 
 
 @contextmanager

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from torchladder.data.formats.indexed import find_out_of_range
+from torchladder.data.prepare.text_counts import MAX_EXAMPLES, TextCounts, find_unknown_words
 from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError
 
@@ -16,6 +17,20 @@ BATCH_CHARS = 1 << 22
 """Characters that are tokenized at once."""
 
 T = TypeVar("T")
+
+
+class EncodedDocuments(NamedTuple):
+    """Documents as tokens.
+
+    Attributes:
+        tokens: (tokens,) of all documents back to back.
+        lengths: (documents,) tokens in each.
+        counts: of their texts.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    counts: TextCounts
 
 
 @dataclass(frozen=True)
@@ -46,15 +61,15 @@ class DocumentEncoder:
         """The ids ``bos`` and ``eos`` that are added to each document; None where none is."""
         return {"bos": self.tokenizer.bos if self.bos else None, "eos": self.tokenizer.eos if self.eos else None}
 
-    def __call__(self, texts: list[str], location: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens of all texts back to back (tokens,), and the length of each document (documents,).
+    def __call__(self, texts: list[str], location: Callable[[int], str]) -> EncodedDocuments:
+        """Returns texts as documents.
 
         Args:
             texts: one document each.
             location: returns where text ``n`` comes from, for the error message.
 
         Raises:
-            ConfigError: a token is outside the vocabulary.
+            ConfigError: a text cannot be encoded, or a token is outside the vocabulary.
         """
         encoded = self.tokenizer.encode_batch(texts, self.threads)
         bos, eos = ([np.array([token])] if token is not None else [] for token in self.special_ids.values())
@@ -67,7 +82,28 @@ class DocumentEncoder:
             raise ConfigError(
                 f"{location(document)}: the tokenizer returns token {token}, but its vocabulary has {size} tokens."
             )
-        return tokens, lengths
+        ends = [end for end in self.special_ids.values() if end is not None]
+        return EncodedDocuments(tokens, lengths, self._count(texts, encoded, tokens, ends))
+
+    def _count(self, texts: list[str], encoded: list[np.ndarray], tokens: np.ndarray, ends: list[int]) -> TextCounts:
+        """Counts the tokens of the texts; ``tokens`` has those of ``ends``, too, once per document."""
+        unk = self.tokenizer.unk
+        unknown = 0 if unk is None else int(np.count_nonzero(tokens == unk)) - ends.count(unk) * len(texts)
+        dropped = [len(self.tokenizer.dropped(text)) for text in texts]
+        words: dict[str, None] = {}
+        if unknown or any(dropped):
+            for text, ids, characters in zip(texts, encoded, dropped, strict=True):
+                if characters or (unk is not None and (ids == unk).any()):
+                    words |= dict.fromkeys(find_unknown_words(self.tokenizer, text))
+                if len(words) >= MAX_EXAMPLES:
+                    break
+        return TextCounts(
+            text_bytes=sum(len(text.encode("utf-8", "replace")) for text in texts),
+            text_tokens=len(tokens) - len(ends) * len(texts),
+            unknown_tokens=unknown,
+            dropped_characters=sum(dropped),
+            unknown_words=list(words)[:MAX_EXAMPLES],
+        )
 
 
 def batch_by_chars(documents: Iterable[T], text: Callable[[T], str]) -> Iterator[list[T]]:

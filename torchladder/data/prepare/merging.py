@@ -121,4 +121,10 @@ def _merge_metadata(known: Sequence[DatasetMetadata]) -> DatasetMetadata:
     # All shards of a preparation list all of its sources.
     same_sources = all(about.sources == known[0].sources and about.shard for about in known)
     sources = known[0].sources if same_sources else [source for about in known for source in about.sources]
-    return dataclasses.replace(known[0], sources=sources, skipped=metadata.count_skipped(known), shard=None)
+    return dataclasses.replace(
+        known[0],
+        sources=sources,
+        skipped=metadata.count_skipped(known),
+        text_counts=metadata.sum_text_counts(known),
+        shard=None,
+    )

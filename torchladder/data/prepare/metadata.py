@@ -13,6 +13,7 @@ from typing import Any
 
 from torchladder.data.disk_cache import file_sha256
 from torchladder.data.formats.indexed import prefix_of
+from torchladder.data.prepare.text_counts import TextCounts
 from torchladder.registry import ConfigError
 
 
@@ -28,6 +29,7 @@ class DatasetMetadata:
         text_key: JSON key or column of the text.
         on_error: how documents that cannot be read were handled.
         skipped: number of documents skipped or repaired, by reason.
+        text_counts: bytes of text, tokens and unknown tokens, as in ``TextCounts``; empty if they were not counted.
         shard: [index from 0, number of shards]; None if this is the whole dataset.
         sources: ``path`` and ``bytes`` of each input file, in order.
         checksums: SHA-256 of the ``bin`` and ``idx`` files.
@@ -40,6 +42,7 @@ class DatasetMetadata:
     text_key: str = "text"
     on_error: str = "error"
     skipped: dict[str, int] = field(default_factory=dict)
+    text_counts: dict[str, Any] = field(default_factory=dict)
     shard: list[int] | None = None
     sources: list[dict[str, Any]] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
@@ -55,6 +58,12 @@ class DatasetMetadata:
 def count_skipped(parts: Iterable[Any]) -> dict[str, int]:
     """Returns the sum of ``skipped`` of several datasets or parts, sorted by reason."""
     return dict(sorted(sum((Counter(part.skipped) for part in parts), Counter[str]()).items()))
+
+
+def sum_text_counts(parts: Iterable[Any]) -> dict[str, Any]:
+    """Returns the sum of ``text_counts`` of several datasets or parts; empty if one of them was not counted."""
+    found = [part.text_counts for part in parts]
+    return dataclasses.asdict(sum((TextCounts(**counts) for counts in found), TextCounts())) if all(found) else {}
 
 
 def metadata_path(prefix: str | Path) -> Path:

@@ -7,6 +7,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from torchladder.data.prepare.text_counts import TextCounts
+
 
 class PrepareProgress:
     """Shows tokens per second and the time left: a bar on a terminal, otherwise a line every ``interval`` seconds.
@@ -16,6 +18,9 @@ class PrepareProgress:
         total_bytes: bytes of the input.
         done_bytes: bytes of the input that an earlier run has tokenized.
         interval: seconds between two plain lines.
+
+    Attributes:
+        counts: of all texts since the start.
     """
 
     def __init__(self, name: str, total_bytes: int, done_bytes: int = 0, interval: float = 15.0) -> None:
@@ -31,6 +36,7 @@ class PrepareProgress:
         )
         self._name, self._total, self._skipped, self._interval = name, total_bytes, done_bytes, interval
         self._documents = self._tokens = self._bytes = 0
+        self.counts = TextCounts()
         self._start = self._last_line = time.monotonic()
         self._task = self._bar.add_task(f"tokenizing {name}", total=total_bytes, completed=done_bytes, rate="")
 
@@ -43,11 +49,17 @@ class PrepareProgress:
         if kind is None:
             self.print(f"{self._line()}, {time.monotonic() - self._start:.1f} s")
 
-    def update(self, documents: int, tokens: int, num_bytes: int) -> None:
+    @property
+    def done(self) -> float:
+        """The fraction of the input that has been tokenized since the start."""
+        return min(self._bytes / max(self._total - self._skipped, 1), 1.0)
+
+    def update(self, documents: int, tokens: int, num_bytes: int, counts: TextCounts) -> None:
         """Adds what has been tokenized since the last call."""
         self._documents += documents
         self._tokens += tokens
         self._bytes += num_bytes
+        self.counts += counts
         self._bar.update(self._task, completed=self._skipped + self._bytes, rate=self._rate())
         if not self._console.is_terminal and time.monotonic() - self._last_line > self._interval:
             missing = max(self._total - self._skipped - self._bytes, 0)
@@ -63,4 +75,5 @@ class PrepareProgress:
         return f"tokenizing {self._name}: {self._documents:,} documents, {self._tokens:,} tokens, {self._rate()}"
 
     def _rate(self) -> str:
-        return f"{self._tokens / max(time.monotonic() - self._start, 1e-9):,.0f} tokens/s"
+        rate = f"{self._tokens / max(time.monotonic() - self._start, 1e-9):,.0f} tokens/s"
+        return f"{rate}, {self.counts.describe()}" if self._tokens else rate

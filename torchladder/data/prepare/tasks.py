@@ -11,13 +11,14 @@ from pathlib import Path
 
 from torchladder.data.formats.indexed import prefix_of
 from torchladder.data.prepare.document_encoder import DocumentEncoder
+from torchladder.data.prepare.text_counts import MAX_UNKNOWN_FRACTION, check_max_unknown_fraction
 from torchladder.data.text import file_formats
 from torchladder.data.text.document_reader import DocumentReader, OnError
 from torchladder.data.text.file_formats import FileSlice
 from torchladder.data.text.text_files import match_text_files
 from torchladder.registry import require
 
-TASK_VERSION = 1
+TASK_VERSION = 2
 """Increment when the same text and tokenizer produce other parts: unfinished parts of older versions are ignored."""
 TARGET_TASKS = 1024
 """Number of tasks to split the input into, within the limits below."""
@@ -39,6 +40,7 @@ class PrepareConfig:
         shard: (index from 0, number of shards) of the input to prepare; None prepares all of it.
         overwrite: whether to replace a dataset that was prepared with other settings.
         part_bytes: bytes of input per task; None chooses by the size of the input. Does not change the output.
+        max_unknown_fraction: of the tokens; more is an error. Does not change the output.
     """
 
     inputs: list[str]
@@ -50,6 +52,7 @@ class PrepareConfig:
     shard: tuple[int, int] | None = None
     overwrite: bool = False
     part_bytes: int | None = None
+    max_unknown_fraction: float = MAX_UNKNOWN_FRACTION
 
     def __post_init__(self) -> None:
         require(bool(self.inputs) and all(self.inputs), "there is no input: name files, folders or globs.")
@@ -57,6 +60,7 @@ class PrepareConfig:
         require(0 <= index < count, f"shard is {index}/{count}; N shards are numbered 0/N to N-1/N.")
         in_range = self.part_bytes is None or self.part_bytes > 0
         require(in_range, f"--part-bytes {self.part_bytes}: must be 1 or more.")
+        check_max_unknown_fraction(self.max_unknown_fraction, "--max-unknown-fraction")
         DocumentReader(self.text_key, self.on_error)  # checks both
 
     @property

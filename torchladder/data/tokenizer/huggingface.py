@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from torchladder.data.extras import import_extra
+from torchladder.data.tokenizer.dropped_characters import DroppedCharacters
 from torchladder.data.tokenizer.tokenizer_registry import Tokenizer, find_tokenizer_file, kind_hint, register
 from torchladder.registry import ConfigError, require, unknown_name
 
@@ -35,8 +36,9 @@ def huggingface(path: str = "", bos_token: str = "", eos_token: str = "") -> Tok
     file = find_tokenizer_file(path)
     config_file = file.with_name("tokenizer_config.json")
     config = load_json(config_file.read_bytes(), config_file) if config_file.is_file() else {}
-    named = {key: token_text(config.get(key)) for key in ("bos_token", "eos_token")}
-    return HuggingFace(file.read_bytes(), bos_token or named["bos_token"], eos_token or named["eos_token"], str(file))
+    bos_token = bos_token or token_text(config.get("bos_token"), f"{config_file}: bos_token")
+    eos_token = eos_token or token_text(config.get("eos_token"), f"{config_file}: eos_token")
+    return HuggingFace(file.read_bytes(), bos_token, eos_token, str(file))
 
 
 class HuggingFace(Tokenizer):
@@ -51,7 +53,7 @@ class HuggingFace(Tokenizer):
 
     def __init__(self, content: bytes, bos_token: str = "", eos_token: str = "", name: str = "tokenizer.json") -> None:
         tokenizers = import_extra("tokenizers", "hf", f"reading {name}")
-        load_json(content, name)
+        loaded = load_json(content, name)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises no narrower type
@@ -60,6 +62,7 @@ class HuggingFace(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "</s>" in a text is four letters, not the end of a document
         self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        require(bool(self._vocabulary), f"{name} has no tokens: its vocabulary is empty.")
         self.vocab_size = max(self._vocabulary.values()) + 1
         self.bos = self._id("bos_token", bos_token, BOS, name)
         eos = self._id("eos_token", eos_token, EOS, name)
@@ -70,13 +73,20 @@ class HuggingFace(Tokenizer):
         self.eos = eos
         ends = f"bos {self.bos} eos {self.eos}"
         self.fingerprint = f"huggingface {hashlib.sha256(content).hexdigest()} {ends}"
+        model = loaded["model"]  # a Unigram has the id, the others the text
+        self.unk = model.get("unk_id", self._vocabulary.get(model.get("unk_token")))
+        self._dropped_characters = DroppedCharacters(self._tokenizer, tokenizers.pre_tokenizers.ByteLevel.alphabet())
         self._content = content, bos_token, eos_token, name
 
     def __reduce__(self) -> tuple[type[HuggingFace], tuple[bytes, str, str, str]]:
         return HuggingFace, self._content
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises no narrower type
+            raise self._cannot_encode(text, error) from error
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(
@@ -89,12 +99,34 @@ class HuggingFace(Tokenizer):
         config = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}, indent=2).encode()
         return {"tokenizer.json": content} | ({"tokenizer_config.json": config} if named else {})
 
+    def dropped(self, text: str) -> str:
+        return self._dropped_characters(text) if self.unk is None else ""
+
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         # The library uses all cores for a batch of several texts, and one core for a batch of one.
         batches = [texts] if threads > 1 else [[text] for text in texts]
         encode = self._tokenizer.encode_batch_fast
-        encoded = [one for batch in batches for one in encode(batch, add_special_tokens=False)]
+        try:
+            encoded = [one for batch in batches for one in encode(batch, add_special_tokens=False)]
+        except Exception:  # the library raises no narrower type
+            for text in texts:
+                self.encode(text)  # raises with the text that is not encoded
+            raise
         return [np.asarray(one.ids, dtype=np.int32) for one in encoded]
+
+    def _cannot_encode(self, text: str, error: Exception) -> ConfigError:
+        def fails(word: str) -> bool:
+            try:
+                self._tokenizer.encode(word, add_special_tokens=False)
+            except Exception:  # the library raises no narrower type
+                return True
+            return False
+
+        word = next(filter(fails, text.split()), text)
+        return ConfigError(
+            f"{self._content[-1]} cannot encode {word[:40]!r}: {error}. Use a tokenizer that has an unknown token, or "
+            "one that covers the text."
+        )
 
     def _id(self, key: str, token: str, usual: tuple[str, ...], name: str) -> int | None:
         if token and token not in self._vocabulary:
@@ -115,8 +147,12 @@ def load_json(content: bytes, name: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def token_text(token: Any) -> str:
-    """Returns a token's text, which a config stores as a string or as an object."""
+def token_text(token: Any, name: str) -> str:
+    """Returns a token's text, which a config stores as a string or as an object; empty if it has none.
+
+    ``name`` is where it comes from, for errors.
+    """
     text = token.get("content") if isinstance(token, dict) else token
-    require(isinstance(text, str | None), f"the special token {text!r} of a tokenizer_config.json is not a string.")
+    if not isinstance(text, str | None):
+        raise ConfigError(f"{name} is {token!r}, not the text of one token.")
     return text or ""

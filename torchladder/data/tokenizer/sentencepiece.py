@@ -64,6 +64,7 @@ class SentencePiece(Tokenizer):
         self.eos = self._model.eos_id()
         self.bos = None if self._model.bos_id() < 0 else self._model.bos_id()
         self.vocab_size = self._model.vocab_size()
+        self.unk = self._model.unk_id()
         self.fingerprint = f"sentencepiece {hashlib.sha256(model).hexdigest()}"
         ids = range(self.vocab_size)
         self._special_ids = {i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}

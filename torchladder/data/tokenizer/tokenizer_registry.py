@@ -29,12 +29,14 @@ class Tokenizer(ABC):
         eos: the id that ends a document.
         vocab_size: ids are below this number.
         fingerprint: equal for tokenizers that return equal ids.
+        unk: the id of text that is not in the vocabulary; None if no text becomes such a token.
     """
 
     bos: int | None
     eos: int
     vocab_size: int
     fingerprint: str
+    unk: int | None = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -43,6 +45,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Returns the text of ids; special ids and ids outside the vocabulary are skipped."""
+
+    def dropped(self, text: str) -> str:
+        """Returns the characters of a text, except white space, that become no token: possible only without ``unk``."""
+        return ""
 
     def files(self) -> dict[str, bytes]:
         """Returns the content of its files by their usual names; empty for a tokenizer without files."""

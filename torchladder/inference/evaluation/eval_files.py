@@ -6,12 +6,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from torchladder import data
+from torchladder import data, models
 from torchladder.config import Config
 from torchladder.data.corpus import Corpus, SourceLoader
 from torchladder.data.disk_cache import DEFAULT_FOLDER, build_once
 from torchladder.data.file_patterns import match_files
+from torchladder.data.prepare.text_counts import MAX_UNKNOWN_FRACTION
 from torchladder.data.source_config import SourceConfig
 from torchladder.data.text import file_formats
 from torchladder.data.text.document_reader import DocumentReader, OnError
@@ -40,6 +42,8 @@ class EvalFiles:
         text_key: key or column of the text; None: that of the run's sources if all have the same.
         on_error: how to handle an unreadable document.
         bos: whether documents of text begin with the tokenizer's bos; None: as in the run.
+        check_tokenizer: refuse tokens that another tokenizer has written; None: as in the run.
+        max_unknown_fraction: of the tokens of a text; None: as in the run.
 
     Raises:
         ConfigError: a file is missing or of an unknown kind.
@@ -49,6 +53,8 @@ class EvalFiles:
     text_key: str | None = None
     on_error: OnError = "error"
     bos: bool | None = None
+    check_tokenizer: bool | None = None
+    max_unknown_fraction: float | None = None
     _opened: dict[str, list[EvalDocuments]] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -63,19 +69,33 @@ class EvalFiles:
                 from the one that the model was trained with.
         """
         config = trained.config
-        key = repr((config.tokenizer, config.data, trained.tokenizer_fingerprint))
+        vocab_size, fingerprint = models.resolve(config.model).vocab_size, trained.tokenizer_fingerprint
+        key = repr((config.tokenizer, config.data, fingerprint, vocab_size))
         if key not in self._opened:
             cache = data.cache_path(getattr(config.data, "cache_folder", DEFAULT_FOLDER))
-            bos = getattr(config.data, "bos", False) if self.bos is None else self.bos
             try:
                 tokenizer = trained.build_tokenizer()
             except NoTokenizerError:
                 if not all(SourceConfig(path=str(path)).is_tokens for path in self.paths):
                     raise
                 tokenizer = None  # tokens can be read without one
-            loader = SourceLoader(tokenizer, cache, validation_fraction=0.0, bos=bos)
+            loader = SourceLoader(
+                tokenizer,
+                cache,
+                validation_fraction=0.0,
+                bos=self._setting("bos", config, False),
+                vocab_size=vocab_size,
+                tokenizer_fingerprint=fingerprint,
+                check_tokenizer=self._setting("check_tokenizer", config, True),
+                max_unknown_fraction=self._setting("max_unknown_fraction", config, MAX_UNKNOWN_FRACTION),
+            )
             self._opened[key] = [self._open(path, loader, config) for path in self.paths]
         return self._opened[key]
+
+    def _setting(self, name: str, config: Config, default: Any) -> Any:
+        """Returns a setting of these files, or else of the run's data."""
+        given = getattr(self, name)
+        return getattr(config.data, name, default) if given is None else given
 
     def _open(self, path: Path, loader: SourceLoader, config: Config) -> EvalDocuments:
         source = SourceConfig(path=str(path))
