@@ -32,7 +32,7 @@ from torchladder.data.packed_rows import BatchLayout, PackedRows, RankBatchSampl
 from torchladder.data.packing.shuffle import DocumentOrder, RowOrder
 from torchladder.data.packing.spans import Packing
 from torchladder.data.row_skipping import RowSkipper
-from torchladder.data.source_config import SourceConfig
+from torchladder.data.source_config import SourceConfig, warn_of_shared_files
 from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError, require, unknown_name
 
@@ -215,6 +215,8 @@ class RowLoader:
         for pattern in self.exclude:
             if pattern not in named:
                 raise unknown_name("entry", pattern, named, "data.exclude")
+        if self.split == "train":
+            warn_of_shared_files(self._sources, self.validation_sources, self.exclude)
 
     def _open_sources(self) -> list[Corpus]:
         """Returns the documents of this split for each source."""

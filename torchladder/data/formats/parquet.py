@@ -16,7 +16,7 @@ from torchladder.data.dataloader import IGNORE_INDEX
 from torchladder.data.disk_cache import build_once, files_key
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter
 from torchladder.data.sources import register_tokens
-from torchladder.data.text.file_formats import open_parquet
+from torchladder.data.text.document_parsers import open_parquet
 from torchladder.data.unlabeled_tokens import mark_unlabeled
 from torchladder.registry import ConfigError, unknown_name
 
