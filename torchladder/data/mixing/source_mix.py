@@ -26,9 +26,10 @@ class SourceMix:
         packings: rows of each source.
         repeats: whether each source starts over when all of it has been read.
         interleave: source of every row.
-        phase_starts: first step of each phase; the first one is 0.
+        phase_starts: first step of each phase; the first one is that of the data, or of the run if that is later.
         seq_len: tokens in a row.
         global_batch_size: rows in a step.
+        first_step: the step that reads the first rows.
     """
 
     corpora: Sequence[Corpus]
@@ -38,6 +39,7 @@ class SourceMix:
     phase_starts: Sequence[int]
     seq_len: int
     global_batch_size: int
+    first_step: int = 0
 
     def check_enough_data(self, steps: int) -> None:
         """Checks that no source runs out.
@@ -59,13 +61,13 @@ class SourceMix:
             )
 
     def steps_for(self, epochs: float) -> int:
-        """Returns the steps that read as many rows as all sources have together, ``epochs`` times.
+        """Returns the steps of a run that reads as many rows as all sources have together, ``epochs`` times.
 
         Rounds up, so the last step reads into the next epoch; rounds down if a source does not repeat.
         """
         rows = Fraction(str(epochs)) * sum(packed.rows_per_epoch for packed in self.packings)
         steps = rows / self.global_batch_size
-        return max(math.ceil(steps) if all(self.repeats) else math.floor(steps), 1)
+        return self.first_step + max(math.ceil(steps) if all(self.repeats) else math.floor(steps), 1)
 
     def usage(self, steps: int) -> list[SourceUsage]:
         """Returns what each phase of a run of ``steps`` steps reads of each source, phase by phase."""
@@ -95,7 +97,7 @@ class SourceMix:
             lines.append(line)
         for first, proportions in zip(self.interleave.first_rows[1:], later, strict=True):
             named = [f"{corpus.label} {float(p):.1%}" for corpus, p in zip(self.corpora, proportions, strict=True)]
-            lines.append(f"from step {first // self.global_batch_size:,}: {', '.join(named)}")
+            lines.append(f"from step {self.first_step + first // self.global_batch_size:,}: {', '.join(named)}")
         return lines
 
     def describe_epochs(self, steps: int) -> list[str]:
@@ -108,8 +110,8 @@ class SourceMix:
         return [title + ", ".join(named) for title, named in lines.items()]
 
     def _rows(self, source: int, steps: int) -> int:
-        """Returns the rows of a source that the first ``steps`` steps read."""
-        return self.interleave.counts(steps * self.global_batch_size)[source]
+        """Returns the rows of a source that the first ``steps`` steps of the run read."""
+        return self.interleave.counts(max(steps - self.first_step, 0) * self.global_batch_size)[source]
 
 
 def in_order(weights: list[float] | dict[str, float], labels: Sequence[str]) -> list[float]:
