@@ -135,6 +135,14 @@ class TracksSources(Protocol):
         """
         ...
 
+    def source_of(self, row: int) -> str:
+        """Returns the label of the source that a global row comes from."""
+        ...
+
+    def boundary_shares(self) -> dict[str, float]:
+        """Returns the share of each source's rows inside which a document begins, in a fixed sample of them."""
+        ...
+
 
 registry: Registry[BaseDataLoader] = Registry(
     "data loader",

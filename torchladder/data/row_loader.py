@@ -22,6 +22,7 @@ from torchladder.data import packing as packings
 from torchladder.data.corpus import Corpus, SourceLoader
 from torchladder.data.dataloader import Batch, SourceUsage, register
 from torchladder.data.disk_cache import DEFAULT_FOLDER, cache_path
+from torchladder.data.file_patterns import warn_once
 from torchladder.data.loader_workers import ignore_run_signals, is_worker_death, start_workers
 from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.mixing.mixture_weights import DomainMultipliers, MixtureWeights
@@ -108,7 +109,10 @@ class RowLoader:
         )
         if self.split == "train" and self.steps is not None:
             end = self._skipper.advance(0, (self.steps - self.first_step) * self.global_batch_size)
-            self._source_mix.check_enough_data(self.first_step - (-end // self.global_batch_size))
+            until = self.first_step - (-end // self.global_batch_size)
+            self._source_mix.check_enough_data(until)
+            for sentence in self._source_mix.sources_without_rows(until):
+                warn_once(sentence)
         self.num_rows = sum(packed.num_rows or 0 for packed in packings) if self.split == "validation" else None
         """Number of global rows; None if they never end."""
         self._batches: Iterator[Batch | PackedRows] | None = None
@@ -183,6 +187,12 @@ class RowLoader:
             shares = dict(zip(titles, map(float, proportions), strict=True))
             history.check(titles, mix.interleave.counts(row), [shares.get(one.title, 0.0) for one in self.sources])
         return row
+
+    def source_of(self, row: int) -> str:
+        return self._source_mix.corpora[self._source_mix.interleave(row)[0]].label
+
+    def boundary_shares(self) -> dict[str, float]:
+        return self._source_mix.boundary_shares()
 
     def describe(self) -> list[str]:
         """Returns a line on all data, and lines on each source and on the epochs of each phase."""

@@ -16,6 +16,9 @@ from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.packing.spans import Packing
 from torchladder.registry import ConfigError, require, unknown_name
 
+SAMPLED_ROWS = 64
+"""Rows of each source that are searched for the beginnings of documents."""
+
 
 @dataclass(frozen=True, eq=False)
 class SourceMix:
@@ -80,6 +83,28 @@ class SourceMix:
                     SourceUsage(step, until - step, corpus.label, tokens, float(after - before), float(before))
                 )
         return found
+
+    def boundary_shares(self) -> dict[str, float]:
+        """Returns the share of each source's rows inside which a document begins, in a fixed sample of them."""
+        shares = {}
+        for corpus, packed in zip(self.corpora, self.packings, strict=True):
+            rows = math.ceil(packed.rows_per_epoch)
+            sample = sorted({number * rows // SAMPLED_ROWS for number in range(SAMPLED_ROWS)})
+            spans = [packed(row) for row in sample]
+            begins = [(of_row.ends - of_row.begins)[:-1].cumsum() for of_row in spans]
+            inside = [((at > 0) & (at < self.seq_len)).any() for at in begins]
+            shares[corpus.label] = sum(inside) / len(inside)
+        return shares
+
+    def sources_without_rows(self, steps: int) -> list[str]:
+        """Returns a sentence on each source of which the run reads nothing, since its weight is too small."""
+        rows = (steps - self.first_step) * self.global_batch_size
+        return [
+            f"the source {corpus.label} gets none of the run's {rows:,} rows: its proportion is at most {share:.3g}"
+            for number, corpus in enumerate(self.corpora)
+            if (share := float(max(phase[number] for phase in self.interleave.proportions)))
+            and not self._rows(number, steps)
+        ]
 
     def describe(self) -> list[str]:
         """Returns a line for each source, and one for each later phase that changes the weights."""
