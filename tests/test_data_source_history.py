@@ -186,6 +186,11 @@ def test_step_and_row_fit_together(folder, first_step, step, row, words):
         assert right.resume_row(step, row, {}, moved=True) == row
 
 
+def test_data_begins_before_the_run_ends(folder):
+    with pytest.raises(ConfigError, match=r"data\.first_step = 9: the run has 9 steps"):
+        load(folder, first_step=9, steps=9)
+
+
 def text(path, words):
     path.write_text("\n".join(json.dumps({"text": f"{words} {i} " * 20}) for i in range(60)))
     return f'{{ path = "{path}", label = "{words}", repeat = false }}'

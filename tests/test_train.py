@@ -101,20 +101,13 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(whole, tmp_path, mode):
 
 def test_a_run_that_stopped_twice_goes_on_bit_for_bit(tmp_path):
     """With workers, several sources that are shuffled, and a phase that begins between the two."""
-    for name, words in (("a", "alpha beta"), ("b", "gamma"), ("c", "delta epsilon zeta")):
-        lines_of_text = [json.dumps({"text": f"{words} {i} " * (i % 7 + 1)}) for i in range(40)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines_of_text))
-    sources = [f'{{ path = "{tmp_path}/{name}.jsonl", weight = {weight} }}' for name, weight in zip("abc", (3, 1, 2))]
-    settings = [
-        "--training.steps",
-        "6",
-        "--training.seq_len",
-        "64",
-        "--data.num_workers",
-        "2",
-        "--data.sources",
-        *sources,
-    ]
+    sources = []
+    for name, weight, words in (("a", 3, "alpha beta"), ("b", 1, "gamma"), ("c", 2, "delta epsilon zeta")):
+        documents = [json.dumps({"text": f"{words} {i} " * (i % 7 + 1)}) for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(documents))
+        sources.append(f'{{ path = "{tmp_path}/{name}.jsonl", weight = {weight} }}')
+    settings = ["--training.steps", "6", "--training.seq_len", "64", "--data.num_workers", "2"]
+    settings += ["--data.sources", *sources]
     settings += ["--data.cache_folder", str(tmp_path / "cache"), "--data.packing", "best_fit", "--validation.no_enable"]
     settings += ["--phases", "{ from_step = 3, source_weights = [1, 4, 0], window = 32 }"]
     settings += ["{ from_step = 5, source_weights = [1, 1, 1], lr_factor = 0.5 }"]

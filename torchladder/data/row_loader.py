@@ -227,6 +227,8 @@ class RowLoader:
             self.prefetch_factor is None or (self.num_workers > 0 and self.prefetch_factor > 0),
             f"data.prefetch_factor = {self.prefetch_factor}: must be 1 or more, and needs data.num_workers above 0.",
         )
+        begins = self.steps is None or self.first_step < self.steps
+        require(begins, f"data.first_step = {self.first_step}: the run has {self.steps} steps, counted from 0.")
         packings.registry.get(self.packing)
         self._sources = [source for source in self.sources if source.title not in self.exclude]
         require(bool(self._sources), "data.exclude leaves no source.")
