@@ -3,6 +3,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import sys
 
 import pytest
@@ -11,19 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchladder.data.text import compression, document_reader
+from torchladder.data.text.document_parsers import FileSlice
 from torchladder.data.text.document_reader import DocumentReader
-from torchladder.data.text.file_formats import FileSlice, split_file
+from torchladder.data.text.file_formats import split_file
 from torchladder.registry import ConfigError
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 TEXTS = ["one", "two\nlines\r\n", '"quoted", é 😀', "   ", "\ufeffmark", "last"]
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.ZstdCompressor().compress}
+ZSTD = zstandard.ZstdCompressor().compress
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": ZSTD, ".ZSTD": ZSTD, ".xz": lzma.compress}
 
 
 def jsonl(texts, key="text"):
     return "".join(json.dumps({key: text, "other": 1}) + "\n" for text in texts).encode()
+
+
+def array(texts, key="text"):
+    return json.dumps([{key: text, "other": 1} for text in texts], indent=2).encode()
 
 
 def table(texts, key="text"):
@@ -38,7 +45,7 @@ def columns(texts, key="text", kind=None, group=2):
     return out.getvalue()
 
 
-MAKE = {".jsonl": jsonl, ".csv": table, ".parquet": columns}
+MAKE = {".jsonl": jsonl, ".JSONL": jsonl, ".json": jsonl, ".Json": array, ".csv": table, ".parquet": columns}
 
 
 def whole(path):
@@ -68,6 +75,25 @@ def test_every_kind_gives_its_texts(tmp_path, suffix, outer):
     assert read(path, text_key="body") == TEXTS
     with pytest.raises(ConfigError, match=r"x\..*text.*Known: .*body"):
         read(path)
+
+
+def test_an_array_is_read_object_by_object(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(b'\xef\xbb\xbf\n [{"text": "one"},\n{"text": "a\xffb"}, {"text": 3}, 4, {"text": "half \\ud800"}]')
+    with pytest.raises(ConfigError, match=r"x\.json:2: not UTF-8"):
+        read(path)
+    reader = DocumentReader(on_error="repair")
+    assert list(reader.read(whole(path))) == [(1, "one"), (2, "ab"), (5, "half ")]
+    assert reader.examples == {
+        "not UTF-8": f"{path}:2", "no text": f"{path}:3", "invalid JSON": f"{path}:4"
+    }  # fmt: skip
+    assert len(split_file(path, path.stat().st_size, 10)) == 1
+    path.write_bytes(b'[{"text": "one"}')
+    with pytest.raises(ConfigError, match=r"x\.json: not an array in JSON"):
+        read(path)
+    path.write_bytes(jsonl(TEXTS))
+    assert len(split_file(path, path.stat().st_size, 10)) > 10
+    assert [text for _, text in pieces(path, 10)] == TEXTS
 
 
 @pytest.mark.parametrize("outer", COMPRESS)

@@ -1,11 +1,14 @@
 """Formats of tokens on disk: what they give, what they refuse, and that any of them is a source like another."""
 
+import pickle
 import struct
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from torchladder import data
 from torchladder.data import SourceConfig
@@ -134,6 +137,43 @@ def test_several_files_are_one_source_and_are_converted_once(tmp_path, monkeypat
     assert documents(corpus(tmp_path / "*.parquet", tmp_path)) == [[1, 2], [3, 4]]
     monkeypatch.setattr("torchladder.data.formats.parquet._documents", None)
     assert documents(corpus(tmp_path / "*.parquet", tmp_path)) == [[1, 2], [3, 4]]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([5, 6, EOS, ~5, ~EOS]), max_size=12), min_size=1, max_size=5),
+    st.sampled_from(["indexed", "parquet"]),
+)
+@settings(max_examples=60)
+def test_documents_end_at_each_eos_of_a_row(tmp_path_factory, rows, kind):
+    """Against a slow search; EOS that follow one another are padding."""
+    folder = tmp_path_factory.mktemp("rows")
+    if kind == "parquet":
+        plain = [[~token if token < 0 else token for token in row] for row in rows]
+        labeled = [[int(token >= 0) for token in row] for row in rows]
+        file = table(folder / "a.parquet", input_ids=[[0], *plain], attention_mask=[[1], *labeled])
+        rows = [[0], *rows]  # arrow needs a value to know the type of empty rows
+    else:
+        file = folder / "a.bin"
+        with IndexedWriter(file, np.dtype(np.int32)) as writer:
+            for row in rows:
+                writer.add(row)
+    expected = []
+    for row in rows:
+        document = []
+        for token, following in zip(row, [*row[1:], None], strict=False):
+            document.append(token)
+            if token in (EOS, ~EOS) and following not in (EOS, ~EOS, None):
+                expected.append(document)
+                document = []
+        expected.append(document)
+    found = corpus(file, folder, documents_by_eos=True)
+    assert documents(found) == expected
+    assert documents(pickle.loads(pickle.dumps(found))) == expected
+    whole = corpus(file, folder)
+    assert documents(whole) == rows
+    assert whole.fingerprint() != found.fingerprint()
+    with pytest.raises(ConfigError, match="documents_by_eos needs a tokenizer"):
+        SourceLoader(None, folder, 0.0, False).open(SourceConfig(path=str(file), documents_by_eos=True), "train")
 
 
 def test_labels_and_attention_masks_silence_tokens(tmp_path):

@@ -232,6 +232,34 @@ def test_weights_of_a_phase_that_do_not_fit_the_sources(folder, weights, message
         load(folder, steps=20, weight_changes={1: weights})
 
 
+def test_a_source_that_the_run_never_reads_is_warned_of(folder, caplog):
+    load(folder, "abc", weights=[1.0, 1.0, 0.01], steps=40)
+    assert not [one for one in caplog.messages if "gets none" in one]
+    load(folder, "abc", weights=[1.0, 1.0, 1e-4], steps=40)
+    load(folder, "abc", weights=[1.0, 1.0, 1e-4], steps=40)
+    assert caplog.messages.count("the source c gets none of the run's 320 rows: its proportion is at most 5e-05") == 1
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_share_of_rows_with_boundaries_is_that_of_the_rows(folder, packing):
+    """All rows are sampled where a source has fewer than 64; a single long document has no boundaries."""
+    with IndexedWriter(folder / "long", np.dtype(np.int32)) as writer:
+        for at in range(30_000, 30_000 + 40 * T, T):
+            writer.add(np.arange(at, at + T))
+    loader = load(folder, "a", packing=packing, local_batch_size=1, global_batch_size=1, repeat=False, shuffle=False)
+    rows = int(-(-loader._source_mix.packings[0].rows_per_epoch // 1))
+    tokens, _, positions = take(loader, rows)
+    inside = sum(
+        any(place == 0 for place in row[1 : padding(content, row)])
+        for content, row in zip(tokens.tolist(), positions.tolist(), strict=True)
+    )
+    assert rows <= 64
+    assert loader.boundary_shares() == {"a": pytest.approx(inside / rows)}
+    assert load(folder, sources=[SourceConfig(path=f"{folder}/long.bin")], packing=packing).boundary_shares() == {
+        f"{folder}/long.bin": 0
+    }
+
+
 # --- how much there is -----------------------------------------------------------------------------------------------
 
 

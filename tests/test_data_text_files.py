@@ -62,7 +62,10 @@ def test_identities_do_not_depend_on_the_place(folder, tmp_path_factory):
     [
         ("none/*.txt", r"no file matches 'none/\*.txt'"),
         ("missing.txt", "no file matches 'missing.txt'"),
-        ("b/picture.png", r"'b/picture.png' matches no text file. Known: .jsonl, .txt, .md, .py, .parquet, .csv"),
+        (
+            "b/picture.png",
+            r"'b/picture.png' matches no text file. Known: .jsonl, .json, .txt, .md, .py, .pa",
+        ),
         ("b/*.png", r"'b/\*.png' matches no text file"),
         ("", "needs a path"),
         ([], "needs a path"),

@@ -277,6 +277,40 @@ def test_what_a_query_may_not_see_does_not_matter(kernel):
     assert not torch.allclose(one[:, :10], other[:, :10])
 
 
+def on_cpu(masks):
+    """The kernels that compute the masks on a CPU."""
+    for name in attention.registry.names():
+        try:
+            attention.build_kernel(name, masks, "cpu", training=False)
+        except ConfigError:
+            continue
+        yield name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", on_cpu(["causal", "document"]))
+def test_documents_leak_nothing_at_all(name):
+    """Another token changes no bit of the logits of another document, and with causal masks those after it."""
+    ends = [11, 19, 32]
+    positions = torch.cat([torch.arange(end - begin) for begin, end in zip([0, *ends], ends, strict=False)])
+    kernel = attention.build_kernel(name, ["causal", "document"], "cpu", training=False)
+    model, cpu = make(kernel=kernel), torch.device("cpu")
+    row = tokens(batch=1)
+    for masks in (["document"], ["causal"]):
+        attn_mask = kernel.prepare(mask.from_names(masks, positions[None].int(), 32), cpu)
+        before = model(row, attn_mask)[0]
+        for place in (0, 10, 11, 15, 18, 19, 31):
+            changed = row.clone()
+            changed[0, place] = (changed[0, place] + 1) % 64
+            leaked = (model(changed, attn_mask)[0] - before).abs().amax(-1)
+            begin, end = next((begin, end) for begin, end in zip([0, *ends], ends, strict=False) if place < end)
+            assert leaked[:place].sum() == 0.0
+            assert leaked[place] > 0.0
+            after = leaked[end:]
+            assert after.sum() == 0.0 if masks == ["document"] else (after > 0.0).all()
+            assert leaked[:begin].sum() == 0.0
+
+
 def test_without_positions_order_before_a_query_does_not_matter():
     model = make(models.LlamaConfig(**{**vars(SMALL), "positional_embedding": "none", "n_layers": 1}))
     assert model.rope is None

@@ -138,7 +138,7 @@ def test_the_plan_tells_each_phase(pairs, capsys):
     ]
     argv = [*pairs, "--phases", *phases]
     assert command.run([*argv, "--json", "--at", "4,5,19"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])  # below what the logger of an earlier test prints
     assert [(phase["step"], phase["steps"]) for phase in found["phases"]] == [(0, 5), (5, 5), (10, 10)]
     assert found["phases"][2]["sets"] == {"source_weights": {"web": 3, "math": 1}, "window": 4, "rope_theta": 5e4}
     assert [one["tokens"] for phase in found["phases"] for one in phase["sources"]] == [160, 160, 240, 80, 480, 160]

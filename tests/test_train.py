@@ -99,6 +99,27 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(whole, tmp_path, mode):
     assert again[-1].get("tokens", 0) in (0, 20 * 1024)
 
 
+def test_a_run_that_stopped_twice_goes_on_bit_for_bit(tmp_path):
+    """With workers, several sources that are shuffled, and a phase that begins between the two."""
+    sources = []
+    for name, weight, words in (("a", 3, "alpha beta"), ("b", 1, "gamma"), ("c", 2, "delta epsilon zeta")):
+        documents = [json.dumps({"text": f"{words} {i} " * (i % 7 + 1)}) for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(documents))
+        sources.append(f'{{ path = "{tmp_path}/{name}.jsonl", weight = {weight} }}')
+    settings = ["--training.steps", "6", "--training.seq_len", "64", "--data.num_workers", "2"]
+    settings += ["--data.sources", *sources]
+    settings += ["--data.cache_folder", str(tmp_path / "cache"), "--data.packing", "best_fit", "--validation.no_enable"]
+    settings += ["--phases", "{ from_step = 3, source_weights = [1, 4, 0], window = 32 }"]
+    settings += ["{ from_step = 5, source_weights = [1, 1, 1], lr_factor = 0.5 }"]
+    through = losses(run(tmp_path / "through", *settings))
+    saving = ["--checkpoint.enable", "--job.exit_interval", "2"]
+    for steps in (2, 4):
+        assert train.main([*DEBUG, "--job.dump_folder", str(tmp_path / "twice"), *settings, *saving]) == 75
+        assert list(losses(lines(tmp_path / "twice"))) == list(range(1, steps + 1))
+    assert losses(run(tmp_path / "twice", *settings, *saving)) == through
+    assert len(set(through.values())) == 6
+
+
 def test_samples_of_steps_that_are_taken_again_are_there_once(tmp_path):
     saving = ["--checkpoint.enable", "--training.steps", "4", "--checkpoint.interval", "2", "--validation.no_enable"]
     drawing = ["--samples.prompts", "import ", "def ", "--samples.freq", "1", "--samples.max_new_tokens", "2"]

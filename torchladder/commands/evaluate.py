@@ -32,8 +32,8 @@ examples:
       evaluates all checkpoints of the run and adds the results to outputs/run/evaluation.csv
   torchladder evaluate outputs/run models/exported --files val --context 512 2048 --stride 256 --output results.csv
 
-files: .txt, .md and .py are one document each, .jsonl has one per line, .csv and .parquet one per row; each may be
-compressed (.gz, .zst, .bz2). Token files are .bin (with .idx beside it) or .parquet.
+files: .txt, .md and .py are one document each, .jsonl and .json have one per line, .csv and .parquet one per row; each
+may be compressed (.gz, .zst, .bz2, .xz). Token files are .bin (with .idx beside it) or .parquet.
 
 exit code: 1 if a checkpoint is damaged; the others are evaluated anyway.
 """

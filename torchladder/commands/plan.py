@@ -145,7 +145,7 @@ def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
 
 def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
     """Returns the first step of each phase, its length, the settings that hold in it, and what it reads."""
-    starts = sorted({0, *plan.schedule.phase_steps})
+    starts = sorted({0, *plan.schedule.phase_steps, *(source.step for source in usage)})
     phases = []
     for step, end in zip(starts, [*starts[1:], plan.steps], strict=True):
         settings = {key: plan.schedule.override(key, step) for key in PHASE_SETTINGS}

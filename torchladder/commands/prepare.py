@@ -20,9 +20,9 @@ from torchladder.data.prepare.text_counts import MAX_UNKNOWN_FRACTION, TextCount
 from torchladder.registry import ConfigError
 
 EPILOG = """
-A .txt, .md or .py file is one document; a .jsonl has one per line, a .csv or .parquet one per row. Each may be
-compressed as .gz, .zst or .bz2. The output is PREFIX.bin, PREFIX.idx and PREFIX.json, the same for any number of
-workers. If the command is interrupted, even by SIGKILL, run it again: finished parts are kept in PREFIX.parts.
+A .txt, .md or .py file is one document; a .jsonl or .json has one per line, a .csv or .parquet one per row. Each may
+be compressed as .gz, .zst, .bz2 or .xz. The output is PREFIX.bin, PREFIX.idx and PREFIX.json, the same for any number
+of workers. If the command is interrupted, even by SIGKILL, run it again: finished parts are kept in PREFIX.parts.
 
 examples:
   torchladder prepare --input data/en 'data/de/*.jsonl.gz' --output tokens/train --tokenizer tokenizers/mine

@@ -11,8 +11,8 @@ from typing import get_args
 from torchladder.commands.arguments import CommandParser, add_input_options, check_positive
 from torchladder.data import tokenizer
 from torchladder.data.prepare.tasks import expand_inputs
+from torchladder.data.text.document_parsers import FileSlice
 from torchladder.data.text.document_reader import DocumentReader, summarize_skipped
-from torchladder.data.text.file_formats import FileSlice
 from torchladder.data.tokenizer import TokenizerTrainingConfig, tokenizer_training
 from torchladder.data.tokenizer.tokenizer_training import Normalization, TokenizerKind
 from torchladder.inference.hf_export import replace_directory

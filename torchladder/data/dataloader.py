@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -114,6 +114,33 @@ class SupportsSkipping(Protocol):
 
     def add_skip_rows(self, rows: Sequence[tuple[int, int]]) -> None:
         """Adds ranges of rows to skip, first and last inclusive. Takes effect with the next ``seek``."""
+        ...
+
+
+@runtime_checkable
+class TracksSources(Protocol):
+    """A loader that knows how much of each source has been read at a row."""
+
+    def resume_row(self, step: int, row: int, saved: Mapping[str, str], moved: bool) -> int:
+        """Returns the row that a run continues at, and checks that every source continues where it was.
+
+        Args:
+            step: optimizer steps taken.
+            row: the row of the checkpoint.
+            saved: the loader's fingerprints in the checkpoint; empty without a checkpoint.
+            moved: whether the step or the row is not that of the checkpoint.
+
+        Raises:
+            ConfigError: with the settings of this run, other rows would have been read before.
+        """
+        ...
+
+    def source_of(self, row: int) -> str:
+        """Returns the label of the source that a global row comes from."""
+        ...
+
+    def boundary_shares(self) -> dict[str, float]:
+        """Returns the share of each source's rows inside which a document begins, in a fixed sample of them."""
         ...
 
 

@@ -7,9 +7,7 @@ number, so the global batch is the same for any number of ranks and workers, and
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,16 +22,18 @@ from torchladder.data import packing as packings
 from torchladder.data.corpus import Corpus, SourceLoader
 from torchladder.data.dataloader import Batch, SourceUsage, register
 from torchladder.data.disk_cache import DEFAULT_FOLDER, cache_path
+from torchladder.data.file_patterns import warn_once
 from torchladder.data.loader_workers import ignore_run_signals, is_worker_death, start_workers
 from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.mixing.mixture_weights import DomainMultipliers, MixtureWeights
+from torchladder.data.mixing.source_history import SourceHistory
 from torchladder.data.mixing.source_mix import SourceMix, in_order
 from torchladder.data.packed_rows import BatchLayout, PackedRows, RankBatchSampler, RowDataset, preview_row
 from torchladder.data.packing.shuffle import DocumentOrder, RowOrder
 from torchladder.data.packing.spans import Packing
 from torchladder.data.prepare.text_counts import MAX_UNKNOWN_FRACTION, check_max_unknown_fraction
 from torchladder.data.row_skipping import RowSkipper
-from torchladder.data.source_config import SourceConfig
+from torchladder.data.source_config import SourceConfig, warn_of_shared_files
 from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError, require, unknown_name
 
@@ -88,6 +88,8 @@ class RowLoader:
     """Largest fraction of a text's tokens that may be unknown to the tokenizer; more is an error."""
     cache_folder: str = DEFAULT_FOLDER
     """Folder for tokenized text; the default follows XDG_CACHE_HOME."""
+    first_step: int = 0
+    """Step that reads the first rows of this data: for sources that replace others in the middle of a run."""
     skip_rows: list[tuple[int, int]] = field(default_factory=list)
     """Ranges [first, last] of global rows that training skips; later rows move up."""
     num_workers: int = 0
@@ -106,13 +108,17 @@ class RowLoader:
             interleave = PhasedInterleave([[packed.num_rows or 0 for packed in packings]], [0])
         else:
             interleave = self._interleave([packed.rows_per_epoch for packed in packings])
-        repeats, starts = [self._repeats(source) for source in self._sources], sorted({0, *self.weight_changes})
+        repeats, first = [self._repeats(source) for source in self._sources], max(self.first_step, 0)
+        starts = [first, *(step for step in self.weight_changes if step > first)]
         self._source_mix = SourceMix(
-            corpora, packings, repeats, interleave, starts, self.seq_len, self.global_batch_size
+            corpora, packings, repeats, interleave, starts, self.seq_len, self.global_batch_size, self.first_step
         )
         if self.split == "train" and self.steps is not None:
-            end = self._skipper.advance(0, self.steps * self.global_batch_size)
-            self._source_mix.check_enough_data(-(-end // self.global_batch_size))
+            end = self._skipper.advance(0, (self.steps - self.first_step) * self.global_batch_size)
+            until = self.first_step - (-end // self.global_batch_size)
+            self._source_mix.check_enough_data(until)
+            for sentence in self._source_mix.sources_without_rows(until):
+                warn_once(sentence)
         self.num_rows = sum(packed.num_rows or 0 for packed in packings) if self.split == "validation" else None
         """Number of global rows; None if they never end."""
         self._batches: Iterator[Batch | PackedRows | ConfigError] | None = None
@@ -165,18 +171,36 @@ class RowLoader:
     def fingerprints(self) -> dict[str, str]:
         """Returns what the rows depend on, by content: the same after files move, for any ranks and workers."""
         keys = ("packing", "labels_across_documents", "shuffle", "seed", "seq_len")
-        contents = json.dumps([corpus.fingerprint() for corpus in self._source_mix.corpora])
         interleave = self._source_mix.interleave
         weights, *later = (", ".join(map(str, phase)) for phase in interleave.proportions)
         phases = [f"row {first}: {phase}" for first, phase in zip(interleave.first_rows[1:], later, strict=True)]
         return {
-            "sources": hashlib.sha256(contents.encode()).hexdigest(),
+            "sources": ", ".join(corpus.fingerprint()[:16] for corpus in self._source_mix.corpora),
             "weights": weights,
             "phases": "; ".join(phases),
             "repeat": ", ".join(map(str, self._source_mix.repeats)),
+            "first_step": str(self.first_step),
             **{key: str(getattr(self, key)) for key in keys},
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "none",
         }
+
+    def resume_row(self, step: int, row: int, saved: Mapping[str, str], moved: bool) -> int:
+        history = SourceHistory(saved, self.fingerprints(), step, row, self.global_batch_size)
+        if step == self.first_step:
+            return 0
+        history.check_first_step(moved)
+        if saved:
+            mix, titles = self._source_mix, [source.title for source in self._sources]
+            proportions = mix.interleave.proportions[mix.interleave.phase(row)]
+            shares = dict(zip(titles, map(float, proportions), strict=True))
+            history.check(titles, mix.interleave.counts(row), [shares.get(one.title, 0.0) for one in self.sources])
+        return row
+
+    def source_of(self, row: int) -> str:
+        return self._source_mix.corpora[self._source_mix.interleave(row)[0]].label
+
+    def boundary_shares(self) -> dict[str, float]:
+        return self._source_mix.boundary_shares()
 
     def describe(self) -> list[str]:
         """Returns a line on all data, and lines on each source and on the epochs of each phase."""
@@ -216,6 +240,8 @@ class RowLoader:
             f"data.prefetch_factor = {self.prefetch_factor}: must be 1 or more, and needs data.num_workers above 0.",
         )
         check_max_unknown_fraction(self.max_unknown_fraction, "data.max_unknown_fraction")
+        begins = self.steps is None or self.first_step < self.steps
+        require(begins, f"data.first_step = {self.first_step}: the run has {self.steps} steps, counted from 0.")
         packings.registry.get(self.packing)
         self._sources = [source for source in self.sources if source.title not in self.exclude]
         require(bool(self._sources), "data.exclude leaves no source.")
@@ -228,6 +254,8 @@ class RowLoader:
         for pattern in self.exclude:
             if pattern not in named:
                 raise unknown_name("entry", pattern, named, "data.exclude")
+        if self.split == "train":
+            warn_of_shared_files(self._sources, self.validation_sources, self.exclude)
 
     def _open_sources(self) -> list[Corpus]:
         """Returns the documents of this split for each source."""
@@ -296,7 +324,7 @@ class RowLoader:
             if weights is not None:
                 listed = zip(labels, in_order(weights, labels), strict=True)
                 kept = [weight for label, weight in listed if label not in self.exclude]
-                weights_from[step * self.global_batch_size] = kept
+                weights_from[max(step - self.first_step, 0) * self.global_batch_size] = kept
         for source, of_source in zip(self._sources, zip(*weights_from.values(), strict=True), strict=True):
             require(any(of_source), f"the source {source.title} is never read: its weight is above 0 in no phase.")
         return PhasedInterleave(list(weights_from.values()), list(weights_from))

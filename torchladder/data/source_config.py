@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torchladder.data import sources
-from torchladder.data.file_patterns import as_list, match_files
+from torchladder.data.file_patterns import as_list, match_files, warn_once
+from torchladder.data.text.text_files import TextFiles
 from torchladder.registry import ConfigError, require, unknown_name
 
 PATH_HELP = "A file, folder or glob, or a list of those. All files are one source, each glob in sorted order."
@@ -90,6 +91,15 @@ class SourceConfig:
         require(bool(kept or not found), f"data.exclude leaves no file of the source {self.title}.")
         return kept
 
+    def real_files(self, exclude: Iterable[str] = ()) -> list[str]:
+        """Returns the real paths of the files that the source reads; a .bin stands for its pair."""
+        if self.is_tokens:
+            files = [file.with_suffix(".bin") if file.suffix == ".idx" else file for file in self.files(exclude)]
+        else:
+            read = self.text_source()
+            files = [file for _, file in read.files] if isinstance(read, TextFiles) else []
+        return list(map(os.path.realpath, files))
+
     def text_source(self) -> sources.TextSource:
         """Returns the documents of a source of text."""
         return sources.registry.build(dataclasses.replace(self, name=self.kind))
@@ -110,8 +120,7 @@ class SourceConfig:
     def _all_files(self) -> list[Path]:
         suffixes, patterns = sources.token_formats[self.kind].suffixes, as_list(getattr(self, "path", []))
         what = "token file" + (f". Known: {', '.join(suffixes)}" if suffixes else "")
-        found = [match_files(one, lambda file: not suffixes or file.suffix in suffixes, what) for one in patterns]
-        return list(dict.fromkeys(chain(*found)))
+        return list(match_files(patterns, lambda file: not suffixes or file.suffix.lower() in suffixes, what))
 
 
 @cache
@@ -126,6 +135,24 @@ def _subclass(kind: str, component: Any) -> type[SourceConfig]:
     return dataclasses.make_dataclass(
         "SourceConfig", fields, bases=(SourceConfig,), frozen=True, kw_only=True, namespace={"kind": kind}
     )
+
+
+def warn_of_shared_files(
+    training: Sequence[SourceConfig], validation: Sequence[SourceConfig], exclude: Sequence[str] = ()
+) -> None:
+    """Warns of files that two sources read: training reads them for each, validation measures what was trained on."""
+    first_readers: dict[str, SourceConfig] = {}
+    for number, source in enumerate((*training, *validation)):
+        shared = []
+        for file in source.real_files(exclude):
+            first = first_readers.setdefault(file, source)
+            shared += [(file, first)] if first is not source else []
+        if shared:
+            (file, first), more = shared[0], len(shared) - 1
+            trained = number < len(training)
+            effect = "its share of the rows is that of both" if trained else "validation reads what the run trains on"
+            files = f"{file}{f' and {more:,} other files' if more else ''}"
+            warn_once(f"the sources {first.title} and {source.title} both read {files}: {effect}")
 
 
 def matches_file(pattern: str, file: Path) -> bool:

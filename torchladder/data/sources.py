@@ -139,14 +139,14 @@ def detect_source(paths: Sequence[str]) -> str:
     fitting = {
         name: known
         for name, known in token_formats.items()
-        if paths and known.suffixes and all(path.endswith(known.suffixes) for path in paths)
+        if paths and known.suffixes and all(path.lower().endswith(known.suffixes) for path in paths)
     }
     for name, (suffixes, recognize, _) in fitting.items():
         try:
             found = match_paths(paths[0]) if recognize else []
         except ConfigError:
             found = []
-        first = next((file for file in found if file.is_file() and file.suffix in suffixes), None)
+        first = next((file for file in found if file.is_file() and file.suffix.lower() in suffixes), None)
         if first and recognize and recognize(first):
             return name
     return next((name for name, known in fitting.items() if known.recognize is None), "text")

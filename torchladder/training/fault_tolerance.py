@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from dataclasses import replace
 
 from torchladder.checkpoint import Checkpointer, RunState, check_fingerprints, complete_steps
-from torchladder.data.dataloader import BaseDataLoader, Batch, SupportsSkipping
+from torchladder.data.dataloader import BaseDataLoader, Batch, SupportsSkipping, TracksSources
 from torchladder.distributed.ranks import Ranks
 from torchladder.registry import ConfigError
 from torchladder.resilience.bad_steps import BadStepDetector, BadStepError, Rollback, format_rows
@@ -115,15 +116,20 @@ class FaultTolerance:
         """
 
         def check(state: RunState) -> None:
+            self._resume_row(state, loader)
             now, accepted = fingerprints(self.plan, loader), self.plan.config.checkpoint.accept_changes
             check_fingerprints(state.fingerprints, now, accepted)
 
         state = self.checkpointer.load(check, newest)
-        if state is not None:
-            self.bad_steps.load_state_dict(state.bad_steps)
+        if state is None:
+            self._resume_row(RunState(step=0, row=0), loader)
+            return None
+        self.bad_steps.load_state_dict(state.bad_steps)
+        row = self._resume_row(state, loader)
+        if row == state.row:  # otherwise they are rows of the data before this
             self._skip([rows for rows in state.skipped_rows if rows not in self.skipped_rows], loader)
-            loader.seek(state.row)
-        return state
+        loader.seek(row)
+        return replace(state, row=row)
 
     def roll_back(self, rollback: Rollback, loader: BaseDataLoader) -> RunState:
         """Loads the newest checkpoint; the loader then skips the rows of the bad steps.
@@ -143,6 +149,16 @@ class FaultTolerance:
         if self.ranks.is_rank0:
             logger.warning("rolled back to step %d, %s", state.step, rollback)
         return state
+
+    def _resume_row(self, state: RunState, loader: BaseDataLoader) -> int:
+        """Returns the row to continue at; raises ConfigError if sources would not continue where they were."""
+        excluded = set(self.plan.config.checkpoint.exclude_from_loading) - set(state.excluded)
+        step = 0 if "train_state" in excluded else state.step
+        row = 0 if "dataloader" in excluded else state.row
+        if not isinstance(loader, TracksSources):
+            return row
+        saved = {name.removeprefix("data."): value for name, value in state.fingerprints.items() if "data." in name}
+        return loader.resume_row(step, row, saved, moved=bool(excluded & {"train_state", "dataloader"}))
 
     def _skip(self, rows: list[tuple[int, int]], loader: BaseDataLoader) -> None:
         if not rows:

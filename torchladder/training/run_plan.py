@@ -13,7 +13,7 @@ import torch
 
 from torchladder import curriculum, mask, models
 from torchladder.config import Config
-from torchladder.data.dataloader import BaseDataLoader
+from torchladder.data.dataloader import BaseDataLoader, TracksSources
 from torchladder.distributed import mesh
 from torchladder.distributed.parallelize import ParallelizeConfig, Precision
 from torchladder.distributed.ranks import Ranks
@@ -161,6 +161,15 @@ def log_plan(plan: Plan, kernel: AttentionKernel, loaders: list[BaseDataLoader],
     lines += [f"settings:\n{text}"] if config.job.print_config else []
     for line in lines:
         logger.info("%s", line)
+    if "document" in config.attention.masks and isinstance(loaders[0], TracksSources):
+        for source, share in loaders[0].boundary_shares().items():
+            logger.info("documents   begin inside %.0f%% of the rows of %s", 100 * share, source)
+            if not share:
+                logger.warning(
+                    "attention.masks: 'document' changes nothing in %s: no document begins inside a row. If these rows "
+                    "were packed elsewhere, documents_by_eos = true finds their documents by the eos token.",
+                    source,
+                )
 
 
 def run_info(plan: Plan, ranks: Ranks, flops: Callable[[int, int], int]) -> RunInfo:

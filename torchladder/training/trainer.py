@@ -27,6 +27,7 @@ from torchladder.resilience.bad_steps import BadStepDetector, Rollback, StepOutc
 from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training import data_setup
 from torchladder.training.fault_tolerance import FaultTolerance
+from torchladder.training.label_check import LabelCheck
 from torchladder.training.run_plan import Plan, fingerprints, log_plan, parallelize_config, run_info
 from torchladder.training.samples import Samples
 from torchladder.training.validation import Validation
@@ -70,6 +71,7 @@ class Trainer:
             return data_setup.build_loader(config, plan.batch, plan.schedule, split, tokenizer, self.mesh.dp_rank)
 
         self.loader = build_loader("train")
+        self.label_check = LabelCheck(self.loader, config.metrics.log_freq, config.training.steps, ranks.is_rank0)
         self.validation = Validation(plan, ranks, build_loader("validation")) if config.validation.enable else None
         self.samples = Samples(config, tokenizer, self._logits, plan.degrees.tp)
 
@@ -166,6 +168,8 @@ class Trainer:
         num_labels, pairs = self.fault_tolerance.sync_ranks(
             sum(batch.num_labels for batch in batches), sum(map(mask.pairs, starts)), self.plan.degrees.model_parallel
         )
+
+        self.label_check(self.step + 1, self.row, num_labels)
 
         self.optimizer.zero_grad()
         losses = [

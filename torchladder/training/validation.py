@@ -10,6 +10,7 @@ from torch import Tensor
 from torchladder import mask
 from torchladder.data import BaseDataLoader, Batch
 from torchladder.distributed.ranks import Ranks
+from torchladder.registry import require
 from torchladder.training.run_plan import Plan
 
 
@@ -31,6 +32,9 @@ class Validation:
         Args:
             summed_loss: ``(batch, start) -> loss``, summed over the labels of this rank's tokens.
             stop_if_requested: called before each batch; may raise to interrupt the validation.
+
+        Raises:
+            ConfigError: no row has a label.
         """
         config, ranks, degrees = self.plan.config, self.ranks, self.plan.degrees
         losses = {}
@@ -44,6 +48,7 @@ class Validation:
                 start = mask.from_names(config.attention.masks, batch.positions, window)
                 num_labels += batch.num_labels
                 loss += summed_loss(batch.to(ranks.device), start)
-            total = ranks.sum(loss.item(), degrees.tp)
-            losses[window] = total / max(ranks.sum(num_labels, degrees.model_parallel), 1)
+            total, all_labels = ranks.sum(loss.item(), degrees.tp), ranks.sum(num_labels, degrees.model_parallel)
+            require(all_labels > 0, "no row of the validation data has a label: every one is -100.")
+            losses[window] = total / all_labels
         return losses

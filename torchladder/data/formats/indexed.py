@@ -22,7 +22,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from torchladder.data.sources import register_tokens
+from torchladder.data.formats.eos_documents import divide_at_eos
+from torchladder.data.sources import TokenShard, register_tokens
 from torchladder.disk_errors import naming_path
 from torchladder.registry import ConfigError, require
 
@@ -280,9 +281,14 @@ def map_tokens(path: str | Path, dtype: np.dtype, offset: int = 0) -> np.ndarray
 
 
 @register_tokens("indexed", suffixes=(".bin", ".idx"))
-def indexed(files: list[Path]) -> list[IndexedTokens]:
-    """Megatron ``.bin``/``.idx`` pairs, each named by either of its files."""
-    return [IndexedTokens(prefix) for prefix in dict.fromkeys(map(prefix_of, files))]
+def indexed(files: list[Path], eos: int | None, cache: Path, documents_by_eos: bool = False) -> Sequence[TokenShard]:
+    """Megatron ``.bin``/``.idx`` pairs, each named by either of its files.
+
+    Args:
+        documents_by_eos: End documents at the tokenizer's eos, too: for rows that were packed elsewhere.
+    """
+    shards = [IndexedTokens(prefix) for prefix in dict.fromkeys(map(prefix_of, files))]
+    return divide_at_eos(shards, eos, cache) if documents_by_eos else shards
 
 
 def _sync(file: BinaryIO) -> None:

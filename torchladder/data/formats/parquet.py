@@ -6,7 +6,7 @@ Tokens without a label (``labels`` -100, or ``attention_mask`` 0) are stored as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import numpy as np
 
 from torchladder.data.dataloader import IGNORE_INDEX
 from torchladder.data.disk_cache import build_once, files_key
+from torchladder.data.formats.eos_documents import divide_at_eos
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter
-from torchladder.data.sources import register_tokens
-from torchladder.data.text.file_formats import open_parquet
+from torchladder.data.sources import TokenShard, register_tokens
+from torchladder.data.text.document_parsers import open_parquet
 from torchladder.data.unlabeled_tokens import mark_unlabeled
 from torchladder.registry import ConfigError, unknown_name
 
@@ -57,10 +58,13 @@ class ParquetTokens(IndexedTokens):
 
 
 @register_tokens("parquet", suffixes=(".parquet",), recognize=holds_tokens, unlabeled=True)
-def parquet(files: list[Path], cache: Path) -> list[ParquetTokens]:
+def parquet(files: list[Path], eos: int | None, cache: Path, documents_by_eos: bool = False) -> Sequence[TokenShard]:
     """Parquet with ``input_ids``, and optionally ``labels`` and ``attention_mask`` as in Hugging Face datasets.
 
     A label is at the index of its own token, not of the one before, and is that token or -100.
+
+    Args:
+        documents_by_eos: End documents at the tokenizer's eos, too: for rows that were packed elsewhere.
 
     Raises:
         ConfigError: a file is damaged, lacks the column, or has labels that are not its tokens.
@@ -73,7 +77,8 @@ def parquet(files: list[Path], cache: Path) -> list[ParquetTokens]:
                     writer.add(document)
 
     folder = build_once(cache / "parquet" / files_key(files, FORMAT_VERSION), build)
-    return [ParquetTokens(files, folder / "tokens")]
+    rows = [ParquetTokens(files, folder / "tokens")]
+    return divide_at_eos(rows, eos, cache) if documents_by_eos else rows
 
 
 def _documents(file: Path) -> Iterator[np.ndarray]:

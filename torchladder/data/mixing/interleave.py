@@ -177,14 +177,18 @@ class PhasedInterleave:
 
     def __call__(self, row: int) -> tuple[int, int]:
         """Returns the source of a row, and which of that source's rows it is."""
-        phase = bisect.bisect_right(self.first_rows, row) - 1
+        phase = self.phase(row)
         source, index = self._interleaves[phase](row - self.first_rows[phase])
         return source, self._counts_before[phase][source] + index
 
     def counts(self, row: int) -> list[int]:
         """Returns how many of the rows before ``row`` come from each source."""
-        phase = bisect.bisect_right(self.first_rows, row) - 1
+        phase = self.phase(row)
         return self._counts_in_phase(phase, row - self.first_rows[phase])
+
+    def phase(self, row: int) -> int:
+        """Returns the number of the phase that a row belongs to."""
+        return bisect.bisect_right(self.first_rows, row) - 1
 
     def _counts_in_phase(self, phase: int, rows: int) -> list[int]:
         """Returns the counts after the first ``rows`` rows of a phase, earlier phases included."""

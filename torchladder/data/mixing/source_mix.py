@@ -16,6 +16,9 @@ from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.packing.spans import Packing
 from torchladder.registry import ConfigError, require, unknown_name
 
+SAMPLED_ROWS = 64
+"""Rows of each source that are searched for the beginnings of documents."""
+
 
 @dataclass(frozen=True, eq=False)
 class SourceMix:
@@ -26,9 +29,10 @@ class SourceMix:
         packings: rows of each source.
         repeats: whether each source starts over when all of it has been read.
         interleave: source of every row.
-        phase_starts: first step of each phase; the first one is 0.
+        phase_starts: first step of each phase; the first one is that of the data, or of the run if that is later.
         seq_len: tokens in a row.
         global_batch_size: rows in a step.
+        first_step: the step that reads the first rows.
     """
 
     corpora: Sequence[Corpus]
@@ -38,6 +42,7 @@ class SourceMix:
     phase_starts: Sequence[int]
     seq_len: int
     global_batch_size: int
+    first_step: int = 0
 
     def check_enough_data(self, steps: int) -> None:
         """Checks that no source runs out.
@@ -59,13 +64,13 @@ class SourceMix:
             )
 
     def steps_for(self, epochs: float) -> int:
-        """Returns the steps that read as many rows as all sources have together, ``epochs`` times.
+        """Returns the steps of a run that reads as many rows as all sources have together, ``epochs`` times.
 
         Rounds up, so the last step reads into the next epoch; rounds down if a source does not repeat.
         """
         rows = Fraction(str(epochs)) * sum(packed.rows_per_epoch for packed in self.packings)
         steps = rows / self.global_batch_size
-        return max(math.ceil(steps) if all(self.repeats) else math.floor(steps), 1)
+        return self.first_step + max(math.ceil(steps) if all(self.repeats) else math.floor(steps), 1)
 
     def usage(self, steps: int) -> list[SourceUsage]:
         """Returns what each phase of a run of ``steps`` steps reads of each source, phase by phase."""
@@ -78,6 +83,28 @@ class SourceMix:
                     SourceUsage(step, until - step, corpus.label, tokens, float(after - before), float(before))
                 )
         return found
+
+    def boundary_shares(self) -> dict[str, float]:
+        """Returns the share of each source's rows inside which a document begins, in a fixed sample of them."""
+        shares = {}
+        for corpus, packed in zip(self.corpora, self.packings, strict=True):
+            rows = math.ceil(packed.rows_per_epoch)
+            sample = sorted({number * rows // SAMPLED_ROWS for number in range(SAMPLED_ROWS)})
+            spans = [packed(row) for row in sample]
+            begins = [(of_row.ends - of_row.begins)[:-1].cumsum() for of_row in spans]
+            inside = [((at > 0) & (at < self.seq_len)).any() for at in begins]
+            shares[corpus.label] = sum(inside) / len(inside)
+        return shares
+
+    def sources_without_rows(self, steps: int) -> list[str]:
+        """Returns a sentence on each source of which the run reads nothing, since its weight is too small."""
+        rows = (steps - self.first_step) * self.global_batch_size
+        return [
+            f"the source {corpus.label} gets none of the run's {rows:,} rows: its proportion is at most {share:.3g}"
+            for number, corpus in enumerate(self.corpora)
+            if (share := float(max(phase[number] for phase in self.interleave.proportions)))
+            and not self._rows(number, steps)
+        ]
 
     def describe(self) -> list[str]:
         """Returns a line for each source, and one for each later phase that changes the weights."""
@@ -95,7 +122,7 @@ class SourceMix:
             lines.append(line)
         for first, proportions in zip(self.interleave.first_rows[1:], later, strict=True):
             named = [f"{corpus.label} {float(p):.1%}" for corpus, p in zip(self.corpora, proportions, strict=True)]
-            lines.append(f"from step {first // self.global_batch_size:,}: {', '.join(named)}")
+            lines.append(f"from step {self.first_step + first // self.global_batch_size:,}: {', '.join(named)}")
         return lines
 
     def describe_epochs(self, steps: int) -> list[str]:
@@ -108,8 +135,8 @@ class SourceMix:
         return [title + ", ".join(named) for title, named in lines.items()]
 
     def _rows(self, source: int, steps: int) -> int:
-        """Returns the rows of a source that the first ``steps`` steps read."""
-        return self.interleave.counts(steps * self.global_batch_size)[source]
+        """Returns the rows of a source that the first ``steps`` steps of the run read."""
+        return self.interleave.counts(max(steps - self.first_step, 0) * self.global_batch_size)[source]
 
 
 def in_order(weights: list[float] | dict[str, float], labels: Sequence[str]) -> list[float]:

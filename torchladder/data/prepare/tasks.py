@@ -13,8 +13,8 @@ from torchladder.data.formats.indexed import prefix_of
 from torchladder.data.prepare.document_encoder import DocumentEncoder
 from torchladder.data.prepare.text_counts import MAX_UNKNOWN_FRACTION, check_max_unknown_fraction
 from torchladder.data.text import file_formats
+from torchladder.data.text.document_parsers import FileSlice
 from torchladder.data.text.document_reader import DocumentReader, OnError
-from torchladder.data.text.file_formats import FileSlice
 from torchladder.data.text.text_files import match_text_files
 from torchladder.registry import require
 
@@ -90,18 +90,12 @@ class PrepareTask:
 
 
 def expand_inputs(inputs: Sequence[str]) -> list[Path]:
-    """Lists the files that paths, folders and globs name, the matches of each in sorted order.
+    """Lists the files that paths, folders and globs name, each once, the matches of each in sorted order.
 
     Raises:
-        ConfigError: a pattern matches no file, or two patterns match the same file.
+        ConfigError: a pattern matches no file.
     """
-    files: dict[str, Path] = {}
-    for pattern in inputs:
-        for path in match_text_files(pattern):
-            new = os.path.abspath(path) not in files
-            require(new, f"{path} matches two inputs, so its documents would be in the output twice.")
-            files[os.path.abspath(path)] = path
-    return list(files.values())
+    return list(match_text_files(inputs))
 
 
 def split_into_tasks(config: PrepareConfig, files: Sequence[Path]) -> list[PrepareTask]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 from torchladder.data.extras import import_extra
 from torchladder.registry import ConfigError, require
 
-SUFFIXES = (".gz", ".zst", ".bz2")
-"""Of compressed files."""
+SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
+"""Of compressed files, in any case."""
 CHUNK_BYTES = 1 << 20
 """Bytes that are decompressed at once; slices of a compressed file are multiples of it."""
 MAX_COMPRESSED_SLICES = 8
@@ -20,13 +21,18 @@ MAX_COMPRESSED_SLICES = 8
 
 
 def inner_suffix(path: Path) -> str:
-    """Returns the suffix of a file's content: ``.jsonl`` of ``a.jsonl.gz``."""
-    return Path(path.stem).suffix if path.suffix in SUFFIXES else path.suffix
+    """Returns the suffix of a file's content in lower case: ``.jsonl`` of ``a.JSONL.gz``."""
+    return (Path(path.stem) if is_compressed(path) else path).suffix.lower()
+
+
+def is_compressed(path: Path) -> bool:
+    """Returns whether the suffix of a file is that of a compression."""
+    return path.suffix.lower() in SUFFIXES
 
 
 def read_content(path: Path) -> bytes:
     """Returns the whole content of a file, decompressed."""
-    return b"".join(data for _, data in _chunks(path)) if path.suffix in SUFFIXES else path.read_bytes()
+    return b"".join(data for _, data in _chunks(path)) if is_compressed(path) else path.read_bytes()
 
 
 def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes, int]]:
@@ -38,7 +44,7 @@ def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[t
             is a whole number of chunks.
         end: where the next part begins; None reads to the end.
     """
-    if path.suffix in SUFFIXES:
+    if is_compressed(path):
         yield from _compressed_lines(path, begin, end)
         return
     with open(path, "rb") as file:
@@ -58,7 +64,7 @@ def lines_before(path: Path, begin: int) -> int:
 
     0 for a compressed file, whose lines are always counted from its beginning.
     """
-    if path.suffix in SUFFIXES or begin == 0:
+    if is_compressed(path) or begin == 0:
         return 0
     count, ends_line = 0, True
     with open(path, "rb") as file:
@@ -71,9 +77,9 @@ def lines_before(path: Path, begin: int) -> int:
 
 def slice_bytes(path: Path, size: int, target: int) -> int:
     """Returns the size of the slices that a file of lines is split into: ``target`` bytes or more."""
-    if path.suffix not in SUFFIXES:
+    if not is_compressed(path):
         return target
-    if path.suffix == ".bz2":
+    if path.suffix.lower() in (".bz2", ".xz"):
         return size  # too slow to decompress again for each slice
     target = max(target, -(-size // MAX_COMPRESSED_SLICES))
     return -(-target // CHUNK_BYTES) * CHUNK_BYTES
@@ -128,9 +134,12 @@ def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _decompressor(path: Path) -> tuple[Callable[[], Any], type[Exception]]:
     """Returns what makes the decompressor of one member, and what that raises on damage."""
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return lambda: zlib.decompressobj(wbits=31), zlib.error
-    if path.suffix == ".bz2":
+    if suffix == ".bz2":
         return bz2.BZ2Decompressor, OSError
+    if suffix == ".xz":
+        return lzma.LZMADecompressor, lzma.LZMAError
     zstandard = import_extra("zstandard", "zstd", f"reading {path}")
     return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, get_args
 
 from torchladder.data.text import compression
-from torchladder.data.text.file_formats import FileSlice, ParseError, decode_text, format_of
+from torchladder.data.text.document_parsers import FileSlice, ParseError, decode_text
+from torchladder.data.text.file_formats import format_of
 from torchladder.registry import ConfigError, unknown_name
 
 OnError = Literal["error", "skip", "repair"]

@@ -6,16 +6,16 @@ import hashlib
 import logging
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchladder.data.disk_cache import file_sha256, files_key
-from torchladder.data.file_patterns import as_list, match_files, root_of
+from torchladder.data.file_patterns import as_list, match_files
 from torchladder.data.sources import Document, TextSource, register_text
 from torchladder.data.text import file_formats
+from torchladder.data.text.document_parsers import FileSlice
 from torchladder.data.text.document_reader import DocumentReader, OnError, summarize_skipped
-from torchladder.data.text.file_formats import FileSlice
 from torchladder.registry import require
 
 logger = logging.getLogger(__name__)
@@ -78,9 +78,9 @@ def python_stdlib() -> TextSource:
 
 @register_text("text")
 def text(path: str | list[str], text_key: str = "text", on_error: OnError = "error") -> TextSource:
-    """Text files: each .txt, .py and .md is a document, each line of a .jsonl, each row of a .csv and .parquet.
+    """Text files: each .txt, .py and .md is a document, each line of a .jsonl or .json, each row of a .csv or .parquet.
 
-    All of them may be compressed, as .gz, .zst or .bz2.
+    All of them may be compressed, as .gz, .zst, .bz2 or .xz. A .json may also be one array of objects.
 
     Args:
         path: A file, a folder (searched recursively), a glob such as ``notes/**/*.md``, or a list of those.
@@ -93,11 +93,10 @@ def text(path: str | list[str], text_key: str = "text", on_error: OnError = "err
     patterns = as_list(path)
     given = bool(patterns) and all(patterns)
     require(given, "the source text needs a path: a file, a folder, a glob, or a list of those.")
-    roots = [(root_of(pattern), match_text_files(pattern)) for pattern in patterns]
-    files = tuple((file.relative_to(root).as_posix(), file) for root, found in roots for file in found)
+    files = tuple((name, file) for file, name in match_text_files(patterns).items())
     return TextFiles(", ".join(patterns), files, text_key, on_error)
 
 
-def match_text_files(pattern: str) -> list[Path]:
-    """Returns the text files of one pattern, in sorted order; raises ConfigError if there are none."""
-    return match_files(pattern, file_formats.is_text_file, file_formats.TEXT_FILES)
+def match_text_files(patterns: Sequence[str]) -> dict[Path, str]:
+    """Returns the text files of patterns, each with its name; raises ConfigError if a pattern has none."""
+    return match_files(patterns, file_formats.is_text_file, file_formats.TEXT_FILES)

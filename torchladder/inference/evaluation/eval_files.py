@@ -16,8 +16,8 @@ from torchladder.data.file_patterns import match_files
 from torchladder.data.prepare.text_counts import MAX_UNKNOWN_FRACTION
 from torchladder.data.source_config import SourceConfig
 from torchladder.data.text import file_formats
+from torchladder.data.text.document_parsers import FileSlice
 from torchladder.data.text.document_reader import DocumentReader, OnError
-from torchladder.data.text.file_formats import FileSlice
 from torchladder.inference.trained_model import NoTokenizerError, TrainedModel
 
 
@@ -128,8 +128,7 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
         return file_formats.is_text_file(file) or file.suffix in (".bin", ".idx")
 
     found: dict[str, Path] = {}
-    for pattern in patterns:
-        for file in match_files(pattern, is_readable, file_formats.TEXT_FILES):
-            file = file.with_suffix(".bin") if file.suffix == ".idx" else file
-            found.setdefault(os.path.abspath(file), Path(os.path.normpath(file)))
+    for file in match_files(patterns, is_readable, file_formats.TEXT_FILES):
+        file = file.with_suffix(".bin") if file.suffix == ".idx" else file
+        found.setdefault(os.path.abspath(file), Path(os.path.normpath(file)))
     return list(found.values())
