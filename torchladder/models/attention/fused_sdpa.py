@@ -33,7 +33,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
     if backend == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, bias is None, attn_mask=bias)
     if backend == "flash4":
-        out, lse = flash4.forward(*(x.transpose(1, 2) for x in (q, k, v)))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = flash4.forward(q, k, v, flash4.CAUSAL)
         return out.transpose(1, 2), lse
     if backend == "cudnn":
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
@@ -57,8 +58,8 @@ def backward(
         )
     if backend == "flash4":
         grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
-        grads = flash4.backward(grad, (q, k, v), out, lse)
-        return tuple(x.transpose(1, 2) for x in grads)
+        dq, dk, dv = flash4.backward(grad, (q, k, v), out, lse, flash4.CAUSAL)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
     if backend == "cudnn":
         unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout seed and offset
         return aten._scaled_dot_product_cudnn_attention_backward(

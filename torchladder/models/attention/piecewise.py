@@ -38,7 +38,8 @@ def piecewise_attention(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[AttentionPiece]) -> tuple[Tensor, Tensor]:
     if _is_whole(pieces, q, k):
-        out, lse = fused_sdpa.forward(*(_gather(x, pieces[0], pieces[0].keys) for x in (q, k, v)), None)
+        q_part, k_part, v_part = (_gather(x, pieces[0], pieces[0].keys) for x in (q, k, v))
+        out, lse = fused_sdpa.forward(q_part, k_part, v_part, None)
         return _unfold(out, q), _unfold(lse[..., None], q)[..., 0]
     out, lse = empty_per_token(q), empty_lse(q)
     for piece in pieces:
