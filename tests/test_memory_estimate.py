@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from torchladder import config, models
 from torchladder.commands import plan as command
-from torchladder.distributed import fake_ranks
+from torchladder.distributed import activation_memory, fake_ranks
 from torchladder.models.attention.sdpa import SdpaKernel
 from torchladder.registry import ConfigError
 from torchladder.training import run_plan as plans
@@ -49,7 +49,7 @@ def test_activations_on_meta_are_those_of_a_real_block():
         weights = sum(parameter.numel() * 4 for parameter in model.layers["0"].parameters())
         found[device] = sum(storage.nbytes() for storage in kept.values()) - weights - attn_mask.nbytes
         if device == "meta":
-            counted = fake_ranks.activation_bytes(model.layers["0"], x, attn_mask, SdpaKernel.saved_ops)
+            counted = activation_memory.activation_bytes(model.layers["0"], x, attn_mask, SdpaKernel.saved_ops)
     assert counted["none"] == found["meta"] == found["cpu"]
     assert counted["full"] == x.nbytes
     assert counted["full"] < counted["op"] < counted["none"]
