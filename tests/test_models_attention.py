@@ -169,14 +169,19 @@ def test_pieces_cover_each_query_once(start):
     assert (seen == 1).all()
 
 
-def test_cudnn_serves_few_lengths(monkeypatch):
+def test_cudnn_serves_few_lengths_on_hopper(monkeypatch):
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *of, **more: SDPBackend.CUDNN_ATTENTION.value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    capability = (9, 0)
 
     def serves(length):
-        q, k = (SimpleNamespace(shape=(2, heads, length, 64), device=torch.device("cuda")) for heads in (4, 2))
+        device, dtype = torch.device("cuda"), torch.bfloat16
+        q, k = (SimpleNamespace(shape=(2, heads, length, 64), device=device, dtype=dtype) for heads in (4, 2))
         return fused_sdpa._backend(q, k, k, None)
 
     assert [serves(length) for length in (127, 128, 129, 1024, 1000)] == ["flash", "cudnn", "flash", "cudnn", "flash"]
+    capability = (10, 0)
+    assert serves(1024) == "flash"
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
     assert serves(127) == "cudnn"
 
@@ -374,22 +379,26 @@ def test_the_operators_keep_their_promises(name):
     start = mask.chunk(torch.arange(30, dtype=torch.int32).repeat(2, 1), 7)
     q, k, v, _ = inputs(2, 30, (4, 2))
     operator = getattr(torch.ops.torchladder, name).default
-    torch.library.opcheck(operator, (q, k, v, make(name).prepare(start, CPU)))
+    torch.library.opcheck(operator, (q, k, v, [make(name).prepare(start, CPU)]))
 
 
 # --- varlen, with stand-ins for the CUDA kernels ---------------------------------------------------------------------
 
 
-def segments_by_hand(q, k, v, bounds, left):
-    """What a varlen kernel computes, from its arguments: flat (B·T, H, K), segments, keys to the left."""
-    index = torch.arange(len(q))
+def seen_by_hand(tokens, bounds, left):
+    """Which keys (dim 1) queries see (dim 0), from a varlen kernel's arguments: segments, keys to the left or -1."""
+    index = torch.arange(tokens)
     segment = torch.bucketize(index, bounds[1:].long(), right=True)
     distance = index[:, None] - index[None, :]
     seen = (segment[:, None] == segment[None, :]) & (distance >= 0)
-    if left >= 0:
-        seen &= distance <= left
+    return seen & (distance <= left) if left >= 0 else seen
+
+
+def segments_by_hand(q, k, v, bounds, left):
+    """What a varlen kernel computes, from its arguments: flat (B·T, H, K), segments, keys to the left."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    seen = seen_by_hand(len(q), bounds, left)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 

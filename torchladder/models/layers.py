@@ -16,6 +16,16 @@ from torchladder.models.attention import AttentionFunction
 from torchladder.models.llama_config import LlamaConfig
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (arXiv 1910.07467) in the dtype of its input, like FSDP2 under mixed precision.
+
+    Under autocast the weight is fp32 and the input is not, which PyTorch's fused kernel does not take.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class RoPE(nn.Module):
     """Rotary position embedding (arXiv 2104.09864) that rotates the first half of a head against the second, in fp32.
 
@@ -105,8 +115,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dim, config.kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(dim, config.kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_heads * head_dim, dim, bias=False)
-        self.q_norm = None if qk_norm is None else nn.RMSNorm(head_dim, eps=qk_norm)
-        self.k_norm = None if qk_norm is None else nn.RMSNorm(head_dim, eps=qk_norm)
+        self.q_norm = None if qk_norm is None else RMSNorm(head_dim, eps=qk_norm)
+        self.k_norm = None if qk_norm is None else RMSNorm(head_dim, eps=qk_norm)
 
     def forward(self, x: Tensor, attn_mask: Any) -> Tensor:
         # -1 infers the number of heads, because under tensor parallelism a rank has only some of them.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchladder.models.attention import AttentionFunction, causal_attention
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.models.hf.llama_adapter import LLAMA_ADAPTER
-from torchladder.models.layers import Attention, FeedForward, Head, RoPE
+from torchladder.models.layers import Attention, FeedForward, Head, RMSNorm, RoPE
 from torchladder.models.llama_config import FLAVORS, INITIAL_STDS, RESIDUAL_PROJECTIONS, LlamaConfig
 from torchladder.models.model import Model, init_normal_, register
 
@@ -29,9 +29,9 @@ class Block(nn.Module):
         self, config: LlamaConfig, rope: RoPE | None, attention_fn: AttentionFunction, qk_norm: float | None = None
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config, rope, attention_fn, qk_norm)
-        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.feed_forward_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
 
     def forward(self, x: Tensor, attn_mask: Any) -> Tensor:
@@ -60,7 +60,7 @@ class Llama(Model):
         self.rope = RoPE(config, seq_len) if config.positional_embedding == "rope" else None
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): self.make_block(attention_fn) for i in range(config.n_layers)})
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = Head(config)
 
     def make_block(self, attention_fn: AttentionFunction) -> Block:
@@ -76,6 +76,8 @@ class Llama(Model):
     def _hidden_states(self, tokens: Tensor, attn_mask: Any) -> Tensor:
         """Returns the normalized output of the last block (B, T, d)."""
         x = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # autocast leaves the residual stream in fp32, FSDP2 does not
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.layers.values():
             x = block(x, attn_mask)
         return self.norm(x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchladder import mask, models
-from torchladder.distributed import fake_ranks, mesh, parallelize, tensor_parallel
+from torchladder.distributed import activation_memory, fake_ranks, float8, mesh, parallelize, tensor_parallel
 from torchladder.distributed.mesh import Degrees
 from torchladder.distributed.parallelize import ParallelizeConfig
 from torchladder.models.attention.sdpa import SdpaKernel
@@ -20,7 +20,11 @@ from torchladder.training.run_plan import Plan
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank at the end of a forward pass, where memory peaks."""
+    """Bytes on one rank where memory peaks: at the end of a forward pass, or of a backward pass if that needs more.
+
+    Without gradient accumulation, gradients replace activations during backward, and ``gradients`` holds only what they
+    need beyond them.
+    """
 
     parameters: int
     gradients: int
@@ -81,6 +85,7 @@ class MemoryEstimator:
         embedding = next(p for name, p in model.named_parameters() if not name.startswith("layers.") and p.dim() == 2)
         self.vocab_size, self.dim = embedding.shape
         self._block_bytes: dict[tuple[int, int, int], tuple[dict[str, int], int]] = {}
+        self._compiled_share = self._measure_compiled_share()
 
     def memory(self, layout: CandidateLayout | None = None) -> RankMemory:
         """Returns the memory of a rank: exact shards for the run's own layout (None), an estimate for another."""
@@ -97,12 +102,14 @@ class MemoryEstimator:
         tokens = layout.local_batch_size * self.seq_len // degrees.cp
         logits = min(MAX_LOGITS_GPU, tokens * self.vocab_size // degrees.tp)
         head_gradient = 4 * self.vocab_size * self.dim // degrees.tp
+        activations = self._activation_bytes(layout)
+        accumulates = self.plan.batch.global_batch_size > layout.local_batch_size * degrees.dp
         return RankMemory(
             parameters=parameters,
-            gradients=parameters,
+            gradients=parameters if accumulates else max(parameters - activations, 0),
             optimizer=2 * parameters,
             gathered=gathered,
-            activations=self._activation_bytes(layout),
+            activations=activations,
             loss=logits * (4 + 2 * itemsize) + head_gradient + tokens * self.dim * itemsize,
         )
 
@@ -213,9 +220,29 @@ class MemoryEstimator:
         shape = layout.local_batch_size, self.seq_len // degrees.cp // degrees.tp, self.dim
         x = torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
         attn_mask = torch.zeros(layout.local_batch_size, self.seq_len, dtype=torch.int32)
-        saved = fake_ranks.activation_bytes(next(iter(model.layers.values())), x, attn_mask, SdpaKernel.saved_ops)
+        block = next(iter(model.layers.values()))
+        saved = activation_memory.activation_bytes(block, x, attn_mask, SdpaKernel.saved_ops)
+        saved = {mode: int(size * self._compiled_share[mode]) for mode, size in saved.items()}
         self._block_bytes[key] = saved, kv_bytes
         return saved, kv_bytes
+
+    def _measure_compiled_share(self) -> dict[str, float]:
+        """Returns, by checkpointing mode, what a compiled block saves relative to one that is not compiled.
+
+        Measured on one row and one rank; every layout's activations are in proportion to its tokens.
+        """
+        if not self.config.compile.compiles("model") or self.config.compile.backend != "inductor":
+            return dict.fromkeys(("none", "op", "full"), 1.0)
+        x = torch.empty(1, self.seq_len, self.dim, dtype=self.dtype, device="meta", requires_grad=True)
+        attn_mask = torch.zeros(1, self.seq_len, dtype=torch.int32)
+        counted = []
+        for count in (activation_memory.compiled_activation_bytes, activation_memory.activation_bytes):
+            model = self._build_meta_model(SdpaKernel.attention).to(self.dtype)
+            if count is activation_memory.compiled_activation_bytes:
+                float8.convert_to_float8(model, self.config.float8, sharded=True)
+            counted.append(count(next(iter(model.layers.values())), x, attn_mask, SdpaKernel.saved_ops))
+        compiled, eager = counted
+        return {mode: compiled[mode] / eager[mode] for mode in eager}
 
     def _sharded_bytes(self) -> int:
         """Returns the bytes of this rank's parameters in the run's own layout."""

@@ -64,6 +64,7 @@ class Trainer:
             config.attention.masks,
             ranks.device,
             tokens_per_rank=self.context_shard.tokens_per_rank if self.mesh.cp_group else None,
+            dtype=self.parallel_config.precision.compute,
         )
         tokenizer = data_setup.build_checked_tokenizer(config)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchladder import mask
-from torchladder.models.attention import attention_pieces
+from torchladder.models.attention import attention_pieces, flash4
 from torchladder.models.attention.kernel import UNIFORM_CHUNKS, AttentionKernel, AttentionSetup, register
 from torchladder.models.attention.piecewise import piecewise_attention
 
@@ -29,7 +29,10 @@ class FoldKernel(AttentionKernel):
 
     @classmethod
     def auto_reason(cls, setup: AttentionSetup) -> str | None:
-        return f"uniform chunks ({' + '.join(setup.masks)}): each chunk is a shorter row of plain causal attention"
+        fast = setup.device.type == "cuda" and flash4.unavailable() is None and setup.dtype in flash4.DTYPES
+        library = ", by FlashAttention 4" if fast else ""
+        masks = " + ".join(setup.masks)
+        return f"uniform chunks ({masks}): each chunk is a shorter row of plain causal attention{library}"
 
     def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> Tensor:
         return torch.tensor(mask.chunk_width(start))  # stays on the CPU, where the operator reads it

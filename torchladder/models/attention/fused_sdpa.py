@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from torchladder.models.attention import flash4
+
 aten = torch.ops.aten
 
 CUDNN_MULTIPLE = 128
@@ -30,6 +32,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
     backend, scale = _backend(q, k, v, bias), q.shape[-1] ** -0.5
     if backend == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, bias is None, attn_mask=bias)
+    if backend == "flash4":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = flash4.forward(q, k, v, flash4.CAUSAL)
+        return out.transpose(1, 2), lse
     if backend == "cudnn":
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
         return out, lse.reshape(q.shape[:-1])
@@ -50,6 +56,10 @@ def backward(
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, bias is None, attn_mask=bias
         )
+    if backend == "flash4":
+        grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+        dq, dk, dv = flash4.backward(grad, (q, k, v), out, lse, flash4.CAUSAL)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
     if backend == "cudnn":
         unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout seed and offset
         return aten._scaled_dot_product_cudnn_attention_backward(
@@ -70,15 +80,21 @@ def backward(
 def _backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
     if bias is not None:
         return "cpu" if q.device.type == "cpu" else "math"
+    if flash4.supports(q):
+        return "flash4"
     grouped = q.shape[1] != k.shape[1]
     choice = SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=grouped))
-    if choice == SDPBackend.CUDNN_ATTENTION and q.shape[2] % CUDNN_MULTIPLE and torch.backends.cuda.flash_sdp_enabled():
+    if choice == SDPBackend.CUDNN_ATTENTION and torch.backends.cuda.flash_sdp_enabled() and not _cudnn_is_faster(q):
         choice = SDPBackend.FLASH_ATTENTION
     if choice == SDPBackend.CUDNN_ATTENTION:
         return "cudnn"
     if choice == SDPBackend.FLASH_ATTENTION:
         return {"cpu": "cpu", "cuda": "flash"}.get(q.device.type, "math")
     return "math"
+
+
+def _cudnn_is_faster(q: Tensor) -> bool:
+    return q.shape[2] % CUDNN_MULTIPLE == 0 and torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
 @lru_cache

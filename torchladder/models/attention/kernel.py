@@ -33,6 +33,7 @@ class AttentionSetup:
         masks: names of the masks that ``start`` is composed of.
         device: where attention runs.
         training: whether gradients are needed.
+        dtype: of queries, keys and values.
         tokens_per_rank: tokens of a row on each context-parallel rank; None without context parallelism.
     """
 
@@ -40,6 +41,7 @@ class AttentionSetup:
     device: torch.device
     training: bool = True
     tokens_per_rank: int | None = None
+    dtype: torch.dtype = torch.bfloat16
 
 
 class AttentionKernel(ABC):
@@ -104,12 +106,17 @@ register = registry.register
 
 
 def build_kernel(
-    name: str, masks: list[str], device: torch.device | str, training: bool = True, tokens_per_rank: int | None = None
+    name: str,
+    masks: list[str],
+    device: torch.device | str,
+    training: bool = True,
+    tokens_per_rank: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> AttentionKernel:
     """Returns the kernel ``name``, or for ``auto`` the first by priority that takes the run; see ``AttentionSetup``."""
     for mask_name in masks:
         mask.registry.get(mask_name)
-    setup = AttentionSetup(tuple(masks), torch.device(device), training, tokens_per_rank)
+    setup = AttentionSetup(tuple(masks), torch.device(device), training, tokens_per_rank, dtype)
     name, reason = _choose(setup) if name == "auto" else (name, "as configured")
     kernel: Any = registry.get(name)
     if (mismatch := _mismatch(kernel, setup)) is not None:

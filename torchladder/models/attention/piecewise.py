@@ -1,15 +1,15 @@
-"""Attention over the pieces of a mask, as a custom operator that the compiler does not trace into."""
+"""Attention over the pieces of a mask, one call of fused attention per piece, as an operator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchladder.models.attention import fused_sdpa
 from torchladder.models.attention.attention_pieces import AttentionPiece
+from torchladder.models.attention.operator import attention_operator, empty_lse, empty_per_token
 
 
 def piecewise_attention(
@@ -23,35 +23,25 @@ def piecewise_attention(
             on the CPU.
     """
 
-    @torch.library.custom_op(f"torchladder::{name}", mutates_args=())
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
-        return _forward(q, k, v, layout(attn_mask, q.shape[0], k.shape[2], k.shape[2] - q.shape[2]))
+    def forward(q: Tensor, k: Tensor, v: Tensor, attn_mask: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return _forward(q, k, v, layout(attn_mask[0], q.shape[0], k.shape[2], k.shape[2] - q.shape[2]))
 
-    @torch.library.custom_op(f"torchladder::{name}_backward", mutates_args=())
-    def attention_backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, attn_mask: Tensor
+    def backward(
+        grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, attn_mask: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        pieces = layout(attn_mask, q.shape[0], k.shape[2], k.shape[2] - q.shape[2])
-        return _backward(grad, (q, k, v), out, lse, pieces)
+        q, k, _ = qkv
+        return _backward(grad, qkv, out, lse, layout(attn_mask[0], q.shape[0], k.shape[2], k.shape[2] - q.shape[2]))
 
-    attention.register_fake(lambda q, k, v, attn_mask: (_empty_like(q), _empty_lse(q)))
-    attention_backward.register_fake(
-        lambda grad, q, k, v, out, lse, attn_mask: (_empty_like(q), _empty_like(k), _empty_like(v))
-    )
-
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs, *output)
-
-    def differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, attn_mask, out, lse = ctx.saved_tensors
-        return (*attention_backward(grad, q, k, v, out, lse, attn_mask), None)
-
-    attention.register_autograd(differentiate, setup_context=setup_context)
-    return lambda q, k, v, attn_mask: attention(q, k, v, attn_mask)[0]
+    operator = attention_operator(name, forward, backward)
+    return lambda q, k, v, attn_mask: operator(q, k, v, [attn_mask])
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[AttentionPiece]) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_like(q), _empty_lse(q)
+    if _is_whole(pieces, q, k):
+        q_part, k_part, v_part = (_gather(x, pieces[0], pieces[0].keys) for x in (q, k, v))
+        out, lse = fused_sdpa.forward(q_part, k_part, v_part, None)
+        return _unfold(out, q), _unfold(lse[..., None], q)[..., 0]
+    out, lse = empty_per_token(q), empty_lse(q)
     for piece in pieces:
         queries = _query_slice(piece, q, k)
         qkv = (_gather(q, piece, queries), _gather(k, piece, piece.keys), _gather(v, piece, piece.keys))
@@ -65,24 +55,34 @@ def _backward(
     grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, pieces: Sequence[AttentionPiece]
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv
+    if _is_whole(pieces, q, k):
+        grad, q, k, v, out, lse = (_gather(x, pieces[0], pieces[0].keys) for x in (grad, *qkv, out, lse[..., None]))
+        grads = fused_sdpa.backward(grad, (q, k, v), out, lse[..., 0], None)
+        dq, dk, dv = (_unfold(part, x) for part, x in zip(grads, qkv, strict=True))
+        return dq, dk, dv
     # Masked blocks may share keys, whose gradients are then accumulated, in the accumulation type. If queries are only
     # the last positions, no piece may write the gradient of some keys before them.
     accumulate = any(piece.bias is not None for piece in pieces) or q.shape[2] < k.shape[2]
     dtype = lse.dtype if accumulate else q.dtype
-    grads = _empty_like(q), _empty_like(k, dtype), _empty_like(v, dtype)
+    dq, dk, dv = empty_per_token(q), empty_per_token(k, dtype), empty_per_token(v, dtype)
     if accumulate:
-        grads[1].zero_()
-        grads[2].zero_()
+        dk.zero_()
+        dv.zero_()
     for piece in pieces:
         queries = _query_slice(piece, q, k)
         piece_qkv = (_gather(q, piece, queries), _gather(k, piece, piece.keys), _gather(v, piece, piece.keys))
         piece_grad, piece_out, piece_lse = (_gather(x, piece, queries) for x in (grad, out, lse[..., None]))
         bias = _bias_like(piece.bias, q)
         piece_grads = fused_sdpa.backward(piece_grad, piece_qkv, piece_out, piece_lse[..., 0], bias)
-        _scatter(grads[0], piece, piece_grads[0], queries)
-        for whole, part in zip(grads[1:], piece_grads[1:], strict=True):
-            _scatter(whole, piece, part, piece.keys, add=accumulate)
-    return grads[0], grads[1].to(q.dtype), grads[2].to(q.dtype)
+        _scatter(dq, piece, piece_grads[0], queries)
+        _scatter(dk, piece, piece_grads[1], piece.keys, add=accumulate)
+        _scatter(dv, piece, piece_grads[2], piece.keys, add=accumulate)
+    return dq, dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _is_whole(pieces: Sequence[AttentionPiece], q: Tensor, k: Tensor) -> bool:
+    """Returns whether one causal call computes everything, and its results need no copy."""
+    return len(pieces) == 1 and pieces[0].bias is None and q.shape[2] == k.shape[2]
 
 
 def _query_slice(piece: AttentionPiece, q: Tensor, k: Tensor) -> slice:
@@ -98,6 +98,12 @@ def _gather(x: Tensor, piece: AttentionPiece, tokens: slice) -> Tensor:
     return part.reshape(-1, width, *part.shape[2:]).transpose(1, 2)
 
 
+def _unfold(part: Tensor, x: Tensor) -> Tensor:
+    """Returns the result (N, H, w, K) of segments that fill ``x`` (B, H, T, K) in its shape; a view if possible."""
+    batch, _, length, _ = x.shape
+    return part.transpose(1, 2).reshape(batch, length, part.shape[1], part.shape[3]).transpose(1, 2)
+
+
 def _scatter(x: Tensor, piece: AttentionPiece, part: Tensor, tokens: slice, add: bool = False) -> None:
     """Writes or adds a piece to where ``_gather`` takes it from."""
     target = x.transpose(1, 2)[piece.rows, tokens]
@@ -106,16 +112,6 @@ def _scatter(x: Tensor, piece: AttentionPiece, part: Tensor, tokens: slice, add:
         target += part
     else:
         target.copy_(part)
-
-
-def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns memory for (B, H, T, K), laid out as (B, T, H, K) like the output of a projection."""
-    return torch.empty_like(x.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-def _empty_lse(q: Tensor) -> Tensor:
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=dtype).transpose(1, 2)
 
 
 def _bias_like(bias: Tensor | None, q: Tensor) -> Tensor | None:
