@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torchladder.commands import tokenizer as command
 from torchladder.data import tokenizer
 from torchladder.data.tokenizer.hf_tokenizer import HARD_TEXTS, export_tokenizer
-from torchladder.registry import ConfigError
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -164,11 +163,3 @@ def test_a_trained_byte_bpe_has_all_special_tokens(tmp_path, capsys):
     assert command.run([*words, "--vocab-size", "400", *special]) == 0
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (found.unk_token, found.pad_token, found.bos_token) == ("<unk>", "<pad>", "<|begin_of_text|>")
-
-
-def test_a_special_token_that_is_no_string_is_refused(tmp_path):
-    for name, content in trained_files("byte-bpe").items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": 5}')
-    with pytest.raises(ConfigError, match="the special token 5"):
-        tokenizer.load_tokenizer(str(tmp_path))

@@ -87,10 +87,8 @@ def export_tokenizer(tokenizer: Tokenizer | None, files: Mapping[str, bytes]) ->
     old = _entries(files, "special_tokens_map.json") | _entries(files, "tokenizer_config.json")
     config = {key: old[key] for key in KEPT_KEYS if key in old}
     for role, usual in (("unk_token", UNK), ("pad_token", PAD)):
-        names = [
-            token_text(config.pop(role, None), f"tokenizer_config.json: {role}"),
-            *(name for name in usual if name in special),
-        ]
+        names = [token_text(config, role, "tokenizer_config.json"), *(name for name in usual if name in special)]
+        config.pop(role, None)
         if found := [name for name in names if name and exported.token_to_id(name) is not None]:
             config[role] = found[0]
     for role, number in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):

@@ -36,8 +36,8 @@ def huggingface(path: str = "", bos_token: str = "", eos_token: str = "") -> Tok
     file = find_tokenizer_file(path)
     config_file = file.with_name("tokenizer_config.json")
     config = load_json(config_file.read_bytes(), config_file) if config_file.is_file() else {}
-    bos_token = bos_token or token_text(config.get("bos_token"), f"{config_file}: bos_token")
-    eos_token = eos_token or token_text(config.get("eos_token"), f"{config_file}: eos_token")
+    bos_token = bos_token or token_text(config, "bos_token", config_file)
+    eos_token = eos_token or token_text(config, "eos_token", config_file)
     return HuggingFace(file.read_bytes(), bos_token, eos_token, str(file))
 
 
@@ -147,12 +147,11 @@ def load_json(content: bytes, name: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def token_text(token: Any, name: str) -> str:
-    """Returns a token's text, which a config stores as a string or as an object; empty if it has none.
-
-    ``name`` is where it comes from, for errors.
-    """
+def token_text(config: dict[str, Any], key: str, file: str | Path) -> str:
+    """Returns a token's text, which a config stores as a string or as an object; empty if it has none."""
+    token = config.get(key)
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str | None):
-        raise ConfigError(f"{name} is {token!r}, not the text of one token.")
+        remedy = f": set tokenizer.{key} to one" if key in ("bos_token", "eos_token") else ""
+        raise ConfigError(f"{file}: {key} is {token!r}, not the text of one token{remedy}.")
     return text or ""
