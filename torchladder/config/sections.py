@@ -100,8 +100,12 @@ class TrainingConfig:
     max_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are clipped to this global norm."""
 
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights, gradients and optimizer state. bfloat16 halves their memory, and AdamW's small updates round to
+    nothing: for measurements and short experiments."""
+
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the computation; weights and optimizer state stay float32."""
+    """Dtype of the computation."""
 
     mixed_precision_reduce: Literal["bfloat16", "float32"] = "float32"
     """Dtype in which gradients are reduced over ranks."""
@@ -114,6 +118,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "training")
+        require(
+            self.dtype == "float32" or self.mixed_precision_param == self.dtype,
+            f"training.dtype = {self.dtype!r} needs training.mixed_precision_param = {self.dtype!r}, "
+            f"not {self.mixed_precision_param!r}.",
+        )
         require(
             self.epochs is None or self.steps == -1,
             f"training.epochs = {self.epochs} and training.steps = {self.steps} both set the run's length: set one "

@@ -76,7 +76,7 @@ class MemoryEstimator:
         selective = checkpointing.mode == "selective"
         ac_mode = checkpointing.selective_ac_option if selective else checkpointing.mode
         self.layout = CandidateLayout(plan.degrees, plan.batch.local_batch_size, ac_mode)
-        self.dtype = getattr(torch, training.mixed_precision_param)
+        self.dtype, self.state_dtype = (getattr(torch, x) for x in (training.mixed_precision_param, training.dtype))
         self.reduce_bytes = getattr(torch, training.mixed_precision_reduce).itemsize
         self.keeps_gathered = plan.config.parallelism.fsdp_reshard_after_forward == "never"
         model = self._build_meta_model()
@@ -91,9 +91,11 @@ class MemoryEstimator:
         """Returns the memory of a rank: exact shards for the run's own layout (None), an estimate for another."""
         shards, layout = (None if layout else self._sharded_bytes()), layout or self.layout
         degrees, itemsize = layout.degrees, self.dtype.itemsize
-        parameters = shards or 4 * self.num_parameters // (degrees.dp_shard * degrees.model_parallel)
+        all_parameters = self.state_dtype.itemsize * self.num_parameters
+        parameters = shards or all_parameters // (degrees.dp_shard * degrees.model_parallel)
         if degrees.dp * degrees.model_parallel == 1:
-            gathered = self.num_parameters * itemsize if itemsize < 4 else 0  # autocast keeps the weights it casts
+            # Autocast keeps the weights that it casts.
+            gathered = self.num_parameters * itemsize if itemsize < self.state_dtype.itemsize else 0
         else:
             root, largest = self.num_parameters - sum(self.block_sizes), max(self.block_sizes)
             # One block computes while the next is gathered, and the gradient of one is being reduced.
@@ -246,7 +248,7 @@ class MemoryEstimator:
 
     def _sharded_bytes(self) -> int:
         """Returns the bytes of this rank's parameters in the run's own layout."""
-        model = self._build_meta_model()
+        model = self._build_meta_model().to(self.state_dtype)
         parallelism = replace(self.config.parallelism, enable_async_tensor_parallel=False)
         ranks = mesh.build(self.layout.degrees, 0, "cpu")
         parallelize.parallelize_model(model, model.parallel_plan(), ranks, ParallelizeConfig(parallelism), saved_ops=())

@@ -107,6 +107,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         mask.pairs(mask.from_names(config.attention.masks, row, window)) * (end - first)
         for (first, window), (end, _) in pairwise(spans)
     )
+    weights = getattr(torch, training.dtype).itemsize * model.num_parameters()
     linear_flops = model.flops(rows * training.seq_len, 0)
     attention_flops = model.flops(0, rows * mask.pairs(mask.causal(row, training.seq_len)))
     return Plan(
@@ -119,8 +120,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         flops_full_context=training.steps * (linear_flops + attention_flops),
         attention_flops_full_context=training.steps * attention_flops,
         full_context_step=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
-        # float32: weight, gradient and two moments
-        state_bytes=16 * model.num_parameters() // (degrees.dp_shard * degrees.model_parallel),
+        state_bytes=4 * weights // (degrees.dp_shard * degrees.model_parallel),  # weight, gradient and two moments
         batch=batch,
         degrees=degrees,
     )

@@ -107,6 +107,7 @@ class Trainer:
         with torch.device("meta"):
             attention_fn = self.context_shard.wrap_attention(self.kernel.attention)
             model = models.registry.build(config.model, attention_fn=attention_fn, seq_len=training.seq_len)
+        model.to(getattr(torch, training.dtype))
         if self.mesh.cp_group:
             model.set_position_offset(self.context_shard.offset)
         parallelize.parallelize_model(
