@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from torchladder import mask, models
 from torchladder.models import attention
+from torchladder.models.attention import flash4
 from torchladder.models.loss import cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -20,7 +21,9 @@ CUDA = torch.device("cuda")
 LENGTH = 1000  # not a multiple of a block
 MIXES = [("causal",), ("chunk",), ("document",), ("sliding",), ("document", "chunk"), ("document", "sliding")]
 WINDOWS = [1, 32, 100, 128, 500, 999]
+FLASH4 = flash4.unavailable() is None
 KERNELS = ["flex", "fold", "varlen", "sdpa"] + ["flash"] * (importlib.util.find_spec("flash_attn") is not None)
+KERNELS += ["flash_mask"] * FLASH4
 
 
 def positions(batch=2):
@@ -76,7 +79,7 @@ def test_a_kernel_agrees_with_dense_in_fp32(name, window):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("heads", "size"), [((4, 4), 128), ((8, 1), 64), ((4, 2), 100)])
 def test_other_heads(name, heads, size):
-    if size % 8 and name in ("varlen", "flash"):
+    if size % 8 and name in ("varlen", "flash", "flash_mask"):
         pytest.skip("takes heads of a multiple of 8 features")
     assert_like_dense(name, ("chunk",), 300, torch.bfloat16, heads, size)
 
@@ -84,6 +87,18 @@ def test_other_heads(name, heads, size):
 @pytest.mark.parametrize(("name", "masks"), [("flex", ["document", "chunk"]), ("fold", ["chunk"])])
 def test_one_compiled_graph_trains_all_windows(name, masks):
     assert graphs_over_windows(name, masks) == 1
+
+
+@pytest.mark.skipif(not FLASH4, reason="needs FlashAttention 4")
+@pytest.mark.parametrize("name", ["flash", "flash_mask"])
+def test_one_compiled_graph_of_flash_attention_4_trains_all_windows(name):
+    assert graphs_over_windows(name, ["document", "chunk"]) == 1
+
+
+@pytest.mark.parametrize("window", [100, 128, 999])
+def test_fold_without_flash_attention_4(window, monkeypatch):
+    monkeypatch.setattr(flash4, "supports", lambda q: False)
+    assert_like_dense("fold", ("chunk",), window, torch.bfloat16)
 
 
 def test_varlen_compiles_for_any_window_at_once():

@@ -1,11 +1,11 @@
 """Proof and speed on one GPU, in one command: a short table of each part, and one JSON file of all of them.
 
-    python -m tests.benchmarks.gpu                     everything that fits into ten minutes on one H200
-    python -m tests.benchmarks.gpu speed ladder        only these parts
-    python -m tests.benchmarks.gpu --minutes 25        no measurement begins later; what is left out is named
+    python -m tests.benchmarks.gpu                     what fits into eight minutes on one H200
+    python -m tests.benchmarks.gpu warm speed ladder   only these parts
+    python -m tests.benchmarks.gpu --minutes 25        starts no measurement later; lists what is left out
     python -m tests.benchmarks.gpu --output figures.json
 
-Without a GPU the same parts run on small shapes, which proves the command and no speed.
+Without a GPU the same parts run on small shapes, which tests the command and says nothing about speed.
 """
 
 import argparse
@@ -20,10 +20,18 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.gpu import correctness, costs, ladder, peer, speed
+from tests.benchmarks.gpu import correctness, costs, kernels, ladder, peer, speed, warm
 from tests.benchmarks.gpu.stepping import CUDA, clock
 
-PARTS = {"correctness": correctness, "speed": speed, "ladder": ladder, "costs": costs, "peer": peer}
+PARTS = {
+    "warm": warm,
+    "correctness": correctness,
+    "kernels": kernels,
+    "speed": speed,
+    "peer": peer,
+    "ladder": ladder,
+    "costs": costs,
+}
 
 
 def main() -> int:

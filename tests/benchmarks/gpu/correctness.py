@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from tests.benchmarks.gpu.stepping import CUDA, DEVICE, Shape, at, trainer
+from tests.benchmarks.gpu.stepping import CUDA, DEVICE, FLASH4, Shape, at, trainer
 from tests.benchmarks.timing import table
 from torchladder import mask
 from torchladder.models import attention
 
 FAST = ["flex", "varlen", "fold", "sdpa"] if CUDA else ["flex", "fold", "sdpa"]
 if CUDA and importlib.util.find_spec("flash_attn") is not None:
-    FAST.append("flash")
+    FAST += ["flash", "flash_mask"] if FLASH4 else ["flash"]
+ONLY_BF16 = ("varlen", "flash", "flash_mask")
 MIXES = [("chunk",), ("document", "chunk"), ("document", "sliding")]
 LENGTHS = (1000, 2048)  # one that is no multiple of a block of 128
 WINDOWS = (1, 32, 200, 1024)
@@ -38,8 +39,7 @@ def kernels() -> dict[str, Any]:
     worst: dict[str, dict[str, float]] = {}
     rows = []
     for name in FAST:
-        dtypes = [torch.bfloat16, torch.float32] if CUDA and name not in ("varlen", "flash") else [torch.float32]
-        dtypes = [torch.bfloat16] if name in ("varlen", "flash") else dtypes
+        dtypes = [torch.bfloat16] * CUDA + [torch.float32] * (name not in ONLY_BF16)
         for dtype in dtypes:
             errors = [
                 _error(name, masks, window, length, dtype)
@@ -74,7 +74,7 @@ def training(steps: int = 50) -> dict[str, Any]:
 
 def ladder(windows: int = 200) -> dict[str, int]:
     """Climbs a ladder with documents and counts what the compiler made."""
-    kernel = "flex" if CUDA else "sdpa"
+    kernel = ("flash" if FLASH4 else "flex") if CUDA else "sdpa"
     shape = Shape("debug", 1024, 1)
     counters.clear()
     with trainer(shape, "--compile.enable", masks=("document", "chunk"), kernel=kernel) as run:
@@ -89,7 +89,8 @@ def waits(steps: int = 3) -> str:
     """Takes steps in which PyTorch raises where the host waits for the device."""
     if not CUDA:
         return "not seen on a CPU"
-    for kernel, masks in (("flex", ("document", "chunk")), ("fold", ("chunk",)), ("varlen", ("document", "chunk"))):
+    of_documents = ("flash", "flash_mask", "flex") if FLASH4 else ("varlen", "flex")
+    for kernel, masks in [("fold", ("chunk",)), *((name, ("document", "chunk")) for name in of_documents)]:
         with trainer(Shape("debug", 1024, 2), masks=masks, kernel=kernel) as run:
             for window in (64, 100, 1024):  # compile first
                 at(run, window).train_step()

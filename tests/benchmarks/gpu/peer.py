@@ -7,15 +7,17 @@ model:
 """
 
 import gc
+import importlib.util
 import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from torch import nn
 
-from tests.benchmarks.gpu.stepping import CUDA, DEVICE, Shape, clock, trainer, wait
+from tests.benchmarks.gpu.stepping import CUDA, DEVICE, FLASH4, Shape, clock, trainer, wait
 from tests.benchmarks.timing import seconds, table
 
 FOLDER = Path("build/peer")
@@ -45,7 +47,8 @@ def _beside(shape: Shape, masks: tuple[str, ...]) -> list[dict[str, Any]]:
     """Measures our kernels and their two, and compares ours with the faster of theirs."""
     tokens = shape.batch * shape.seq_len
     ours, theirs = {}, {}
-    kernels = ("fold" if masks == ("causal",) else "varlen", "flex") if CUDA else ("fold",)
+    of_documents = "flash" if FLASH4 else "varlen"
+    kernels = ("fold" if masks == ("causal",) else of_documents, "flex") if CUDA else ("fold",)
     for kernel in kernels:
         with trainer(shape, masks=masks, kernel=kernel) as run:
             ours[kernel] = tokens / seconds({"step": _timed(run.train_step)}, turns=3)["step"]
@@ -126,6 +129,8 @@ def _load() -> types.SimpleNamespace:
     """Imports their model alone: the packages around it import what this comparison does not need."""
     if str(FOLDER) not in sys.path:
         sys.path.insert(0, str(FOLDER))
+        if importlib.util.find_spec("datasets") is None:  # imported with the model, not used by it
+            sys.modules |= {"datasets": MagicMock(), "datasets.distributed": MagicMock()}
         for name in ("torchtitan", "torchtitan.models", "torchtitan.models.llama3"):
             package = types.ModuleType(name)
             package.__path__ = [str(FOLDER.joinpath(*name.split(".")))]

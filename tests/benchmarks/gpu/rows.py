@@ -18,9 +18,8 @@ class RandomRows:
     dp_rank: int
     local_batch_size: int
     global_batch_size: int
+    vocab_size: int
 
-    vocab_size: int = 32000
-    """Tokens are below it."""
     document_tokens: int = 0
     """Mean tokens of a document, log-normal as in web text (sigma 1); 0: a row is one document."""
 

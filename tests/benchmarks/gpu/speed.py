@@ -1,6 +1,7 @@
 """Tokens per second, MFU, memory, and where the time of a step goes."""
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.benchmarks.gpu.stepping import (
     CUDA,
     DEVICE,
+    FLASH4,
     Shape,
     at,
     clock,
@@ -20,17 +22,48 @@ from tests.benchmarks.gpu.stepping import (
 from tests.benchmarks.timing import table
 from torchladder.metrics import get_peak_flops
 
-# 32,768 tokens a step up to 32K: what fits beside 18 GB of weights, gradients and optimizer state.
-SHAPES = [Shape("1b", 8192, 4), Shape("1b", 32768, 1)]
-OTHERS = [Shape("1b", 2048, 16), Shape("120m", 8192, 8), Shape("llama3-8b", 8192, 1), Shape("1b", 131072, 1)]
-SMALL = [Shape("debug", 512, 2)]
-KERNELS = ["fold", "flex", "varlen"] if CUDA else ["fold", "sdpa"]
-LONG = ("--activation_checkpoint.mode", "full")
-"""Rows of 128K do not fit without recomputing."""
+RECOMPUTE = ("--activation_checkpoint.mode", "full")
+"""Rows of 128K, and 8B parameters, do not fit without recomputing."""
+BF16_STATE = ("--training.dtype", "bfloat16")
+"""8B parameters, gradients and moments take 120 GiB in fp32."""
 FLOAT8 = ("--float8.enable", "--float8.recipe_name", "tensorwise")
+CHUNK, DOCUMENTS = ("chunk",), ("document", "chunk")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trainer, measured at some windows; 0 is the full context."""
+
+    shape: Shape
+    kernel: str
+    masks: tuple[str, ...] = CHUNK
+    windows: tuple[int, ...] = (0,)
+    settings: tuple[str, ...] = ()
+
+
+def runs() -> list[Run]:
+    """Returns what is measured, the most important first."""
+    if not CUDA:
+        return [Run(Shape("debug", 512, 2), kernel, windows=(0, 128)) for kernel in ("fold", "sdpa")]
+    of_documents = ["flash", "flash_mask", "flex"] if FLASH4 else ["varlen", "flex"]
+    chosen = []
+    # 32,768 tokens a step: what fits beside 18 GB of weights, gradients and optimizer state.
+    for shape in (Shape("1b", 8192, 4), Shape("1b", 32768, 1)):
+        chosen += [Run(shape, "fold", windows=(0, 2048, 128, 1000)), Run(shape, "flex")]
+        chosen += [Run(shape, kernel, DOCUMENTS) for kernel in of_documents]
+    eight = Shape("llama3-8b", 4096, 4)
+    return [
+        *chosen,
+        Run(Shape("1b", 8192, 4), "fold", settings=FLOAT8),
+        Run(eight, "fold", settings=(*RECOMPUTE, *BF16_STATE)),
+        Run(Shape("1b", 2048, 16), "fold"),
+        Run(Shape("120m", 8192, 8), "fold"),
+        Run(Shape("1b", 131072, 1), "fold", settings=RECOMPUTE),
+    ]
+
 
 PARTS = {
-    "attention": ("flash", "fmha", "sdpa", "attention", "flex", "torchladder::", "cudnn_generated"),
+    "attention": ("flash", "flashattn", "fmha", "sdpa", "attention", "flex", "torchladder::", "cudnn_generated"),
     "optimizer": ("multi_tensor", "adam", "_foreach", "lpnorm"),
     "loss": ("softmax", "nll", "scatter", "gather", "cross_entropy"),
     "matmul": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "aten::mm", "aten::addmm", "aten::bmm"),
@@ -42,33 +75,21 @@ SHOWN = ("attention", "matmul", "loss", "optimizer", "other")
 def run() -> dict[str, Any]:
     """Prints and returns the speed of every shape, kernel and window."""
     results = []
-    for shape in [*SHAPES, *OTHERS] if CUDA else SMALL:
-        for kernel in KERNELS if shape in SHAPES or not CUDA else KERNELS[:1]:
-            if clock.allows(f"speed of {shape}, {kernel}"):
-                results += _of_kernel(shape, kernel)
+    for chosen in runs():
+        if clock.allows(f"speed of {chosen.shape}, {chosen.kernel}"):
+            results += _measure_all(chosen)
     head = ["model, rows", "kernel, masks", "window", "tokens/s", "MFU", "MFU PaLM", "GiB", *SHOWN]
     table(head, [_cells(result) for result in results])
     return {"results": results}
 
 
-def _of_kernel(shape: Shape, kernel: str) -> list[dict[str, Any]]:
-    """Measures a shape at full context and narrower, with and without documents."""
-    results = []
-    recompute = LONG if shape.seq_len > 65536 or shape.flavor == "llama3-8b" else ()
-    windows = sorted({shape.seq_len, shape.seq_len // 4, 128}, reverse=True)
-    with trainer(shape, *recompute, kernel=kernel) as run:
-        results += [_measure(run, shape, kernel, ("chunk",), window) for window in windows]
-    if CUDA and shape == SHAPES[0] and kernel == KERNELS[0]:
-        with trainer(shape, *FLOAT8, kernel=kernel) as run:
-            results.append(_measure(run, shape, f"{kernel} float8", ("chunk",), shape.seq_len))
-    if kernel != "fold":
-        masks = ("document", "chunk")
-        with trainer(shape, *recompute, masks=masks, kernel=kernel) as run:
-            results.append(_measure(run, shape, kernel, masks, shape.seq_len))
-    return results
+def _measure_all(chosen: Run) -> list[dict[str, Any]]:
+    with trainer(chosen.shape, *chosen.settings, masks=chosen.masks, kernel=chosen.kernel) as run:
+        return [_measure(run, chosen, window or chosen.shape.seq_len) for window in chosen.windows]
 
 
-def _measure(run: Any, shape: Shape, kernel: str, masks: tuple[str, ...], window: int) -> dict[str, Any]:
+def _measure(run: Any, chosen: Run, window: int) -> dict[str, Any]:
+    shape = chosen.shape
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     seconds = seconds_per_step(at(run, window))
@@ -77,8 +98,8 @@ def _measure(run: Any, shape: Shape, kernel: str, masks: tuple[str, ...], window
     return {
         "shape": str(shape),
         "batch": shape.batch,
-        "kernel": kernel,
-        "masks": "+".join(masks),
+        "kernel": " ".join([chosen.kernel, *(name for name in chosen.settings if not name.startswith("--"))]),
+        "masks": "+".join(chosen.masks),
         "window": window,
         "tokens_per_second": shape.batch * shape.seq_len / seconds,
         "mfu": exact / seconds / peak if peak else None,

@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.gpu import rows  # noqa: F401 - registers the loader "random"
-from torchladder import config, mask, models
+from torchladder import config, mask
 from torchladder.distributed.ranks import CommConfig, destroy_distributed, init_distributed
+from torchladder.models.attention import flash4
 from torchladder.training.run_plan import make_plan
 from torchladder.training.trainer import Trainer
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+FLASH4 = flash4.unavailable() is None
 
 
 @dataclass
@@ -55,21 +57,10 @@ def trainer(
     shape: Shape, *settings: str, masks: tuple[str, ...] = ("chunk",), kernel: str = "auto"
 ) -> Iterator[Trainer]:
     """Yields a trainer on random rows at full context, compiled on a GPU; its memory is free again afterwards."""
-    documents = ["--data.document_tokens", "2000"] if "document" in masks else []
-    vocab_size = str(models.registry.flavors("llama")[shape.flavor].vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        settings = (
-            *("--job.dump_folder", folder, "--model.flavor", shape.flavor, "--tokenizer.name", "none"),
-            *("--data.name", "random", "--data.vocab_size", vocab_size, *documents),
-            *("--attention.masks", *masks, "--attention.kernel", kernel, "--curriculum.name", "constant"),
-            *("--training.steps", "1000000", "--training.seq_len", str(shape.seq_len)),
-            *("--training.local_batch_size", str(shape.batch), "--validation.no-enable"),
-            *("--metrics.log_freq", "1000000", "--compile.enable" if CUDA else "--compile.no-enable"),
-            *("--optimizer.lr", "1e-4", "--lr_scheduler.warmup_steps", "10"),
-            *settings,
-        )
+        arguments = settings_of(shape, folder, *settings, masks=masks, kernel=kernel)
         torch._dynamo.reset()
-        made = Trainer(make_plan(config.load(list(settings))), init_distributed(CommConfig(), Path(folder)))
+        made = Trainer(make_plan(config.load(arguments)), init_distributed(CommConfig(), Path(folder)))
         made.step = 1  # the first step is always reported, which waits for the device
         try:
             yield made
@@ -81,6 +72,21 @@ def trainer(
             gc.collect()
             if CUDA:
                 torch.cuda.empty_cache()
+
+
+def settings_of(shape: Shape, folder: str, *settings: str, masks: tuple[str, ...], kernel: str) -> list[str]:
+    """Returns the arguments of a training command on random rows at full context."""
+    documents = ["--data.document_tokens", "2000"] if "document" in masks else []
+    return [
+        *("--job.dump_folder", folder, "--model.flavor", shape.flavor, "--tokenizer.name", "none"),
+        *("--data.name", "random", *documents),
+        *("--attention.masks", *masks, "--attention.kernel", kernel, "--curriculum.name", "constant"),
+        *("--training.steps", "1000000", "--training.seq_len", str(shape.seq_len)),
+        *("--training.local_batch_size", str(shape.batch), "--validation.no-enable"),
+        *("--metrics.log_freq", "1000000", "--compile.enable" if CUDA else "--compile.no-enable"),
+        *("--optimizer.lr", "1e-4", "--lr_scheduler.warmup_steps", "10"),
+        *settings,
+    ]
 
 
 def at(trainer: Trainer, window: int) -> Trainer:
