@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 
-from torchladder.checkpoint import Checkpointer, RunState, check_fingerprints, complete_steps
+from torchladder.checkpoint import Checkpointer, RunState, complete_steps
 from torchladder.data.dataloader import BaseDataLoader, Batch, SupportsSkipping
 from torchladder.distributed.ranks import Ranks
 from torchladder.registry import ConfigError
 from torchladder.resilience.bad_steps import BadStepDetector, BadStepError, Rollback, format_rows
 from torchladder.resilience.interrupt import Interrupt, Interrupted
+from torchladder.training.changed_settings import check_changes
 from torchladder.training.run_plan import Plan, fingerprints
 
 logger = logging.getLogger(__name__)
@@ -114,12 +115,15 @@ class FaultTolerance:
             ConfigError: the checkpoint is of another run.
         """
 
-        def check(state: RunState) -> None:
-            now, accepted = fingerprints(self.plan, loader), self.plan.config.checkpoint.accept_changes
-            check_fingerprints(state.fingerprints, now, accepted)
+        changes: list[str] = []
+
+        def check(state: RunState, path: str) -> None:
+            changes[:] = check_changes(self.plan, fingerprints(self.plan, loader), state, path)
 
         state = self.checkpointer.load(check, newest)
         if state is not None:
+            for change in changes if self.ranks.is_rank0 else ():
+                logger.info("changed: %s", change)
             self.bad_steps.load_state_dict(state.bad_steps)
             self._skip([rows for rows in state.skipped_rows if rows not in self.skipped_rows], loader)
             loader.seek(state.row)

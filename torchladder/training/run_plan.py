@@ -189,17 +189,16 @@ def parallelize_config(config: Config) -> ParallelizeConfig:
 
 
 def fingerprints(plan: Plan, loader: BaseDataLoader) -> dict[str, str]:
-    """Returns all that must be unchanged when a run resumes: data, tokenizer, and the settings behind its state."""
+    """Returns all that must be unchanged when a run resumes, except its schedule: data, tokenizer, model, batch."""
     config = plan.config
     settings = {
         "model": dataclasses.asdict(models.resolve(config.model)),
-        "curriculum": vars(config.curriculum),
         "attention": {"masks": config.attention.masks},
         "training": {"global_batch_size": plan.batch.global_batch_size, "max_norm": config.training.max_norm},
-        "phases": {key: plan.schedule.overrides(key) for key in ("window", "rope_theta")},
     }
     named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
-    return named | {f"data.{name}": value for name, value in loader.fingerprints().items()}
+    # The weights of later phases are part of the schedule, which may change in steps that are still to come.
+    return named | {f"data.{name}": value for name, value in loader.fingerprints().items() if name != "phases"}
 
 
 def _check_window_is_used(config: Config, schedule: Schedule) -> None:
