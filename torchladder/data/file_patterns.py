@@ -9,7 +9,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torchladder.registry import require
+from torchladder.registry import ConfigError, require
+
+
+class MissingFilesError(ConfigError):
+    """No file has the name, or matches the glob, of a setting."""
 
 
 def as_list(path: Any) -> list[Any]:
@@ -21,7 +25,8 @@ def match_paths(pattern: str) -> list[Path]:
     """Returns the files and folders that a path or glob names, sorted; raises ConfigError if there are none."""
     full = os.path.expanduser(pattern)
     found = [full] if os.path.exists(full) else glob.glob(full, recursive=True)
-    require(bool(found), f"no file matches {pattern!r} (relative to {os.getcwd()}).")
+    if not found:
+        raise MissingFilesError(f"no file matches {pattern!r} (relative to {os.getcwd()}).")
     return [Path(path) for path in sorted(found)]
 
 
