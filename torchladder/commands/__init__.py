@@ -39,3 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[argv[0]][0].run(argv[1:])
     except ConfigError as error:
         return config.print_config_error(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return config.print_config_error(ConfigError(f"{error.filename}: {error.strerror}"))
+    except KeyboardInterrupt:
+        print("torchladder: interrupted", file=sys.stderr)
+        return 130

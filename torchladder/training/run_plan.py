@@ -19,7 +19,7 @@ from torchladder.distributed.parallelize import ParallelizeConfig, Precision
 from torchladder.distributed.ranks import Ranks
 from torchladder.metrics import RunInfo
 from torchladder.models.attention import AttentionKernel
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 from torchladder.schedule import Schedule
 from torchladder.training import data_setup
 from torchladder.training.data_setup import BatchSizes, batch_sizes
@@ -87,6 +87,14 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     training, rows = config.training, batch.global_batch_size
     schedule = config.schedule(tokens_per_step=rows * training.seq_len)
     _check_window_is_used(config, schedule)
+    for window in config.validation.windows:
+        require(
+            window <= training.seq_len,
+            f"validation.windows = {window}: a row has {training.seq_len} tokens (training.seq_len).",
+        )
+    folder = Path(config.job.dump_folder)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(existing.is_dir(), f"job.dump_folder = {str(folder)!r}: {existing} is a file.")
     if not data_setup.all_sources_repeat(config.data):
         data_setup.build_loader(config, batch, schedule)  # fails if a source runs out before the last step
 
