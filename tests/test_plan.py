@@ -175,7 +175,6 @@ def test_the_plan_names_its_sources_on_a_narrow_terminal(pairs, capsys, monkeypa
         (["--data.validation_fraction", "2"], "data.validation_fraction = 2.0"),
         (["--tokenizer.name", "sentencepiece"], 'set tokenizer.path, or tokenizer.name = "none"'),
         (["--data.sources", '{ name = "python-stdlib" }', "--tokenizer.name", "none"], "it needs a tokenizer"),
-        (["--data.sources"], "data.sources is empty"),
     ],
 )
 def test_what_training_refuses_the_plan_refuses(pairs, tmp_path, capsys, argv, words):

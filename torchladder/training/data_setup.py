@@ -137,6 +137,8 @@ def source_usage(config: Config, batch: BatchSizes, schedule: Schedule) -> tuple
     if "check_only" not in inspect.signature(data.registry.get(config.data.name)).parameters:
         return [], f"the data loader {config.data.name!r} is opened when training starts."
     sources, splits = getattr(config.data, "sources", []), ("train", "validation")[: 1 + config.validation.enable]
+    if not sources:
+        return [], "data.sources is empty: set it before training."
     try:
         for split in splits:
             build_loader(config, batch, schedule, split, check_only=True)
