@@ -49,7 +49,7 @@ def run_of(step: int) -> RunState:
     return RunState(step=step, row=4 * step)
 
 
-def accept(state: RunState) -> None:
+def accept(state: RunState, path: str) -> None:
     pass
 
 
@@ -221,7 +221,8 @@ def test_a_run_trains_on_while_nothing_can_be_saved(tmp_path, monkeypatch, caplo
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert checkpoint.complete_steps(tmp_path / "run" / "checkpoint")[-1] == 6
     calls.clear()
-    run(tmp_path / "run", *short, *saving, "--training.steps", "9", "--checkpoint.max_failures", "1", code=1)
+    longer = ["--training.steps", "9", "--checkpoint.accept_changes", "training.steps"]
+    run(tmp_path / "run", *short, *saving, *longer, "--checkpoint.max_failures", "1", code=1)
     assert "1 saves in a row failed" in caplog.text
     assert checkpoint.complete_steps(tmp_path / "run" / "checkpoint")[-1] == 6
 

@@ -80,7 +80,7 @@ def save_to_a_url(folder) -> None:
         run.step()
         run.checkpointer(url, keep_latest_k=2).save(checkpoint.RunState(step=step, row=0))
     other = Run(seed=1)
-    assert other.checkpointer(url).load(lambda state: None).step == 3
+    assert other.checkpointer(url).load(lambda state, path: None).step == 3
     for found, expected in zip(other.bits(), run.bits(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     dist.barrier()
@@ -90,7 +90,7 @@ def save_to_a_url(folder) -> None:
 def compare(folder) -> None:
     run = Run(seed=1)
     run.step()
-    found = run.checkpointer(folder / "saves").load(lambda run: None)
+    found = run.checkpointer(folder / "saves").load(lambda state, path: None)
     assert found is not None
     for one, other in zip(run.bits(), torch.load(folder / "expected.pt"), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -1,5 +1,10 @@
 import gzip
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -78,6 +83,23 @@ def test_an_interrupt_is_reported(here, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "prepare_dataset", interrupted)
     assert prepared() == 130
     assert "run the same command again to continue" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_all_workers_with_one_line(here):
+    lines = [json.dumps({"text": "many words " * 100}) + "\n"] * 20_000
+    for number in range(4):
+        (here / "data" / f"{number}.jsonl").write_text("".join(lines))
+    words = "prepare --input data/*.jsonl --output tokens/all --tokenizer bytes --workers 2 --part-bytes 100000"
+    command = [sys.executable, "-m", "torchladder", *words.split()]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not (here / "tokens" / "all.parts").is_dir():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, while workers start
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.strip() == (
+        "torchladder: interrupted; finished parts are kept in tokens/all.parts; run the same command again to continue"
+    )
 
 
 def test_shards_are_merged(here, capsys):

@@ -108,6 +108,26 @@ def test_files_extend_files(write):
     assert not hasattr(child.curriculum, "every")
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "rest"),
+    [
+        ("training", "epochs", 2.0, "steps = 6\n"),
+        ("curriculum", "every", 4, "ramp = 0.5\n"),
+        ("lr_scheduler", "decay_ratio", 0.1, ""),
+    ],
+)
+def test_an_inherited_optional_key_is_unset(write, section, key, value, rest):
+    name = 'name = "linear"\n' if section == "curriculum" else ""
+    base = write(f"[{section}]\n{name}{key} = {value}\n", "base.toml")
+    derived = f'[job]\nextends = "base.toml"\n[{section}]\n{name}'
+    assert getattr(getattr(load(write(derived)), section), key) == value
+    unset = load(write(f'{derived}{key} = "None"\n{rest}'))
+    assert getattr(getattr(unset, section), key) is None
+    assert getattr(getattr(load(base, f"--{section}.{key}", "None"), section), key) is None
+    with pytest.raises(ConfigError, match=rf"{section}\.{key} = 'none'"):
+        load(write(f'{derived}{key} = "none"\n'))
+
+
 def test_extending_in_a_circle_is_an_error(write):
     write('[job]\nextends = "run.toml"\n', "base.toml")
     with pytest.raises(ConfigError, match="extends"):

@@ -111,7 +111,8 @@ def test_a_run_starts_from_a_folder_and_ends_in_one(folders, tmp_path, capsys):
     assert (tmp_path / "back" / "config.json").read_text() == (out / "config.json").read_text()
     for name in HFFolder(out).tensors:
         assert torch.equal(HFFolder(tmp_path / "back").read_tensor(name), HFFolder(out).read_tensor(name)), name
-    assert train.main(argv(folders, tmp_path / "one", *straight, "--training.steps", "4")) == 0
+    longer = ["--training.steps", "4", "--checkpoint.accept_changes", "training.steps"]
+    assert train.main(argv(folders, tmp_path / "one", *straight, *longer)) == 0
     assert len(losses(tmp_path / "one")) == 4
 
     # Greedy text is the same: in transformers, from the checkpoint and from the folder.

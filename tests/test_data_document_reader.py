@@ -153,6 +153,14 @@ def test_rows_of_parquet_slices_are_counted_from_the_file(tmp_path):
     ]
 
 
+def test_a_zst_of_any_window_is_read(tmp_path):
+    """Reading what ``zstd --long=31`` wrote takes more memory than the library allows by default, 128 MiB."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # a stream does not know its size
+    (tmp_path / "x.jsonl.zst").write_bytes(stream.compress(jsonl(TEXTS)) + stream.flush())
+    assert read(tmp_path / "x.jsonl.zst") == TEXTS
+
+
 @pytest.mark.parametrize("outer", [".gz", ".bz2", ".zst"])
 def test_files_put_one_behind_the_other_are_one(tmp_path, outer):
     path = tmp_path / f"x.jsonl{outer}"

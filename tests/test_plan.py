@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchladder import commands, config, mask, models
+from torchladder import commands, config, mask, models, train
 from torchladder.commands import plan as command
 from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.registry import ConfigError
@@ -148,6 +148,55 @@ def test_the_plan_tells_each_phase(pairs, capsys):
     shown = capsys.readouterr().out
     assert "0.48 to 0.80" in shown
     assert "rope_theta 50000.0" in shown
+
+
+@pytest.mark.parametrize("label", ["web", "a-label-that-is-longer-than-what-a-terminal-has-left-for-it"])
+def test_the_plan_names_its_sources_on_a_narrow_terminal(pairs, capsys, monkeypatch, label):
+    monkeypatch.setenv("COLUMNS", "80")
+    phase = "{ from_step = 5, window = 4, rope_theta = 5e4, lr_factor = 0.5 }"
+    source = pairs[-2].replace('label = "web"', f'label = "{label}"')
+    assert command.run([*pairs[:-2], source, pairs[-1], "--phases", phase]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    header = next(line for line in shown if "tokens read" in line)
+    table = shown[shown.index(header) :]
+    assert max(map(len, table)) <= 80
+    columns = slice(header.index("source"), header.index("tokens read"))
+    assert label in "".join(line[columns].strip() for line in table)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--data.domains", "x", "2"], "unknown domain 'x'"),
+        (["--data.exclude", "nothing.bin"], "unknown entry 'nothing.bin' in data.exclude"),
+        (["--phases", "{ from_step = 5, source_weights = { code = 1 } }"], "unknown source 'code'"),
+        (["--data.validation_sources"], "no documents are held out for validation"),
+        (["--data.packing", "tight"], "unknown packing 'tight'"),
+        (["--data.validation_fraction", "2"], "data.validation_fraction = 2.0"),
+        (["--tokenizer.name", "sentencepiece"], 'set tokenizer.path, or tokenizer.name = "none"'),
+        (["--data.sources", '{ name = "python-stdlib" }', "--tokenizer.name", "none"], "it needs a tokenizer"),
+    ],
+)
+def test_what_training_refuses_the_plan_refuses(pairs, tmp_path, capsys, argv, words):
+    shown = []
+    for main in (train.main, lambda argv: commands.main(["plan", *argv])):
+        assert main([*pairs, *argv, "--job.dump_folder", str(tmp_path / "out")]) == 2
+        shown.append(capsys.readouterr().err)
+    assert words in shown[0]
+    assert shown[0] == shown[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prefix_and_a_folder_of_tokens_are_sources(pairs, tmp_path, capsys):
+    for path, tokens in (("web", 1000), ("", 1500)):
+        source = f'{{ path = "{tmp_path}/{path}", label = "x" }}'
+        assert command.run([*pairs[:-2], source, "--json"]) == 0
+        (phase,) = json.loads(capsys.readouterr().out.splitlines()[-1])["phases"]
+        (source,) = phase["sources"]
+        assert source["epochs"] == pytest.approx(source["tokens"] / tokens)
+    (tmp_path / "note.txt").write_text("text")
+    assert command.run([*pairs[:-2], f'{{ path = "{tmp_path}" }}']) == 0
+    assert "is raw text" in capsys.readouterr().out
 
 
 def test_the_plan_needs_no_data(capsys):

@@ -151,7 +151,7 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
     [
         (["--data.seed", "5"], ["data.seed", "--checkpoint.accept_changes"]),
         (["--model.dim", "32"], ["model.dim", "32", "64"]),
-        (["--curriculum.initial_window", "16"], ["curriculum.initial_window", "16"]),
+        (["--curriculum.ramp", "1.0"], ["curriculum.ramp was 0.5, is 1.0: at step 2 the window falls from 256 to 132"]),
         (["--checkpoint.load_step", "3"], ["load_step = 3", "2"]),
     ],
 )

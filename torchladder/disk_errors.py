@@ -29,6 +29,7 @@ _REASONS = {
     errno.EEXIST: "a file is where a folder should be",
     errno.EISDIR: "a folder is where a file should be",
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def find_disk_error(error: BaseException | None) -> OSError | None:
@@ -52,6 +53,8 @@ def describe_disk_error(error: OSError) -> str:
     if error.filename is None:
         return reason
     path = Path(os.fsdecode(error.filename))
+    if error.errno not in _FULL:
+        return f"{path}: {reason}"
     return f"{path}: {reason} ({getattr(error, 'space', None) or _space(path)})"
 
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Ge, Gt, Lt
 
@@ -75,10 +75,15 @@ class Phase:
             f"phases: a phase sets {' and '.join(starts) or 'no first step'}: set exactly one of from_step, "
             "from_tokens, from_fraction.",
         )
-        start = f"{starts[0]} = {getattr(self, starts[0])}"
         settings = (self.source_weights, self.window, self.lr_factor, self.rope_theta)
-        require(any(value is not None for value in settings), f"phases: the phase at {start} changes nothing.")
+        require(any(value is not None for value in settings), f"phases: the phase at {self.start} changes nothing.")
         check_bounds(self, "phases")
+
+    @property
+    def start(self) -> str:
+        """How the phase says when it begins: ``from_step = 5``."""
+        starts = {key: getattr(self, key) for key in ("from_step", "from_tokens", "from_fraction")}
+        return next(f"{key} = {value}" for key, value in starts.items() if value is not None)
 
     def first_step(self, steps: int, tokens_per_step: int) -> int:
         """Returns the optimizer step at which the phase begins."""
@@ -115,6 +120,7 @@ class Schedule:
         self.curriculum = curriculum
         self.lr_factor = lr_factor
         self.phases = list(phases)
+        self.steps = steps
         # the first step of each phase
         self.phase_steps = [phase.first_step(steps, tokens_per_step) for phase in phases]
         for start, following in pairwise(self.phase_steps):
@@ -150,3 +156,34 @@ class Schedule:
         """Returns first step -> value of each phase that sets a setting."""
         values = {start: getattr(phase, setting) for start, phase in zip(self.phase_steps, self.phases, strict=True)}
         return {start: value for start, value in values.items() if value is not None}
+
+
+class Difference(NamedTuple):
+    """A setting in which two schedules differ, from ``step`` on."""
+
+    setting: str
+    step: int
+    saved: Any
+    current: Any
+
+
+def differences(saved: Schedule, current: Schedule, step: int) -> list[Difference]:
+    """Returns where the schedule of a resumed run departs from the saved one: the first step for each setting.
+
+    Window, learning rate and RoPE base count from ``step``, the next one, to the end of the shorter run; at least the
+    last step counts, which exports the model. Source weights count from the first step, since what has been read of a
+    source depends on all earlier weights.
+    """
+    step = min(step, current.steps - 1)
+    until = min(max(saved.steps, step + 1), current.steps)
+    phase_steps = {0, step, *saved.phase_steps, *current.phase_steps}
+    found = []
+    for setting in PHASE_SETTINGS:
+        begin = 0 if setting == "source_weights" else step
+        is_computed = setting in ("window", "lr_factor")  # the others change with a phase only
+        for at in range(begin, until) if is_computed else sorted(at for at in phase_steps if begin <= at < until):
+            before, now = getattr(saved(at), setting), getattr(current(at), setting)
+            if before != now:
+                found.append(Difference(setting, at, before, now))
+                break
+    return found

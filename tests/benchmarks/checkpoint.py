@@ -43,7 +43,7 @@ def main() -> None:
             took[mode].append(time.perf_counter() - begin)
             saver.wait()
     begin = time.perf_counter()
-    savers["disabled"].load(lambda run: None)
+    savers["disabled"].load(lambda state, path: None)
     took["load"].append(time.perf_counter() - begin)
     best = {name: min(seconds) for name, seconds in took.items()}
     names = {

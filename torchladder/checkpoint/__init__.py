@@ -6,7 +6,7 @@ from torchladder.checkpoint.checkpoint_config import CheckpointConfig
 from torchladder.checkpoint.checkpointer import Checkpointer
 from torchladder.checkpoint.checksums import CHECKSUM_FILE
 from torchladder.checkpoint.group import SaveError
-from torchladder.checkpoint.run_state import RUN_STATE_FILE, RunState, check_fingerprints
+from torchladder.checkpoint.run_state import RUN_STATE_FILE, RunState
 from torchladder.checkpoint.step_folders import (
     CONFIG_FILE,
     RunStateCheck,
@@ -15,6 +15,7 @@ from torchladder.checkpoint.step_folders import (
     is_complete,
     write_checksums,
 )
+from torchladder.checkpoint.storage import get_storage
 
 __all__ = [
     "CHECKSUM_FILE",
@@ -25,9 +26,9 @@ __all__ = [
     "RunState",
     "RunStateCheck",
     "SaveError",
-    "check_fingerprints",
     "complete_steps",
     "find_corruption",
+    "get_storage",
     "is_complete",
     "write_checksums",
 ]

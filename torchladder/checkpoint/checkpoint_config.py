@@ -73,7 +73,7 @@ class CheckpointConfig:
     """Load checkpoints but save none."""
 
     accept_changes: list[str] = field(default_factory=list)
-    """Fingerprints that may differ from the checkpoint's when resuming, for example data.phases."""
+    """Settings that may differ from the checkpoint's when resuming, for example attention.masks."""
 
     max_failures: Annotated[int, Ge(1)] = 10
     """Saves in a row that may fail (disk full, mount gone) before the run stops; training continues between them."""

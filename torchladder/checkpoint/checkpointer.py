@@ -170,7 +170,7 @@ class Checkpointer:
             return None
         load_step = -1 if newest or step_folders.is_restart() else config.load_step
         if load_step == -1 and not newest and (finished := self._finished_run()):
-            check(finished)
+            check(finished, f"{self.folder}/step-{finished.step}")
             return finished
         path = step_folders.find_newest_intact(self.folder, load_step, check, self.group)
         if path is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -42,6 +43,7 @@ def load_state(path: str, model: nn.Module, optimizer: torch.optim.Optimizer | N
             "checkpoint.initial_load_path, or set checkpoint.exclude_from_loading = ['optimizer']."
         )
     state = collect_state(model, optimizer)
+    _check_shapes(path, state["model"], reader.read_metadata().state_dict_metadata)
     dcp.load(state, storage_reader=reader, process_group=group.process_group)
     if optimizer is None:
         set_model_state_dict(model, state["model"])
@@ -50,3 +52,15 @@ def load_state(path: str, model: nn.Module, optimizer: torch.optim.Optimizer | N
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     for param_group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
         param_group.update(own)
+
+
+def _check_shapes(path: str, weights: StateDict, saved: Mapping[str, Any]) -> None:
+    """Raises ``ConfigError`` if a weight of the model is not in the checkpoint, or has another shape there."""
+    for name, weight in weights.items():
+        size = getattr(saved.get(f"model.{name}"), "size", None)
+        found = "is missing" if size is None else f"has the shape {list(size)}"
+        if size != weight.shape:
+            raise ConfigError(
+                f"{path} is of another model: {name} {found}, and here it has {list(weight.shape)}. Use the [model] "
+                "settings that it was trained with."
+            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from torchladder.checkpoint.storage import get_storage
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError
 
 RUN_STATE_FILE = "run.json"
 
@@ -23,8 +22,8 @@ class RunState:
     Attributes:
         step: optimizer steps taken.
         row: the next global row of the training data.
-        fingerprints: name -> value of everything that must be unchanged to continue (data, tokenizer, settings); empty
-            in a checkpoint of weights alone.
+        fingerprints: name -> value of what must be unchanged to continue, except the schedule (data, tokenizer, model,
+            batch); empty in a checkpoint of weights alone.
         window: tokens a query could attend to in the last step; None if unknown.
         final_window: the same for the last step of the run.
         rope_theta: RoPE base of the last step; None for that of the model config.
@@ -72,30 +71,3 @@ class RunState:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
-
-
-def check_fingerprints(saved: Mapping[str, str], current: Mapping[str, str], accepted: Sequence[str]) -> None:
-    """Compares the fingerprints of a checkpoint with those of this run.
-
-    Args:
-        saved: of the checkpoint.
-        current: of this run.
-        accepted: names that may differ (``checkpoint.accept_changes``).
-
-    Raises:
-        ConfigError: a name that is not accepted differs, an accepted name does not exist, or the checkpoint has no
-            fingerprints.
-    """
-    if not saved:
-        raise ConfigError(
-            "the checkpoint holds only weights, no run state: load it with checkpoint.initial_load_model_only = true."
-        )
-    for name in accepted:
-        if name not in current:
-            raise unknown_name("entry", name, current, "checkpoint.accept_changes")
-    for name, value in current.items():
-        if saved.get(name) != value and name not in accepted:
-            raise ConfigError(
-                f"{name} has changed since the checkpoint was saved (it was {saved.get(name)}, it is {value}). "
-                f"To continue anyway: --checkpoint.accept_changes {name}"
-            )

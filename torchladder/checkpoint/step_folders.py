@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,8 +32,8 @@ CONFIG_FILE = "config.toml"
 METADATA_FILE = ".metadata"
 """DCP's own file: which tensors there are, and where."""
 
-RunStateCheck = Callable[[RunState], None]
-"""Raises ConfigError if the run state is that of another run."""
+RunStateCheck = Callable[[RunState, str], None]
+"""Raises ConfigError if the run state, at the path of its checkpoint, is that of another run."""
 
 
 def is_complete(path: str | Path) -> bool:
@@ -64,19 +64,20 @@ def write_checksums(path: str | Path, checksums: Mapping[str, str] | None = None
     storage.write(f"{path}/{CHECKSUM_FILE}", format_checksums(checksums).encode())
 
 
-def find_corruption(path: str | Path, name: str | None = None, rank: int = 0, num_ranks: int = 1) -> str | None:
+def find_corruption(path: str | Path, names: Sequence[str] = (), rank: int = 0, num_ranks: int = 1) -> str | None:
     """Returns what is wrong with the files of a checkpoint, None if they are intact.
 
     Args:
         path: the checkpoint.
-        name: verify only this file.
+        names: verify only those of these files that the checkpoint has; empty for all.
         rank: verify only the files of this rank, of ``num_ranks`` that share the work.
         num_ranks: how many ranks share the work.
     """
     storage = get_storage(path)
     try:
         checksums = read_checksums(path)
-        for file in [name] if name else sorted({*checksums, METADATA_FILE, RUN_STATE_FILE})[rank::num_ranks]:
+        files = {*checksums, METADATA_FILE, RUN_STATE_FILE}
+        for file in sorted(files.intersection(names) if names else files)[rank::num_ranks]:
             if file not in checksums or not storage.exists(f"{path}/{file}"):
                 return f"{file} is missing"
             if storage.sha256(f"{path}/{file}") != checksums[file]:
@@ -95,10 +96,10 @@ def find_load_error(path: str, check: RunStateCheck | None, group: CheckpointGro
     Raises:
         ConfigError: ``check`` rejects the checkpoint.
     """
-    error = next(filter(None, group.all_gather(find_corruption(path, RUN_STATE_FILE))), None)
+    error = next(filter(None, group.all_gather(find_corruption(path, (RUN_STATE_FILE, CONFIG_FILE)))), None)
     if error is None:
         if check is not None:
-            check(RunState.read(path))
+            check(RunState.read(path), path)
         found = find_corruption(path, rank=group.rank, num_ranks=group.size)
         error = next(filter(None, group.all_gather(found)), None)
     return error

@@ -23,9 +23,9 @@ COMMANDS = {
 """Name → module with ``run(argv) -> exit code``, and the description in ``torchladder --help``."""
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs the command named on the command line; returns its exit code."""
-    argv = sys.argv[1:]
+    argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: torchladder <command> [options]\n\ncommands:")
         for name, (_, description) in COMMANDS.items():
@@ -39,3 +39,6 @@ def main() -> int:
         return COMMANDS[argv[0]][0].run(argv[1:])
     except (ConfigError, OSError) as error:
         return config.print_config_error(error)
+    except KeyboardInterrupt:
+        print("torchladder: interrupted", file=sys.stderr)
+        return 130

@@ -46,10 +46,7 @@ def run(argv: list[str]) -> int:
     plan = make_plan(config.load(settings), arguments.world_size)
     memory, traffic = _estimate_memory(plan, arguments.world_size, arguments.gpu_memory)
     steps = _shown_steps(arguments.at, plan.steps)
-    try:
-        usage, no_usage = source_usage(plan.config, plan.batch, plan.schedule), ""
-    except ConfigError as error:
-        usage, no_usage = [], str(error)
+    usage, no_usage = source_usage(plan.config, plan.batch, plan.schedule)
     phases = _phases(plan, usage)
     if arguments.plot:
         plots.plot_curriculum(
@@ -172,14 +169,13 @@ def _print_windows(plan: Plan, steps: list[int]) -> None:
 
 def _print_phases(phases: list[dict[str, Any]]) -> None:
     table = Table(box=None, header_style="bold")
-    for name in ("from step", "steps", "tokens", "sets", "source", "tokens read", "epochs"):
-        is_text = name in ("sets", "source")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "source")
+    for name in ("from step", "steps", "tokens", "source", "tokens read", "epochs"):
+        if name == "source":  # folded on a narrow terminal; numbers are not
+            table.add_column(name, min_width=12, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for phase in phases:
-        # The sources below show in tokens what the weights say.
-        sets = {key: value for key, value in phase["sets"].items() if key != "source_weights" or not phase["sources"]}
         cells = [f"{phase[key]:,}" for key in ("step", "steps", "tokens")]
-        cells.append("\n".join(f"{key} {value}" for key, value in sets.items()))
         if not phase["sources"]:
             table.add_row(*cells)
         for source in phase["sources"]:
@@ -188,3 +184,9 @@ def _print_phases(phases: list[dict[str, Any]]) -> None:
             table.add_row(*cells, source["source"], f"{source['tokens']:,}", read)
             cells = [""] * len(cells)
     Console().print(table)
+    for phase in phases:
+        # The table shows in tokens what the weights say.
+        sets = {key: value for key, value in phase["sets"].items() if key != "source_weights" or not phase["sources"]}
+        if sets:
+            settings = ", ".join(f"{key} {value}" for key, value in sets.items())
+            print(f"phase       from step {phase['step']:,}: {settings}")

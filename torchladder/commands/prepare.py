@@ -63,7 +63,8 @@ def run(argv: list[str]) -> int:
     try:
         done = prepare_dataset(config, build_executor(workers=arguments.workers))
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
+        kept = f"finished parts are kept in {config.prefix}.parts"
+        print(f"torchladder: interrupted; {kept}; run the same command again to continue", file=sys.stderr)
         return 130
     print(describe_dataset(config.prefix, done))
     return 0

@@ -42,7 +42,8 @@ def load(argv: list[str]) -> Config:
         (word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")), "the command line"
     )
     file = cli_value(argv, "job.config_file")
-    defaults = _load_defaults(Path(file) if file else None, {}, argv)
+    settings, origins = toml_files.read_settings(Path(file)) if file else ({}, {})
+    defaults = _make_defaults(settings, origins, Path(file).parent if file else Path(), argv)
     config = tyro.cli(
         type(defaults),
         default=defaults,
@@ -66,35 +67,68 @@ def load_file(path: Path | None, overrides: Mapping[str, Any] | None = None) -> 
     Raises:
         ConfigError: as ``load``, or a required key is missing.
     """
-    config = _load_defaults(path, overrides or {}, [])
-    for name, section in vars(config).items():
-        for key, value in vars(section).items() if name not in toml_files.TABLES else ():
-            if value is tyro.MISSING:
-                raise ConfigError(f"{path or 'the settings'}: {name}.{key} is required.")
-    hf_defaults.check_hf_settings(config)
-    return config
+    settings, origins = toml_files.read_settings(path) if path else ({}, {})
+    return _load_settings(settings, origins, path.parent if path else Path(), overrides or {})
+
+
+def load_text(text: str, path: str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Loads the settings of a run from the text of its ``config.toml``.
+
+    Args:
+        text: of a file that extends no other.
+        path: of the file, for error messages.
+        overrides: as in ``load_file``.
+
+    Raises:
+        ConfigError: as ``load_file``.
+    """
+    settings = toml_files.parse_settings(text, path)
+    origins: toml_files.Origins = {
+        (name, key): path
+        for name, section in settings.items()
+        for key in (section if isinstance(section, dict) else [""])
+    }
+    return _load_settings(settings, origins, Path(), overrides or {})
 
 
 def print_config_error(error: ConfigError | OSError) -> int:
-    """Prints the message of an error and returns its exit code, 2; raises an OSError that is no disk error."""
+    """Prints the message of an error and returns its exit code, 2; raises an OSError that is not about a file."""
     if isinstance(error, OSError):
-        if find_disk_error(error) is None:
+        if find_disk_error(error) is not None:
+            error = ConfigError(describe_disk_error(error))
+        elif error.filename is not None:
+            error = ConfigError(f"{error.filename}: {error.strerror}")
+        else:
             raise error
-        error = ConfigError(describe_disk_error(error))
     print(f"torchladder: {error}", file=sys.stderr)
     return 2
 
 
-def _load_defaults(file: Path | None, overrides: Mapping[str, Any], argv: list[str]) -> Config:
-    """Returns the settings that the command line overrides; a missing required key is ``tyro.MISSING``."""
-    settings, origins = toml_files.read_settings(file) if file else ({}, {})
+def _load_settings(
+    settings: toml_files.RawSettings, origins: toml_files.Origins, folder: Path, overrides: Mapping[str, Any]
+) -> Config:
+    """Returns the settings of a file in ``folder`` without a command line."""
+    path = next(iter(origins.values()), "the settings")
     for name, value in overrides.items():
         section, _, key = name.partition(".")
         settings.setdefault(section, {})[key] = value
+    config = _make_defaults(settings, origins, folder, [])
+    for name, section in vars(config).items():
+        for key, value in vars(section).items() if name not in toml_files.TABLES else ():
+            if value is tyro.MISSING:
+                raise ConfigError(f"{path}: {name}.{key} is required.")
+    hf_defaults.check_hf_settings(config)
+    return config
+
+
+def _make_defaults(
+    settings: toml_files.RawSettings, origins: toml_files.Origins, folder: Path, argv: list[str]
+) -> Config:
+    """Returns the settings that the command line overrides; a missing required key is ``tyro.MISSING``."""
     for name, section in settings.items():
         keys = {key for table in section for key in table} if isinstance(section, list) else section
         _refuse_renamed_keys((f"{name}.{key}" for key in keys), str(toml_files.origin(origins, name)))
-    _import_plugins(settings, argv, file.parent if file else Path())
+    _import_plugins(settings, argv, folder)
     hf_defaults.apply_hf_defaults(settings, origins, argv)
     kind = config_type(settings, argv)
     for name in settings:

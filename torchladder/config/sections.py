@@ -125,8 +125,8 @@ class TrainingConfig:
         )
         require(
             self.epochs is None or self.steps == -1,
-            f"training.epochs = {self.epochs} and training.steps = {self.steps} both set the run's length: set one "
-            "(steps = -1 overrides an inherited value).",
+            f"training.epochs = {self.epochs} and training.steps = {self.steps} both set the run's length: set one. "
+            'An inherited value is unset by steps = -1, or by epochs = "None".',
         )
 
 

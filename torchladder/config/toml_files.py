@@ -15,7 +15,7 @@ RawSettings = dict[str, Any]
 TABLES = {"phases"}
 """Arrays of tables, ``[[phases]]``; everything else in a file is a section."""
 
-Origins = dict[tuple[str, str], Path]
+Origins = dict[tuple[str, str], Path | str]
 """(section, key) -> the file that sets it, for error messages"""
 
 
@@ -32,18 +32,11 @@ def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> tuple[RawSettings,
     if path.resolve() in seen:
         raise ConfigError(f"{path}: job.extends: the file extends itself.")
     try:
-        own = tomli.loads(path.read_text(encoding="utf-8"))
+        own = parse_settings(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise unknown_name("config file", str(path), map(str, path.parent.glob("*.toml"))) from None
-    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    for name, section in own.items():
-        if name in TABLES:
-            if not isinstance(section, list):
-                raise ConfigError(f"{path}: {name} is a list of tables; write [[{name}]] above each entry.")
-        elif not isinstance(section, dict):
-            raise ConfigError(f"{path}: {name!r} is outside of a section; write [section] above it.")
-
     base = own.get("job", {}).pop("extends", "")
     if not isinstance(base, str):
         raise ConfigError(f"{path}: job.extends = {base!r}: must be a file name.")
@@ -57,6 +50,21 @@ def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> tuple[RawSettings,
         settings.setdefault(name, {}).update(section)
         origins.update({(name, key): path for key in section})
     return settings, origins
+
+
+def parse_settings(text: str, path: Path | str) -> RawSettings:
+    """Returns the settings in the text of a file; raises ConfigError if it is not TOML, or not in sections."""
+    try:
+        own = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for name, section in own.items():
+        if name in TABLES:
+            if not isinstance(section, list):
+                raise ConfigError(f"{path}: {name} is a list of tables; write [[{name}]] above each entry.")
+        elif not isinstance(section, dict):
+            raise ConfigError(f"{path}: {name!r} is outside of a section; write [section] above it.")
+    return own
 
 
 def origin(origins: Origins, section: str, key: str | None = None) -> Path | str:

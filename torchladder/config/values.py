@@ -25,6 +25,8 @@ def check_type(kind: Any, value: Any, place: str) -> Any:
         ConfigError: another type, or an unknown or missing key of a table.
     """
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if value == "None" and type(None) in get_args(kind):
+        return None  # TOML has no null; the command line has the same word
     if get_origin(kind) is list and dataclasses.is_dataclass(item := get_args(kind)[0]):
         kind = list[Annotated[Any, pydantic.PlainValidator(partial(_make_table, item))]]
     try:

@@ -178,7 +178,11 @@ def training_texts(section: Any) -> Iterator[str]:
     excluded = getattr(section, "exclude", [])
     chosen = [source for source in getattr(section, "sources", []) if source.title not in excluded]
     of_text = [source for source in chosen if not source.is_tokens]
-    require(bool(of_text), "no source is raw text, so no tokenizer can be trained on it: set tokenizer.path.")
+    require(
+        bool(of_text),
+        'no source is raw text, so no tokenizer can be trained on it: set tokenizer.path, or tokenizer.name = "none" '
+        "to train on the tokens without one.",
+    )
     fraction = 0.0 if getattr(section, "validation_sources", []) else getattr(section, "validation_fraction", 0.0)
     for source in of_text:
         for document in source.text_source().documents():

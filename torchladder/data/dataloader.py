@@ -156,6 +156,7 @@ registry: Registry[BaseDataLoader] = Registry(
         "local_batch_size": "rows in a micro-batch",
         "global_batch_size": "rows in a step, over all ranks",
         "steps": "optimizer steps of the run, None if unknown",
+        "check_only": "whether to check the settings and look for the files, and read nothing",
         "weight_changes": "first step of each phase of the run -> weights of the sources, None for no change",
     },
 )

@@ -20,6 +20,10 @@ from torchladder.registry import ConfigError, require
 logger = logging.getLogger(__name__)
 
 
+class MissingFilesError(ConfigError):
+    """No file has the name, or matches the glob, of a setting."""
+
+
 def as_list(path: Any) -> list[Any]:
     """Returns the patterns of a ``path`` setting, which is one or a list of them."""
     return list(path) if isinstance(path, list | tuple) else [path]
@@ -29,7 +33,8 @@ def match_paths(pattern: str) -> list[Path]:
     """Returns the files and folders that a path or glob names, sorted; raises ConfigError if there are none."""
     full = os.path.expanduser(pattern)
     found = {full} if os.path.exists(full) else set(_glob(full))
-    require(bool(found), f"no file matches {pattern!r} (relative to {os.getcwd()}).")
+    if not found:
+        raise MissingFilesError(f"no file matches {pattern!r} (relative to {os.getcwd()}).")
     return [Path(path) for path in sorted(found)]
 
 

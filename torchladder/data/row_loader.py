@@ -34,6 +34,7 @@ from torchladder.data.packing.spans import Packing
 from torchladder.data.prepare.text_counts import MAX_UNKNOWN_FRACTION, check_max_unknown_fraction
 from torchladder.data.row_skipping import RowSkipper
 from torchladder.data.source_config import SourceConfig, warn_of_shared_files
+from torchladder.data.sources import check_validation_fraction
 from torchladder.data.tokenizer import Tokenizer
 from torchladder.registry import ConfigError, require, unknown_name
 
@@ -55,6 +56,7 @@ class RowLoader:
     vocab_size: int | None = None
     steps: int | None = None
     weight_changes: Mapping[int, list[float] | dict[str, float] | None] = field(default_factory=dict)
+    check_only: bool = False
 
     sources: list[SourceConfig] = field(default_factory=list)
     """Training data: token files, text files, or registered sources by name, each with a weight."""
@@ -102,6 +104,8 @@ class RowLoader:
     def __post_init__(self) -> None:
         self._skipper = RowSkipper(self.skip_rows if self.split == "train" else [])
         self._check_settings()
+        if self.check_only:
+            return
         corpora = self._open_sources()
         packings = [self._pack(number, corpus) for number, corpus in enumerate(corpora)]
         if self.split == "validation":  # in proportion to their rows, so that all sources end together
@@ -245,6 +249,13 @@ class RowLoader:
         packings.registry.get(self.packing)
         self._sources = [source for source in self.sources if source.title not in self.exclude]
         require(bool(self._sources), "data.exclude leaves no source.")
+        check_validation_fraction(self.validation_fraction)
+        held_out = self.validation_fraction > 0 and not all(source.is_tokens for source in self._sources)
+        require(
+            self.split == "train" or bool(self.validation_sources) or held_out,
+            "no documents are held out for validation: set data.validation_sources, use raw text sources with a "
+            "data.validation_fraction above 0, or set validation.enable = false.",
+        )
         self._mixture_weights = MixtureWeights(self.domains, self.languages, self.temperature)
         self._mixture_weights.validate(self._sources)
         self._interleave([Fraction(1)] * len(self._sources))
@@ -280,8 +291,8 @@ class RowLoader:
             corpora = [corpus for corpus in corpora if corpus.num_tokens > 1]
         require(
             bool(corpora),
-            "no documents are held out for validation: set data.validation_sources, or use raw text sources with "
-            f"a validation_fraction above {fraction}.",
+            "no documents are held out for validation: set data.validation_sources, or a data.validation_fraction "
+            f"above {fraction}.",
         )
         for corpus in corpora:
             count = corpus.num_tokens

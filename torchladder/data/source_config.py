@@ -118,7 +118,8 @@ class SourceConfig:
         return {pattern for pattern in exclude if any(matches_file(pattern, file) for file in found)}
 
     def _all_files(self) -> list[Path]:
-        suffixes, patterns = sources.token_formats[self.kind].suffixes, as_list(getattr(self, "path", []))
+        suffixes = sources.token_formats[self.kind].suffixes
+        patterns = [sources.token_path(path) for path in as_list(getattr(self, "path", []))]
         what = "token file" + (f". Known: {', '.join(suffixes)}" if suffixes else "")
         return list(match_files(patterns, lambda file: not suffixes or file.suffix.lower() in suffixes, what))
 

@@ -13,6 +13,7 @@ are tokens already. Either is a function or a dataclass, and its parameters are 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from torchladder.data.file_patterns import match_paths
+from torchladder.data.file_patterns import match_files
 from torchladder.registry import Component, ConfigError, Registry, require
 
 
@@ -136,20 +137,38 @@ def register_tokens(
 
 def detect_source(paths: Sequence[str]) -> str:
     """Returns the source that reads the paths, by suffix and content; by suffix alone if there is no such file yet."""
+    paths = [token_path(path) for path in paths]
     fitting = {
         name: known
         for name, known in token_formats.items()
-        if paths and known.suffixes and all(path.lower().endswith(known.suffixes) for path in paths)
+        if paths and known.suffixes and all(_names_tokens(path, known.suffixes) for path in paths)
     }
     for name, (suffixes, recognize, _) in fitting.items():
         try:
-            found = match_paths(paths[0]) if recognize else []
+            found = match_files(paths[:1], lambda file: file.is_file(), "file") if recognize else []
         except ConfigError:
             found = []
-        first = next((file for file in found if file.is_file() and file.suffix.lower() in suffixes), None)
+        first = next((file for file in found if file.suffix.lower() in suffixes), None)
         if first and recognize and recognize(first):
             return name
     return next((name for name, known in fitting.items() if known.recognize is None), "text")
+
+
+def token_path(path: str) -> str:
+    """Returns the token file of a prefix, as ``prepare --output`` has it; every other path is returned as it is."""
+    if glob.has_magic(path) or Path(path).expanduser().exists():
+        return path
+    suffixes = [suffix for known in token_formats.values() for suffix in known.suffixes]
+    return next((path + suffix for suffix in suffixes if Path(path + suffix).expanduser().is_file()), path)
+
+
+def _names_tokens(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Returns whether a path ends with a suffix of tokens, or is a folder of such files and their metadata alone."""
+    if path.lower().endswith(suffixes):
+        return True
+    folder = Path(path).expanduser()
+    found = {file.suffix.lower() for file in folder.rglob("*") if file.is_file()} if folder.is_dir() else set()
+    return bool(found.intersection(suffixes)) and found <= {*suffixes, ".json"}
 
 
 def check_validation_fraction(fraction: float) -> None:

@@ -16,7 +16,7 @@ from torchladder.distributed import float8, tensor_parallel
 from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig, apply_activation_checkpoint
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import Mesh, ParallelismConfig
-from torchladder.registry import require
+from torchladder.registry import require, unknown_name
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class CompileConfig:
 
     backend: str = "inductor"
     """Backend of torch.compile."""
+
+    def __post_init__(self) -> None:
+        if self.backend != "inductor":  # listing them imports the compiler, which takes seconds
+            known = [name for name in torch._dynamo.list_backends(exclude_tags=()) if "TESTING" not in name]
+            if self.backend not in known:
+                raise unknown_name("backend", self.backend, known, "compile.backend")
 
     def compiles(self, component: str) -> bool:
         return self.enable and component in self.components

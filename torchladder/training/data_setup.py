@@ -9,6 +9,7 @@ from typing import Any
 from torchladder import data, models
 from torchladder.config import Config
 from torchladder.data.dataloader import SizedLoader, SourceUsage
+from torchladder.data.file_patterns import MissingFilesError
 from torchladder.registry import ConfigError, require
 from torchladder.schedule import Schedule
 
@@ -67,6 +68,7 @@ def build_loader(
     split: str = "train",
     tokenizer: data.Tokenizer | None = None,
     dp_rank: int = 0,
+    check_only: bool = False,
 ) -> data.BaseDataLoader:
     """Builds the data loader of one data-parallel rank.
 
@@ -74,10 +76,13 @@ def build_loader(
         schedule: of the run; None to measure the data without its phases.
         split: ``train`` or ``validation``.
         tokenizer: of the run; None builds it.
+        check_only: check the settings and look for the files; the loader cannot be read.
 
     Raises:
         ConfigError: the data is missing, damaged or not enough, or the loader cannot change its weights.
     """
+    if tokenizer is None and not check_only:
+        tokenizer = build_checked_tokenizer(config)
     changes = schedule.overrides("source_weights") if schedule else {}
     if changes and "weight_changes" not in inspect.signature(data.registry.get(config.data.name)).parameters:
         raise ConfigError(
@@ -87,7 +92,7 @@ def build_loader(
     return data.registry.build(
         config.data,
         split=split,
-        tokenizer=tokenizer or build_checked_tokenizer(config),
+        tokenizer=tokenizer,
         vocab_size=models.resolve(config.model).vocab_size,
         seq_len=config.training.seq_len,
         dp_rank=dp_rank,
@@ -95,6 +100,7 @@ def build_loader(
         local_batch_size=batch.local_batch_size,
         global_batch_size=batch.local_batch_size * batch.dp_degree * micro_batches,
         steps=None if config.training.steps == -1 else config.training.steps,
+        check_only=check_only,
         weight_changes={step: changes.get(step) for step in schedule.phase_steps} if schedule else {},
     )
 
@@ -121,19 +127,32 @@ def all_sources_repeat(section: Any) -> bool:
     return all(repeat if source.repeat is None else source.repeat for source in getattr(section, "sources", []))
 
 
-def source_usage(config: Config, batch: BatchSizes, schedule: Schedule) -> list[SourceUsage]:
-    """Returns what each phase reads of each source, provided that this takes no longer than reading indices.
+def source_usage(config: Config, batch: BatchSizes, schedule: Schedule) -> tuple[list[SourceUsage], str]:
+    """Checks the data as when training starts; returns what each phase reads of each source.
+
+    Text is not tokenized, and files need not be on this machine: then nothing is returned, with the reason.
 
     Raises:
-        ConfigError: the data does not exist, or is not tokenized yet.
+        ConfigError: the settings do not fit the data, or the data is damaged.
     """
-    sources = getattr(config.data, "sources", [])
+    if "check_only" not in inspect.signature(data.registry.get(config.data.name)).parameters:
+        return [], f"the data loader {config.data.name!r} is opened when training starts."
+    sources, splits = getattr(config.data, "sources", []), ("train", "validation")[: 1 + config.validation.enable]
     if not sources:
-        raise ConfigError(f"the data loader {config.data.name!r} has no data.sources.")
-    if all_sources_repeat(config.data):  # otherwise the plan has tokenized all of it, to see whether it suffices
-        for source in sources:
-            source.check()
-            if not source.is_tokens:
-                raise ConfigError(f"{source.title} is raw text, tokenized when a run first needs it.")
-    loader = build_loader(config, batch, schedule)
-    return loader.usage() if isinstance(loader, SizedLoader) else []
+        return [], "data.sources is empty: set it before training."
+    try:
+        for split in splits:
+            build_loader(config, batch, schedule, split, check_only=True)
+        text = next((source for source in sources if not source.is_tokens), None)
+        # Where a source may run out, the plan has tokenized everything already.
+        tokenizes = text is not None and all_sources_repeat(config.data)
+        trains_tokenizer = text is not None and not getattr(config.tokenizer, "path", "without a file")
+        tokenizer = None if tokenizes and trains_tokenizer else build_checked_tokenizer(config)
+        if text is not None and config.tokenizer.name == "none":
+            raise ConfigError(f"the source {text.title} is raw text: it needs a tokenizer.")
+        if text is not None and tokenizes:
+            return [], f"{text.title} is raw text, tokenized when a run first needs it."
+        loader = build_loader(config, batch, schedule, tokenizer=tokenizer)
+    except MissingFilesError as error:
+        return [], str(error)
+    return (loader.usage(), "") if isinstance(loader, SizedLoader) else ([], "")

@@ -6,12 +6,13 @@ import logging
 from contextlib import suppress
 from dataclasses import replace
 
-from torchladder.checkpoint import Checkpointer, RunState, check_fingerprints, complete_steps
+from torchladder.checkpoint import Checkpointer, RunState, complete_steps
 from torchladder.data.dataloader import BaseDataLoader, Batch, SupportsSkipping, TracksSources
 from torchladder.distributed.ranks import Ranks
 from torchladder.registry import ConfigError
 from torchladder.resilience.bad_steps import BadStepDetector, BadStepError, Rollback, format_rows
 from torchladder.resilience.interrupt import Interrupt, Interrupted
+from torchladder.training.changed_settings import check_changes
 from torchladder.training.run_plan import Plan, fingerprints
 
 logger = logging.getLogger(__name__)
@@ -115,15 +116,22 @@ class FaultTolerance:
             ConfigError: the checkpoint is of another run.
         """
 
-        def check(state: RunState) -> None:
-            self._resume_row(state, loader)
-            now, accepted = fingerprints(self.plan, loader), self.plan.config.checkpoint.accept_changes
-            check_fingerprints(state.fingerprints, now, accepted)
+        changes: list[str] = []
+
+        def check(state: RunState, path: str) -> None:
+            data_problem = ""
+            try:
+                self._resume_row(state, loader)
+            except ConfigError as error:
+                data_problem = str(error)
+            changes[:] = check_changes(self.plan, fingerprints(self.plan, loader), state, path, data_problem)
 
         state = self.checkpointer.load(check, newest)
         if state is None:
             self._resume_row(RunState(step=0, row=0), loader)
             return None
+        for change in changes if self.ranks.is_rank0 else ():
+            logger.info("changed: %s", change)
         self.bad_steps.load_state_dict(state.bad_steps)
         row = self._resume_row(state, loader)
         if row == state.row:  # otherwise they are rows of the data before this

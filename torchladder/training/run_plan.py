@@ -20,7 +20,7 @@ from torchladder.distributed.ranks import Ranks
 from torchladder.inference import hf_export
 from torchladder.metrics import RunInfo
 from torchladder.models.attention import AttentionKernel
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 from torchladder.schedule import Schedule
 from torchladder.training import data_setup
 from torchladder.training.data_setup import BatchSizes, batch_sizes
@@ -90,6 +90,14 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     _check_window_is_used(config, schedule)
     if config.checkpoint.last_save_in_hf:
         hf_export.check_exportable(config, schedule(training.steps - 1))
+    for window in config.validation.windows:
+        require(
+            window <= training.seq_len,
+            f"validation.windows = {window}: a row has {training.seq_len} tokens (training.seq_len).",
+        )
+    folder = Path(config.job.dump_folder)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(existing.is_dir(), f"job.dump_folder = {str(folder)!r}: {existing} is a file.")
     if not data_setup.all_sources_repeat(config.data):
         data_setup.build_loader(config, batch, schedule)  # fails if a source runs out before the last step
 
@@ -201,14 +209,12 @@ def parallelize_config(config: Config) -> ParallelizeConfig:
 
 
 def fingerprints(plan: Plan, loader: BaseDataLoader) -> dict[str, str]:
-    """Returns all that must be unchanged when a run resumes: data, tokenizer, and the settings behind its state."""
+    """Returns all that must be unchanged when a run resumes, except its schedule: data, tokenizer, model, batch."""
     config = plan.config
     settings = {
         "model": dataclasses.asdict(models.resolve(config.model)),
-        "curriculum": vars(config.curriculum),
         "attention": {"masks": config.attention.masks},
         "training": {"global_batch_size": plan.batch.global_batch_size, "max_norm": config.training.max_norm},
-        "phases": {key: plan.schedule.overrides(key) for key in ("window", "rope_theta")},
     }
     named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
     return named | {f"data.{name}": value for name, value in loader.fingerprints().items()}

@@ -79,7 +79,7 @@ class SourceHistory:
                 f"data.weights has changed for rows that have been read, at {self.saved.get('weights')}{phases}. "
                 "Restore those weights (0 for new sources, at the end of data.sources), and let a phase change them:"
                 f"\n\n    [[phases]]\n    from_step = {from_step}\n    source_weights = [{shares}]\n\n"
-                f"with {ACCEPT} data.phases, and with new sources also data.sources data.weights data.repeat."
+                f"with {ACCEPT} phases.source_weights, and with new sources also data.sources data.weights data.repeat."
             )
         old, new = (prints["sources"].split(", ") for prints in (self.saved, self.current))
         for number, (title, count) in enumerate(zip(titles, counts, strict=True)):
@@ -92,7 +92,10 @@ class SourceHistory:
 
     def _error(self, problem: str) -> ConfigError:
         changed = [name for name, value in self.current.items() if self.saved.get(name) != value]
-        accepted = " ".join(f"data.{name}" for name in dict.fromkeys([*changed, "first_step"]))
+        accepted = " ".join(
+            "phases.source_weights" if name == "phases" else f"data.{name}"
+            for name in dict.fromkeys([*changed, "first_step"])
+        )
         return ConfigError(
             f"{problem} Or start the data over at this step: --data.first_step {self.step} {ACCEPT} {accepted}"
         )

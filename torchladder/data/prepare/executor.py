@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, Protocol, TypeVar
 
 from torchladder.data.extras import import_extra
@@ -64,8 +65,14 @@ class LocalExecutor:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([name for name in sys.modules if name.startswith("torchladder.")])
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(function,))
+        # Ctrl-C reaches every process of a terminal. Here it waits until all workers have started; the server and the
+        # workers inherit the blocked signal, so that it waits until a worker has been initialized.
+        resource_tracker.ensure_running()  # its start would unblock the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            for future in as_completed([pool.submit(_run_task, task) for task in tasks]):
+            futures = [pool.submit(_run_task, task) for task in tasks]
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:
             raise ConfigError(
@@ -73,6 +80,7 @@ class LocalExecutor:
                 "Finished parts are kept; run the same command again to continue."
             ) from None
         finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             pool.shutdown(cancel_futures=True)
 
 
@@ -85,6 +93,7 @@ def _init_worker(function: Callable[[Any], Any]) -> None:
     global _worker_function
     _worker_function = function
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None
 

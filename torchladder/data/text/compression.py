@@ -142,4 +142,6 @@ def _decompressor(path: Path) -> tuple[Callable[[], Any], type[Exception]]:
     if suffix == ".xz":
         return lzma.LZMADecompressor, lzma.LZMAError
     zstandard = import_extra("zstandard", "zstd", f"reading {path}")
-    return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
+    # Any window that zstd --long has: only as much memory as the file needs is allocated.
+    new = zstandard.ZstdDecompressor(max_window_size=1 << zstandard.WINDOWLOG_MAX).decompressobj
+    return new, zstandard.ZstdError

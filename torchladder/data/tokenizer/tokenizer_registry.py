@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from torchladder.data.disk_cache import cache_path
+from torchladder.data.file_patterns import MissingFilesError
 from torchladder.registry import Component, ConfigError, Registry, require
 
 
@@ -111,7 +112,8 @@ def find_tokenizer_file(path: str | Path) -> Path:
         found = [place / name for name in file_names() if (place / name).is_file()]
         require(bool(found), f"the folder {str(path)!r} holds no tokenizer. Known: {', '.join(file_names())}.")
         return found[0]
-    require(place.is_file(), f"the tokenizer {str(path)!r} is not a file or folder.")
+    if not place.is_file():
+        raise MissingFilesError(f"the tokenizer {str(path)!r} is not a file or folder.")
     return place
 
 
