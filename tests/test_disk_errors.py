@@ -169,7 +169,7 @@ def test_a_folder_that_cannot_be_written_ends_a_run_before_it_starts(tmp_path, m
 def test_a_file_in_the_place_of_the_dump_folder(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert train.main([*DEBUG, "--job.dump_folder", str(tmp_path / "file" / "run")]) == 2
-    assert "a file is where a folder should be" in capsys.readouterr().err
+    assert "is a file." in capsys.readouterr().err
 
 
 def test_a_run_whose_disk_fills_up_ends_as_it_would_and_keeps_its_checkpoint(tmp_path, monkeypatch, caplog):

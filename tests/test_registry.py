@@ -1,8 +1,10 @@
+import importlib
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 
+from torchladder import data
 from torchladder.registry import ConfigError, Registry, unknown_name
 
 
@@ -61,3 +63,17 @@ def test_unknown_names_come_with_the_nearest(shapes):
 def test_a_name_is_taken_once(shapes):
     with pytest.raises(ConfigError, match="twice"):
         shapes.register("disc")(lambda: None)
+
+
+def test_a_plugin_extends_a_component_whose_annotations_it_has_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "stretched_plugin.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from torchladder import data\n"
+        "from torchladder.data.row_loader import RowLoader\n\n\n"
+        "@data.register('stretched')\n@dataclass(kw_only=True)\nclass Stretched(RowLoader):\n    extra: int = 3\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(data.registry, "_components", dict(data.registry._components))
+    importlib.import_module("stretched_plugin")
+    assert data.registry.parameters("stretched")["extra"].annotation is int
+    assert set(data.registry.parameters("rows")) < set(data.registry.parameters("stretched"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from torchladder import train
+from torchladder import checkpoint, train
 from torchladder.config.sections import TrainingConfig
 from torchladder.registry import ConfigError
 
@@ -298,3 +298,36 @@ def test_other_phases_are_another_run(tmp_path, capsys):
     ):
         assert train.main([*DEBUG, "--job.dump_folder", str(tmp_path), *saving, *changed]) == 2
         assert word in capsys.readouterr().err
+
+
+BREAKING_LOADER = """
+from dataclasses import dataclass
+from torchladder import data
+from torchladder.data.row_loader import RowLoader
+from torchladder.registry import ConfigError
+
+@data.register("breaking")
+@dataclass(kw_only=True)
+class BreakingLoader(RowLoader):
+    def __next__(self):
+        if self.dp_rank == self.dp_degree - 1 and self.row >= 5 * self.global_batch_size:
+            raise ConfigError(f"row {self.row} is damaged")
+        return super().__next__()
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_row_that_is_invalid_on_one_rank_ends_the_run_with_a_checkpoint(tmp_path, ranks):
+    (tmp_path / "breaking_loader.py").write_text(BREAKING_LOADER)
+    settings = ["--job.plugins", "breaking_loader", "--data.name", "breaking", "--checkpoint.enable"]
+    program = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if ranks == 2 else []
+    settings += ["--data.sources", '{ name = "python-stdlib" }', "--job.dump_folder", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, *program, "-m", "torchladder.train", *DEBUG, *settings],
+        capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == (2 if ranks == 1 else 1), done.stderr  # torchrun has its own
+    assert f"torchladder: row {20 * ranks} is damaged" in done.stderr
+    assert [step.name for step in (tmp_path / "run" / "checkpoint").glob("step-*")] == ["step-5"]
+    assert checkpoint.is_complete(tmp_path / "run" / "checkpoint" / "step-5")

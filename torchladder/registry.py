@@ -99,7 +99,8 @@ class Registry(Generic[T]):
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:
         """Returns the settings of a component: its parameters except runtime arguments, with resolved types."""
         component = self.get(name)
-        hints = get_type_hints(component.__init__ if inspect.isclass(component) else component)
+        plain = inspect.isclass(component) and not dataclasses.is_dataclass(component)
+        hints = get_type_hints(component.__init__ if plain else component)
         return {
             key: parameter.replace(annotation=hints.get(key, Any))
             for key, parameter in inspect.signature(component).parameters.items()

@@ -18,6 +18,10 @@ from torchladder.training.run_plan import Plan, fingerprints
 logger = logging.getLogger(__name__)
 
 
+class InvalidRowError(ConfigError):
+    """The rows of the next step are invalid on some rank; every rank raises it, at the same step."""
+
+
 class FaultTolerance:
     """Saves, ends and rolls back on all ranks at the same step.
 
@@ -39,13 +43,17 @@ class FaultTolerance:
         self.total_steps = plan.steps
         self.skipped_rows: list[tuple[int, int]] = []
         self._overdue = False
+        self._read_error: ConfigError | None = None
         if plan.config.resilience.on_bad_step == "rollback" and not checkpointer.can_save:
             raise ConfigError("resilience.on_bad_step = 'rollback' returns to checkpoints: set checkpoint.enable.")
 
     def read(self, loader: BaseDataLoader, count: int) -> list[Batch]:
-        """Returns this rank's micro-batches of a step; none if waiting for data was interrupted."""
-        with suppress(Interrupted), self.interrupt.interruptible():
-            return [next(loader) for _ in range(count)]
+        """Returns this rank's micro-batches of a step; none if waiting for them was interrupted or a row is invalid."""
+        try:
+            with suppress(Interrupted), self.interrupt.interruptible():
+                return [next(loader) for _ in range(count)]
+        except ConfigError as error:
+            self._read_error = error  # every rank learns of it in sync_ranks, and all of them save
         return []
 
     def sync_ranks(self, num_labels: int, pairs: int, model_parallel: int = 1) -> tuple[int, int]:
@@ -61,10 +69,15 @@ class FaultTolerance:
 
         Raises:
             Interrupted: on every rank, if one should end; the step has not begun.
+            InvalidRowError: on every rank, if the rows of one are invalid; the step has not begun.
             SaveError: on every rank, if too many saves have failed.
         """
         requests = self.interrupt.requested, self.checkpointer.idle, self.checkpointer.overdue
-        labels, all_pairs, stop, settled, overdue = self.ranks.sums(num_labels, pairs, *requests)
+        labels, all_pairs, invalid, stop, settled, overdue = self.ranks.sums(
+            num_labels, pairs, self._read_error is not None, *requests
+        )
+        if invalid:
+            raise InvalidRowError(str(self._read_error or "the rows of another rank are invalid; it has printed why."))
         if stop:
             raise Interrupted(self._reason)
         if settled == self.ranks.world_size:

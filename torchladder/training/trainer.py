@@ -26,7 +26,7 @@ from torchladder.models.hf import hf_weights
 from torchladder.resilience.bad_steps import BadStepDetector, Rollback, StepOutcome, backward_seed
 from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training import data_setup
-from torchladder.training.fault_tolerance import FaultTolerance
+from torchladder.training.fault_tolerance import FaultTolerance, InvalidRowError
 from torchladder.training.label_check import LabelCheck
 from torchladder.training.run_plan import Plan, fingerprints, log_plan, parallelize_config, run_info
 from torchladder.training.samples import Samples
@@ -152,6 +152,9 @@ class Trainer:
             except Interrupted as reason:
                 self.fault_tolerance.save_and_exit(self.state(), str(reason))
                 return False
+            except InvalidRowError:
+                self.fault_tolerance.save_and_exit(self.state(), "the next row is invalid")
+                raise
             finally:
                 self.checkpointer.close()
                 gc.enable()
