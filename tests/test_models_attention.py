@@ -379,7 +379,7 @@ def test_the_operators_keep_their_promises(name):
     start = mask.chunk(torch.arange(30, dtype=torch.int32).repeat(2, 1), 7)
     q, k, v, _ = inputs(2, 30, (4, 2))
     operator = getattr(torch.ops.torchladder, name).default
-    torch.library.opcheck(operator, (q, k, v, [make(name).prepare(start, CPU)]))
+    torch.library.opcheck(operator, (q, k, v, [make(name).prepare(start, CPU)], None))
 
 
 # --- varlen, with stand-ins for the CUDA kernels ---------------------------------------------------------------------
@@ -445,3 +445,43 @@ def test_varlen_compiles_for_any_window_at_once(monkeypatch):
     assert counters["stats"]["unique_graphs"] <= 3
     reference, _ = climb(make("dense"), ["document", "chunk"], compiled=False)
     torch.testing.assert_close(compiled, reference, atol=1e-3, rtol=1e-5)
+
+
+# --- attention sinks -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(start=starts(longest=120), heads=heads, name=st.sampled_from(["sdpa", "fold"]))
+def test_sinks_are_one_more_key_per_head(start, heads, name):
+    """Against the softmax with one more column, in output and all gradients."""
+    if name == "fold":
+        start = mask.chunk(torch.arange(start.shape[1], dtype=torch.int32).repeat(len(start), 1), 7)
+    q, k, v, grad = inputs(*start.shape, heads)
+    sinks = torch.randn(heads[0], generator=torch.Generator().manual_seed(1)).mul(2).requires_grad_()
+    found = []
+    for kernel in (make(name), make("dense")):
+        out = kernel.attention(q, k, v, kernel.prepare(start, CPU), sinks)
+        found.append([out, *torch.autograd.grad(out, (q, k, v, sinks), grad)])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, atol=3e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_sinks_of_flex_and_of_no_weight():
+    start = mask.chunk(torch.arange(100, dtype=torch.int32).repeat(2, 1), 30)
+    q, k, v, _ = inputs(2, 100, (4, 2), 16)
+    for name in ("flex", "sdpa"):
+        kernel, reference = make(name), make("dense")
+        prepared = kernel.prepare(start, CPU)
+        for sinks in (torch.tensor([0.5, -3.0, 2.0, 0.0]), torch.full((4,), -1e9)):
+            expected = reference.attention(q, k, v, reference.prepare(start, CPU), sinks)
+            torch.testing.assert_close(kernel.attention(q, k, v, prepared, sinks), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(kernel.attention(q, k, v, prepared), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_kernel_without_sinks_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"kernel 'varlen' does not support attention sinks \(model.attention_sinks\)"
+    ):
+        attention.build_kernel("varlen", ["causal"], "cuda", attention_sinks=True)
+    assert attention.build_kernel("auto", ["chunk"], "cpu", attention_sinks=True).name == "fold"

@@ -173,7 +173,7 @@ def test_the_operators_keep_their_promises(name):
     start = mask.chunk(torch.arange(30, dtype=torch.int32).repeat(2, 1), 7)
     q, k, v, _ = inputs(2, 30, (4, 2))
     operator = getattr(torch.ops.torchladder, name).default
-    torch.library.opcheck(operator, (q, k, v, make(name).prepare(start, CPU)))
+    torch.library.opcheck(operator, (q, k, v, make(name).prepare(start, CPU), None))
 
 
 def test_auto_takes_it_for_documents_and_windows():

@@ -15,6 +15,7 @@ class DenseKernel(AttentionKernel):
     """Any mask on any device, slowly. All other kernels are tested against it."""
 
     context_parallel = True
+    attention_sinks = True
     saved_ops = frozenset(
         {
             "aten::_scaled_dot_product_flash_attention",
@@ -28,5 +29,17 @@ class DenseKernel(AttentionKernel):
         return mask.dense(start.to(device))[:, None, query_offset:]  # (B, 1, queries, T)
 
     @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=q.shape[1] != k.shape[1])
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return dense_attention(q, k, v, attn_mask, sinks)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Returns the attention output (B, H, T, K) under a boolean mask (B, 1, T, S), with ``sinks`` (H,) or without."""
+    if sinks is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1])
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * q.shape[-1] ** -0.5
+    last = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
+    probabilities = torch.cat([scores.masked_fill(~visible, -torch.inf), last], dim=-1).softmax(-1)
+    return (probabilities[..., :-1] @ v.to(dtype)).to(q.dtype)

@@ -20,6 +20,7 @@ from torchladder.registry import ConfigError
 class FlashKernel(VarlenKernel):
     """Documents, chunks and a sliding window, by the package flash-attn-4 or else flash-attn (arXiv 2307.08691)."""
 
+    attention_sinks = True
     saved_ops = frozenset({"torchladder::flash", "flash_attn::_flash_attn_varlen_forward"})
     auto_priority = 25
 
@@ -45,16 +46,20 @@ class FlashKernel(VarlenKernel):
     @classmethod
     def check(cls, setup: AttentionSetup) -> None:
         flash4.check_dtype("flash", setup.dtype)
+        if setup.attention_sinks and (reason := flash4.unavailable()) is not None:
+            raise ConfigError(f"kernel 'flash' has attention sinks only with FlashAttention 4: {reason}.")
 
     def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> Any:
         if self.version == 2:
             return super().prepare(start, device, query_offset)
         return _prepare_segments(start, device)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any) -> Tensor:  # type: ignore[override]
+    def attention(  # type: ignore[override]
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, sinks: Tensor | None = None
+    ) -> Tensor:
         if self.version == 2:
             return super().attention(q, k, v, attn_mask)
-        return _flash(q, k, v, attn_mask)
+        return _flash(q, k, v, attn_mask, sinks)
 
 
 def _prepare_segments(start: Tensor, device: torch.device) -> list[Tensor]:

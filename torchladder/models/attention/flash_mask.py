@@ -20,6 +20,7 @@ class FlashMaskKernel(AttentionKernel):
     """Any mask on Hopper and Blackwell GPUs, by the package flash-attn-4; ``start`` is data, and nothing recompiles."""
 
     devices = frozenset({"cuda"})
+    attention_sinks = True
     saved_ops = frozenset({"torchladder::flash_mask"})
 
     @classmethod
@@ -35,8 +36,8 @@ class FlashMaskKernel(AttentionKernel):
         return [start, *(getattr(blocks, f"{which}_{name}") for which in _BY_QUERY + _BY_KEY for name in _LISTS)]
 
     @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: list[Tensor]) -> Tensor:
-        return _flash_mask(q, k, v, attn_mask)
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: list[Tensor], sinks: Tensor | None = None) -> Tensor:
+        return _flash_mask(q, k, v, attn_mask, sinks)
 
 
 _BY_QUERY, _BY_KEY, _LISTS = ("kv", "full_kv"), ("q", "full_q"), ("num_blocks", "indices")

@@ -18,6 +18,7 @@ class FlexKernel(AttentionKernel):
     """Any mask on CUDA; forward only on a CPU, where FlexAttention has no backward."""
 
     context_parallel = True
+    attention_sinks = True
     saved_ops = frozenset({"flex_attention"})
     auto_priority = 20
 
@@ -48,5 +49,11 @@ class FlexKernel(AttentionKernel):
     def prepare(self, start: Tensor, device: torch.device, query_offset: int = 0) -> BlockMask:
         return mask.block_mask(start.to(device, non_blocking=True), query_offset=query_offset)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: BlockMask) -> Tensor:  # type: ignore[override]
-        return self._flex(q, k, v, block_mask=attn_mask, enable_gqa=q.shape[1] != k.shape[1])
+    def attention(  # type: ignore[override]
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: BlockMask, sinks: Tensor | None = None
+    ) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        if sinks is None:
+            return self._flex(q, k, v, block_mask=attn_mask, enable_gqa=grouped)
+        out, lse = self._flex(q, k, v, block_mask=attn_mask, enable_gqa=grouped, return_lse=True)
+        return out * torch.sigmoid(lse - sinks[:, None]).to(out.dtype)[..., None]  # the keys' share of the softmax

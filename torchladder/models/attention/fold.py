@@ -24,6 +24,7 @@ class FoldKernel(AttentionKernel):
     """
 
     masks = UNIFORM_CHUNKS
+    attention_sinks = True
     saved_ops = frozenset({"torchladder::fold"})
     auto_priority = 30
 
@@ -38,5 +39,5 @@ class FoldKernel(AttentionKernel):
         return torch.tensor(mask.chunk_width(start))  # stays on the CPU, where the operator reads it
 
     @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
-        return _fold(q, k, v, attn_mask)
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return _fold(q, k, v, attn_mask, sinks)

@@ -18,8 +18,11 @@ from torch import Tensor
 from torchladder import mask
 from torchladder.registry import ConfigError, Registry
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-"""``(q (B, H, T, K), k (B, G, S, K), v (B, G, S, K), attn_mask) -> (B, H, T, K)``, as ``AttentionKernel.attention``."""
+AttentionFunction = Callable[..., Tensor]
+"""``(q (B, H, T, K), k (B, G, S, K), v (B, G, S, K), attn_mask) -> (B, H, T, K)``, as ``AttentionKernel.attention``.
+
+A model with attention sinks passes them as a fifth argument: (H,) logits of one more key per head, whose value is 0.
+"""
 
 UNIFORM_CHUNKS = frozenset({"causal", "chunk"})
 """Masks that cut a row into chunks of one width, alone or composed."""
@@ -34,6 +37,7 @@ class AttentionSetup:
         device: where attention runs.
         training: whether gradients are needed.
         dtype: of queries, keys and values.
+        attention_sinks: whether the model has them.
         tokens_per_rank: tokens of a row on each context-parallel rank; None without context parallelism.
     """
 
@@ -42,6 +46,7 @@ class AttentionSetup:
     training: bool = True
     tokens_per_rank: int | None = None
     dtype: torch.dtype = torch.bfloat16
+    attention_sinks: bool = False
 
 
 class AttentionKernel(ABC):
@@ -50,6 +55,7 @@ class AttentionKernel(ABC):
     Attributes:
         masks: names of the masks that the kernel can compute; None for any ``start``, a plugin's mask included.
         devices: device types that the kernel runs on; None for all.
+        attention_sinks: whether ``attention`` takes attention sinks as its fifth argument.
         context_parallel: whether queries may be the last T of S keys, as context parallelism needs.
         saved_ops: operators whose results selective activation checkpointing keeps, as ``namespace::name``.
         auto_priority: ``auto`` asks kernels with a higher priority first.
@@ -59,6 +65,7 @@ class AttentionKernel(ABC):
 
     masks: ClassVar[frozenset[str] | None] = None
     devices: ClassVar[frozenset[str] | None] = None
+    attention_sinks: ClassVar[bool] = False
     context_parallel: ClassVar[bool] = False
     saved_ops: ClassVar[frozenset[str]] = frozenset()
     auto_priority: ClassVar[int] = 0
@@ -112,11 +119,12 @@ def build_kernel(
     training: bool = True,
     tokens_per_rank: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    attention_sinks: bool = False,
 ) -> AttentionKernel:
     """Returns the kernel ``name``, or for ``auto`` the first by priority that takes the run; see ``AttentionSetup``."""
     for mask_name in masks:
         mask.registry.get(mask_name)
-    setup = AttentionSetup(tuple(masks), torch.device(device), training, tokens_per_rank, dtype)
+    setup = AttentionSetup(tuple(masks), torch.device(device), training, tokens_per_rank, dtype, attention_sinks)
     name, reason = _choose(setup) if name == "auto" else (name, "as configured")
     kernel: Any = registry.get(name)
     if (mismatch := _mismatch(kernel, setup)) is not None:
@@ -141,6 +149,8 @@ def _mismatch(kernel: type[AttentionKernel], setup: AttentionSetup) -> str | Non
         return f"does not support the mask {unknown[0]!r}, only {', '.join(sorted(kernel.masks))}"
     if kernel.devices is not None and setup.device.type not in kernel.devices:
         return f"runs on {', '.join(sorted(kernel.devices))}, not on {setup.device.type}"
+    if setup.attention_sinks and not kernel.attention_sinks:
+        return "does not support attention sinks (model.attention_sinks)"
     if setup.tokens_per_rank is not None and not kernel.context_parallel:
         return "does not support context parallelism (parallelism.context_parallel_degree)"
     return None

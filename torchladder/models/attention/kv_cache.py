@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchladder.models.attention.dense import dense_attention
+
 PREFILL_CHUNK = 256
 """Tokens per forward pass while a prompt is read, which bounds the logits in memory; the cache grows by as many."""
 
@@ -43,7 +45,7 @@ class KVCache:
     def clear(self) -> None:
         self._layers = []
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: DecodeMask) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: DecodeMask, sinks: Tensor | None = None) -> Tensor:
         """Returns the attention output (B, H, t, K) of the new tokens over all tokens of their rows.
 
         Args:
@@ -51,6 +53,7 @@ class KVCache:
             k: (B, G, t, K), added to the cache.
             v: (B, G, t, K), added to the cache.
             attn_mask: what ``decode_mask`` returned.
+            sinks: (H,) logits of one more key per head, or None.
         """
         layer, length = next(attn_mask.layers), attn_mask.visible.shape[-1]
         if layer == len(self._layers):
@@ -62,7 +65,7 @@ class KVCache:
         keys[rows, :, attn_mask.positions] = k.transpose(1, 2)
         values[rows, :, attn_mask.positions] = v.transpose(1, 2)
         k, v = keys[:, :, :length], values[:, :, :length]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask.visible, enable_gqa=q.shape[1] != k.shape[1])
+        return dense_attention(q, k, v, attn_mask.visible, sinks)
 
 
 def decode_mask(start: Tensor, first: Tensor, tokens: int) -> DecodeMask:

@@ -14,10 +14,11 @@ Backward = Callable[
 ]
 
 
-def attention_operator(
-    name: str, forward: Forward, backward: Backward
-) -> Callable[[Tensor, Tensor, Tensor, list[Tensor]], Tensor]:
-    """Returns ``(q, k, v, attn_mask) -> out`` as an operator; ``attn_mask`` is a list of tensors on any device.
+def attention_operator(name: str, forward: Forward, backward: Backward) -> Callable[..., Tensor]:
+    """Returns ``(q, k, v, attn_mask, sinks=None) -> out`` as an operator; ``attn_mask`` is a list of tensors.
+
+    ``sinks`` (H,) are logits of one more key per head, whose value is 0 (arXiv 2309.17453, learned in gpt-oss). The kernel
+    need not know them: with the log-sum-exp that includes them, its backward is that of attention with sinks.
 
     The results of ``forward`` and ``backward`` may have any strides: the operator lays out everything with a head per
     token, (B, T, H, K), like the output of a projection, and copies only what is laid out otherwise.
@@ -29,8 +30,13 @@ def attention_operator(
     """
 
     @torch.library.custom_op(f"torchladder::{name}", mutates_args=())
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: list[Tensor], sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         out, lse = forward(q, k, v, attn_mask)
+        if sinks is not None:
+            lse_of_keys, lse = lse, torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
+            out = out * (lse_of_keys - lse).exp()[..., None].to(out.dtype)
         return _per_token(out), lse.contiguous()
 
     @torch.library.custom_op(f"torchladder::{name}_backward", mutates_args=())
@@ -40,21 +46,25 @@ def attention_operator(
         dq, dk, dv = backward(grad, (q, k, v), out, lse, attn_mask)
         return _per_token(dq), _per_token(dk), _per_token(dv)
 
-    attention.register_fake(lambda q, k, v, attn_mask: (empty_per_token(q), empty_lse(q)))
+    attention.register_fake(lambda q, k, v, attn_mask, sinks: (empty_per_token(q), empty_lse(q)))
     attention_backward.register_fake(
         lambda grad, q, k, v, out, lse, attn_mask: (empty_per_token(q), empty_per_token(k), empty_per_token(v))
     )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *qkv, attn_mask = inputs
-        ctx.save_for_backward(*qkv, *output, *attn_mask)
+        *qkv, attn_mask, sinks = inputs
+        ctx.save_for_backward(*qkv, *output, sinks, *attn_mask)
 
     def differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-        q, k, v, out, lse, *attn_mask = ctx.saved_tensors
-        return (*attention_backward(grad, q, k, v, out, lse, attn_mask), [None] * len(attn_mask))
+        q, k, v, out, lse, sinks, *attn_mask = ctx.saved_tensors
+        sinks_grad = None
+        if sinks is not None:  # of a softmax, for a key whose value is 0
+            probability = (sinks[:, None].to(lse.dtype) - lse).exp()  # (B, H, T)
+            sinks_grad = -(probability * (grad * out).sum(-1, dtype=lse.dtype)).sum((0, 2)).to(sinks.dtype)
+        return (*attention_backward(grad, q, k, v, out, lse, attn_mask), [None] * len(attn_mask), sinks_grad)
 
     attention.register_autograd(differentiate, setup_context=setup_context)
-    return lambda q, k, v, attn_mask: attention(q, k, v, attn_mask)[0]
+    return lambda q, k, v, attn_mask, sinks=None: attention(q, k, v, attn_mask, sinks)[0]
 
 
 def empty_per_token(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,8 +14,8 @@ from torchladder.models.attention.operator import attention_operator, empty_lse,
 
 def piecewise_attention(
     name: str, layout: Callable[[Tensor, int, int, int], Sequence[AttentionPiece]]
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Returns attention over pieces, ``(q, k, v, attn_mask) -> out``, as an operator: no mask recompiles anything.
+) -> Callable[..., Tensor]:
+    """Returns attention over pieces, ``(q, k, v, attn_mask, sinks=None) -> out``: no mask recompiles anything.
 
     Args:
         name: of the operator in ``torch.ops.torchladder``; its backward is ``<name>_backward``.
@@ -33,7 +33,7 @@ def piecewise_attention(
         return _backward(grad, qkv, out, lse, layout(attn_mask[0], q.shape[0], k.shape[2], k.shape[2] - q.shape[2]))
 
     operator = attention_operator(name, forward, backward)
-    return lambda q, k, v, attn_mask: operator(q, k, v, [attn_mask])
+    return lambda q, k, v, attn_mask, sinks=None: operator(q, k, v, [attn_mask], sinks)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[AttentionPiece]) -> tuple[Tensor, Tensor]:

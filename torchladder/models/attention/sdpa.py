@@ -19,6 +19,7 @@ class SdpaKernel(AttentionKernel):
     """Any mask: plain causal attention for whole segments, masked blocks of queries for the rest."""
 
     context_parallel = True
+    attention_sinks = True
     saved_ops = frozenset({"torchladder::sdpa"})
     auto_priority = 10
 
@@ -33,5 +34,5 @@ class SdpaKernel(AttentionKernel):
         return start.cpu().to(torch.int32)  # the operator reads it to lay out its pieces
 
     @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
-        return _sdpa(q, k, v, attn_mask)
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return _sdpa(q, k, v, attn_mask, sinks)
