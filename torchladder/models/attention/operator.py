@@ -17,8 +17,8 @@ Backward = Callable[
 def attention_operator(name: str, forward: Forward, backward: Backward) -> Callable[..., Tensor]:
     """Returns ``(q, k, v, attn_mask, sinks=None) -> out`` as an operator; ``attn_mask`` is a list of tensors.
 
-    ``sinks`` (H,) are logits of one more key per head, whose value is 0 (arXiv 2309.17453, learned in gpt-oss). The kernel
-    need not know them: with the log-sum-exp that includes them, its backward is that of attention with sinks.
+    ``sinks`` (H,) are logits of one more key per head, whose value is 0 (arXiv 2309.17453, learned in gpt-oss). The
+    kernel need not know them: with the log-sum-exp that includes them, its backward is that of attention with sinks.
 
     The results of ``forward`` and ``backward`` may have any strides: the operator lays out everything with a head per
     token, (B, T, H, K), like the output of a projection, and copies only what is laid out otherwise.
