@@ -131,6 +131,22 @@ def graphs_over_windows(name, masks):
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "varlen"])
+def test_attention_sinks(name):
+    kernel, start = attention.build_kernel(name, ["chunk"], CUDA, attention_sinks=True), start_of(("chunk",), 300)
+    reference = attention.build_kernel("dense", ["chunk"], CUDA)
+    found = []
+    for one, dtype in ((kernel, torch.bfloat16), (reference, torch.float64)):
+        generator = torch.Generator(CUDA).manual_seed(0)
+        made = [torch.randn(2, LENGTH, h, 64, device=CUDA, generator=generator).bfloat16() for h in (4, 2, 2, 4)]
+        q, k, v, grad = (x.to(dtype).transpose(1, 2).detach().requires_grad_() for x in made)
+        sinks = torch.tensor([0.5, -3.0, 2.0, 6.0], device=CUDA, requires_grad=True)
+        out = one.attention(q, k, v, one.prepare(start, CUDA), sinks)
+        found.append([out, *torch.autograd.grad(out, (q, k, v, sinks), grad)])
+    for ours, exact in zip(*found, strict=True):
+        assert error(ours, exact) < 0.02
+
+
 def test_the_block_mask_is_the_same_on_either_device():
     start = start_of(("document", "chunk"), 100)
     here, there = mask.block_mask(start), mask.block_mask(start.to(CUDA))

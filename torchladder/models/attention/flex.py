@@ -39,6 +39,11 @@ class FlexKernel(AttentionKernel):
             raise ConfigError(
                 "kernel 'flex' cannot train on a CPU: FlexAttention has no backward there. Use sdpa, fold or auto."
             )
+        if setup.device.type == "cpu" and setup.attention_sinks:
+            raise ConfigError(
+                "kernel 'flex' has no attention sinks on a CPU: FlexAttention does not return the log-sum-exp there. Use "
+                "sdpa, fold or auto."
+            )
         if setup.tokens_per_rank is not None and setup.tokens_per_rank % mask.BLOCK_TOKENS:
             raise ConfigError(
                 f"kernel 'flex' works in blocks of {mask.BLOCK_TOKENS} tokens, and {setup.tokens_per_rank} tokens of a "
