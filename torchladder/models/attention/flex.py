@@ -41,8 +41,8 @@ class FlexKernel(AttentionKernel):
             )
         if setup.device.type == "cpu" and setup.attention_sinks:
             raise ConfigError(
-                "kernel 'flex' has no attention sinks on a CPU: FlexAttention does not return the log-sum-exp there. Use "
-                "sdpa, fold or auto."
+                "kernel 'flex' has no attention sinks on a CPU: FlexAttention does not return the log-sum-exp there. "
+                "Use sdpa, fold or auto."
             )
         if setup.tokens_per_rank is not None and setup.tokens_per_rank % mask.BLOCK_TOKENS:
             raise ConfigError(
