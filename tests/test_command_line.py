@@ -1,12 +1,14 @@
 """Wrong inputs of every command: one message, exit code 2, and nothing written."""
 
 import json
+import platform
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from torchladder import commands, train
+from torchladder import __version__, commands, train
 from torchladder.data.formats.indexed import IndexedWriter
 
 DEBUG = f"--job.config_file {Path(__file__).parents[1] / 'train_configs' / 'debug.toml'}"
@@ -92,3 +94,11 @@ def test_a_wrong_input_is_named(here, capsys, line, message):
     assert message.replace("'", '"') in said.replace("'", '"')
     assert "Traceback" not in said
     assert sorted(here.rglob("*")) == before
+
+
+def test_the_version(capsys):
+    assert commands.main(["--version"]) == 0
+    assert (
+        capsys.readouterr().out
+        == f"torchladder {__version__}, torch {torch.__version__}, Python {platform.python_version()}\n"
+    )

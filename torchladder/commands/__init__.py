@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 
-from torchladder import config
+import torch
+
+from torchladder import __version__, config
 from torchladder.commands import convert, evaluate, generate, inspect, merge, plan, prepare, report, slurm, tokenizer
 from torchladder.registry import ConfigError, unknown_name
 
@@ -32,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {name:10} {description}")
         print("\n'torchladder <command> --help' shows the options of a command.")
         print("To train: ./run_train.sh --job.config_file FILE, or python -m torchladder.train --job.config_file FILE")
+        return 0
+    if argv[0] == "--version":
+        print(f"torchladder {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
         return 0
     try:
         if argv[0] not in COMMANDS:
