@@ -86,12 +86,15 @@ def test_an_interrupt_is_reported(here, capsys, monkeypatch):
 
 
 def test_ctrl_c_ends_all_workers_with_one_line(here):
+    # A shell starts jobs in the background with the signal ignored, and children inherit that.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     lines = [json.dumps({"text": "many words " * 100}) + "\n"] * 20_000
     for number in range(4):
         (here / "data" / f"{number}.jsonl").write_text("".join(lines))
     words = "prepare --input data/*.jsonl --output tokens/all --tokenizer bytes --workers 2 --part-bytes 100000"
     command = [sys.executable, "-m", "torchladder", *words.split()]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, previous)
     while process.poll() is None and not (here / "tokens" / "all.parts").is_dir():
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, while workers start

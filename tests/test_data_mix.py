@@ -242,7 +242,7 @@ def test_a_source_that_the_run_never_reads_is_warned_of(folder, caplog):
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_the_share_of_rows_with_boundaries_is_that_of_the_rows(folder, packing):
-    """All rows are sampled where a source has fewer than 64; a single long document has no boundaries."""
+    """All rows are sampled where a source has fewer than SAMPLED_ROWS; a single long document has no boundaries."""
     with IndexedWriter(folder / "long", np.dtype(np.int32)) as writer:
         for at in range(30_000, 30_000 + 40 * T, T):
             writer.add(np.arange(at, at + T))

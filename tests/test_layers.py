@@ -33,6 +33,7 @@ LAYERS = [
 ]
 OPTIONAL = {
     "flash_attn",
+    "cutlass",  # comes with flash-attn-4
     "wandb",
     "matplotlib",
     "pyarrow",

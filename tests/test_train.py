@@ -251,7 +251,7 @@ def test_a_seed_checkpoint_begins_a_run_with_the_same_weights(whole, tmp_path):
 def test_the_last_checkpoint_may_hold_weights_alone_in_another_type(tmp_path, capsys):
     saving = ["--checkpoint.enable", "--training.steps", "3", "--checkpoint.interval", "2"]
     run(tmp_path, *saving, "--checkpoint.last_save_model_only", "--checkpoint.export_dtype", "bfloat16")
-    metadata = dcp.dcp.FileSystemReader(tmp_path / "checkpoint" / "step-3").read_metadata().state_dict_metadata
+    metadata = dcp.FileSystemReader(tmp_path / "checkpoint" / "step-3").read_metadata().state_dict_metadata
     assert all(name.startswith("model.") for name in metadata)
     assert {value.properties.dtype for value in metadata.values()} == {torch.bfloat16}
     # Such a run cannot go on, and says how another one begins with its weights.

@@ -16,7 +16,7 @@ from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.packing.spans import Packing
 from torchladder.registry import ConfigError, require, unknown_name
 
-SAMPLED_ROWS = 64
+SAMPLED_ROWS = 1024
 """Rows of each source that are searched for the beginnings of documents."""
 
 
