@@ -174,8 +174,8 @@ def log_plan(plan: Plan, kernel: AttentionKernel, loaders: list[BaseDataLoader],
             logger.info("documents   begin inside %.0f%% of the rows of %s", 100 * share, source)
             if not share:
                 logger.warning(
-                    "attention.masks: 'document' changes nothing in %s: no document begins inside a sampled row. If these "
-                    "rows were packed elsewhere, documents_by_eos = true finds their documents by the eos token.",
+                    "attention.masks: 'document' changes nothing in %s: no document begins inside a sampled row. If "
+                    "these rows were packed elsewhere, documents_by_eos = true finds their documents by the eos token.",
                     source,
                 )
 
