@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchladder import __version__, commands, train
+from torchladder import __version__, commands, config, train
 from torchladder.data.formats.indexed import IndexedWriter
 
 DEBUG = f"--job.config_file {Path(__file__).parents[1] / 'train_configs' / 'debug.toml'}"
@@ -42,6 +42,13 @@ def call(words):
     ("line", "message"),
     [
         ("train --job.config_file missing.toml", "unknown config file 'missing.toml'"),
+        ("train", "no settings. A first run: --job.config_file train_configs/quickstart.toml"),
+        (
+            "train my.toml",
+            "unexpected 'my.toml'. A config file is named by --job.config_file my.toml",
+        ),
+        ("train DEBUG other.toml", "--job.config_file takes one file, not"),
+        ("plan", "no settings. A first run: --job.config_file"),
         ("train --job.config_file folder", "folder: [Errno 21] Is a directory"),
         ("train --job.config_file bad.toml", "bad.toml: Invalid value"),
         ("train --job.config_file latin1.toml", "latin1.toml: 'utf-8' codec"),
@@ -102,3 +109,21 @@ def test_the_version(capsys):
         capsys.readouterr().out
         == f"torchladder {__version__}, torch {torch.__version__}, Python {platform.python_version()}\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "enabled"),
+    [
+        ("--checkpoint.enable", True),
+        ("--checkpoint.enable true", True),
+        ("--checkpoint.enable=True", True),
+        ("--checkpoint.enable false", False),
+        ("--checkpoint.enable=false", False),
+        ("--checkpoint.no-enable", False),
+        ("--data.repeat false --checkpoint.enable true", True),
+    ],
+)
+def test_a_flag_may_have_a_value(words, enabled):
+    loaded = config.load([*DEBUG.split(), *words.split()])
+    assert loaded.checkpoint.enable is enabled
+    assert loaded.data.repeat is ("--data.repeat" not in words)

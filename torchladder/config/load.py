@@ -17,7 +17,7 @@ import tyro
 from torchladder.config import hf_defaults, toml_files
 from torchladder.config.component_sections import config_type
 from torchladder.config.sections import Config
-from torchladder.config.values import check_type, cli_value, cli_values, fields
+from torchladder.config.values import check_type, cli_value, cli_values, fields, spell_flags
 from torchladder.disk_errors import describe_disk_error, find_disk_error
 from torchladder.registry import ConfigError, unknown_name
 
@@ -38,6 +38,7 @@ def load(argv: list[str]) -> Config:
     Raises:
         ConfigError: a file, section, key, value or plugin is invalid.
     """
+    _check_words(argv)
     _refuse_renamed_keys(
         (word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")), "the command line"
     )
@@ -47,7 +48,7 @@ def load(argv: list[str]) -> Config:
     config = tyro.cli(
         type(defaults),
         default=defaults,
-        args=argv,
+        args=spell_flags(argv, type(defaults)),
         prog="torchladder.train",
         description="Trains a language model on a context-length curriculum. The command line overrides the file that "
         "--job.config_file names.",
@@ -157,6 +158,25 @@ def _make_section(kind: type, name: str, settings: dict[str, Any], origins: toml
     except ConfigError as error:
         files = {str(toml_files.origin(origins, name, key)) for key in settings}
         raise ConfigError(f"{', '.join(sorted(files)) or 'defaults'}: {error}") from None
+
+
+def _check_words(argv: list[str]) -> None:
+    """Raises ConfigError for a command line without settings, or with a file that is no value of a setting."""
+    if not argv:
+        raise ConfigError(
+            "no settings. A first run: --job.config_file train_configs/quickstart.toml; all settings: --help."
+        )
+    files = [value for value in cli_values(argv, "job.config_file") if value.endswith(".toml")]
+    stray = next((word for word in argv[:1] if not word.startswith("-")), None)
+    if stray is not None:
+        raise ConfigError(
+            f"unexpected {stray!r}. A config file is named by --job.config_file {stray}"
+        )
+    if len(files) > 1 and sum(word.partition("=")[0] == "--job.config_file" for word in argv) == 1:
+        raise ConfigError(
+            f"--job.config_file takes one file, not {' and '.join(files)}. A file builds on another by its key "
+            "job.extends."
+        )
 
 
 def _refuse_renamed_keys(keys: Iterable[str], place: str) -> None:

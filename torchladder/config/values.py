@@ -130,6 +130,33 @@ def cli_values(argv: list[str], key: str) -> list[str]:
     return values
 
 
+def spell_flags(argv: list[str], kind: type) -> list[str]:
+    """Returns the command line with ``--a.b true``, ``--a.b=false`` and the like as ``--a.b`` and ``--a.no_b``.
+
+    Args:
+        argv: the command line.
+        kind: the type of the settings, whose sections have the boolean keys.
+    """
+    booleans = {
+        f"{section}.{key}"
+        for section, table in fields(kind).items()
+        if dataclasses.is_dataclass(table.type)
+        for key, field in fields(table.type).items()
+        if bool in (field.type, *get_args(field.type)[:1])  # Annotated, with its help
+    }
+    words, spelled = list(argv), []
+    while words:
+        name, _, value = (word := words.pop(0)).partition("=")
+        if name[2:].replace("-", "_") in booleans and name.startswith("--"):
+            if not value and words and words[0].lower() in ("true", "false"):
+                value = words.pop(0)
+            if value.lower() in ("true", "false"):
+                section, _, key = name[2:].partition(".")
+                word = name if value.lower() == "true" else f"--{section}.no_{key}"
+        spelled.append(word)
+    return spelled
+
+
 def cli_value(argv: list[str], key: str) -> str:
     """Returns the value after ``--key`` on the command line, empty if it is not given."""
     return (cli_values(argv, key) or [""])[-1]
