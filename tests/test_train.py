@@ -1,6 +1,7 @@
 """Runs, whole: what they leave, that they learn, and that they go on as if they had never stopped."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -331,3 +332,19 @@ def test_a_row_that_is_invalid_on_one_rank_ends_the_run_with_a_checkpoint(tmp_pa
     assert f"torchladder: row {20 * ranks} is damaged" in done.stderr
     assert [step.name for step in (tmp_path / "run" / "checkpoint").glob("step-*")] == ["step-5"]
     assert checkpoint.is_complete(tmp_path / "run" / "checkpoint" / "step-5")
+
+
+def test_a_run_says_at_its_end_what_it_has_left_and_what_is_next(tmp_path, caplog):
+    logging.getLogger("torchladder").setLevel(logging.INFO)
+    run(tmp_path, "--training.steps", "3", "--checkpoint.enable")
+    newest = tmp_path / "checkpoint" / "step-3"
+    assert f"{tmp_path} has ladder.png, metrics.jsonl, and {newest}" in caplog.text
+    assert f'next        torchladder generate --checkpoint {newest} --prompt "..."' in caplog.text
+    caplog.clear()
+    for saving, said in (
+        ((), "nothing is saved: checkpoint.enable is off"),
+        (("--checkpoint.enable",), f"saved {tmp_path}/b/checkpoint/step-2; the same command continues from it"),
+    ):
+        folder = str(tmp_path / ("b" if saving else "a"))
+        assert train.main([*DEBUG, "--job.dump_folder", folder, "--job.exit_interval", "2", *saving]) == 75
+        assert said in caplog.text

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +22,7 @@ from torchladder.metrics import init_logger
 from torchladder.registry import ConfigError
 from torchladder.resilience import bad_steps, interrupt, missing_ranks
 from torchladder.training.run_plan import make_plan
+from torchladder.training.run_report import log_end
 from torchladder.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, interruption: interrupt.Interrupt) -> int:
     """Trains, unless the run has finished already; returns the exit code."""
+    begin = time.monotonic()
     try:
         with interruption.interruptible(), naming_path(config.job.dump_folder):
             plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -48,7 +51,10 @@ def run(config: Config, interruption: interrupt.Interrupt) -> int:
             ranks = init_distributed(config.comm, Path(config.job.dump_folder))
             init_logger(ranks.rank)
             trainer = Trainer(plan, ranks, interruption)
-        return interrupt.FINISHED if trainer.train() else interrupt.REQUEUE
+        finished = trainer.train()
+        if ranks.is_rank0:
+            log_end(config, finished, time.monotonic() - begin)
+        return interrupt.FINISHED if finished else interrupt.REQUEUE
     except interrupt.Interrupted as reason:
         logger.warning("ending before the first step: %s", reason)
         return interrupt.REQUEUE

@@ -169,9 +169,7 @@ def _check_words(argv: list[str]) -> None:
     files = [value for value in cli_values(argv, "job.config_file") if value.endswith(".toml")]
     stray = next((word for word in argv[:1] if not word.startswith("-")), None)
     if stray is not None:
-        raise ConfigError(
-            f"unexpected {stray!r}. A config file is named by --job.config_file {stray}"
-        )
+        raise ConfigError(f"unexpected {stray!r}. A config file is named by --job.config_file {stray}")
     if len(files) > 1 and sum(word.partition("=")[0] == "--job.config_file" for word in argv) == 1:
         raise ConfigError(
             f"--job.config_file takes one file, not {' and '.join(files)}. A file builds on another by its key "
