@@ -51,7 +51,7 @@ def call(words):
         ("plan", "no settings. A first run: --job.config_file"),
         ("train --job.config_file folder", "folder: [Errno 21] Is a directory"),
         ("train --job.config_file bad.toml", "bad.toml: Invalid value"),
-        ("train --job.config_file latin1.toml", "latin1.toml: 'utf-8' codec"),
+        ("train --job.config_file latin1.toml", "latin1.toml: byte 21 is not UTF-8: save the file as UTF-8"),
         ("train DEBUG --training.steps 0", "training.steps = 0: must be 1 or more"),
         ("train DEBUG --training.seq_len -1", "training.seq_len = -1: must be 1 or more"),
         ("train DEBUG --model.dim 0", "model.dim = 0: must be 1 or more"),

@@ -281,3 +281,12 @@ def test_load_file_is_a_file_with_overrides(write):
         config.load_file(file, {"training.sequence": 64})
     with pytest.raises(ConfigError, match=r"curriculum\.stages is required"):
         config.load_file(None, {"curriculum.name": "stages"})
+
+
+def test_a_file_with_a_byte_order_mark_is_read_and_another_encoding_is_named(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_bytes("[job]\ndescription = 'é'\n".encode("utf-8-sig"))
+    assert config.load(["--job.config_file", str(file)]).job.description == "é"
+    file.write_bytes("[job]\ndescription = 'é'\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"a\.toml: byte 0 is not UTF-8: save the file as UTF-8"):
+        config.load(["--job.config_file", str(file)])

@@ -32,10 +32,12 @@ def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> tuple[RawSettings,
     if path.resolve() in seen:
         raise ConfigError(f"{path}: job.extends: the file extends itself.")
     try:
-        own = parse_settings(path.read_text(encoding="utf-8"), path)
+        own = parse_settings(path.read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError:
         raise unknown_name("config file", str(path), map(str, path.parent.glob("*.toml"))) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8.") from None
+    except OSError as error:
         raise ConfigError(f"{path}: {error}") from None
     base = own.get("job", {}).pop("extends", "")
     if not isinstance(base, str):
