@@ -226,3 +226,23 @@ def test_phases_that_cannot_be(pairs, phase, argv, words):
         plans.make_plan(config.load([*pairs, *argv, "--phases", phase]))
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_plan_in_hours_money_and_disk(capsys):
+    argv = ["--job.config_file", str(CONFIGS / "llama1b_dm8.toml"), "--world-size", "8", "--model.n_layers", "2"]
+    argv += ["--training.local_batch_size", "1", "--compile.no-enable"]
+    assert command.run([*argv, "--tokens-per-second", "400000", "--gpu-hour-price", "0.5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["hours_full_context"] == pytest.approx(told["tokens"] / 400_000 / 3600)
+    assert told["hours"] == pytest.approx(told["hours_full_context"] * (1 - told["saved"]))
+    assert told["cost"] == pytest.approx(told["hours"] * 8 * 0.5)
+    assert told["checkpoint_bytes"] == 12 * told["parameters"]
+    assert (
+        command.run([*argv, "--tokens-per-second", "400000", "--checkpoint.enable", "--checkpoint.interval", "50000"])
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert f"time        {told['hours']:,.1f} hours" in shown
+    assert "for at most 2 at a time" in shown
+    with pytest.raises(ConfigError, match="--gpu-hour-price needs --tokens-per-second"):
+        command.run([*argv, "--gpu-hour-price", "2"])

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +16,7 @@ from torchladder import config, plots
 from torchladder.commands.arguments import CommandParser, check_positive
 from torchladder.data.dataloader import SourceUsage
 from torchladder.distributed import fake_ranks
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 from torchladder.schedule import PHASE_SETTINGS
 from torchladder.training.data_setup import source_usage
 from torchladder.training.memory_estimate import MemoryEstimator, RankMemory, Traffic
@@ -41,8 +42,16 @@ def run(argv: list[str]) -> int:
     add("--plot", type=Path, metavar="FILE", help="plot the windows over the run (.png, .svg, .pdf)")
     add("--world-size", type=int, default=1, metavar="N", help="number of ranks; they need not exist (default: 1)")
     add("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 80GiB; fail if the run needs more")
+    add("--tokens-per-second", type=float, metavar="N", help="of all ranks at full context: adds the hours of the run")
+    add("--gpu-hour-price", type=float, metavar="X", help="with --tokens-per-second: adds the cost of the run")
     arguments, settings = parser.parse_known_args(argv)
-    check_positive(arguments, "world_size")
+    check_positive(arguments, "world_size", "tokens_per_second")
+    price = arguments.gpu_hour_price
+    require(price is None or price > 0, f"--gpu-hour-price {price}: must be above 0.")
+    require(
+        price is None or arguments.tokens_per_second is not None,
+        "--gpu-hour-price needs --tokens-per-second, from which the hours follow.",
+    )
     plan = make_plan(config.load(settings), arguments.world_size)
     memory, traffic = _estimate_memory(plan, arguments.world_size, arguments.gpu_memory)
     steps = _shown_steps(arguments.at, plan.steps)
@@ -52,18 +61,20 @@ def run(argv: list[str]) -> int:
         plots.plot_curriculum(
             arguments.plot, plan.steps, plan.schedule.window, plan.config.training.seq_len, plan.config.attention.masks
         )
+    costs = _costs(plan, arguments.world_size, arguments.tokens_per_second, price)
     if arguments.json:
         bytes_per_rank = {
             "memory_per_rank": dataclasses.asdict(memory),
             "sent_per_rank_and_step": dataclasses.asdict(traffic),
         }
-        print(json.dumps(_summary(plan, steps) | {"phases": phases} | bytes_per_rank))
+        print(json.dumps(_summary(plan, steps) | {"phases": phases} | bytes_per_rank | costs))
         return 0
     print("\n".join(summary_lines(plan)))
     print(f"attention   {plan.attention_share:.1%} of the FLOPs at full context")
     print(f"ranks       {arguments.world_size:,}: {plan.degrees}")
     print(f"memory      {_gib(memory.total)} per rank: {_breakdown(memory)}")
     print(f"sent        {_gib(sum(dataclasses.astuple(traffic)))} per rank and step: {_breakdown(traffic)}")
+    _print_costs(plan, costs)
     _print_windows(plan, steps)
     _print_phases(phases)
     if no_usage:
@@ -138,6 +149,35 @@ def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
         "state_bytes_per_rank": plan.state_bytes,
         "windows": {str(step): plan.schedule.window(step) for step in steps},
     }
+
+
+def _costs(plan: Plan, ranks: int, tokens_per_second: float | None, price: float | None) -> dict[str, float]:
+    """Returns the bytes of a checkpoint, and the hours and the price of the run if they can be known.
+
+    A step under a narrow window is assumed to run at the FLOP/s of one at full context.
+    """
+    weights = plan.num_parameters * getattr(torch, plan.config.training.dtype).itemsize
+    costs: dict[str, float] = {"checkpoint_bytes": 3 * weights}  # with two moments
+    if tokens_per_second:
+        flops_per_second = tokens_per_second * plan.flops_full_context / plan.num_tokens
+        costs["hours"] = plan.flops / flops_per_second / 3600
+        costs["hours_full_context"] = plan.num_tokens / tokens_per_second / 3600
+        if price:
+            costs["cost"] = costs["hours"] * ranks * price
+    return costs
+
+
+def _print_costs(plan: Plan, costs: dict[str, float]) -> None:
+    section = plan.config.checkpoint
+    if section.enable:
+        saved, size = -(-plan.steps // section.interval), costs["checkpoint_bytes"]
+        kept = min(saved, section.keep_latest_k or saved)
+        kept += plan.steps // section.keep_every if section.keep_every and kept < saved else 0
+        print(f"disk        {_gib(size)} per checkpoint, {_gib(size * kept)} for at most {kept:,} at a time")
+    if "hours" in costs:
+        full = f"{costs['hours_full_context']:,.1f} with constant full context"
+        price = f", {costs['cost']:,.0f} at this price" if "cost" in costs else ""
+        print(f"time        {costs['hours']:,.1f} hours ({full}){price}")
 
 
 def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
