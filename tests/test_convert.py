@@ -171,7 +171,10 @@ def test_a_checkpoint_keeps_its_tokenizer_when_the_texts_are_gone(trained, tmp_p
     (root / "text.txt").rename(root / "away")
     greedy = ["--prompt", text[:60], "--max-new-tokens", "4", "--temperature", "0"]
     assert generate.run(["--checkpoint", str(step), *greedy]) == 0
-    assert capsys.readouterr().out.startswith(text[:60])
+    of_step = capsys.readouterr().out
+    assert of_step.startswith(text[:60])
+    assert generate.run(["--checkpoint", str(root / "run"), greedy[0], text[:60], *greedy[1:]]) == 0
+    assert capsys.readouterr().out == f"--- 1 of 2\n{of_step}--- 2 of 2\n{of_step}"
     assert convert.run(["to-hf", str(step), "--output", str(tmp_path / "a")]) == 0
     assert files_in(tmp_path / "a") == files_in(root / "run" / "checkpoint" / "step-2-hf")
     assert convert.run(["to-hf", str(step), "--output", str(tmp_path / "b"), "--tokenizer", "none"]) == 0

@@ -339,7 +339,7 @@ def test_a_run_says_at_its_end_what_it_has_left_and_what_is_next(tmp_path, caplo
     run(tmp_path, "--training.steps", "3", "--checkpoint.enable")
     newest = tmp_path / "checkpoint" / "step-3"
     assert f"{tmp_path} has ladder.png, metrics.jsonl, and {newest}" in caplog.text
-    assert f'next        torchladder generate --checkpoint {newest} --prompt "..."' in caplog.text
+    assert f'next        torchladder generate --checkpoint {tmp_path} --prompt "..."' in caplog.text
     caplog.clear()
     for saving, said in (
         ((), "nothing is saved: checkpoint.enable is off"),

@@ -14,7 +14,7 @@ from torchladder.registry import ConfigError
 
 EPILOG = """
 example:
-  torchladder generate --checkpoint outputs/run/checkpoint/step-5000 --prompt "The ladder" "A mask" --temperature 0
+  torchladder generate --checkpoint outputs/run --prompt "The ladder" "A mask" --temperature 0
 """
 
 
@@ -23,7 +23,7 @@ def run(argv: list[str]) -> int:
     defaults = SamplesConfig()
     parser = CommandParser(prog="torchladder generate", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="checkpoint step-N or Hugging Face folder")
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="run, checkpoint step-N or Hugging Face folder")
     add("--prompt", nargs="+", required=True, metavar="TEXT", help="texts to continue")
     add("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="default: %(default)s")
     add("--temperature", type=float, default=defaults.temperature, help="0 is greedy (default: %(default)s)")
@@ -45,6 +45,8 @@ def run(argv: list[str]) -> int:
         prompts = arguments.prompt[first : first + arguments.batch_size]
         ids = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]
         texts = generate(decoder, ids, samples, decoder.seq_len, arguments.seed, tokenizer.eos)
-        for prompt, new in zip(prompts, texts, strict=True):
+        for number, (prompt, new) in enumerate(zip(prompts, texts, strict=True), first + 1):
+            if len(arguments.prompt) > 1:
+                print(f"--- {number} of {len(arguments.prompt)}")
             print(prompt + tokenizer.decode(new), flush=True)
     return 0

@@ -67,7 +67,7 @@ class TrainedModel:
 
     @classmethod
     def open(cls, path: Path, seq_len: int | None = None) -> TrainedModel:
-        """Returns the model in a checkpoint ``step-N`` or a Hugging Face folder.
+        """Returns the model in a checkpoint ``step-N``, in the newest one of a run, or in a Hugging Face folder.
 
         Args:
             path: the folder.
@@ -80,7 +80,10 @@ class TrainedModel:
         if checkpoint.is_complete(path):
             return cls._open_checkpoint(path, _run_config(path))
         if not is_hf_folder(path):
-            raise ConfigError(f"{str(path)!r} is neither a complete checkpoint (step-N) nor a Hugging Face folder.")
+            if steps := _checkpoints(path):
+                return cls.open(steps[-1])
+            known = "a complete checkpoint (step-N), a run with one, nor a Hugging Face folder"
+            raise ConfigError(f"{str(path)!r} is neither {known}.")
         overrides: dict[str, Any] = {"model.hf_assets_path": str(path)}
         if seq_len is not None:
             overrides["training.seq_len"] = seq_len

@@ -35,6 +35,6 @@ def log_end(config: Config, finished: bool, seconds: float) -> None:
     duration = timedelta(seconds=round(seconds))
     logger.info("finished    in %s: %s has %s%s", duration, folder, ", ".join(left), checkpoint_text)
     if newest and config.tokenizer.name != "none":
-        logger.info('next        torchladder generate --checkpoint %s --prompt "..."', newest)
+        logger.info('next        torchladder generate --checkpoint %s --prompt "..."', folder)
     elif newest:
         logger.info("next        torchladder evaluate %s --files ...", folder)
