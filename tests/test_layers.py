@@ -64,7 +64,7 @@ def imported_rooms(path: Path) -> set[str]:
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "torchladder":
-            rooms |= {alias.name for alias in node.names}
+            rooms |= {alias.name for alias in node.names if alias.name != "__version__"}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torchladder."):
             rooms.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
