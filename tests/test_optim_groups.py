@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torchladder.commands import plan
 from torchladder.optim import Adam, AdamW, GroupConfig, LRScheduler, Muon
 from torchladder.optim.param_groups import match_groups
 from torchladder.registry import ConfigError
+from torchladder.training.run_plan import make_plan
 
 SHAPE = models.LlamaConfig(dim=8, n_layers=2, n_heads=2, ffn_dim=12, vocab_size=16)
 GROUPS = [
@@ -176,6 +178,16 @@ def test_a_wrong_table_is_one_error(tmp_path, table, message):
     file.write_text(f"[[optimizer.groups]]\n{table}\n")
     with pytest.raises(ConfigError, match=re.escape(message)):
         config.load(["--job.config_file", str(file)])
+
+
+def test_every_recipe_of_the_docs_makes_a_plan(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "optim.md").read_text()
+    recipes = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    assert len(recipes) >= 8
+    for recipe in recipes:
+        (tmp_path / "run.toml").write_text(f'[job]\nextends = "{DEBUG[1]}"\n{recipe}')
+        made = make_plan(config.load(["--job.config_file", str(tmp_path / "run.toml")]))
+        assert sum(group.num_parameters for group in made.optimizer_groups) == made.num_parameters
 
 
 def test_a_plan_shows_the_groups(capsys):

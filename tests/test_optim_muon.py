@@ -128,6 +128,7 @@ def test_a_bad_step_changes_nothing():
         ({"momentum": 1.0}, r"optimizer\.momentum = 1\.0: must be 0 or more and below 1"),
         ({"ns_steps": 0}, r"optimizer\.ns_steps = 0: must be 1 or more and below 100"),
         ({"adamw_lr": -1.0}, r"optimizer\.adamw_lr = -1\.0"),
+        ({"ns_coefficients": (1.0, math.nan, 2.0)}, r"ns_coefficients = \[1\.0, nan, 2\.0\]: must be three finite"),
     ],
 )
 def test_impossible_settings(settings, message):

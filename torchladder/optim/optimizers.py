@@ -137,8 +137,14 @@ class Muon(AdamW):
     """Coefficients a, b, c of a Newton-Schulz iteration: a X + b (X Xᵀ) X + c (X Xᵀ)² X."""
 
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Factor on the update of an A x B matrix: match_rms_adamw is 0.2 √max(A, B), the RMS of AdamW's updates, so that
-    AdamW's learning rate and weight decay suit; original is √max(1, A / B)."""
+    """Factor on the update of an A x B matrix: match_rms_adamw 0.2 √max(A, B), AdamW's RMS; original √max(1, A / B)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            all(map(math.isfinite, self.ns_coefficients)),
+            f"optimizer.ns_coefficients = {list(self.ns_coefficients)}: must be three finite numbers.",
+        )
 
     def parameter_settings(self, name: str, parameter: nn.Parameter) -> tuple[str, float, float]:
         _, lr, weight_decay = super().parameter_settings(name, parameter)
