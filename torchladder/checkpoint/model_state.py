@@ -29,29 +29,45 @@ def collect_state(
 
 
 def load_state(path: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, group: CheckpointGroup) -> None:
-    """Loads a model, and its optimizer if given; the optimizer keeps its own hyperparameters.
+    """Loads a model, and the state of its optimizer if given, by the names of parameters.
+
+    The optimizer keeps its own parameter groups and their hyperparameters.
 
     Raises:
-        ConfigError: an optimizer was given and the checkpoint holds only weights.
+        ConfigError: the checkpoint is of another model; or an optimizer was given, and it holds only weights, or the
+            state of another optimizer.
     """
     reader = get_storage(path).reader(path)
-    if optimizer is not None and not any(
-        key.startswith("optimizer") for key in reader.read_metadata().state_dict_metadata
-    ):
+    state, saved = collect_state(model, optimizer), reader.read_metadata().state_dict_metadata
+    _check_shapes(path, state["model"], saved)
+    if optimizer is None:
+        dcp.load(state, storage_reader=reader, process_group=group.process_group)
+        set_model_state_dict(model, state["model"])
+        return
+    param_groups = state["optimizer"].pop("param_groups")
+    _check_optimizer_state(path, state["optimizer"]["state"], set(saved))
+    dcp.load(state, storage_reader=reader, process_group=group.process_group)
+    moments = {**state["optimizer"], "param_groups": param_groups}
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=moments)
+
+
+def _check_optimizer_state(path: str, moments: StateDict, saved: set[str]) -> None:
+    """Raises ``ConfigError`` unless a checkpoint has all ``moments`` (parameter -> name -> value) among its keys."""
+    if not any(key.startswith("optimizer.") for key in saved):
         raise ConfigError(
             f"{path} holds only weights, so the run cannot continue from it. Start a new one from it with "
             "checkpoint.initial_load_path, or set checkpoint.exclude_from_loading = ['optimizer']."
         )
-    state = collect_state(model, optimizer)
-    _check_shapes(path, state["model"], reader.read_metadata().state_dict_metadata)
-    dcp.load(state, storage_reader=reader, process_group=group.process_group)
-    if optimizer is None:
-        set_model_state_dict(model, state["model"])
-        return
-    hyperparameters = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    for param_group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
-        param_group.update(own)
+    for parameter, values in moments.items():
+        prefix = f"optimizer.state.{parameter}."
+        missing = [name for name in values if f"{prefix}{name}" not in saved]
+        if missing:
+            found = sorted(key.removeprefix(prefix) for key in saved if key.startswith(prefix))
+            raise ConfigError(
+                f"{path} was saved by another optimizer: of {parameter} it has {', '.join(found) or 'no state'}, not "
+                f"{', '.join(missing)}. Set optimizer.name to that optimizer, or start this one from the weights with "
+                "checkpoint.exclude_from_loading = ['optimizer']."
+            )
 
 
 def _check_shapes(path: str, weights: StateDict, saved: Mapping[str, Any]) -> None:

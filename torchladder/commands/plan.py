@@ -147,6 +147,7 @@ def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
         "attention_share": plan.attention_share,
         "full_context_step": plan.full_context_step,
         "state_bytes_per_rank": plan.state_bytes,
+        "optimizer_groups": [group.summary() for group in plan.optimizer_groups],
         "windows": {str(step): plan.schedule.window(step) for step in steps},
     }
 

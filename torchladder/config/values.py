@@ -75,7 +75,11 @@ def tables_argument(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any
         return check_type(kind, tables, "value")
 
     def show(tables: list[Any]) -> list[str]:
-        keys = [[f"{key} = {json.dumps(value)}" for key, value in vars(table).items() if value] for table in tables]
+        defaults = [{field.name: field.default for field in dataclasses.fields(table)} for table in tables]
+        keys = [
+            [f"{key} = {json.dumps(value)}" for key, value in vars(table).items() if value not in (own[key], [], {})]
+            for table, own in zip(tables, defaults, strict=True)
+        ]
         return [f"{{ {', '.join(words)} }}" for words in keys]
 
     return tyro.constructors.PrimitiveConstructorSpec(

@@ -109,7 +109,7 @@ class MemoryEstimator:
         return RankMemory(
             parameters=parameters,
             gradients=parameters if accumulates else max(parameters - activations, 0),
-            optimizer=2 * parameters,
+            optimizer=parameters * self.plan.moments // self.num_parameters,
             gathered=gathered,
             activations=activations,
             loss=logits * (4 + 2 * itemsize) + head_gradient + tokens * self.dim * itemsize,
@@ -126,10 +126,15 @@ class MemoryEstimator:
         # A block all-gathers and reduce-scatters tokens twice each, forward and backward; embedding and head once.
         collectives = (8 + (4 if self.layout.ac_mode == "full" else 0)) * layers + 4
         _, kv_bytes = self._measure_block(self.layout)
+        # Muon exchanges its matrices in bfloat16 before and after it orthogonalizes them.
+        groups = self.plan.optimizer_groups
+        matrices = 2 * sum(group.num_parameters for group in groups if group.algorithm == "Muon") // (n * t)
         return Traffic(
-            shard=micro_batches * (all_gathers * itemsize + self.reduce_bytes) * parameters * (n - 1) // n,
-            replicate=micro_batches * 2 * self.reduce_bytes * parameters // n * (r - 1) // r,
-            tensor=micro_batches * collectives * tokens * self.dim * itemsize * (t - 1) // t,
+            shard=micro_batches * (all_gathers * itemsize + self.reduce_bytes) * parameters * (n - 1) // n
+            + 2 * matrices * (n - 1) // n,
+            replicate=micro_batches * 2 * self.reduce_bytes * parameters // n * (r - 1) // r + matrices * (r - 1) // r,
+            tensor=micro_batches * collectives * tokens * self.dim * itemsize * (t - 1) // t
+            + 2 * matrices * (t - 1) // t,
             context=micro_batches * layers * 2 * kv_bytes * self._max_sent_keys(c) // (self.seq_len // c),
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from torchladder import curriculum, mask, models
+from torchladder import curriculum, mask, models, optim
 from torchladder.config import Config
 from torchladder.data.dataloader import BaseDataLoader, TracksSources
 from torchladder.distributed import mesh
@@ -40,7 +40,7 @@ class Plan:
         flops_full_context: the same with every row at full causal context.
         attention_flops_full_context: the attention FLOPs in ``flops_full_context``.
         full_context_step: the first step from which the window stays the whole row; None if the last window is shorter.
-        state_bytes: weights, gradients and optimizer state on one rank.
+        optimizer_groups: the optimizer's parameter groups; none for a plugin that does not report them.
     """
 
     config: Config
@@ -52,9 +52,22 @@ class Plan:
     flops_full_context: int
     attention_flops_full_context: int
     full_context_step: int | None
-    state_bytes: int
     batch: BatchSizes
     degrees: mesh.Degrees
+    optimizer_groups: list[optim.ParameterGroup]
+
+    @property
+    def moments(self) -> int:
+        """Numbers that the optimizer keeps over all ranks: two for each parameter unless its groups say otherwise."""
+        return sum(group.state_elements for group in self.optimizer_groups) or 2 * self.num_parameters
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of weights, gradients and optimizer state on one rank."""
+        itemsize = getattr(torch, self.config.training.dtype).itemsize
+        weights_and_gradients = 2 * self.num_parameters
+        shards = self.degrees.dp_shard * self.degrees.model_parallel
+        return itemsize * (weights_and_gradients + self.moments) // shards
 
     @property
     def num_tokens(self) -> int:
@@ -108,6 +121,12 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     if degrees.cp > 1 and config.samples.prompts:
         raise ConfigError("samples.prompts: not with context parallelism (parallelism.context_parallel_degree).")
     mesh.check_degrees(config.parallelism, model.head_counts(), training.seq_len)
+    groups = optim.parameter_groups(config.optimizer, model)
+    if training.enable_cpu_offload and any(group.algorithm == "Muon" for group in groups):
+        raise ConfigError(
+            f"training.enable_cpu_offload: not with optimizer.name = {config.optimizer.name!r}, which orthogonalizes "
+            "whole matrices on the GPU. Set it to false, or use AdamW."
+        )
 
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
     spans = [*curriculum.to_stages(schedule.window, training.steps), (training.steps, 0)]  # (first step, window)
@@ -115,7 +134,6 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         mask.pairs(mask.from_names(config.attention.masks, row, window)) * (end - first)
         for (first, window), (end, _) in pairwise(spans)
     )
-    weights = getattr(torch, training.dtype).itemsize * model.num_parameters()
     linear_flops = model.flops(rows * training.seq_len, 0)
     attention_flops = model.flops(0, rows * mask.pairs(mask.causal(row, training.seq_len)))
     return Plan(
@@ -128,9 +146,9 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         flops_full_context=training.steps * (linear_flops + attention_flops),
         attention_flops_full_context=training.steps * attention_flops,
         full_context_step=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
-        state_bytes=4 * weights // (degrees.dp_shard * degrees.model_parallel),  # weight, gradient and two moments
         batch=batch,
         degrees=degrees,
+        optimizer_groups=groups,
     )
 
 
@@ -153,6 +171,7 @@ def summary_lines(plan: Plan) -> list[str]:
         f"curriculum  {ladder}",
         f"masks       {' + '.join(config.attention.masks)}: {plan.attention_saved:.1%} of attention saved, "
         f"{plan.saved:.1%} of all FLOPs",
+        *(f"optimizer   {group}" for group in plan.optimizer_groups),
     ]
 
 
