@@ -12,7 +12,7 @@ from torchladder.distributed.ranks import Ranks
 from torchladder.registry import ConfigError
 from torchladder.resilience.bad_steps import BadStepDetector, BadStepError, Rollback, format_rows
 from torchladder.resilience.interrupt import Interrupt, Interrupted
-from torchladder.training.run_plan import Plan, fingerprints
+from torchladder.training.run_plan import Plan, fingerprints, with_new_fields
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class FaultTolerance:
         def check(state: RunState) -> None:
             self._resume_row(state, loader)
             now, accepted = fingerprints(self.plan, loader), self.plan.config.checkpoint.accept_changes
-            check_fingerprints(state.fingerprints, now, accepted)
+            check_fingerprints(with_new_fields(state.fingerprints, self.plan.config), now, accepted)
 
         state = self.checkpointer.load(check, newest)
         if state is None:

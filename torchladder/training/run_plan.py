@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,6 +98,10 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         model = models.registry.build(config.model, attention_fn=None, seq_len=training.seq_len)
         for theta in schedule.overrides("rope_theta").values():
             model.set_rope_theta(theta)  # a model without rotary embeddings refuses
+    if training.z_loss_multiplier and "z_loss_multiplier" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"training.z_loss_multiplier: {type(model).__name__}.forward has no argument z_loss_multiplier: set 0."
+        )
     if degrees.cp > 1 and config.samples.prompts:
         raise ConfigError("samples.prompts: not with context parallelism (parallelism.context_parallel_degree).")
     mesh.check_degrees(config.parallelism, model.head_counts(), training.seq_len)
@@ -212,6 +217,16 @@ def fingerprints(plan: Plan, loader: BaseDataLoader) -> dict[str, str]:
     }
     named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
     return named | {f"data.{name}": value for name, value in loader.fingerprints().items()}
+
+
+def with_new_fields(saved: dict[str, str], config: Config) -> dict[str, str]:
+    """Returns the fingerprints of a checkpoint, with the defaults of model fields that it is too old to have."""
+    new = {
+        f"model.{field.name}": str(field.default)
+        for field in dataclasses.fields(models.resolve(config.model))
+        if field.default is not dataclasses.MISSING
+    }
+    return new | saved if saved else saved  # none: a checkpoint of weights alone
 
 
 def _check_window_is_used(config: Config, schedule: Schedule) -> None:
