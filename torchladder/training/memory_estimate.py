@@ -182,8 +182,7 @@ class MemoryEstimator:
     def _max_sent_keys(self, context: int) -> int:
         """Returns the most keys per row that a rank sends to later ranks, under the widest window of the run."""
         row = torch.arange(self.seq_len, dtype=torch.int32)[None]
-        widest = max(self.plan.schedule.window(step) for step in {0, self.plan.steps // 2, self.plan.steps - 1})
-        start = mask.from_names(self.config.attention.masks, row, widest)
+        start = mask.from_names(self.config.attention.masks, row, self.plan.window_range[1])
         tokens = self.seq_len // context
         first_keys = start[0, ::tokens].tolist()  # of each rank
         return max(
