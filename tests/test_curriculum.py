@@ -1,6 +1,7 @@
 """Curricula against SkyLadder's formulas written out slowly, and properties of every curriculum."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -200,6 +201,88 @@ def test_constant():
 
 def make_constant(window):
     return curriculum.Constant(seq_len=64, window=window)
+
+
+# --- random windows --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def random_windows(draw):
+    seq_len = draw(st.integers(1, 5000))
+    shared = {"seq_len": seq_len, "steps": draw(st.integers(1, 10**7)), "seed": draw(st.integers(0, 99))}
+    shared["hold"] = draw(st.integers(1, 20))
+    if draw(st.booleans()):
+        return curriculum.Random(windows=draw(st.lists(st.integers(1, seq_len), min_size=1, max_size=6)), **shared)
+    low = draw(st.integers(1, seq_len))
+    return curriculum.Random(
+        min_window=low,
+        max_window=draw(st.none() | st.integers(low, seq_len)),
+        distribution=draw(st.sampled_from([None, "log_uniform", "uniform"])),
+        multiple_of=draw(st.integers(1, 300)),
+        **shared,
+    )
+
+
+@given(random_windows(), st.lists(st.integers(0, 10**7), min_size=2))
+def test_random_windows_are_pure_bounded_and_held(made, steps):
+    seen = [made(step) for step in steps]
+    assert seen == [replace(made)(step) for step in reversed(steps)][::-1]
+    assert all(isinstance(window, int) for window in seen)
+    assert all(made.shortest <= window <= made.longest for window in seen)
+    if made.windows:
+        assert set(seen) <= set(made.windows)
+    else:
+        assert all(
+            window % made.multiple_of == 0 or window == made.shortest for window in seen if window != made(10**9)
+        )
+    for step, window in zip(steps, seen, strict=True):
+        first = step // made.hold * made.hold
+        assert all(made(other) == window for other in range(first, first + made.hold) if other < made.steps - 1 > step)
+    assert made(made.steps - 1) == made.longest
+
+
+def test_random_windows_have_their_distribution():
+    """The fractions of 20,000 draws: of each window of a list, and below the middle of a range."""
+    steps, draws = 10**6, range(20_000)
+    listed = curriculum.Random(steps=steps, seq_len=64, windows=[8, 64, 64])
+    assert sum(listed(step) == 64 for step in draws) / len(draws) == pytest.approx(2 / 3, abs=0.02)
+    for distribution, middle in ((None, 256), ("uniform", 2048 + 8)):
+        made = curriculum.Random(steps=steps, seq_len=8192, min_window=16, max_window=4096, distribution=distribution)
+        seen = [made(step) for step in draws]
+        assert sum(window < middle for window in seen) / len(draws) == pytest.approx(0.5, abs=0.02)
+        assert 16 <= min(seen) <= 24
+        assert 4000 <= max(seen) <= 4096
+    ends = curriculum.Random(steps=steps, seq_len=4, min_window=1, distribution="uniform")
+    assert {ends(step) for step in range(100)} == {1, 2, 3, 4}
+
+
+def test_another_seed_draws_other_windows():
+    one, other = (curriculum.Random(steps=10**6, seq_len=8192, min_window=32, seed=seed) for seed in (0, 1))
+    assert [one(step) for step in range(6)] == [744, 4554, 3746, 7454, 621, 205]
+    assert sum(one(step) == other(step) for step in range(100)) < 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "set curriculum.windows or min_window"),
+        ({"max_window": 64}, "set curriculum.windows or min_window"),
+        ({"windows": [8, 2000]}, "windows = 2000: must be from 1 to training.seq_len = 1024"),
+        ({"windows": [0]}, "windows = 0: must be from 1"),
+        ({"min_window": 0}, "min_window and max_window = 0: must be from 1"),
+        ({"min_window": 8, "max_window": 2000}, "max_window = 2000: must be from 1 to training.seq_len = 1024"),
+        ({"min_window": 64, "max_window": 32}, "min_window = 64: must be at most max_window, 32"),
+        ({"windows": [8], "min_window": 4}, "windows and min_window = 4: a list has no range; remove one"),
+        ({"windows": [8], "max_window": 4}, "windows and max_window = 4"),
+        ({"windows": [8], "distribution": "uniform"}, "windows and distribution = 'uniform'"),
+        ({"windows": [8], "multiple_of": 2}, "windows and multiple_of = 2"),
+        ({"min_window": 8, "hold": 0}, "hold = 0: must be 1 or more"),
+        ({"min_window": 8, "multiple_of": 0}, "multiple_of = 0: must be 1 or more"),
+    ],
+)
+def test_invalid_random_windows(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make("random", **settings)
 
 
 # --- invalid settings ------------------------------------------------------------------------------------------------

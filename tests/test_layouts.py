@@ -16,6 +16,8 @@ from torchladder.models.attention.sdpa import SdpaKernel
 
 CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=51, vocab_size=67)
 TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
+CAPPED = models.LlamaConfig(**{**vars(TIED), "logit_softcap": 1.5})
+"""Also trained with a z-loss."""
 
 REPLICATE = "--parallelism.data_parallel_replicate_degree"
 CONTEXT = "--parallelism.context_parallel_degree"
@@ -114,9 +116,16 @@ def whole(config):
     model = models.Llama(config, seq_len=16)
     model.init_weights(0)
     tokens, labels = rows()
-    loss = model(tokens, None, labels) / 33
+    loss, z_loss = losses_of(model, tokens, None, labels)
     loss.backward()
-    return model, loss
+    return model, loss, z_loss
+
+
+def losses_of(model, *batch):
+    """Returns the loss and the z-loss in it, per label."""
+    multiplier = 0.1 if model.config.logit_softcap else 0.0
+    sums = model(*batch, z_loss_multiplier=multiplier)
+    return [x / 33 for x in (sums if multiplier else (sums, sums.detach()))]
 
 
 def parallelized(ranks, config, parallelism):
@@ -138,14 +147,15 @@ def compare(ranks, cases):
     tokens, labels = rows()
     kernel = attention.build_kernel("sdpa", ["causal"], "cpu")
     for config, settings in cases:
-        one, expected = whole(config)
+        one, *expected = whole(config)
         model, found, here = parallelized(ranks, config, ParallelismConfig(**settings))
         share = len(tokens) // found.degrees.dp
         mine = slice(found.dp_rank * share, (found.dp_rank + 1) * share)
         attn_mask = here.prepare_mask(kernel.prepare, torch.zeros(share, 16, dtype=torch.int32), torch.device("cpu"))
-        loss = model(here(tokens[mine]), attn_mask, here(labels[mine])) / 33
+        loss, z_loss = losses_of(model, here(tokens[mine]), attn_mask, here(labels[mine]))
         loss.backward()
-        assert ranks.sum(loss.item(), found.degrees.tp) == pytest.approx(expected.item(), rel=1e-6)
+        for own, reference in zip((loss, z_loss), expected, strict=True):
+            assert ranks.sum(own.item(), found.degrees.tp) == pytest.approx(reference.item(), rel=1e-6)
         assert sum(parameter.numel() for parameter in model.parameters()) == one.num_parameters()
         for (name, own), reference in zip(model.named_parameters(), one.parameters(), strict=True):
             assert torch.equal(own.full_tensor(), reference), f"{name} begins otherwise under {settings}"
@@ -160,7 +170,13 @@ def test_gradients_with_uneven_labels_uneven_shards_and_tied_weights_are_those_o
     tensor = {"tensor_parallel_degree": 2}
     off = {**tensor, "disable_loss_parallel": True}
     cases = [(config, settings) for config in (CONFIG, TIED) for settings in (tensor, off)]
-    cases += [(CONFIG, {}), (TIED, {"data_parallel_replicate_degree": 2}), (CONFIG, {"context_parallel_degree": 4})]
+    cases += [
+        (CAPPED, tensor),
+        (CAPPED, off),
+        (CONFIG, {}),
+        (TIED, {"data_parallel_replicate_degree": 2}),
+        (CONFIG, {"context_parallel_degree": 4}),
+    ]
     layouts.launch(compare, 4, [*cases, (TIED, {**tensor, "context_parallel_degree": 2})])
 
 

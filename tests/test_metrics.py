@@ -220,16 +220,25 @@ def test_the_metric_of_the_docs_reaches_every_output(tmp_path, caplog, clock, ta
 
 
 def test_a_metric_may_be_passed_in(tmp_path, caplog, table):
-    metrics.register(Metric("z_loss", tag="loss_metrics/z_loss", tag_scale=10, console="z_loss: {z_loss:.2f}"))
+    metrics.register(Metric("aux_loss", tag="loss_metrics/aux_loss", tag_scale=10, console="aux_loss: {aux_loss:.2f}"))
     with caplog.at_level(logging.INFO), make(tmp_path, config=MetricsConfig()) as reporter:
-        train_step(reporter, 10, z_loss=0.25)
-        train_step(reporter, 20, z_loss=None)
-        with pytest.raises(ConfigError, match=r"metric 'z_loss' has no value: pass z_loss= to log"):
+        train_step(reporter, 10, aux_loss=0.25)
+        train_step(reporter, 20, aux_loss=None)
+        with pytest.raises(ConfigError, match=r"metric 'aux_loss' has no value: pass aux_loss= to log"):
             train_step(reporter, 30)
-    assert [record["z_loss"] for record in records(tmp_path)] == [0.25, None]
-    assert events(tmp_path / "tb")["loss_metrics/z_loss"] == [(10, 2.5)]
-    assert "z_loss: 0.25" in caplog.messages[0]
-    assert "z_loss: n/a" in caplog.messages[1]
+    assert [record["aux_loss"] for record in records(tmp_path)] == [0.25, None]
+    assert events(tmp_path / "tb")["loss_metrics/aux_loss"] == [(10, 2.5)]
+    assert "aux_loss: 0.25" in caplog.messages[0]
+    assert "aux_loss: n/a" in caplog.messages[1]
+
+
+def test_an_optional_metric_is_only_where_it_is_passed(tmp_path, caplog):
+    with caplog.at_level(logging.INFO), make(tmp_path, config=MetricsConfig()) as reporter:
+        train_step(reporter, 10)
+        train_step(reporter, 20, z_loss=0.25)
+    assert ["z_loss" in record for record in records(tmp_path)] == [False, True]
+    assert events(tmp_path / "tb")["loss_metrics/z_loss"] == [(20, 0.25)]
+    assert ["z_loss: 2.50e-01" in message for message in caplog.messages] == [False, True]
 
 
 def test_no_value_is_dropped_silently(tmp_path, table):

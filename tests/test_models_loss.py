@@ -3,15 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
+from torchladder import models
 from torchladder.models import loss
-from torchladder.models.loss import cross_entropy
+from torchladder.models.attention.dense import DenseKernel
+from torchladder.models.loss import cross_entropy, cross_entropy_with_z_loss
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(loss, "MAX_LOGITS_CPU", 1)
-    monkeypatch.setattr(loss, "MIN_CHUNK_TOKENS", 13)
+@pytest.fixture(autouse=True, scope="module")
+def small_chunks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "MAX_LOGITS_CPU", 1)
+        patch.setattr(loss, "MIN_CHUNK_TOKENS", 13)
+        yield
 
 
 def inputs(dtype=torch.float32, tokens=50, dim=16, vocab=40):
@@ -114,3 +120,94 @@ def test_backward_twice_gives_the_same():
 def test_gradients_are_exact_in_fp64():
     hidden, weight, labels = inputs(torch.float64, tokens=8, dim=3, vocab=5)
     assert torch.autograd.gradcheck(lambda h, w: cross_entropy(h, w, labels), (hidden, weight))
+
+
+# --- z-loss and softcap ----------------------------------------------------------------------------------------------
+
+
+def formula(hidden, weight, labels, softcap, z_loss_multiplier):
+    """Cross entropy and z-loss as the papers write them, in the dtype of the inputs."""
+    logits = (hidden @ weight.T).flatten(0, 1)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    counts = labels.flatten() != loss.IGNORE_INDEX
+    logits, labels = logits[counts], labels.flatten()[counts]
+    normalizer = logits.exp().sum(-1).log()
+    z_loss = z_loss_multiplier * (normalizer**2).sum()
+    return (normalizer - logits.gather(1, labels[:, None])[:, 0]).sum() + z_loss, z_loss
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(1, 40),
+    st.sampled_from([0.0, 0.5, 3.0, 30.0]),
+    st.sampled_from([1e-4, 0.1, 2.0]),
+    st.floats(0.1, 3.0),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 1000),
+)
+def test_z_loss_and_softcap_are_the_formulas(tokens, vocab, softcap, multiplier, scale, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(2, tokens, 8, generator=generator) * scale).to(dtype)
+    weight = torch.randn(vocab, 8, generator=generator).to(dtype)
+    labels = torch.randint(vocab, (2, tokens), generator=generator)
+    labels[torch.rand(2, tokens, generator=generator) < 0.3] = loss.IGNORE_INDEX
+
+    def results(function, kind, *arguments):
+        leaves = [x.detach().to(kind).requires_grad_() for x in (hidden, weight)]
+        value, z_loss = function(*leaves, labels, *arguments)
+        assert not (function is cross_entropy_with_z_loss and z_loss.requires_grad)
+        return value, z_loss, *torch.autograd.grad(value * 0.5, leaves, allow_unused=True)
+
+    found = results(cross_entropy_with_z_loss, dtype, multiplier, softcap)
+    expected = results(formula, torch.float64, softcap, multiplier)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    size = 1 + max(x.abs().max().item() for x in expected)
+    for one, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double() / size, reference / size, **tolerance)
+    assert found[0].dtype == found[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_gradients_with_z_loss_and_softcap_are_exact_in_fp64(softcap):
+    hidden, weight, labels = inputs(torch.float64, tokens=8, dim=3, vocab=5)
+
+    def total(h, w):
+        return cross_entropy_with_z_loss(h, w, labels, 0.3, softcap)[0]
+
+    assert torch.autograd.gradcheck(total, (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: cross_entropy(h, w, labels, softcap), (hidden, weight))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_z_loss_and_softcap_are_the_same_compiled(backend):
+    def both(hidden, weight, labels):
+        loss, z_loss = cross_entropy_with_z_loss(hidden, weight, labels, 0.1, 2.0)
+        return loss + 0 * z_loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, backend=backend, fullgraph=True)
+    for ours, reference in zip(run(compiled, *inputs()), run(both, *inputs()), strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_a_model_caps_its_logits_wherever_it_makes_them():
+    config = models.LlamaConfig(dim=16, n_layers=1, n_heads=2, ffn_dim=16, vocab_size=40, logit_softcap=1.0)
+    capped, plain = (
+        models.Llama(models.LlamaConfig(**{**vars(config), "logit_softcap": cap}), DenseKernel.attention, seq_len=9)
+        for cap in (1.0, 0.0)
+    )
+    for model in (capped, plain):
+        model.init_weights(0)
+    tokens = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
+    form = torch.ones(9, 9, dtype=torch.bool).tril()
+    logits = capped(tokens, form)
+    torch.testing.assert_close(logits, torch.tanh(plain(tokens, form)))
+    assert logits.abs().max() < 1 < plain(tokens, form).abs().max()
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(2, 9)
+    torch.testing.assert_close(capped.per_token_loss(tokens, form, tokens), losses.detach())
+    torch.testing.assert_close(models.Model.per_token_loss(capped, tokens, form, tokens), losses.detach())
+    torch.testing.assert_close(capped(tokens, form, tokens), losses.sum())
+    z_loss = 0.2 * logits.logsumexp(-1).square().sum()
+    for found, expected in zip(capped(tokens, form, tokens, 0.2), (losses.sum() + z_loss, z_loss), strict=True):
+        torch.testing.assert_close(found, expected)

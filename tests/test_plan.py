@@ -40,6 +40,24 @@ def test_flops_are_the_sum_over_all_steps():
     assert plan.saved == pytest.approx(1 - expected / plan.flops_full_context)
 
 
+def test_random_windows_are_planned_step_by_step():
+    drawn = ["--curriculum.name", "random", "--curriculum.min_window", "4", "--curriculum.max_window", "100"]
+    plan = plans.make_plan(load("debug", "--attention.masks", "sliding", "--training.steps", "50", *drawn))
+    row = torch.arange(256, dtype=torch.int32)[None]
+    windows = [plan.schedule.window(step) for step in range(50)]
+    attended = sum(mask.pairs(mask.sliding(row, window)) for window in windows)
+    assert plan.attention_saved == pytest.approx(1 - attended / (50 * mask.pairs(mask.causal(row, 1))))
+    assert plan.window_range == (min(windows), 100)
+    line = plans.summary_lines(plan)[3]
+    assert line == (
+        f"curriculum  random, window {windows[0]} at step 0, then {min(windows)} to 100, "
+        "100 at the last step: never the full 256"
+    )
+    words = ["--attention.masks", "causal", "--curriculum.name", "random", "--curriculum.windows", "8", "256"]
+    with pytest.raises(ConfigError, match=r"curriculum 'random' sets a window, but none of attention\.masks"):
+        plans.make_plan(load("debug", *words))
+
+
 def test_llama1b_dm8_is_skyladders():
     plan = plans.make_plan(load("llama1b_dm8"), ranks=8)
     assert plan.tokens_per_step == 1_048_576

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from torchladder import checkpoint, train
+from torchladder import checkpoint, models, train
+from torchladder.checkpoint import CHECKSUM_FILE, write_checksums
 from torchladder.config.sections import TrainingConfig
 from torchladder.registry import ConfigError
 
@@ -348,3 +350,56 @@ def test_a_run_says_at_its_end_what_it_has_left_and_what_is_next(tmp_path, caplo
         folder = str(tmp_path / ("b" if saving else "a"))
         assert train.main([*DEBUG, "--job.dump_folder", folder, "--job.exit_interval", "2", *saving]) == 75
         assert said in caplog.text
+
+
+def test_a_checkpoint_without_a_new_field_of_the_model_is_resumed_and_its_value_still_guarded(tmp_path, capsys):
+    saving = ["--checkpoint.enable", "--training.steps", "2", "--validation.no_enable", "--checkpoint.interval", "1"]
+    before = run(tmp_path, *saving)
+    state = tmp_path / "checkpoint" / "step-1" / "run.json"
+    written = json.loads(state.read_text())
+    assert written["fingerprints"].pop("model.logit_softcap") == "0.0"
+    state.write_text(json.dumps(written))
+    (state.parent / CHECKSUM_FILE).unlink()
+    write_checksums(state.parent)
+    again = run(tmp_path, *saving, "--checkpoint.load_step", "1")
+    assert losses(again) == losses(before)
+    capped = ["--model.logit_softcap", "30", "--checkpoint.load_step", "1"]
+    assert train.main([*DEBUG, "--job.dump_folder", str(tmp_path), *saving, *capped]) == 2
+    assert "model.logit_softcap was 0.0, is 30.0" in capsys.readouterr().err
+
+
+# --- z-loss ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_run_with_z_loss_is_the_cross_entropy(tmp_path, whole):
+    short = ["--training.steps", "2", "--training.z_loss_multiplier", "0.01"]
+    found = run(tmp_path / "z", *short)
+    steps = [line for line in found if "loss" in line]
+    assert all(set(line) == LINE | {"z_loss"} for line in steps)
+    assert steps[0]["loss"] == pytest.approx(losses(lines(whole))[1], rel=1e-6)
+    plain = next(line for line in lines(whole) if "loss" in line)
+    assert steps[0]["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-4)  # the z-loss has a gradient
+    logits = math.log(512)  # the debug model has 512 tokens, and nearly equal logits at first
+    assert steps[0]["z_loss"] == pytest.approx(0.01 * logits**2, rel=0.2)
+    assert validations(found)[0, 256] == validations(lines(whole))[0, 256]
+    accumulated = ["--training.local_batch_size", "1", "--training.global_batch_size", "4", "--validation.no_enable"]
+    compiled = ["--compile.enable", "--compile.components", "loss", "--compile.backend", "aot_eager"]
+    other = run(tmp_path / "compiled", *short, *accumulated, *compiled)
+    for key in ("loss", "z_loss"):
+        assert [line[key] for line in other] == pytest.approx([line[key] for line in steps], rel=1e-5)
+
+
+def test_a_model_without_z_loss_is_refused(monkeypatch, tmp_path, capsys):
+    def forward(self, tokens, attn_mask, labels=None):
+        raise AssertionError
+
+    monkeypatch.setattr(models.Llama, "forward", forward)
+    assert train.main([*DEBUG, "--job.dump_folder", str(tmp_path), "--training.z_loss_multiplier", "1e-4"]) == 2
+    assert "z_loss_multiplier: Llama.forward has no argument z_loss_multiplier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "value"), [("training.z_loss_multiplier", "-1e-4"), ("model.logit_softcap", "-1")])
+def test_invalid_loss_settings(key, value, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text(f"[{key.split('.')[0]}]\n{key.split('.')[1]} = {value}\n")
+    assert train.main(["--job.config_file", str(tmp_path / "run.toml"), "--job.dump_folder", str(tmp_path)]) == 2
+    assert f"{key} = {float(value)}: must be " in capsys.readouterr().err

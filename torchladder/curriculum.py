@@ -10,13 +10,14 @@ builds one from a schedule name of that paper's code, such as ``dm8``.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, pairwise
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -205,6 +206,90 @@ class Stages:
 
     def __call__(self, step: int) -> int:
         return self.stages[bisect.bisect_right(self.stages, step, key=lambda stage: stage[0]) - 1][1]
+
+
+# --- random windows --------------------------------------------------------------------------------------------------
+
+
+@register("random")
+@dataclass(frozen=True, kw_only=True)
+class Random:
+    """Draws a window at random every ``hold`` steps, from a list or a range (stochastic windows, arXiv 2509.24552).
+
+    A draw is a hash of the seed and its number, so it is the same on every rank and after a restart. The last step has
+    the longest window, because evaluation, generation and export use the window of the last step.
+
+    Raises:
+        ConfigError: neither a list nor a range, both, or a window below 1 or longer than the row.
+    """
+
+    steps: int
+    """Optimizer steps of the whole run."""
+
+    seq_len: int
+    """Tokens in a row."""
+
+    windows: list[int] = field(default_factory=list)
+    """Windows to draw from, each with the same probability; a window that is listed twice is twice as likely.
+    Cannot be combined with min_window."""
+
+    min_window: int | None = None
+    """Shortest window of the range to draw from, in tokens, including the query itself."""
+
+    max_window: int | None = None
+    """Longest window of the range, in tokens; default: the whole row."""
+
+    distribution: Literal["log_uniform", "uniform"] | None = None
+    """Distribution over the range: log_uniform (default), where each doubling is as likely as another, or uniform."""
+
+    multiple_of: Annotated[int, Ge(1)] = 1
+    """Round windows of the range down to a multiple of this, but not below min_window."""
+
+    hold: Annotated[int, Ge(1)] = 1
+    """Steps that a drawn window is kept."""
+
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "curriculum")
+        if self.windows:
+            of_range = {"min_window": None, "max_window": None, "distribution": None, "multiple_of": 1}
+            for key, default in of_range.items():
+                value = getattr(self, key)
+                require(value == default, f"curriculum.windows and {key} = {value!r}: a list has no range; remove one.")
+        else:
+            require(self.min_window is not None, "curriculum 'random': set curriculum.windows or min_window.")
+            require(
+                self.shortest <= self.longest,
+                f"curriculum.min_window = {self.min_window}: must be at most max_window, {self.longest}.",
+            )
+        for window in self.windows or (self.shortest, self.longest):
+            _require_window("windows" if self.windows else "min_window and max_window", window, self.seq_len)
+
+    @property
+    def shortest(self) -> int:
+        """The shortest window that can be drawn."""
+        return min(self.windows) if self.windows else self.min_window or 0
+
+    @property
+    def longest(self) -> int:
+        """The longest window that can be drawn, and that of the last step."""
+        return max(self.windows) if self.windows else self.max_window or self.seq_len
+
+    def __call__(self, step: int) -> int:
+        if step >= self.steps - 1:
+            return self.longest
+        digest = hashlib.blake2b(f"{self.seed}/{step // self.hold}".encode(), digest_size=6).digest()
+        fraction = int.from_bytes(digest, "little") / 2**48  # 0 to below 1, exact
+        if self.windows:
+            return self.windows[int(fraction * len(self.windows))]
+        low, high = self.shortest, self.longest
+        if self.distribution == "uniform":
+            window = low + int(fraction * (high + 1 - low))
+        else:
+            window = min(int(low * ((high + 1) / low) ** fraction), high)
+        return max(window // self.multiple_of * self.multiple_of, low)
 
 
 # --- SkyLadder's schedule names --------------------------------------------------------------------------------------

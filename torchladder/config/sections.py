@@ -100,6 +100,9 @@ class TrainingConfig:
     max_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are clipped to this global norm."""
 
+    z_loss_multiplier: Annotated[float, Ge(0), Lt(math.inf)] = 0.0
+    """Adds this times logsumexp(logits)**2 to the loss of each label (z-loss), against logits that drift; 0: not."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights, gradients and optimizer state. bfloat16 halves their memory, and AdamW's small updates round to
     nothing: for measurements and short experiments."""

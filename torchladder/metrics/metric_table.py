@@ -74,6 +74,7 @@ class Metric:
     color: str = ""  # of the console text, a rich style
     tag_scale: float = 1  # factor of the value in TensorBoard and W&B
     jsonl: bool = True  # whether metrics.jsonl has it
+    optional: bool = False  # whether outputs omit it in reports that do not pass it
 
 
 METRICS: dict[str, Metric] = {
@@ -81,6 +82,7 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("step", lambda i: i.step, console="step: {step:2}", color="red"),
         Metric("loss", tag="loss_metrics/global_avg_loss", console="loss: {loss:.4f}", color="green"),
+        Metric("z_loss", tag="loss_metrics/z_loss", console="z_loss: {z_loss:.2e}", color="green", optional=True),
         Metric("grad_norm", tag="grad_norm", console="grad_norm: {grad_norm:.4f}", color="orange3"),
         Metric(
             "memory_fraction",
@@ -140,13 +142,13 @@ def training_report(interval: Interval, passed: dict[str, Value]) -> Report:
     Raises:
         ConfigError: a passed value has no entry in the table, or an entry has no value.
     """
-    expected = {key for key, metric in METRICS.items() if metric.compute is None}
+    table = [metric for metric in METRICS.values() if metric.key in passed or not metric.optional]
+    expected = {metric.key for metric in METRICS.values() if metric.compute is None}
     for key in passed.keys() - expected:
         raise unknown_name("metric passed to log()", key, expected)
-    for key in expected - passed.keys():
+    values = {metric.key: metric.compute(interval) if metric.compute else passed.get(metric.key) for metric in table}
+    for key in expected & values.keys() - passed.keys():
         raise ConfigError(f"metric {key!r} has no value: pass {key}= to log(), or register it with compute=.")
-    values = {key: metric.compute(interval) if metric.compute else passed[key] for key, metric in METRICS.items()}
-    table = METRICS.values()
     tagged = [(metric, value) for metric in table if metric.tag and (value := values[metric.key]) is not None]
     return Report(
         interval.step,

@@ -115,7 +115,7 @@ class MetricsProcessor:
 
         Args:
             step: optimizer steps taken.
-            **values: the metrics of the table that are passed in: loss, grad_norm, lr, window.
+            **values: the metrics of the table that are passed in: loss, grad_norm, lr, window; z_loss is optional.
 
         Raises:
             ConfigError: a value is missing, or its name is not in the table.

@@ -153,19 +153,30 @@ class Head(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.logit_softcap = config.logit_softcap
         self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, tied_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        tied_weight: Tensor | None = None,
+        z_loss_multiplier: float = 0.0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         weight = self.weight if tied_weight is None else tied_weight
         assert weight is not None
+        if labels is not None and z_loss_multiplier:
+            return loss.cross_entropy_with_z_loss(hidden, weight, labels, z_loss_multiplier, self.logit_softcap)
         if labels is not None:
-            return loss.cross_entropy(hidden, weight, labels)
+            return loss.cross_entropy(hidden, weight, labels, self.logit_softcap)
         if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
-            return loss.full_logits(hidden, weight)
-        return F.linear(hidden, weight)
+            logits = loss.full_logits(hidden, weight)
+        else:
+            logits = F.linear(hidden, weight)
+        return loss.softcap(logits, self.logit_softcap)
 
     def per_token_loss(self, hidden: Tensor, labels: Tensor, tied_weight: Tensor | None = None) -> Tensor:
         """Returns the loss of each label (B, T) fp32, without gradients."""
         weight = self.weight if tied_weight is None else tied_weight
         assert weight is not None
-        return loss.per_token_cross_entropy(hidden, weight, labels)
+        return loss.per_token_cross_entropy(hidden, weight, labels, self.logit_softcap)

@@ -66,8 +66,10 @@ class Llama(Model):
     def make_block(self, attention_fn: AttentionFunction) -> Block:
         return Block(self.config, self.rope, attention_fn)
 
-    def forward(self, tokens: Tensor, attn_mask: Any, labels: Tensor | None = None) -> Tensor:
-        return self.head(self._hidden_states(tokens, attn_mask), labels, self._tied_weight())
+    def forward(
+        self, tokens: Tensor, attn_mask: Any, labels: Tensor | None = None, z_loss_multiplier: float = 0.0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return self.head(self._hidden_states(tokens, attn_mask), labels, self._tied_weight(), z_loss_multiplier)
 
     @torch.no_grad()
     def per_token_loss(self, tokens: Tensor, attn_mask: Any, labels: Tensor) -> Tensor:

@@ -77,6 +77,9 @@ class LlamaConfig:
     rope_restart: int = 0
     """Positions restart at 0 every rope_restart tokens; 0: never."""
 
+    logit_softcap: float = 0.0
+    """Logits become logit_softcap * tanh(logits / logit_softcap), as in Gemma 2; 0: unchanged."""
+
     initialization: Literal["skyladder", "tilde", "megatron", "normal"] = "skyladder"
     """Standard deviation of initial weights: by shape (skyladder, tilde) or from init_std (megatron, normal)."""
 
@@ -100,6 +103,10 @@ class LlamaConfig:
         )
         for key in ("norm_eps", "rope_theta", "rope_condense_ratio", "init_std"):
             require(getattr(self, key) > 0, f"model.{key} = {getattr(self, key)}: must be positive.")
+        require(
+            0 <= self.logit_softcap < math.inf,
+            f"model.logit_softcap = {self.logit_softcap}: must be positive, or 0 to leave logits unchanged.",
+        )
         require(self.rope_restart >= 0, f"model.rope_restart = {self.rope_restart}: must be 0 or more.")
         require(
             self.rope_scaling_factor >= 1, f"model.rope_scaling_factor = {self.rope_scaling_factor}: must be 1 or more."

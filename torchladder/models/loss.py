@@ -20,7 +20,7 @@ MIN_CHUNK_TOKENS = 256
 """In smaller chunks, accumulating the gradient of the head costs more than the matrix products."""
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, logit_softcap: float = 0.0) -> Tensor:
     """Returns the cross entropy summed over all labels that are not -100, an fp32 scalar.
 
     The forward pass computes logits and, if needed, gradients for one chunk of tokens at a time; the backward pass only
@@ -30,21 +30,33 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         hidden: (..., d) hidden states.
         weight: (V, d), of the head.
         labels: (...) int64.
+        logit_softcap: s; logits become s * tanh(logits / s), as in Gemma 2 (arXiv 2408.00118). 0: they do not.
     """
-    if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
-        return _parallel_cross_entropy(hidden, weight, labels)
-    return _chunked_loss(hidden, weight, labels, None)
+    (loss,) = _summed_loss(hidden, weight, labels, logit_softcap, 0.0)
+    return loss
+
+
+def cross_entropy_with_z_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_multiplier: float, logit_softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Returns the cross entropy plus the z-loss, and the z-loss by itself without a gradient: two fp32 scalars.
+
+    The z-loss, ``z_loss_multiplier * logsumexp(logits)**2`` for each label, keeps the normalizer of the softmax near 1
+    (PaLM, arXiv 2204.02311). The other arguments are those of ``cross_entropy``.
+    """
+    loss, z_loss = _summed_loss(hidden, weight, labels, logit_softcap, z_loss_multiplier)
+    return loss, z_loss.detach()
 
 
 @torch.no_grad()
-def per_token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def per_token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, logit_softcap: float = 0.0) -> Tensor:
     """Returns the cross entropy of each label (...) in fp32, 0 where the label is -100; without gradients.
 
     The arguments are those of ``cross_entropy``, not sharded.
     """
     size = _chunk_tokens(hidden.device.type, len(weight))
     chunks = zip(hidden.flatten(0, -2).split(size), labels.flatten().split(size), strict=True)
-    losses = [logits_cross_entropy(F.linear(chunk, weight), label) for chunk, label in chunks]
+    losses = [logits_cross_entropy(softcap(F.linear(chunk, weight), logit_softcap), label) for chunk, label in chunks]
     return torch.cat(losses).view(labels.shape)
 
 
@@ -58,10 +70,30 @@ def _chunk_tokens(device_type: str, vocab_size: int) -> int:
     return max((MAX_LOGITS_CPU if device_type == "cpu" else MAX_LOGITS_GPU) // vocab_size, MIN_CHUNK_TOKENS)
 
 
-def _chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_shard: VocabShard | None) -> Tensor:
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """Returns ``cap * tanh(logits / cap)``, in fp32 if the logits have fewer bits; with a cap of 0 the logits."""
+    return _scaled_tanh(logits, cap) * cap if cap else logits
+
+
+def _scaled_tanh(logits: Tensor, cap: float) -> Tensor:
+    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap).tanh()
+
+
+def _summed_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, logit_softcap: float, z_loss_multiplier: float
+) -> tuple[Tensor, ...]:
+    """Returns the loss and, unless the multiplier is 0, the z-loss in it."""
+    if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
+        return _parallel_loss(hidden, weight, labels, logit_softcap, z_loss_multiplier)
+    return _chunked_loss(hidden, weight, labels, None, logit_softcap, z_loss_multiplier)
+
+
+def _chunked_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_shard: VocabShard | None, *terms: float
+) -> tuple[Tensor, ...]:
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, differentiate, vocab_shard)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, differentiate, vocab_shard, *terms)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -73,13 +105,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         differentiate: bool,
         vocab_shard: VocabShard | None,
-    ) -> Tensor:
+        logit_softcap: float,
+        z_loss_multiplier: float,
+    ) -> tuple[Tensor, ...]:
         device, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         accumulate = torch.promote_types(dtype, torch.float32)
         head = weight.to(dtype)
         loss = torch.zeros((), dtype=accumulate, device=hidden.device)
+        z_loss = torch.zeros_like(loss) if z_loss_multiplier else None
         grad_hidden = torch.empty_like(hidden) if differentiate else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if differentiate else None
 
@@ -92,11 +127,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             in_shard = counts & (label >= 0) & (label < len(weight))
             label = label.where(in_shard, 0)
             states = hidden[chunk].to(dtype).where(counts, 0)
-            log_p = _log_softmax(states @ head.t(), accumulate, vocab_shard)  # (n, V)
+            logits, tanh = states @ head.t(), None  # (n, V)
+            if logit_softcap:
+                tanh = _scaled_tanh(logits, logit_softcap)
+                logits = tanh * logit_softcap
+            log_p, normalizer = _log_softmax(logits, accumulate, vocab_shard)  # (n, V), (n, 1)
+            del logits
             # Not in place: PyTorch 2.11 compiles an in-place sum to gradients of 0.
             loss = loss - log_p.gather(1, label).where(in_shard, 0).sum()
+            if z_loss is not None:
+                z_loss = z_loss + z_loss_multiplier * normalizer.square().where(counts, 0).sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad_logits = log_p.exp_().scatter_add_(1, label, -in_shard.to(accumulate)).to(dtype)
+                grad_logits = log_p.exp_()
+                if z_loss is not None:
+                    grad_logits *= 1 + 2 * z_loss_multiplier * normalizer
+                grad_logits.scatter_add_(1, label, -in_shard.to(accumulate))
+                if tanh is not None:
+                    grad_logits *= 1 - tanh.square()
+                grad_logits = grad_logits.to(dtype)
                 grad_hidden[chunk] = (grad_logits @ head).where(counts, 0)
                 if dtype == accumulate:
                     grad_weight.addmm_(grad_logits.t(), states)
@@ -104,20 +152,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_weight += grad_logits.t() @ states
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return vocab_shard.sum(loss) if vocab_shard else loss
+        loss = vocab_shard.sum(loss) if vocab_shard else loss
+        return (loss,) if z_loss is None else (loss + z_loss, z_loss)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), *(None,) * 5
 
 
-def _log_softmax(logits: Tensor, dtype: torch.dtype, vocab_shard: VocabShard | None) -> Tensor:
-    """Returns log probabilities (n, V), normalized over the vocabulary of all ranks."""
+def _log_softmax(logits: Tensor, dtype: torch.dtype, vocab_shard: VocabShard | None) -> tuple[Tensor, Tensor]:
+    """Returns log probabilities (n, V) and their normalizer (n, 1), the log-sum-exp over all ranks' vocabulary."""
     if vocab_shard is None:
-        return torch.log_softmax(logits, dim=-1, dtype=dtype)
+        log_p = torch.log_softmax(logits, dim=-1, dtype=dtype)
+        return log_p, logits[:, :1] - log_p[:, :1]  # the same in every column
     logits = logits.to(dtype)
-    return logits - vocab_shard.logsumexp(logits.logsumexp(-1))[:, None]
+    normalizer = vocab_shard.logsumexp(logits.logsumexp(-1))[:, None]
+    return logits - normalizer, normalizer
 
 
 # --- tensor parallelism: the head is sharded over the vocabulary (loss parallel), or over the tokens ------------------
@@ -145,8 +196,8 @@ class VocabShard:
         return DTensor.from_local(local, self.mesh, [Partial()], run_check=False).full_tensor().clone()
 
 
-def _parallel_cross_entropy(hidden: DTensor, weight: DTensor, labels: Tensor) -> Tensor:
-    """Returns the summed cross entropy, the same on every rank that shares the head.
+def _parallel_loss(hidden: DTensor, weight: DTensor, labels: Tensor, *terms: float) -> tuple[Tensor, ...]:
+    """Returns what ``_summed_loss`` does, the same on every rank that shares the head.
 
     ``hidden`` (B, T, d) is replicated to shard over the vocabulary, as ``weight`` (V, d) is then; or it is sharded by
     tokens. ``labels`` (B, T) are the same on every rank.
@@ -155,12 +206,13 @@ def _parallel_cross_entropy(hidden: DTensor, weight: DTensor, labels: Tensor) ->
     if hidden.placements == (Replicate(),):
         weight = weight.redistribute(placements=[Shard(0)])
         states = hidden.to_local(grad_placements=[Partial()])  # a rank's gradient covers only its vocabulary
-        return _chunked_loss(states, weight.to_local(), labels, VocabShard(_shard_start(weight.shape[0], mesh), mesh))
+        vocab_shard = VocabShard(_shard_start(weight.shape[0], mesh), mesh)
+        return _chunked_loss(states, weight.to_local(), labels, vocab_shard, *terms)
     head = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     states, first = hidden.to_local(), _shard_start(labels.shape[1], mesh)
-    local = _chunked_loss(states, head, labels[:, first : first + states.shape[1]], None)
+    local = _chunked_loss(states, head, labels[:, first : first + states.shape[1]], None, *terms)
     # Clone, because FSDP2 registers its backward hook on this tensor, which must not be a view.
-    return DTensor.from_local(local, mesh, [Partial()], run_check=False).full_tensor().clone()
+    return tuple(DTensor.from_local(term, mesh, [Partial()], run_check=False).full_tensor().clone() for term in local)
 
 
 def full_logits(hidden: DTensor, weight: DTensor) -> Tensor:

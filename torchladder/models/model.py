@@ -40,13 +40,16 @@ class Model(nn.Module, ABC):
     hf_adapter: ClassVar[HFAdapter | None] = None
 
     @abstractmethod
-    def forward(self, tokens: Tensor, attn_mask: Any, labels: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, attn_mask: Any, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Returns logits (B, T, V), or with labels the fp32 sum of the loss over all labels that are not -100.
 
         Args:
             tokens: (B, T) int64.
             attn_mask: the attention mask that the kernel prepared, passed to ``attention_fn`` unchanged.
             labels: (B, T) int64, the token to predict at each position, -100 for none.
+
+        A model that supports ``training.z_loss_multiplier`` has another argument of that name, by default 0. With any
+        other value it returns a pair: the sum with the z-loss added, and the z-loss by itself without a gradient.
         """
 
     @abstractmethod

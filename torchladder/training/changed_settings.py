@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -52,7 +53,7 @@ class ChangedSetting:
 
 
 def check_changes(
-    plan: Plan, fingerprints: Mapping[str, str], state: RunState, path: str, data_problem: str = ""
+    plan: Plan, fingerprints: dict[str, str], state: RunState, path: str, data_problem: str = ""
 ) -> list[str]:
     """Compares this run with a checkpoint that it resumes from; returns a line on each change that takes effect.
 
@@ -77,7 +78,9 @@ def check_changes(
         planned = schedule  # the run starts over at step 0: what was planned does not count
     else:
         planned = saved.schedule(int(state.fingerprints["training.global_batch_size"]) * saved.training.seq_len)
-    before, now = state.fingerprints | schedule_settings(saved), {**fingerprints, **schedule_settings(current)}
+    # Fields that the model did not have when the checkpoint was saved had their defaults.
+    model = {f"model.{key}": str(value) for key, value in dataclasses.asdict(models.resolve(saved.model)).items()}
+    before, now = model | state.fingerprints | schedule_settings(saved), fingerprints | schedule_settings(current)
     # The source weights of later phases are part of the schedule, which may change in steps that are still to come.
     before, now = ({name: value for name, value in one.items() if name != "data.phases"} for one in (before, now))
     changes = compare(before, now, planned, schedule, state.step)

@@ -84,6 +84,7 @@ class MemoryEstimator:
         self.block_sizes = [sum(p.numel() for p in block.parameters()) for block in model.layers.values()]
         embedding = next(p for name, p in model.named_parameters() if not name.startswith("layers.") and p.dim() == 2)
         self.vocab_size, self.dim = embedding.shape
+        self.logit_softcap = getattr(model.config, "logit_softcap", 0)
         self._block_bytes: dict[tuple[int, int, int], tuple[dict[str, int], int]] = {}
         self._compiled_share = self._measure_compiled_share()
 
@@ -103,6 +104,8 @@ class MemoryEstimator:
             gathered = (itemsize * (root + blocks) + self.reduce_bytes * largest) // degrees.tp
         tokens = layout.local_batch_size * self.seq_len // degrees.cp
         logits = min(MAX_LOGITS_GPU, tokens * self.vocab_size // degrees.tp)
+        # Log probabilities in fp32, logits and their gradients; or three in fp32: tanh, capped logits and the former.
+        logit_bytes = 12 if self.logit_softcap else 4 + 2 * itemsize
         head_gradient = 4 * self.vocab_size * self.dim // degrees.tp
         activations = self._activation_bytes(layout)
         accumulates = self.plan.batch.global_batch_size > layout.local_batch_size * degrees.dp
@@ -112,7 +115,7 @@ class MemoryEstimator:
             optimizer=parameters * self.plan.moments // self.num_parameters,
             gathered=gathered,
             activations=activations,
-            loss=logits * (4 + 2 * itemsize) + head_gradient + tokens * self.dim * itemsize,
+            loss=logits * logit_bytes + head_gradient + tokens * self.dim * itemsize,
         )
 
     def traffic(self) -> Traffic:
@@ -184,8 +187,7 @@ class MemoryEstimator:
     def _max_sent_keys(self, context: int) -> int:
         """Returns the most keys per row that a rank sends to later ranks, under the widest window of the run."""
         row = torch.arange(self.seq_len, dtype=torch.int32)[None]
-        widest = max(self.plan.schedule.window(step) for step in {0, self.plan.steps // 2, self.plan.steps - 1})
-        start = mask.from_names(self.config.attention.masks, row, widest)
+        start = mask.from_names(self.config.attention.masks, row, self.plan.window_range[1])
         tokens = self.seq_len // context
         first_keys = start[0, ::tokens].tolist()  # of each rank
         return max(

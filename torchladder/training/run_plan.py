@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ class Plan:
         flops: forward and backward FLOPs of the whole run under its windows.
         flops_full_context: the same with every row at full causal context.
         attention_flops_full_context: the attention FLOPs in ``flops_full_context``.
+        window_range: the shortest and the longest window of the run.
         full_context_step: the first step from which the window stays the whole row; None if the last window is shorter.
         optimizer_groups: the optimizer's parameter groups; none for a plugin that does not report them.
     """
@@ -51,6 +53,7 @@ class Plan:
     flops: int
     flops_full_context: int
     attention_flops_full_context: int
+    window_range: tuple[int, int]
     full_context_step: int | None
     batch: BatchSizes
     degrees: mesh.Degrees
@@ -100,7 +103,8 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     config = data_setup.with_steps(config, batch)
     training, rows = config.training, batch.global_batch_size
     schedule = config.schedule(tokens_per_step=rows * training.seq_len)
-    _check_window_is_used(config, schedule)
+    windows = Counter(map(schedule.window, range(training.steps)))  # window -> its steps
+    _check_window_is_used(config, schedule, set(windows))
     if config.checkpoint.last_save_in_hf:
         hf_export.check_exportable(config, schedule(training.steps - 1))
     for window in config.validation.windows:
@@ -118,6 +122,10 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         model = models.registry.build(config.model, attention_fn=None, seq_len=training.seq_len)
         for theta in schedule.overrides("rope_theta").values():
             model.set_rope_theta(theta)  # a model without rotary embeddings refuses
+    if training.z_loss_multiplier and "z_loss_multiplier" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"training.z_loss_multiplier: {type(model).__name__}.forward has no argument z_loss_multiplier: set 0."
+        )
     if degrees.cp > 1 and config.samples.prompts:
         raise ConfigError("samples.prompts: not with context parallelism (parallelism.context_parallel_degree).")
     mesh.check_degrees(config.parallelism, model.head_counts(), training.seq_len)
@@ -129,10 +137,8 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         )
 
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
-    spans = [*curriculum.to_stages(schedule.window, training.steps), (training.steps, 0)]  # (first step, window)
     attended = sum(
-        mask.pairs(mask.from_names(config.attention.masks, row, window)) * (end - first)
-        for (first, window), (end, _) in pairwise(spans)
+        mask.pairs(mask.from_names(config.attention.masks, row, window)) * steps for window, steps in windows.items()
     )
     linear_flops = model.flops(rows * training.seq_len, 0)
     attention_flops = model.flops(0, rows * mask.pairs(mask.causal(row, training.seq_len)))
@@ -145,6 +151,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         flops=training.steps * linear_flops + model.flops(0, rows * attended),
         flops_full_context=training.steps * (linear_flops + attention_flops),
         attention_flops_full_context=training.steps * attention_flops,
+        window_range=(min(windows), max(windows)),
         full_context_step=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
         batch=batch,
         degrees=degrees,
@@ -155,12 +162,15 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
 def summary_lines(plan: Plan) -> list[str]:
     """Returns the plan as a few lines of text, for the start of a run."""
     config, batch, seq_len = plan.config, plan.batch, plan.config.training.seq_len
-    last = plan.schedule.window(plan.steps - 1)
-    ladder = f"{config.curriculum.name}, window {plan.schedule.window(0):,} at step 0"
+    first, last = plan.schedule.window(0), plan.schedule.window(plan.steps - 1)
+    (shortest, longest), ends = plan.window_range, (first, last)
+    ladder = f"{config.curriculum.name}, window {first:,} at step 0"
+    if shortest < min(ends) or longest > max(ends):
+        ladder += f", then {shortest:,} to {longest:,}"
     if plan.full_context_step is not None and plan.full_context_step > 0:
         ladder += f", the full {seq_len:,} from step {plan.full_context_step:,}"
     elif last != seq_len:
-        ladder += f", {last:,} at the last step: never the full {seq_len:,}"
+        ladder += f", {last:,} at the last step" + (f": never the full {seq_len:,}" if longest < seq_len else "")
     ranks = f"{batch.dp_degree} rank{'s' if batch.dp_degree > 1 else ''}"
     return [
         f"model       {f'{config.model.name} {config.model.flavor}'.strip()}, {plan.num_parameters:,} parameters, "
@@ -239,13 +249,12 @@ def fingerprints(plan: Plan, loader: BaseDataLoader) -> dict[str, str]:
     return named | {f"data.{name}": value for name, value in loader.fingerprints().items()}
 
 
-def _check_window_is_used(config: Config, schedule: Schedule) -> None:
+def _check_window_is_used(config: Config, schedule: Schedule, windows: set[int]) -> None:
     """Refuses a window that changes and that no mask reads: it would be silently ignored."""
     names, seq_len = config.attention.masks, config.training.seq_len
     row = torch.arange(seq_len, dtype=torch.int32)[None]
     reads = seq_len == 1 or not torch.equal(mask.from_names(names, row, 1), mask.from_names(names, row, seq_len))
-    steps = {0, config.training.steps // 2, config.training.steps - 1, *schedule.phase_steps}
-    if not reads and {schedule.window(step) for step in steps} != {seq_len}:
+    if not reads and windows != {seq_len}:
         subject = "phases set" if schedule.overrides("window") else f"curriculum {config.curriculum.name!r} sets"
         raise ConfigError(
             f"{subject} a window, but none of attention.masks = {names} reads it. Add 'chunk' or 'sliding'."

@@ -193,20 +193,28 @@ class Trainer:
         self.step += 1
         rows = self.row, self.loader.row - 1
         self.row = self.loader.row
-        by_rows = [(batch.rows, loss) for batch, loss in zip(batches, losses, strict=True)]
+        by_rows = [(batch.rows, loss["loss"]) for batch, loss in zip(batches, losses, strict=True)]
         self.bad_steps.record(StepOutcome(self.step, rows, bad, grad_norm.detach(), by_rows))
         self.metrics.count(self.plan.tokens_per_step, pairs)
         # Only steps that are reported or saved synchronize with the device.
         if self.metrics.should_log(self.step) or self.fault_tolerance.save_due(self.step):
-            loss = self.ranks.sum(torch.stack(losses).sum().item(), self.plan.degrees.tp)
+            totals = {name: torch.stack([loss[name] for loss in losses]).sum().item() for name in losses[0]}
+            means = {name: self.ranks.sum(total, self.plan.degrees.tp) for name, total in totals.items()}
             self.bad_steps.flush()
-            self.metrics.log(self.step, loss=loss, grad_norm=grad_norm.item(), lr=lr, window=now.window)
+            self.metrics.log(self.step, **means, grad_norm=grad_norm.item(), lr=lr, window=now.window)
 
-    def forward_backward(self, batch: Batch, start: Tensor, num_labels: int) -> Tensor:
-        """Accumulates the gradients of a micro-batch; returns its share of the step's mean loss per label."""
-        loss = self._summed_loss(batch, start) / max(num_labels, 1)
+    def forward_backward(self, batch: Batch, start: Tensor, num_labels: int) -> dict[str, Tensor]:
+        """Accumulates the gradients of a micro-batch; returns its share of the step's mean losses per label: the cross
+        entropy as ``loss`` and, if it is enabled, ``z_loss``.
+        """
+        multiplier = self.config.training.z_loss_multiplier
+        if not multiplier:
+            loss = self._summed_loss(batch, start) / max(num_labels, 1)
+            loss.backward(backward_seed(loss))
+            return {"loss": loss.detach()}
+        loss, z_loss = (x / max(num_labels, 1) for x in self._summed_loss(batch, start, z_loss_multiplier=multiplier))
         loss.backward(backward_seed(loss))
-        return loss.detach()
+        return {"loss": loss.detach() - z_loss, "z_loss": z_loss}
 
     def after_step(self) -> None:
         """Validates, samples and saves a checkpoint, each if it is due."""
@@ -231,11 +239,11 @@ class Trainer:
 
     # --- forward passes -----------------------------------------------------------------------------------------------
 
-    def _summed_loss(self, batch: Batch, start: Tensor) -> Tensor:
-        """Returns the loss summed over the labels of this rank's tokens."""
+    def _summed_loss(self, batch: Batch, start: Tensor, **options: float) -> Any:
+        """Returns the loss summed over the labels of this rank's tokens; ``options`` are those of the model."""
         attn_mask = self.context_shard.prepare_mask(self.kernel.prepare, start, self.ranks.device)
         with self._precision():
-            return self.model(self.context_shard(batch.tokens), attn_mask, self.context_shard(batch.labels))
+            return self.model(self.context_shard(batch.tokens), attn_mask, self.context_shard(batch.labels), **options)
 
     def _logits(self, tokens: Tensor) -> Tensor:
         """Returns the logits (1, T, V) of one row under plain causal attention."""

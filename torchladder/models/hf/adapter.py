@@ -119,6 +119,11 @@ class HFAdapter:
             if not self.sliding_window_type:
                 raise ConfigError(f"Hugging Face's {model_type} has no sliding window ({metadata.window} tokens here).")
             model_type = self.sliding_window_type
+        if getattr(config, "logit_softcap", 0) and "logit_softcap" not in self.config_keys:
+            raise ConfigError(
+                f"model.logit_softcap = {config.logit_softcap}: Hugging Face's {model_type} has no "
+                "final_logit_softcapping."
+            )
         shape = {key: getattr(config, name) for name, key in self.config_keys.items()}
         shape |= {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size}
         return {
