@@ -8,18 +8,7 @@ settings.load_profile("torchladder")
 
 LONG = {
     f"test_{name}.py"
-    for name in (
-        "checkpoint_moves",
-        "convert",
-        "docs",
-        "interrupt",
-        "layouts",
-        "nodes",
-        "optim_muon",
-        "restart",
-        "torture",
-        "train",
-    )
+    for name in "checkpoint_moves convert docs interrupt layouts nodes optim_muon restart torture train".split()
 }
 """Files that start processes of several ranks: they begin first, so that no core waits for the last of them."""
 
