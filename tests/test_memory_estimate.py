@@ -164,3 +164,12 @@ def test_the_error_for_a_layout_that_does_not_fit_lists_those_that_do(capsys):
 def test_invalid_memory_sizes(argv):
     with pytest.raises(ConfigError, match=argv[0]):
         command.run([*LLAMA, *argv])
+
+
+def test_muon_keeps_one_number_per_weight_of_a_matrix_and_exchanges_it_in_bfloat16():
+    made, memory, sent = estimate(2)
+    muon, muon_memory, muon_sent = estimate(2, "--optimizer.name", "Muon")
+    matrices = WEIGHTS - 2 * 32_000 * 2048 - 2048 - 4 * 2 * 2048  # without embedding, head and norms
+    assert made.plan.state_bytes - muon.plan.state_bytes == 4 * matrices // 2  # a rank's shard in fp32
+    assert memory.optimizer - muon_memory.optimizer == 4 * matrices // 2
+    assert muon_sent.shard - sent.shard == 2 * (2 * matrices // 2) // 2  # half of the shard in bf16, there and back

@@ -61,11 +61,11 @@ def _describe_error(error: pydantic.ValidationError) -> str:
     return f"{place}: {message}" if place else message
 
 
-TABLE = '{ path = "a.txt" }'
+TABLE = '{ key = "value" }'
 
 
 def tables_argument(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
-    """Returns tyro's parser of a list of tables, each written as in a file: ``'{ path = "a.txt" }'``."""
+    """Returns tyro's parser of a list of tables, each written as in a file: ``'{ key = "value" }'``."""
 
     def parse(words: list[str]) -> Any:
         try:

@@ -122,7 +122,7 @@ def _orthogonalize_shards(updates: Sequence[Tensor], like: Tensor, group: dict[s
     mesh, (rows, columns) = like.device_mesh, like.shape
     # Zeros complete the stack, so that it divides evenly: one matrix for each rank.
     padding = [torch.zeros_like(updates[0])] * (mesh.size() - len(updates))
-    stack = torch.stack([*updates, *padding]).bfloat16()
+    stack = torch.stack([update.bfloat16() for update in (*updates, *padding)])
     options: dict[str, Any] = {
         "device_mesh": mesh,
         "run_check": False,
