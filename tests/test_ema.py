@@ -136,8 +136,9 @@ def test_an_average_changes_no_loss_and_is_validated_beside_the_weights(averaged
 
 
 def test_a_run_that_stopped_continues_its_average_bit_for_bit(averaged, tmp_path):
-    run(tmp_path, *SAVING, *EMA, "--training.steps", "6", "--job.exit_interval", "3", code=75)
-    run(tmp_path, *SAVING, *EMA)
+    while_training = ["--checkpoint.async_mode", "async", "--checkpoint.interval", "2"]
+    run(tmp_path, *SAVING, *EMA, *while_training, "--job.exit_interval", "4", code=75)
+    run(tmp_path, *SAVING, *EMA, *while_training, "--checkpoint.load_step", "2")
     one, other = (stored(folder / "checkpoint" / "step-6") for folder in (averaged, tmp_path))
     assert one.keys() == other.keys() == stored(tmp_path / "checkpoint" / "step-6", "model").keys()
     assert equal(one.values(), other.values())
