@@ -14,6 +14,7 @@ from torchladder.inference.trained_model import TrainedModel
 from torchladder.inference.weight_choice import WeightChoice
 from torchladder.models.attention import causal_attention
 from torchladder.models.hf.hf_folder import HFFolder
+from torchladder.plots import evaluation_curves
 from torchladder.registry import ConfigError
 
 SAVING = ["--training.seq_len", "64", "--validation.no_enable", "--checkpoint.enable", "--checkpoint.interval", "1"]
@@ -72,6 +73,9 @@ def test_evaluations_of_other_weights_are_other_rows(root, tmp_path):
     steps = ["step-1", "step-2", "step-3"]
     each = [*steps, *(f"{step} (ema)" for step in steps), "step-3 (mean of 2)", "step-3 (ema, mean of 3)"]
     assert labels == each
+    curves = evaluation_curves._curves(rows, per_file=True)
+    runs = [label.partition(": ")[0].rpartition("/")[2] for label in curves]
+    assert runs == ["checkpoint", "checkpoint (ema)", "checkpoint (mean of 2)", "checkpoint (ema, mean of 3)"]
     assert len({row["fingerprint"] for row in rows}) == len({row["loss"] for row in rows}) == len(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchladder.registry import check_bounds
+
+_WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.")
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,14 @@ class WeightEMA:
         model: the model, sharded or not; the average begins as its weights.
 
     Attributes:
-        averages: parameter name -> average, fp32.
+        averages: parameter name, as in checkpoints -> average, fp32.
     """
 
     def __init__(self, config: EMAConfig, model: nn.Module) -> None:
         self.config = config
         self.model = model
         self.averages = {
-            name.replace("_checkpoint_wrapped_module.", ""): parameter.detach().to(torch.float32, copy=True)
+            _WRAPPERS.sub("", name): parameter.detach().to(torch.float32, copy=True)
             for name, parameter in model.named_parameters()
         }
 
