@@ -15,6 +15,7 @@ PARTS = [
     "models",
     "distributed",
     "optim",
+    "ema",
     "checkpoint",
     "metrics",
     "profiling",

@@ -107,6 +107,14 @@ def test_the_memory_is_what_an_h200_took(argv, measured):
     assert estimated / 2**30 == pytest.approx(measured, rel=0.1)
 
 
+def test_a_moving_average_is_fp32_and_sharded_like_the_weights():
+    (_, plain, _), (_, averaged, _) = estimate(8), estimate(8, "--ema.enable")
+    _, half, _ = estimate(8, "--ema.enable", "--training.dtype", "bfloat16")
+    assert (plain.ema, averaged.ema) == (0, averaged.parameters)
+    assert half.ema == 2 * half.parameters
+    assert averaged.total == plain.total + averaged.ema
+
+
 def test_all_degrees_divide_the_memory():
     _, one, none = estimate(1)
     assert one.parameters == 4 * WEIGHTS

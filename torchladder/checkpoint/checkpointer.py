@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchladder.checkpoint import model_state, step_folders
 from torchladder.checkpoint.checkpoint_config import CheckpointConfig
@@ -33,6 +33,7 @@ class Checkpointer:
         optimizer: its optimizer.
         assets: small files to keep in every checkpoint, name -> content.
         total_steps: optimizer steps of the whole run; the tensors of a finished run are not loaded.
+        ema: parameter name -> average of the weights, saved and loaded with the model; None for no averages.
 
     Attributes:
         consecutive_failures: failed saves since the last successful one.
@@ -49,6 +50,7 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         assets: Mapping[str, bytes] | None = None,
         total_steps: int | None = None,
+        ema: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -56,6 +58,7 @@ class Checkpointer:
         self.optimizer = optimizer
         self.assets = assets or {}
         self.total_steps = total_steps
+        self.ema = ema
         self.group = CheckpointGroup()
         self.consecutive_failures = 0
         if config.enable:
@@ -189,7 +192,7 @@ class Checkpointer:
         if error is not None:
             raise ConfigError(f"checkpoint.initial_load_path = {path!r} is not an intact checkpoint: {error}.")
         if model_only:
-            self._load_tensors(path, weights_only=True)
+            self._load_tensors(path, weights_only=True, ema=None)
             return None
         return self._restore(path)
 
@@ -209,23 +212,29 @@ class Checkpointer:
         """Loads what is not excluded; everything if the checkpoint was saved under the same exclusions."""
         state = RunState.read(path)
         excluded = set(self.config.exclude_from_loading) - set(state.excluded)
-        self._load_tensors(path, weights_only=state.step == 0 or "optimizer" in excluded)
+        has_ema = self._load_tensors(path, weights_only=state.step == 0 or "optimizer" in excluded, ema=self.ema)
+        if self.ema and not has_ema and self.group.rank == 0:
+            logger.warning("%s holds no averaged weights: the average starts as its weights", path)
+        if has_ema and not self.ema and self.group.rank == 0:
+            logger.warning("the averaged weights in %s end here: ema.enable continues them", path)
         if "train_state" in excluded:
             state = replace(state, step=0)
         if "dataloader" in excluded:
             state = replace(state, row=0)
         return state
 
-    def _load_tensors(self, path: str, weights_only: bool) -> None:
-        model_state.load_state(path, self.model, None if weights_only else self.optimizer, self.group)
+    def _load_tensors(self, path: str, weights_only: bool, ema: Mapping[str, Tensor] | None) -> bool:
+        has_ema = model_state.load_state(path, self.model, None if weights_only else self.optimizer, self.group, ema)
         if self.group.rank == 0:
             logger.info("loaded %s%s", path, " (weights only)" if weights_only else "")
+        return has_ema
 
     def _collect(self, step: int, last: bool) -> model_state.StateDict:
         weights_only = last and self.config.last_save_model_only
         dtype = getattr(torch, self.config.export_dtype) if weights_only else None
         # Before the first step an optimizer has no state.
-        return model_state.collect_state(self.model, None if weights_only or step == 0 else self.optimizer, dtype)
+        optimizer = None if weights_only or step == 0 else self.optimizer
+        return model_state.collect_state(self.model, optimizer, dtype, self.ema)
 
     def _succeeds(self, save: Callable[[], None], step: int) -> bool:
         """Returns whether a save succeeds, and counts its failure."""

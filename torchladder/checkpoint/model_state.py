@@ -1,4 +1,4 @@
-"""The state of a model and its optimizer as DCP saves and loads it."""
+"""The state of a model, its optimizer and the average of its weights (EMA) as DCP saves and loads it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_state_dict
 
 from torchladder.checkpoint.group import CheckpointGroup
@@ -18,37 +18,61 @@ StateDict = dict[str, Any]
 
 
 def collect_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    dtype: torch.dtype | None = None,
+    ema: Mapping[str, Tensor] | None = None,
 ) -> StateDict:
-    """Returns the weights, converted to ``dtype`` if given, and the optimizer's state if there is an optimizer."""
+    """Returns the weights and, if there are any, their averages and the optimizer's state.
+
+    Args:
+        model: the model.
+        optimizer: its optimizer, or None to leave out its state.
+        dtype: that of the weights and averages; None: their own.
+        ema: parameter name -> average.
+    """
     weights: StateDict
     weights, moments = cast(tuple[StateDict, StateDict], get_state_dict(model, optimizer or ()))
+    state: StateDict = {"model": weights} | ({"ema": ema} if ema else {})
     if dtype is not None:
-        weights = {name: weight.to(dtype) for name, weight in weights.items()}
-    return {"model": weights} if optimizer is None else {"model": weights, "optimizer": moments}
+        state = {part: {name: tensor.to(dtype) for name, tensor in tensors.items()} for part, tensors in state.items()}
+    return state if optimizer is None else state | {"optimizer": moments}
 
 
-def load_state(path: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, group: CheckpointGroup) -> None:
-    """Loads a model, and the state of its optimizer if given, by the names of parameters.
+def load_state(
+    path: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    group: CheckpointGroup,
+    ema: Mapping[str, Tensor] | None = None,
+) -> bool:
+    """Loads a model and, if given, the state of its optimizer and the averages of its weights, by names of parameters.
 
-    The optimizer keeps its own parameter groups and their hyperparameters.
+    The optimizer keeps its own parameter groups and their hyperparameters. Averages that the checkpoint does not hold
+    become its weights. Returns whether it holds them.
 
     Raises:
         ConfigError: the checkpoint is of another model; or an optimizer was given, and it holds only weights, or the
             state of another optimizer.
     """
     reader = get_storage(path).reader(path)
-    state, saved = collect_state(model, optimizer), reader.read_metadata().state_dict_metadata
+    saved = reader.read_metadata().state_dict_metadata
+    has_ema = any(key.startswith("ema.") for key in saved)
+    state = collect_state(model, optimizer, ema=ema if has_ema else None)
     _check_shapes(path, state["model"], saved)
-    if optimizer is None:
-        dcp.load(state, storage_reader=reader, process_group=group.process_group)
-        set_model_state_dict(model, state["model"])
-        return
-    param_groups = state["optimizer"].pop("param_groups")
-    _check_optimizer_state(path, state["optimizer"]["state"], set(saved))
+    param_groups = None
+    if optimizer is not None:
+        param_groups = state["optimizer"].pop("param_groups")
+        _check_optimizer_state(path, state["optimizer"]["state"], set(saved))
     dcp.load(state, storage_reader=reader, process_group=group.process_group)
-    moments = {**state["optimizer"], "param_groups": param_groups}
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=moments)
+    for name, average in (ema or {}).items() if not has_ema else ():
+        average.copy_(state["model"][name])
+    if optimizer is None:
+        set_model_state_dict(model, state["model"])
+    else:
+        moments = {**state["optimizer"], "param_groups": param_groups}
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=moments)
+    return has_ema
 
 
 def _check_optimizer_state(path: str, moments: StateDict, saved: set[str]) -> None:

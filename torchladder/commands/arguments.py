@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from torchladder.data import tokenizer
 from torchladder.data.text.document_reader import OnError
+from torchladder.inference.weight_choice import Kind, WeightChoice
 from torchladder.registry import require
 
 
@@ -22,6 +23,20 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name, None)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be 1 or more.")
+
+
+def add_weight_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose weights of a run, for ``weights_from_args``."""
+    text = "the weights, or their exponential moving average if the run had ema.enable (default: %(default)s)"
+    parser.add_argument("--weights", choices=get_args(Kind), default="model", help=text)
+    text = "the mean of the weights of K checkpoints, the last ones up to this one (default: %(default)s)"
+    parser.add_argument("--average-last", type=int, default=1, metavar="K", help=text)
+
+
+def weights_from_args(arguments: argparse.Namespace) -> WeightChoice:
+    """Returns the weights that the options choose."""
+    check_positive(arguments, "average_last")
+    return WeightChoice(arguments.weights, arguments.average_last)
 
 
 def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool) -> None:

@@ -13,7 +13,7 @@ import tomli_w
 import torch
 
 from torchladder import checkpoint, models
-from torchladder.commands.arguments import CommandParser, check_positive
+from torchladder.commands.arguments import CommandParser, add_weight_options, check_positive, weights_from_args
 from torchladder.config import hf_defaults
 from torchladder.data import tokenizer
 from torchladder.data.tokenizer import hf_tokenizer
@@ -52,6 +52,7 @@ def run(argv: list[str]) -> int:
     add("--seq-len", type=int, metavar="N", help="max_position_embeddings (default: training.seq_len)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: as saved)")
     add("--tokenizer", metavar="T", help="tokenizer file or folder, or none (default: the run's)")
+    add_weight_options(to_hf)
     for command in (from_hf, to_hf):
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
         command.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
@@ -104,7 +105,7 @@ def _run_settings(source: HFFolder, output: Path, vocab_size: int | None) -> dic
 def _to_hf(arguments: argparse.Namespace) -> int:
     source, output, vocab_size = arguments.source, arguments.output, arguments.vocab_size
     require(checkpoint.is_complete(source), f"{str(source)!r} is not a complete checkpoint (step-N).")
-    trained = TrainedModel.open(source)
+    trained = TrainedModel.open(source, choice=weights_from_args(arguments))
     config = trained.config
     own, files = _tokenizer_to_export(arguments, trained)
     if vocab_size is not None:

@@ -16,7 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from torchladder import plots
-from torchladder.commands.arguments import CommandParser, add_on_error_option, check_positive
+from torchladder.commands.arguments import (
+    CommandParser,
+    add_on_error_option,
+    add_weight_options,
+    check_positive,
+    weights_from_args,
+)
 from torchladder.inference.evaluation import eval_jobs
 from torchladder.inference.evaluation.eval_files import EvalFiles, expand_paths
 from torchladder.inference.evaluation.eval_jobs import EvalJob, path_label
@@ -53,6 +59,7 @@ def run(argv: list[str]) -> int:
     add("--by-position", action="store_true", help="also report loss by position")
     add("--batch-tokens", type=int, default=16384, metavar="N", help="tokens per batch (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)")
+    add_weight_options(parser)
     add("--text-key", metavar="KEY", help="key or column of the text (default: as in the run)")
     add_on_error_option(parser)
     add("--bos", action=argparse.BooleanOptionalAction, help="begin documents with bos (default: as in the run)")
@@ -77,10 +84,11 @@ def run(argv: list[str]) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     keys = ("text_key", "on_error", "bos", "check_tokenizer", "max_unknown_fraction")
     files = EvalFiles(expand_paths(arguments.files), **{key: getattr(arguments, key) for key in keys})
+    choice = weights_from_args(arguments)
     models: list[TrainedModel] = []
     errors: list[UnreadableCheckpointError] = []
     for path in dict.fromkeys(arguments.models):
-        readable, unreadable = TrainedModel.find_all(path, max(arguments.context or [0]) or None)
+        readable, unreadable = TrainedModel.find_all(path, max(arguments.context or [0]) or None, choice)
         models += readable
         errors += unreadable
     outputs = [arguments.output or trained.run_folder / "evaluation.csv" for trained in models]

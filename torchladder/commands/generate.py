@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from torchladder.commands.arguments import CommandParser, check_positive
+from torchladder.commands.arguments import CommandParser, add_weight_options, check_positive, weights_from_args
 from torchladder.config import SamplesConfig
 from torchladder.inference.decoding import IncrementalDecoder, generate
 from torchladder.inference.trained_model import TrainedModel
@@ -31,12 +31,13 @@ def run(argv: list[str]) -> int:
     add("--seed", type=int, default=0, help="seed of each prompt's sampling (default: %(default)s)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts per batch (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)")
+    add_weight_options(parser)
     arguments = parser.parse_args(argv)
     check_positive(arguments, "batch_size")
     samples = SamplesConfig(
         max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, top_p=arguments.top_p
     )
-    trained = TrainedModel.open(arguments.checkpoint)
+    trained = TrainedModel.open(arguments.checkpoint, choice=weights_from_args(arguments))
     tokenizer = trained.build_tokenizer()
     if tokenizer is None:
         raise ConfigError(f"{arguments.checkpoint} has no tokenizer for the prompts.")

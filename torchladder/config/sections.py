@@ -18,6 +18,7 @@ from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import ParallelismConfig
 from torchladder.distributed.parallelize import CompileConfig
 from torchladder.distributed.ranks import CommConfig
+from torchladder.ema import EMAConfig
 from torchladder.metrics import MetricsConfig
 from torchladder.models import attention
 from torchladder.profiling import ProfilingConfig
@@ -224,6 +225,7 @@ class Config:
     training: TrainingConfig
     optimizer: ComponentSection
     lr_scheduler: optim.LRSchedulerConfig
+    ema: EMAConfig
     parallelism: ParallelismConfig
     activation_checkpoint: ActivationCheckpointConfig
     compile: CompileConfig

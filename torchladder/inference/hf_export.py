@@ -134,7 +134,8 @@ def export_checkpoint(
         config = replace(config, vocab_size=vocab_size)
     with replace_directory(path, assets) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
-        conversion.checkpoint_to_hf(trained.path, partial, (trained.config.model.name, config), metadata, dtype)
+        model, prefix = (trained.config.model.name, config), f"{trained.choice.kind}."
+        conversion.checkpoint_to_hf(trained.path, partial, model, metadata, dtype, prefix, trained.averaged)
 
 
 class FinalHFExport:

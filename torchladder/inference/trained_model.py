@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from torchladder import checkpoint, data, mask, models
 from torchladder import config as settings
 from torchladder.checkpoint import CHECKSUM_FILE, CONFIG_FILE, CheckpointConfig, RunState
 from torchladder.config import Config, hf_defaults, toml_files
+from torchladder.inference.weight_choice import OWN_WEIGHTS, MissingWeightsError, WeightChoice, load_weights
 from torchladder.models import AttentionFunction, Model
 from torchladder.models.hf import hf_weights
 from torchladder.models.hf.hf_folder import HFFolder, is_hf_folder
@@ -58,32 +57,38 @@ class TrainedModel:
         config: the settings of its run, or those derived from the Hugging Face folder.
         run_state: run.json of a checkpoint; None for a Hugging Face folder.
         weights_id: changes if the weights change.
+        choice: which weights ``load`` reads.
+        averaged: the other checkpoints whose weights are averaged with those at ``path``.
     """
 
     path: Path
     config: Config
     run_state: RunState | None = None
     weights_id: str = ""
+    choice: WeightChoice = OWN_WEIGHTS
+    averaged: tuple[Path, ...] = ()
 
     @classmethod
-    def open(cls, path: Path, seq_len: int | None = None) -> TrainedModel:
+    def open(cls, path: Path, seq_len: int | None = None, choice: WeightChoice = OWN_WEIGHTS) -> TrainedModel:
         """Returns the model in a checkpoint ``step-N``, in the newest one of a run, or in a Hugging Face folder.
 
         Args:
             path: the folder.
             seq_len: tokens in the longest row to read; for a Hugging Face folder, whose default is 2,048.
+            choice: which weights of a checkpoint to read.
 
         Raises:
-            ConfigError: the folder is neither, or its settings are missing or not valid.
+            ConfigError: the folder is neither, its settings are missing or not valid, or it lacks these weights.
         """
         path = path.expanduser()
         if checkpoint.is_complete(path):
-            return cls._open_checkpoint(path, _run_config(path))
+            return cls._open_checkpoint(path, _run_config(path), choice)
         if not is_hf_folder(path):
             if steps := _checkpoints(path):
-                return cls.open(steps[-1])
+                return cls.open(steps[-1], choice=choice)
             known = "a complete checkpoint (step-N), a run with one, nor a Hugging Face folder"
             raise ConfigError(f"{str(path)!r} is neither {known}.")
+        choice.require_default(path)
         overrides: dict[str, Any] = {"model.hf_assets_path": str(path)}
         if seq_len is not None:
             overrides["training.seq_len"] = seq_len
@@ -98,29 +103,35 @@ class TrainedModel:
 
     @classmethod
     def find_all(
-        cls, path: Path, seq_len: int | None = None
+        cls, path: Path, seq_len: int | None = None, choice: WeightChoice = OWN_WEIGHTS
     ) -> tuple[list[TrainedModel], list[UnreadableCheckpointError]]:
         """Returns all models at a path, oldest first, and the errors of unreadable checkpoints.
+
+        A mean of the last checkpoints is one model, at the newest of them.
 
         Args:
             path: a run's folder, its folder of checkpoints, one checkpoint, or a Hugging Face folder.
             seq_len: see ``open``.
+            choice: see ``open``.
 
         Raises:
-            ConfigError: there is no model.
+            ConfigError: there is no model, or one lacks these weights.
         """
         path = path.expanduser()
         if is_hf_folder(path):
-            return [cls.open(path, seq_len)], []
+            return [cls.open(path, seq_len, choice)], []
         found: list[TrainedModel] = []
         errors: list[UnreadableCheckpointError] = []
         configs: dict[str, Config] = {}  # most checkpoints of a run have the same settings
-        for folder in [path] if checkpoint.is_complete(path) else _checkpoints(path):
+        folders = [path] if checkpoint.is_complete(path) else _checkpoints(path)
+        for folder in folders[-1:] if choice.average_last > 1 else folders:
             try:
                 text = (folder / CONFIG_FILE).read_text(encoding="utf-8") if (folder / CONFIG_FILE).is_file() else ""
                 if text not in configs:
                     configs[text] = _run_config(folder)
-                found.append(cls._open_checkpoint(folder, configs[text]))
+                found.append(cls._open_checkpoint(folder, configs[text], choice))
+            except MissingWeightsError:
+                raise
             except (OSError, ValueError, KeyError) as error:  # damaged, or deleted by a run in progress
                 errors.append(UnreadableCheckpointError(f"{folder} cannot be read: {error}"))
         known = "a run with a complete checkpoint, a complete checkpoint (step-N) or a Hugging Face folder"
@@ -128,11 +139,17 @@ class TrainedModel:
         return found, errors
 
     @classmethod
-    def _open_checkpoint(cls, path: Path, config: Config) -> TrainedModel:
-        weights_id = (path / CHECKSUM_FILE).read_text(encoding="utf-8")
+    def _open_checkpoint(cls, path: Path, config: Config, choice: WeightChoice) -> TrainedModel:
+        checkpoints = choice.find_checkpoints(path)
+        weights_id = "".join((one / CHECKSUM_FILE).read_text(encoding="utf-8") for one in checkpoints) + choice.label
         if not (path / CONFIG_FILE).is_file():
             weights_id += config.to_toml()  # the sums do not cover settings outside of the checkpoint
-        return cls(path, config, RunState.read(path), weights_id)
+        return cls(path, config, RunState.read(path), weights_id, choice, checkpoints[1:])
+
+    @property
+    def checkpoints(self) -> tuple[Path, ...]:
+        """The checkpoints whose weights are averaged, the newest first; usually one."""
+        return self.path, *self.averaged
 
     @property
     def step(self) -> int | None:
@@ -198,8 +215,9 @@ class TrainedModel:
 
     def verify(self) -> None:
         """Raises ``UnreadableCheckpointError`` if a file of a checkpoint differs from its checksum."""
-        if self.run_state is not None and (error := checkpoint.find_corruption(self.path)):
-            raise UnreadableCheckpointError(f"{self.path} is damaged: {error}.")
+        for path in self.checkpoints if self.run_state is not None else ():
+            if error := checkpoint.find_corruption(path):
+                raise UnreadableCheckpointError(f"{path} is damaged: {error}.")
 
     def load(self, attention_fn: AttentionFunction, seq_len: int, dtype: torch.dtype = torch.float32) -> LoadedModel:
         """Loads the model, with the masks and the window at the end of its run.
@@ -224,7 +242,7 @@ class TrainedModel:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended here
-                    dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=self.path, no_dist=True)
+                    load_weights(model, self.checkpoints, self.choice.kind)
             except (OSError, CheckpointException) as error:
                 raise UnreadableCheckpointError(f"{self.path} cannot be read: {error}") from error
         if self.rope_theta is not None:

@@ -159,15 +159,23 @@ def training_report(interval: Interval, passed: dict[str, Value]) -> Report:
     )
 
 
-def validation_report(step: int, loss: float, window: int, seq_len: int) -> Report:
-    """Returns the report of a validation loss under a window; the full row's has torchtitan's tag."""
+def validation_report(step: int, loss: float, window: int, seq_len: int, ema_loss: float | None = None) -> Report:
+    """Returns the report of a validation loss under a window, and of that of the averaged weights, if there are any.
+
+    The full row's has torchtitan's tag.
+    """
     tag = "global_avg_loss" if window == seq_len else f"loss_at_window_{window}"
-    return Report(
+    report = Report(
         step,
         record={"step": step, "validation_loss": loss, "window": window},
         scalars={f"validation_metrics/{tag}": loss},
         console=[(f"validate step: {step:2}  loss: {loss:.4f}", "green"), (f"window: {window}", "yellow")],
     )
+    if ema_loss is not None:
+        report.record["ema_validation_loss"] = ema_loss
+        report.scalars[f"validation_metrics/ema_{tag}"] = ema_loss
+        report.console.insert(1, (f"ema_loss: {ema_loss:.4f}", "green"))
+    return report
 
 
 class _ConsoleFormatter(string.Formatter):

@@ -140,9 +140,12 @@ class MetricsProcessor:
         self._write(training_report(interval, values))
         self.last_step, self.last_time, self.tokens, self.pairs = step, now, 0, 0
 
-    def log_validation(self, step: int, loss: float, window: int) -> None:
-        """Reports a validation loss after ``step`` steps; each query sees ``window`` tokens."""
-        self._write(validation_report(step, loss, window, self.run.seq_len))
+    def log_validation(self, step: int, loss: float, window: int, ema_loss: float | None = None) -> None:
+        """Reports a validation loss after ``step`` steps, and that of the averaged weights, if there are any.
+
+        Each query sees ``window`` tokens.
+        """
+        self._write(validation_report(step, loss, window, self.run.seq_len, ema_loss))
 
     @contextmanager
     def pause(self) -> Iterator[None]:

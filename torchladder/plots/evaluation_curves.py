@@ -69,7 +69,10 @@ def _curves(rows: Sequence[Row], per_file: bool) -> dict[str, list[Row]]:
 
 
 def _run_name(row: Row) -> str:
-    return str(row["checkpoint"] if row["step"] is None else Path(row["checkpoint"]).parent)
+    if row["step"] is None:
+        return str(row["checkpoint"])
+    path = Path(row["checkpoint"])
+    return str(path.parent) + path.name.removeprefix(f"step-{row['step']}")  # averaged weights: "outputs/run (ema)"
 
 
 def _mean_row(rows: Sequence[Row]) -> Row:

@@ -29,6 +29,7 @@ class RankMemory:
     parameters: int
     gradients: int
     optimizer: int
+    ema: int
     gathered: int
     activations: int
     loss: int
@@ -113,6 +114,7 @@ class MemoryEstimator:
             parameters=parameters,
             gradients=parameters if accumulates else max(parameters - activations, 0),
             optimizer=parameters * self.plan.moments // self.num_parameters,
+            ema=4 * parameters // self.state_dtype.itemsize if self.config.ema.enable else 0,
             gathered=gathered,
             activations=activations,
             loss=logits * logit_bytes + head_gradient + tokens * self.dim * itemsize,

@@ -126,6 +126,8 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         raise ConfigError(
             f"training.z_loss_multiplier: {type(model).__name__}.forward has no argument z_loss_multiplier: set 0."
         )
+    if config.ema.enable and config.float8.enable_fsdp_float8_all_gather:
+        raise ConfigError("ema.enable does not support float8.enable_fsdp_float8_all_gather: disable one of them.")
     if degrees.cp > 1 and config.samples.prompts:
         raise ConfigError("samples.prompts: not with context parallelism (parallelism.context_parallel_degree).")
     mesh.check_degrees(config.parallelism, model.head_counts(), training.seq_len)

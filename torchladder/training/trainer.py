@@ -19,6 +19,7 @@ from torchladder.data import BaseDataLoader, Batch
 from torchladder.disk_errors import tolerating
 from torchladder.distributed import context_parallel, float8, mesh, parallelize
 from torchladder.distributed.ranks import Ranks
+from torchladder.ema import WeightEMA
 from torchladder.inference import hf_export
 from torchladder.metrics import METRICS_FILE, MetricsProcessor, read_jsonl
 from torchladder.models import attention
@@ -81,13 +82,15 @@ class Trainer:
         if after_step := float8.post_optimizer_hook(self.model, config.float8):
             self.optimizer.register_step_post_hook(after_step)
         self.lr_scheduler = optim.LRScheduler(self.optimizer)
+        self.ema = WeightEMA(config.ema, self.model) if config.ema.enable else None
 
         tokenizer_files = hf_export.exported_tokenizer_files(tokenizer, getattr(config.tokenizer, "path", ""))
         self.final_export = hf_export.FinalHFExport(config, tokenizer, tokenizer_files, plan.schedule(plan.steps - 1))
         assets = hf_export.checkpoint_assets(config, tokenizer_files)
         checkpoints = config.checkpoint.folder_in(self.folder)
+        averages = self.ema.averages if self.ema else None
         self.checkpointer = Checkpointer(
-            config.checkpoint, checkpoints, self.model, self.optimizer, assets, config.training.steps
+            config.checkpoint, checkpoints, self.model, self.optimizer, assets, config.training.steps, averages
         )
         self.bad_steps = BadStepDetector(
             config.resilience, ranks.device, optim.is_fused(self.optimizer), is_rank0=ranks.is_rank0
@@ -191,6 +194,8 @@ class Trainer:
             self.optimizer.step()
 
         self.step += 1
+        if self.ema:
+            self.ema.update(self.step, bad)
         rows = self.row, self.loader.row - 1
         self.row = self.loader.row
         by_rows = [(batch.rows, loss["loss"]) for batch, loss in zip(batches, losses, strict=True)]
@@ -261,9 +266,14 @@ class Trainer:
     def _validate(self) -> None:
         """Logs the validation losses: of all windows or, if interrupted, of none."""
         if self.validation is not None:
-            losses = self.validation.losses(self._summed_loss, self.fault_tolerance.stop_if_requested)
+            arguments = self._summed_loss, self.fault_tolerance.stop_if_requested
+            losses, ema_losses = self.validation.losses(*arguments), {}
+            if self.ema:
+                self.optimizer.zero_grad()  # makes room for the copy of the weights
+                with self.ema.in_model():
+                    ema_losses = self.validation.losses(*arguments)
             for window, loss in losses.items():
-                self.metrics.log_validation(self.step, loss, window)
+                self.metrics.log_validation(self.step, loss, window, ema_losses.get(window))
 
     def _set_rope_theta(self, theta: float | None) -> None:
         if theta is not None:
@@ -303,3 +313,5 @@ class Trainer:
             path = self.config.checkpoint.initial_load_path or self.config.model.hf_assets_path
             hf_weights.load_hf_weights(self.model, path)
             logger.info("loaded the weights of %s", path)
+        if state is None and self.ema:
+            self.ema.restart()

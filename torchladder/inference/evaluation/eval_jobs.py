@@ -69,7 +69,7 @@ class EvalJob:
         """Returns the rows of the result: all positions, then each bucket."""
         common: ResultRow = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "checkpoint": path_label(self.trained.path),
+            "checkpoint": path_label(self.trained.path) + self.trained.choice.label,
             "step": self.trained.step,
             "file": path_label(self.documents.path),
             "context": self.slices.context,

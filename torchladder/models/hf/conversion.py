@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,13 @@ def hf_to_checkpoint(folder: HFFolder, path: Path, vocab_size: int | None = None
 
 
 def checkpoint_to_hf(
-    checkpoint: Path, path: Path, model: tuple[str, Any], metadata: HFMetadata, dtype: torch.dtype | None = None
+    checkpoint: Path,
+    path: Path,
+    model: tuple[str, Any],
+    metadata: HFMetadata,
+    dtype: torch.dtype | None = None,
+    prefix: str = MODEL_PREFIX,
+    averaged: Sequence[Path] = (),
 ) -> None:
     """Writes the weights of a checkpoint as a Hugging Face folder, with one shard in memory at a time.
 
@@ -67,13 +73,15 @@ def checkpoint_to_hf(
         model: name and config of the model; a smaller vocabulary than the checkpoint's leaves out the last rows.
         metadata: entries of config.json in addition to the model's shape.
         dtype: of the written weights; None: as stored.
+        prefix: of the weights in the checkpoint.
+        averaged: other checkpoints of the same model; the mean of the weights of all is written.
     """
     name, config = model
-    reader = dcp.FileSystemReader(checkpoint)
+    readers = [dcp.FileSystemReader(one) for one in (checkpoint, *averaged)]
     stored = {
-        key.removeprefix(MODEL_PREFIX): tensor
-        for key, tensor in reader.read_metadata().state_dict_metadata.items()
-        if key.startswith(MODEL_PREFIX) and isinstance(tensor, TensorStorageMetadata)
+        key.removeprefix(prefix): tensor
+        for key, tensor in readers[0].read_metadata().state_dict_metadata.items()
+        if key.startswith(prefix) and isinstance(tensor, TensorStorageMetadata)
     }
     shapes = _tensor_shapes(name, vars(config))
     adapter = hf_config.adapter_for(name)
@@ -84,8 +92,12 @@ def checkpoint_to_hf(
     def read_tensor(hf_name: str) -> Tensor:
         key = names[hf_name]
         tensor = torch.empty(stored[key].size, dtype=stored[key].properties.dtype)
-        dcp.load({MODEL_PREFIX + key: tensor}, storage_reader=reader, no_dist=True)
-        return tensor[: shapes[key][0]].to(dtypes[key])
+        total = torch.zeros(tensor.shape) if len(readers) > 1 else None
+        for reader in readers:
+            dcp.load({prefix + key: tensor}, storage_reader=reader, no_dist=True)
+            total = None if total is None else total.add_(tensor)
+        mean = tensor if total is None else total / len(readers)
+        return mean[: shapes[key][0]].to(dtypes[key])
 
     sizes = {hf_name: torch.Size(shapes[key]).numel() * dtypes[key].itemsize for hf_name, key in names.items()}
     most_common = max(dtypes.values(), key=[*dtypes.values()].count)
