@@ -195,11 +195,11 @@ def poison(monkeypatch, row: int = BAD) -> None:
     forward_backward = trainer.Trainer.forward_backward
 
     def poisoned(self, batch, start, num_labels):
-        loss = forward_backward(self, batch, start, num_labels)
+        losses = forward_backward(self, batch, start, num_labels)
         if row in batch.rows:
             next(self.model.parameters()).grad += torch.nan
-            loss = loss * torch.nan
-        return loss
+            losses["loss"] = losses["loss"] * torch.nan
+        return losses
 
     monkeypatch.setattr(trainer.Trainer, "forward_backward", poisoned)
 

@@ -138,10 +138,10 @@ def _losses(shape: Shape, masks: tuple[str, ...], kernel: str, steps: int) -> li
     with trainer(shape, "--compile.no-enable", masks=masks, kernel=kernel) as run:
         step_of = run.forward_backward
 
-        def keep(*arguments: Any) -> torch.Tensor:
-            loss = step_of(*arguments)
-            losses.append(loss.item())
-            return loss
+        def keep(*arguments: Any) -> dict[str, torch.Tensor]:
+            found = step_of(*arguments)
+            losses.append(found["loss"].item())
+            return found
 
         run.forward_backward = keep  # type: ignore[method-assign]
         for step in range(steps):
