@@ -27,6 +27,8 @@ class RunState:
             in a checkpoint of weights alone.
         window: tokens a query could attend to in the last step; None if unknown.
         final_window: the same for the last step of the run.
+        layer_windows: layer type -> window in the last step, of the types that are not full_attention.
+        final_layer_windows: the same for the last step of the run.
         rope_theta: RoPE base of the last step; None for that of the model config.
         post_step_pending: whether validation, samples or saving after the step are still to be done.
         validated_step: the step of the last validation; -1 for none.
@@ -43,6 +45,8 @@ class RunState:
     fingerprints: dict[str, str] = field(default_factory=dict)
     window: int | None = None
     final_window: int | None = None
+    layer_windows: dict[str, int] = field(default_factory=dict)
+    final_layer_windows: dict[str, int] = field(default_factory=dict)
     rope_theta: float | None = None
     post_step_pending: bool = False
     validated_step: int = -1
@@ -94,7 +98,8 @@ def check_fingerprints(saved: Mapping[str, str], current: Mapping[str, str], acc
         if name not in current:
             raise unknown_name("entry", name, current, "checkpoint.accept_changes")
     for name, value in current.items():
-        if saved.get(name) != value and name not in accepted:
+        # A setting that did not exist yet when the checkpoint was saved was not set.
+        if saved.get(name, str(None)) != value and name not in accepted:
             raise ConfigError(
                 f"{name} has changed since the checkpoint was saved (it was {saved.get(name)}, it is {value}). "
                 f"To continue anyway: --checkpoint.accept_changes {name}"

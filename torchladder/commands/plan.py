@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,11 @@ def run(argv: list[str]) -> int:
         usage, no_usage = [], str(error)
     phases = _phases(plan, usage)
     if arguments.plot:
-        plots.plot_curriculum(
-            arguments.plot, plan.steps, plan.schedule.window, plan.config.training.seq_len, plan.config.attention.masks
-        )
+        windows = {one.layer_type: partial(plan.schedule.window, layer_type=one.layer_type) for one in plan.layer_types}
+        ladders = [
+            plots.Ladder(one.layer_type, one.layers, one.masks, windows[one.layer_type]) for one in plan.layer_types
+        ]
+        plots.plot_curriculum(arguments.plot, plan.steps, ladders, plan.config.training.seq_len)
     if arguments.json:
         bytes_per_rank = {
             "memory_per_rank": dataclasses.asdict(memory),
@@ -68,6 +71,7 @@ def run(argv: list[str]) -> int:
     print(f"memory      {_gib(memory.total)} per rank: {_breakdown(memory)}")
     print(f"sent        {_gib(sum(dataclasses.astuple(traffic)))} per rank and step: {_breakdown(traffic)}")
     _print_windows(plan, steps)
+    _print_layer_types(plan)
     _print_phases(phases)
     if no_usage:
         print(f"data        epochs not counted: {no_usage}")
@@ -140,7 +144,16 @@ def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
         "full_context_step": plan.full_context_step,
         "state_bytes_per_rank": plan.state_bytes,
         "windows": {str(step): plan.schedule.window(step) for step in steps},
+        "layer_types": [dataclasses.asdict(one) | {"saved": one.saved} for one in plan.layer_types],
+        "layer_windows": {
+            name: {str(step): plan.schedule.window(step, name) for step in steps} for name in _other_types(plan)
+        },
     }
+
+
+def _other_types(plan: Plan) -> list[str]:
+    """Returns the layer types of a model beside its first, full_attention."""
+    return [one.layer_type for one in plan.layer_types[1:]]
 
 
 def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
@@ -149,6 +162,9 @@ def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
     phases = []
     for step, end in zip(starts, [*starts[1:], plan.steps], strict=True):
         settings = {key: plan.schedule.override(key, step) for key in PHASE_SETTINGS}
+        windows = plan.schedule.window_overrides(step)
+        if len(windows) > 1:  # of several phases, each for another layer type
+            settings["window"] = windows
         phases.append(
             {
                 "step": step,
@@ -163,10 +179,26 @@ def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
 
 def _print_windows(plan: Plan, steps: list[int]) -> None:
     table = Table(box=None, header_style="bold")
-    for name in ("step", "window", "tokens seen"):
+    others = _other_types(plan)
+    for name in ("step", "window", *others, "tokens seen"):
         table.add_column(name, justify="right")
     for step in steps:
-        table.add_row(f"{step:,}", f"{plan.schedule.window(step):,}", f"{step * plan.tokens_per_step:,}")
+        windows = [plan.schedule.window(step), *(plan.schedule.window(step, name) for name in others)]
+        table.add_row(f"{step:,}", *(f"{window:,}" for window in windows), f"{step * plan.tokens_per_step:,}")
+    Console().print(table)
+
+
+def _print_layer_types(plan: Plan) -> None:
+    """Prints a row per layer type, if there are several."""
+    if not _other_types(plan):
+        return
+    table = Table(box=None, header_style="bold")
+    for name in ("layer type", "layers", "masks", "window", "attention FLOPs", "saved"):
+        table.add_column(name, justify="left" if name in ("layer type", "masks") else "right")
+    for one in plan.layer_types:
+        window = f"{one.first_window:,} to {one.last_window:,}" if one.first_window != one.last_window else ""
+        cells = (one.layer_type, f"{one.layers}", " + ".join(one.masks), window or f"{one.last_window:,}")
+        table.add_row(*cells, f"{one.flops:.3e}", f"{one.saved:.1%}")
     Console().print(table)
 
 

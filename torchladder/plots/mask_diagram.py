@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DOCUMENT_TOKENS = (7, 12, 5)
 WINDOW = 6
+SLIDING_WINDOW = 4
 
 
 def plot_masks(path: Path) -> None:
@@ -36,6 +37,23 @@ def plot_masks(path: Path) -> None:
             axes.set_title(name, fontweight="bold", pad=6)
             axes.set_xlabel(formula, fontsize=10, labelpad=5)
             axes.text(1, 0.98, note, transform=axes.transAxes, ha="right", va="top", fontsize=10, color="#57606a")
+
+
+def plot_layer_masks(path: Path) -> None:
+    """Plots the masks of a 5:1 model at three steps: the full layers climb, the sliding ones keep their window."""
+    positions = torch.cat([torch.arange(length) for length in DOCUMENT_TOKENS]).to(torch.int32)[None]  # (1, T)
+    document, length = mask.document(positions, 0), positions.shape[1]
+    sliding = mask.compose(document, mask.sliding(positions, SLIDING_WINDOW))
+    with saved_figure(path, 12, 4.6) as figure:
+        columns: Any = figure.subfigures(1, 3)
+        for column, when, window in zip(columns, ("start", "middle", "end"), (3, 8, length), strict=True):
+            column.suptitle(f"{when} of the run: window {window}", fontweight="bold")
+            full = mask.compose(document, mask.chunk(positions, window))
+            grid = column.subplots(2, 3)
+            for axes, start in zip(grid.flat, [sliding] * 5 + [full], strict=True):
+                _draw_mask(axes, start)
+            grid[0, 1].set_title(f"5 × sliding_attention, window {SLIDING_WINDOW}", fontsize=10)
+            grid[1, 2].set_xlabel("full_attention", fontsize=10, fontweight="bold")
 
 
 def _draw_mask(axes: Axes, start: torch.Tensor) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,32 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class LayerTypePlan:
+    """The attention of the layers of one type over the whole run.
+
+    Attributes:
+        layers: their number.
+        first_window: tokens a query may attend to at the first step.
+        last_window: the same at the last step.
+        flops: forward and backward FLOPs of their attention.
+        flops_full_context: the same with every row at full causal context.
+    """
+
+    layer_type: str
+    layers: int
+    masks: list[str]
+    first_window: int
+    last_window: int
+    flops: int
+    flops_full_context: int
+
+    @property
+    def saved(self) -> float:
+        """The fraction of the attention FLOPs that the windows save."""
+        return 1 - self.flops / self.flops_full_context
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run in numbers.
 
@@ -40,6 +67,7 @@ class Plan:
         flops_full_context: the same with every row at full causal context.
         attention_flops_full_context: the attention FLOPs in ``flops_full_context``.
         full_context_step: the first step from which the window stays the whole row; None if the last window is shorter.
+        layer_types: the attention of each layer type, full_attention first.
         state_bytes: weights, gradients and optimizer state on one rank.
     """
 
@@ -52,6 +80,7 @@ class Plan:
     flops_full_context: int
     attention_flops_full_context: int
     full_context_step: int | None
+    layer_types: list[LayerTypePlan]
     state_bytes: int
     batch: BatchSizes
     degrees: mesh.Degrees
@@ -87,7 +116,8 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     config = data_setup.with_steps(config, batch)
     training, rows = config.training, batch.global_batch_size
     schedule = config.schedule(tokens_per_step=rows * training.seq_len)
-    _check_window_is_used(config, schedule)
+    for layer_type, masks in config.layer_masks.items():
+        _check_window_is_used(config, schedule, layer_type, masks)
     if config.checkpoint.last_save_in_hf:
         hf_export.check_exportable(config, schedule(training.steps - 1))
     if not data_setup.all_sources_repeat(config.data):
@@ -101,24 +131,20 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         raise ConfigError("samples.prompts: not with context parallelism (parallelism.context_parallel_degree).")
     mesh.check_degrees(config.parallelism, model.head_counts(), training.seq_len)
 
-    row = torch.arange(training.seq_len, dtype=torch.int32)[None]
-    spans = [*curriculum.to_stages(schedule.window, training.steps), (training.steps, 0)]  # (first step, window)
-    attended = sum(
-        mask.pairs(mask.from_names(config.attention.masks, row, window)) * (end - first)
-        for (first, window), (end, _) in pairwise(spans)
-    )
+    layer_types = [_plan_layer_type(config, schedule, model, rows, name) for name in config.layer_masks]
+    attention_flops_full_context = sum(one.flops_full_context for one in layer_types)
     weights = getattr(torch, training.dtype).itemsize * model.num_parameters()
-    linear_flops = model.flops(rows * training.seq_len, 0)
-    attention_flops = model.flops(0, rows * mask.pairs(mask.causal(row, training.seq_len)))
+    linear_flops = training.steps * model.flops(rows * training.seq_len, 0)
     return Plan(
         config=config,
         schedule=schedule,
         steps=training.steps,
         tokens_per_step=rows * training.seq_len,
         num_parameters=model.num_parameters(),
-        flops=training.steps * linear_flops + model.flops(0, rows * attended),
-        flops_full_context=training.steps * (linear_flops + attention_flops),
-        attention_flops_full_context=training.steps * attention_flops,
+        flops=linear_flops + sum(one.flops for one in layer_types),
+        flops_full_context=linear_flops + attention_flops_full_context,
+        attention_flops_full_context=attention_flops_full_context,
+        layer_types=layer_types,
         full_context_step=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
         state_bytes=4 * weights // (degrees.dp_shard * degrees.model_parallel),  # weight, gradient and two moments
         batch=batch,
@@ -126,10 +152,36 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     )
 
 
+def _plan_layer_type(
+    config: Config, schedule: Schedule, model: models.Model, rows: int, layer_type: str
+) -> LayerTypePlan:
+    steps, seq_len, masks = config.training.steps, config.training.seq_len, config.layer_masks[layer_type]
+    layers = Counter(model.layer_types)[layer_type]
+    row = torch.arange(seq_len, dtype=torch.int32)[None]
+
+    def window(step: int) -> int:
+        return schedule.window(step, layer_type)
+
+    spans = [*curriculum.to_stages(window, steps), (steps, 0)]  # (first step, window)
+    attended = sum(
+        mask.pairs(mask.from_names(masks, row, width)) * (end - first) for (first, width), (end, _) in pairwise(spans)
+    )
+    return LayerTypePlan(
+        layer_type=layer_type,
+        layers=layers,
+        masks=masks,
+        first_window=window(0),
+        last_window=window(steps - 1),
+        flops=model.flops(0, layers * rows * attended),
+        flops_full_context=steps * model.flops(0, layers * rows * mask.pairs(mask.causal(row, seq_len))),
+    )
+
+
 def summary_lines(plan: Plan) -> list[str]:
     """Returns the plan as a few lines of text, for the start of a run."""
     config, batch, seq_len = plan.config, plan.batch, plan.config.training.seq_len
-    last = plan.schedule.window(plan.steps - 1)
+    last, mixed = plan.schedule.window(plan.steps - 1), len(plan.layer_types) > 1
+    masks = "all layers" if mixed else " + ".join(config.attention.masks)
     ladder = f"{config.curriculum.name}, window {plan.schedule.window(0):,} at step 0"
     if plan.full_context_step is not None and plan.full_context_step > 0:
         ladder += f", the full {seq_len:,} from step {plan.full_context_step:,}"
@@ -143,25 +195,36 @@ def summary_lines(plan: Plan) -> list[str]:
         f"({ranks} x {batch.local_batch_size} rows x {batch.accumulation_steps} accumulated)",
         f"run         {plan.steps:,} steps, {plan.num_tokens:,} tokens, {plan.flops:.3e} FLOPs",
         f"curriculum  {ladder}",
-        f"masks       {' + '.join(config.attention.masks)}: {plan.attention_saved:.1%} of attention saved, "
-        f"{plan.saved:.1%} of all FLOPs",
+        *(_layer_type_line(one) for one in plan.layer_types if mixed),
+        f"masks       {masks}: {plan.attention_saved:.1%} of attention saved, {plan.saved:.1%} of all FLOPs",
     ]
 
 
-def log_plan(plan: Plan, kernel: AttentionKernel, loaders: list[BaseDataLoader], step: int) -> None:
+def _layer_type_line(plan: LayerTypePlan) -> str:
+    window = f"{plan.first_window:,}"
+    window += f" to {plan.last_window:,}" if plan.last_window != plan.first_window else ""
+    return (
+        f"layers      {plan.layers} {plan.layer_type}: {' + '.join(plan.masks)}, window {window}, "
+        f"{plan.saved:.1%} of their attention saved"
+    )
+
+
+def log_plan(plan: Plan, kernels: Mapping[str, AttentionKernel], loaders: list[BaseDataLoader], step: int) -> None:
     """Writes the resolved settings to config.toml and logs what the run will do after its first ``step`` steps."""
     config, text = plan.config, plan.config.to_toml()
     folder = Path(config.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(text)
     lines = [config.job.description] if config.job.description else []
-    lines += [*summary_lines(plan), f"kernel      {kernel.name}: {kernel.reason}"]
+    lines += summary_lines(plan)
+    for layer_type, kernel in kernels.items():
+        lines.append(f"kernel      {f'{layer_type}: ' if len(kernels) > 1 else ''}{kernel.name}: {kernel.reason}")
     lines += [f"data        {line}" for loader in loaders for line in loader.describe()]
     lines += [f"resume      after step {step:,}"] if step else []
     lines += [f"settings:\n{text}"] if config.job.print_config else []
     for line in lines:
         logger.info("%s", line)
-    if "document" in config.attention.masks and isinstance(loaders[0], TracksSources):
+    if any("document" in masks for masks in config.layer_masks.values()) and isinstance(loaders[0], TracksSources):
         for source, share in loaders[0].boundary_shares().items():
             logger.info("documents   begin inside %.0f%% of the rows of %s", 100 * share, source)
             if not share:
@@ -172,13 +235,14 @@ def log_plan(plan: Plan, kernel: AttentionKernel, loaders: list[BaseDataLoader],
                 )
 
 
-def run_info(plan: Plan, ranks: Ranks, flops: Callable[[int, int], int]) -> RunInfo:
-    """Returns what the metrics report about a run; ``flops`` is the model's ``(tokens, pairs) -> FLOPs``."""
+def run_info(plan: Plan, ranks: Ranks, model: models.Model) -> RunInfo:
+    """Returns what the metrics report about a run."""
     return RunInfo(
         folder=Path(plan.config.job.dump_folder),
         steps=plan.steps,
         seq_len=plan.config.training.seq_len,
-        flops=flops,
+        flops=model.flops,
+        layers=len(model.layer_types),
         device=ranks.device,
         rank=ranks.rank,
         ranks=ranks.world_size,
@@ -210,18 +274,19 @@ def fingerprints(plan: Plan, loader: BaseDataLoader) -> dict[str, str]:
         "training": {"global_batch_size": plan.batch.global_batch_size, "max_norm": config.training.max_norm},
         "phases": {key: plan.schedule.overrides(key) for key in ("window", "rope_theta")},
     }
+    for layer_type, table in config.attention.tables.items():
+        settings[f"attention.{layer_type}"] = {key: vars(table)[key] for key in ("masks", "window", "curriculum")}
     named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
     return named | {f"data.{name}": value for name, value in loader.fingerprints().items()}
 
 
-def _check_window_is_used(config: Config, schedule: Schedule) -> None:
-    """Refuses a window that changes and that no mask reads: it would be silently ignored."""
-    names, seq_len = config.attention.masks, config.training.seq_len
+def _check_window_is_used(config: Config, schedule: Schedule, layer_type: str, names: list[str]) -> None:
+    """Refuses a window that changes and that no mask of the layer type reads: it would be silently ignored."""
+    seq_len = config.training.seq_len
     row = torch.arange(seq_len, dtype=torch.int32)[None]
     reads = seq_len == 1 or not torch.equal(mask.from_names(names, row, 1), mask.from_names(names, row, seq_len))
     steps = {0, config.training.steps // 2, config.training.steps - 1, *schedule.phase_steps}
-    if not reads and {schedule.window(step) for step in steps} != {seq_len}:
+    if not reads and {schedule.window(step, layer_type) for step in steps} != {seq_len}:
         subject = "phases set" if schedule.overrides("window") else f"curriculum {config.curriculum.name!r} sets"
-        raise ConfigError(
-            f"{subject} a window, but none of attention.masks = {names} reads it. Add 'chunk' or 'sliding'."
-        )
+        key = "attention" if names is config.attention.masks else f"attention.{layer_type}"
+        raise ConfigError(f"{subject} a window, but none of {key}.masks = {names} reads it. Add 'chunk' or 'sliding'.")
