@@ -384,7 +384,20 @@ def test_a_folder_without_a_tokenizer_converts_there_and_back(folders, tmp_path)
     [
         (["--model.positional_embedding", "none"], "positional_embedding = 'none'"),
         (["--model.rope_restart", "8"], "model.rope_restart"),
-        (["--model.name", "qwen3", "--attention.masks", "sliding", "--curriculum.window", "16"], "no sliding window"),
+        (
+            [
+                "--model.name",
+                "qwen3",
+                "--model.layer_types",
+                "sliding_attention",
+                "full_attention",
+                "--attention.sliding_attention.masks",
+                "chunk",
+                "--attention.sliding_attention.window",
+                "16",
+            ],
+            "qwen3 needs the mask 'sliding'",
+        ),
     ],
 )
 def test_a_run_whose_model_cannot_be_exported_is_refused_before_it_starts(tmp_path, capsys, words, message):

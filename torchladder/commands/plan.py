@@ -71,7 +71,6 @@ def run(argv: list[str]) -> int:
     print(f"memory      {_gib(memory.total)} per rank: {_breakdown(memory)}")
     print(f"sent        {_gib(sum(dataclasses.astuple(traffic)))} per rank and step: {_breakdown(traffic)}")
     _print_windows(plan, steps)
-    _print_layer_types(plan)
     _print_phases(phases)
     if no_usage:
         print(f"data        epochs not counted: {no_usage}")
@@ -185,20 +184,6 @@ def _print_windows(plan: Plan, steps: list[int]) -> None:
     for step in steps:
         windows = [plan.schedule.window(step), *(plan.schedule.window(step, name) for name in others)]
         table.add_row(f"{step:,}", *(f"{window:,}" for window in windows), f"{step * plan.tokens_per_step:,}")
-    Console().print(table)
-
-
-def _print_layer_types(plan: Plan) -> None:
-    """Prints a row per layer type, if there are several."""
-    if not _other_types(plan):
-        return
-    table = Table(box=None, header_style="bold")
-    for name in ("layer type", "layers", "masks", "window", "attention FLOPs", "saved"):
-        table.add_column(name, justify="left" if name in ("layer type", "masks") else "right")
-    for one in plan.layer_types:
-        window = f"{one.first_window:,} to {one.last_window:,}" if one.first_window != one.last_window else ""
-        cells = (one.layer_type, f"{one.layers}", " + ".join(one.masks), window or f"{one.last_window:,}")
-        table.add_row(*cells, f"{one.flops:.3e}", f"{one.saved:.1%}")
     Console().print(table)
 
 

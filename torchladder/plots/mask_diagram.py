@@ -40,20 +40,21 @@ def plot_masks(path: Path) -> None:
 
 
 def plot_layer_masks(path: Path) -> None:
-    """Plots the masks of a 5:1 model at three steps: the full layers climb, the sliding ones keep their window."""
+    """Plots the masks of a 5:1 model at three steps: the full layer climbs, the sliding ones keep their window."""
     positions = torch.cat([torch.arange(length) for length in DOCUMENT_TOKENS]).to(torch.int32)[None]  # (1, T)
     document, length = mask.document(positions, 0), positions.shape[1]
     sliding = mask.compose(document, mask.sliding(positions, SLIDING_WINDOW))
-    with saved_figure(path, 12, 4.6) as figure:
-        columns: Any = figure.subfigures(1, 3)
-        for column, when, window in zip(columns, ("start", "middle", "end"), (3, 8, length), strict=True):
-            column.suptitle(f"{when} of the run: window {window}", fontweight="bold")
+    with saved_figure(path, 12, 6.6) as figure:
+        rows: Any = figure.subplots(3, 6)
+        for row, when, window in zip(rows, ("first step", "halfway", "last step"), (3, 8, length), strict=True):
             full = mask.compose(document, mask.chunk(positions, window))
-            grid = column.subplots(2, 3)
-            for axes, start in zip(grid.flat, [sliding] * 5 + [full], strict=True):
+            for axes, start in zip(row, [sliding] * 5 + [full], strict=True):
                 _draw_mask(axes, start)
-            grid[0, 1].set_title(f"5 × sliding_attention, window {SLIDING_WINDOW}", fontsize=10)
-            grid[1, 2].set_xlabel("full_attention", fontsize=10, fontweight="bold")
+            row[0].set_ylabel(when, fontsize=11, fontweight="bold")
+            row[-1].set_xlabel(f"document, chunk of {window}", fontsize=10)
+        for number, axes in enumerate(rows[0]):
+            axes.set_title(f"{number}: {'sliding' if number < 5 else 'full'}_attention", fontsize=10, pad=6)
+        rows[-1][2].set_xlabel(f"document and sliding, window {SLIDING_WINDOW} at every step", fontsize=10)
 
 
 def _draw_mask(axes: Axes, start: torch.Tensor) -> None:

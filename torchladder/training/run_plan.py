@@ -205,7 +205,7 @@ def _layer_type_line(plan: LayerTypePlan) -> str:
     window += f" to {plan.last_window:,}" if plan.last_window != plan.first_window else ""
     return (
         f"layers      {plan.layers} {plan.layer_type}: {' + '.join(plan.masks)}, window {window}, "
-        f"{plan.saved:.1%} of their attention saved"
+        f"{plan.flops:.3e} attention FLOPs, {plan.saved:.1%} saved"
     )
 
 
