@@ -390,6 +390,20 @@ def test_a_folder_without_a_tokenizer_converts_there_and_back(folders, tmp_path)
         (["--model.rope_restart", "8"], "model.rope_restart"),
         (["--model.logit_softcap", "30"], "logit_softcap = 30.0: Hugging Face's llama has no final_logit_softcapping"),
         (["--model.name", "qwen3", "--attention.masks", "sliding", "--curriculum.window", "16"], "no sliding window"),
+        (
+            [
+                "--model.name",
+                "qwen3",
+                "--model.layer_types",
+                "sliding_attention",
+                "full_attention",
+                "--attention.sliding_attention.masks",
+                "chunk",
+                "--attention.sliding_attention.window",
+                "16",
+            ],
+            "qwen3 needs the mask 'sliding'",
+        ),
     ],
 )
 def test_a_run_whose_model_cannot_be_exported_is_refused_before_it_starts(tmp_path, capsys, words, message):

@@ -155,7 +155,9 @@ def test_losses_are_those_of_each_token_alone(tiny, documents, cut, budget, name
     start = mask.registry.get(name)(torch.arange(context, dtype=torch.int32)[None], window)[0]
     job = job_of(tiny, documents, context, stride)
     read = []
-    losses = eval_jobs.compute_losses(LoadedModel(fast, start, torch.device("cpu")), job, budget, read.append)
+    losses = eval_jobs.compute_losses(
+        LoadedModel(fast, {"full_attention": start}, torch.device("cpu")), job, budget, read.append
+    )
     with torch.no_grad():
         expected = list(alone(slow, start, documents, context, stride))
     for first, last in (None, None), *position_buckets(context):
@@ -185,7 +187,7 @@ def test_the_default_losses_of_a_model_are_the_same(monkeypatch):
 
 def test_a_token_that_the_model_does_not_have_is_named(tiny):
     model = models.Llama(SHAPE, SdpaKernel.attention, seq_len=4)
-    loaded_model = LoadedModel(model, torch.zeros(4, dtype=torch.int32), torch.device("cpu"))
+    loaded_model = LoadedModel(model, {"full_attention": torch.zeros(4, dtype=torch.int32)}, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"memory\.bin has token 11, but the model's vocab_size is 11"):
         eval_jobs.compute_losses(loaded_model, job_of(tiny, [[1, V, 2]], 4, 4), 100, len)
 

@@ -295,7 +295,13 @@ def test_an_unsupported_config_is_refused(change, message):
         ("llama", {"positional_embedding": "none"}, None),
         ("llama", {"rope_restart": 8}, None),
         ("llama", {"rope_condense_ratio": 2.0, "rope_scaling_factor": 2.0}, None),
-        ("qwen3", {}, 16),
+        ("qwen3", {"layer_types": ["chunked_attention", "full_attention"]}, 16),
+        ("llama", {"layer_types": ["sliding_attention", "full_attention"]}, None),
+        (
+            "llama",
+            {"layer_types": ["sliding_attention", "full_attention"], "layer_rope_theta": {"sliding_attention": 50.0}},
+            16,
+        ),
     ],
 )
 def test_a_model_that_transformers_does_not_have_is_refused(name, change, window):

@@ -42,6 +42,22 @@ BY_OP = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.s
 COMPILED = ["--compile.enable", "--compile.backend", "aot_eager", "--compile.components", "model", "loss"]
 FLOAT8 = ["--float8.enable", "--float8.emulate", "--training.steps", "3"]
 GATHERED = ["--float8.enable_fsdp_float8_all_gather", "--float8.precompute_float8_dynamic_scale_for_fsdp"]
+SLIDING = [
+    *("--model.n_layers", "4", "--model.layer_types", "sliding_attention", "full_attention"),
+    *("--attention.sliding_attention.masks", "document", "sliding", "--attention.sliding_attention.window", "40"),
+    *("--model.layer_rope_theta", "sliding_attention", "100"),
+]
+MIXED = {
+    2: {
+        "FSDP2, two types, compiled, by operation": [ROWS, "2", *SLIDING, *COMPILED, *BY_OP],
+        "TP2, two types": [TENSOR, "2", *SLIDING],
+        "CP2, two types, compiled": [CONTEXT, "2", *SLIDING, *COMPILED],
+    },
+    4: {
+        "TP2 x FSDP2, two types": [ROWS, "2", TENSOR, "2", *SLIDING],
+        "CP2 x TP2, two types": [CONTEXT, "2", TENSOR, "2", *SLIDING],
+    },
+}
 SAME = {
     "every second block recomputed": [ROWS, "2", "--activation_checkpoint.mode", "selective"],
     "compiled, by operation": [ROWS, "2", *COMPILED, *BY_OP],
@@ -61,15 +77,17 @@ if not importlib.util.find_spec("torchao"):
 def folder(tmp_path_factory):
     """The runs of every layout, and of one rank."""
     folder = tmp_path_factory.mktemp("layouts")
-    for ranks, runs in ((1, {"one": []}), (2, {**TWO, **SAME, **ROUNDED}), (4, FOUR)):
+    one = {"one": [], "one, two types": SLIDING}
+    for ranks, runs in ((1, one), (2, {**TWO, **SAME, **ROUNDED, **MIXED[2]}), (4, {**FOUR, **MIXED[4]})):
         layouts.launch(layouts.train, ranks, folder, runs)
     return folder
 
 
-@pytest.mark.parametrize("layout", [*TWO, *FOUR])
+@pytest.mark.parametrize("layout", [*TWO, *FOUR, *MIXED[2], *MIXED[4]])
 def test_the_losses_of_a_layout_are_those_of_one_rank(folder, layout):
+    reference = "one, two types" if "two types" in layout else "one"
     for key, first, later in (("loss", 1e-6, 1e-4), ("grad_norm", 1e-5, 1e-3)):
-        one, many = (layouts.losses(folder / name, key) for name in ("one", layout))
+        one, many = (layouts.losses(folder / name, key) for name in (reference, layout))
         apart = {step: abs(many[step] / one[step] - 1) for step in one}
         print(f"| {layout} | {key} | {apart[1]:.1e} | {apart[20]:.1e} |")
         assert apart[1] <= first
@@ -82,6 +100,15 @@ def test_activation_checkpointing_and_compiling_change_no_loss(folder, how):
     assert max(abs(other[step] / one[step] - 1) for step in one) <= 1e-5
     if "compiled" in how:  # one graph for all blocks and one or two for the loss: no window adds one
         assert int((folder / how / "graphs").read_text()) <= 3
+
+
+@pytest.mark.parametrize("layout", [*MIXED[2], *MIXED[4]])
+def test_layers_of_two_types_save_the_same_attention_in_every_layout(folder, layout):
+    for key in ("attention_saved", "flops"):
+        one, many = (layouts.losses(folder / name, key) for name in ("one, two types", layout))
+        assert many == one
+    if "compiled" in layout:  # both types run one kernel here, so that one graph serves all blocks
+        assert int((folder / layout / "graphs").read_text()) <= 3
 
 
 @pytest.mark.parametrize("how", ROUNDED)

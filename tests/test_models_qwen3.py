@@ -84,7 +84,7 @@ def test_the_contract_is_kept():
     model = make()
     assert list(model.layers) == ["0", "1"]
     weights = 2 * (2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48) + 64 * 32
-    assert model.flops(100, 1000) == 6 * weights * 100 + 12 * 2 * 4 * 16 * 1000
+    assert model.flops(100, 1000) == 6 * weights * 100 + 12 * 4 * 16 * 1000
     assert {path for path, style in model.parallel_plan().items() if style == "qk_norm"} == {
         "layers.*.attention.q_norm",
         "layers.*.attention.k_norm",

@@ -34,9 +34,9 @@ def test_flops_are_the_sum_over_all_steps():
         model = models.registry.build(plan.config.model, attention_fn=None, seq_len=row.shape[1])
     rows = plan.batch.global_batch_size
     starts = [mask.chunk(row, plan.schedule.window(step)) for step in range(7)]
-    expected = sum(model.flops(rows * row.shape[1], rows * mask.pairs(start)) for start in starts)
+    expected = sum(model.flops(rows * row.shape[1], 2 * rows * mask.pairs(start)) for start in starts)
     assert plan.flops == expected
-    assert plan.flops_full_context == 7 * model.flops(rows * row.shape[1], rows * mask.pairs(mask.causal(row, 1)))
+    assert plan.flops_full_context == 7 * model.flops(rows * row.shape[1], 2 * rows * mask.pairs(mask.causal(row, 1)))
     assert plan.saved == pytest.approx(1 - expected / plan.flops_full_context)
 
 
@@ -47,7 +47,7 @@ def test_random_windows_are_planned_step_by_step():
     windows = [plan.schedule.window(step) for step in range(50)]
     attended = sum(mask.pairs(mask.sliding(row, window)) for window in windows)
     assert plan.attention_saved == pytest.approx(1 - attended / (50 * mask.pairs(mask.causal(row, 1))))
-    assert plan.window_range == (min(windows), 100)
+    assert plan.layer_types[0].window_range == (min(windows), 100)
     line = plans.summary_lines(plan)[3]
     assert line == (
         f"curriculum  random, window {windows[0]} at step 0, then {min(windows)} to 100, "

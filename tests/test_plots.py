@@ -46,6 +46,10 @@ def curves(folder):
     return RunCurves(folder.name, read_jsonl(folder / "metrics.jsonl"))
 
 
+def ladders(windows, masks):
+    return [plots.Ladder("full_attention", 2, masks, windows)]
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """Collects the figures instead of writing them."""
@@ -67,7 +71,7 @@ def test_every_plot_is_written(tmp_path, run, suffix):
     plots.plot_run(folder / f"ladder.{suffix}", curves(run()))
     two = [curves(run()), curves(run("two", validation=False))]
     plots.compare_runs(folder / f"report.{suffix}", two)
-    plots.plot_curriculum(folder / f"plan.{suffix}", 500, ladder, SEQ_LEN, ["document", "sliding"])
+    plots.plot_curriculum(folder / f"plan.{suffix}", 500, ladders(ladder, ["document", "sliding"]), SEQ_LEN)
     plots.plot_masks(folder / f"masks.{suffix}")
     begins = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
     assert sorted(path.stem for path in folder.iterdir()) == ["ladder", "masks", "plan", "report"]
@@ -78,7 +82,7 @@ def test_every_plot_is_written(tmp_path, run, suffix):
 def test_the_shortest_runs(tmp_path, run, steps):
     plots.plot_run(tmp_path / "a.svg", curves(run(steps=steps)))
     plots.compare_runs(tmp_path / "b.svg", [curves(run(steps=steps))])
-    plots.plot_curriculum(tmp_path / "c.svg", steps, lambda step: SEQ_LEN, SEQ_LEN, ["causal"])
+    plots.plot_curriculum(tmp_path / "c.svg", steps, ladders(lambda step: SEQ_LEN, ["causal"]), SEQ_LEN)
 
 
 def test_a_run_is_plotted_with_its_window(run, drawn):
@@ -114,10 +118,34 @@ def test_report_labels_runs_of_the_same_name_by_their_path(run, drawn, capsys):
 
 def test_a_curriculum_is_plotted_with_the_attention_saved(drawn):
     stages = curriculum.Stages(seq_len=SEQ_LEN, stages=[(0, 16), (300, SEQ_LEN)])
-    plots.plot_curriculum(Path("plan.png"), 400, stages, SEQ_LEN, ["chunk"])
+    plots.plot_curriculum(Path("plan.png"), 400, ladders(stages, ["chunk"]), SEQ_LEN)
     _, bottom = drawn[0].axes
     assert bottom.get_lines()[0].get_ydata() == pytest.approx([100 * chunk_fraction(16)] * 300 + [100] * 100)
     assert bottom.texts[0].get_text() == f"{75 * (1 - chunk_fraction(16)):.0f}% of attention saved"
+
+
+def test_the_windows_of_all_layer_types_are_plotted(run, drawn):
+    folder = run(steps=20, window_sliding_attention=16)
+    plots.plot_run(Path("ladder.png"), curves(folder))
+    _, bottom = drawn[0].axes
+    assert [line.get_ydata()[-1] for line in bottom.get_lines()] == [SEQ_LEN, 16]
+    assert [text.get_text() for text in bottom.get_legend().get_texts()] == ["full_attention", "sliding_attention"]
+    plots.compare_runs(Path("report.png"), [curves(folder)])
+    both = [*ladders(lambda step: SEQ_LEN, ["chunk"]), plots.Ladder("sliding_attention", 6, ["chunk"], lambda step: 16)]
+    plots.plot_curriculum(Path("plan.png"), 20, both, SEQ_LEN)
+    saved = drawn[2].axes[1].texts[0].get_text()
+    assert saved == f"{100 * 0.75 * (1 - chunk_fraction(16)):.0f}% of attention saved"
+
+
+def test_the_masks_of_layers_are_drawn_at_three_steps(drawn):
+    plots.plot_layer_masks(Path("masks.png"))
+    shown = [
+        sum(to_hex(color) != GRID for color in axes.collections[0].get_facecolors()) for axes in drawn[0].get_axes()
+    ]
+    sliding, *others = [sum(min(i + 1, width) for length in (7, 12, 5) for i in range(length)) for width in (4, 24)]
+    assert [shown[i] for i in (0, 4, 6, 10, 12, 16)] == [sliding] * 6
+    assert shown[17] == others[0]  # whole documents at the end
+    assert shown[5] < shown[11] < shown[17]
 
 
 def test_masks_show_every_pair_and_every_start(drawn):

@@ -43,16 +43,17 @@ def test_chunks_of_rows_have_the_logits_of_whole_rows(name, window, cuts, shape,
     start = mask.registry.get(name)(POSITIONS, window)
     rows = [torch.randint(40, (sum(cut),)) for cut in cuts]
     found = [torch.empty(0, 40) for _ in rows]
+    reach = int((torch.arange(T) - start[0]).max())
+    slots = min(reach + 20, T)  # the fewest that parts of up to 20 tokens need: the cache forgets all others
     for part in range(max(map(len, cuts))):
         first = [sum(cut[:part]) for cut in cuts]
         taken = [
             row[begin : begin + sum(cut[part : part + 1])] for row, begin, cut in zip(rows, first, cuts, strict=True)
         ]
         tokens = torch.nn.utils.rnn.pad_sequence(taken, batch_first=True)
-        begin = torch.tensor(first)
-        fast.set_position_offset(begin)
+        fast.set_position_offset(torch.tensor(first))
         with torch.no_grad():
-            logits = fast(tokens, kv_cache.decode_mask(start[0], begin, tokens.shape[1]))
+            logits = fast(tokens, kv_cache.decode_mask(start[0], first, [len(one) for one in taken], slots))
         found = [torch.cat([old, new[: len(one)]]) for old, new, one in zip(found, logits, taken, strict=True)]
     for row, logits in zip(rows, found, strict=True):
         form = mask.dense(start[:, : len(row)])[:, None]

@@ -13,7 +13,7 @@ of a mask; ``block_mask``, ``varlen`` and ``chunk_width`` convert it to what fas
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,19 @@ def from_names(names: Iterable[str], positions: Tensor, window: int) -> Tensor:
     return compose(*(registry.get(name)(positions, window) for name in names))
 
 
+def reads_window(name: str) -> bool:
+    """Returns whether a mask depends on the window."""
+    row = torch.arange(64, dtype=torch.int32)[None]  # one document
+    return not torch.equal(from_names([name], row, 1), from_names([name], row, 64))
+
+
+def from_types(
+    names: Mapping[str, Iterable[str]], positions: Tensor, window_of: Callable[[str], int]
+) -> dict[str, Tensor]:
+    """Returns layer type -> ``start`` (B, T) int32, of each type's masks under its window."""
+    return {layer_type: from_names(own, positions, window_of(layer_type)) for layer_type, own in names.items()}
+
+
 def _indices(positions: Tensor) -> Tensor:
     return torch.arange(positions.shape[-1], dtype=torch.int32, device=positions.device).expand_as(positions)
 
@@ -85,6 +98,16 @@ def pairs(start: Tensor) -> int:
     batch, length = start.shape
     # Query i sees i - start[i] + 1 keys.
     return batch * length * (length + 1) // 2 - int(start.sum(dtype=torch.int64))
+
+
+def layer_pairs(starts: Mapping[str, Tensor], layers: Mapping[str, int]) -> int:
+    """Returns the number of attended pairs in the batch, summed over layers.
+
+    Args:
+        starts: layer type -> ``start``.
+        layers: layer type -> number of layers.
+    """
+    return sum(layers[layer_type] * pairs(start) for layer_type, start in starts.items())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A ``Schedule`` combines the curriculum (the window), the learning-rate schedule and the ``[[phases]]`` of a config. Each
 phase begins at a step, a number of tokens or a fraction of the run, and overrides settings until a later phase does.
 
-    schedule(step) -> StepSettings(window, lr_factor, rope_theta, source_weights)
+    schedule(step) -> StepSettings(window, lr_factor, rope_theta, source_weights, layer_windows)
 
 It has no state, so a resumed run needs only the step.
 """
@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Ge, Gt, Lt
 
-from torchladder.registry import check_bounds, require
+from torchladder.registry import check_bounds, require, unknown_name
+
+FULL_ATTENTION = "full_attention"
+"""The layer type whose window is the schedule's own; a model of one type has no other."""
 
 SourceWeights = list[float] | dict[str, float]
 """Weights of ``data.sources``: a list in their order, or a table by label."""
@@ -29,13 +32,22 @@ SourceWeights = list[float] | dict[str, float]
 class StepSettings:
     """The settings of one optimizer step."""
 
-    window: int  # tokens a query may attend to, including itself
+    window: int  # tokens a query may attend to, including itself; of the full_attention layers if there are others
     lr_factor: float  # the learning rate as a fraction of its peak
     rope_theta: float | None = None  # base of the rotary embeddings; None: the model's
     source_weights: SourceWeights | None = None  # None: those of [data]
+    layer_windows: Mapping[str, int] = field(default_factory=dict)  # windows of the other layer types
+
+    def window_of(self, layer_type: str) -> int:
+        """Returns the window of a layer type."""
+        return self.layer_windows.get(layer_type, self.window)
+
+    def get(self, setting: str) -> Any:
+        """Returns a setting by its name; that of a layer type is its window, None if there is no such type."""
+        return getattr(self, setting) if setting in PHASE_SETTINGS else self.layer_windows.get(setting)
 
 
-PHASE_SETTINGS = tuple(field.name for field in fields(StepSettings))
+PHASE_SETTINGS = ("window", "lr_factor", "rope_theta", "source_weights")
 """What a phase may set."""
 
 
@@ -59,8 +71,8 @@ class Phase:
     source_weights: SourceWeights | None = None
     """Sampling weights: a list in the order of data.sources, or a table by label; 0 leaves a source out."""
 
-    window: Annotated[int | None, Ge(1)] = None
-    """Tokens a query may attend to; replaces the curriculum from here on."""
+    window: int | dict[str, int] | None = None
+    """Tokens a query may attend to; replaces the curriculum from here on. A table sets it by layer type."""
 
     lr_factor: Annotated[float | None, Gt(0), Lt(math.inf)] = None
     """Multiplies the learning rate of [lr_scheduler]."""
@@ -78,6 +90,16 @@ class Phase:
         settings = (self.source_weights, self.window, self.lr_factor, self.rope_theta)
         require(any(value is not None for value in settings), f"phases: the phase at {self.start} changes nothing.")
         check_bounds(self, "phases")
+        for name, window in self.windows.items():
+            place = f"window.{name}" if isinstance(self.window, dict) else "window"
+            require(window >= 1, f"phases.{place} = {window}: must be 1 or more.")
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """Layer type -> the window that the phase sets."""
+        if self.window is None:
+            return {}
+        return self.window if isinstance(self.window, dict) else {FULL_ATTENTION: self.window}
 
     @property
     def start(self) -> str:
@@ -104,9 +126,11 @@ class Schedule:
         phases: overrides, in the order of their first steps.
         steps: optimizer steps of the run.
         tokens_per_step: tokens of one optimizer step over all ranks.
+        layer_curricula: layer type -> its curriculum, of types other than full_attention.
 
     Raises:
-        ConfigError: phases that share a first step, are out of order, or begin after the last step.
+        ConfigError: phases that share a first step, are out of order, begin after the last step, or set the window of
+            a layer type that the model does not have.
     """
 
     def __init__(
@@ -116,8 +140,9 @@ class Schedule:
         phases: Sequence[Phase],
         steps: int,
         tokens_per_step: int,
+        layer_curricula: Mapping[str, Callable[[int], int]] | None = None,
     ) -> None:
-        self.curriculum = curriculum
+        self.curricula = {FULL_ATTENTION: curriculum, **(layer_curricula or {})}
         self.lr_factor = lr_factor
         self.phases = list(phases)
         self.steps = steps
@@ -130,6 +155,8 @@ class Schedule:
             )
         for start in self.phase_steps[-1:]:
             require(start < steps, f"phases: a phase begins at step {start}, but the run has {steps} steps.")
+        for name in (name for phase in phases for name in phase.windows if name not in self.curricula):
+            raise unknown_name("layer type", name, self.curricula, "phases.window")
 
     def __call__(self, step: int) -> StepSettings:
         return StepSettings(
@@ -137,12 +164,24 @@ class Schedule:
             lr_factor=self.lr_factor(step) * self.override("lr_factor", step, 1.0),
             rope_theta=self.override("rope_theta", step),
             source_weights=self.override("source_weights", step),
+            layer_windows={name: self.window(step, name) for name in self.curricula if name != FULL_ATTENTION},
         )
 
-    def window(self, step: int) -> int:
-        """Returns the window of a step: that of the last phase to set one, else the curriculum's."""
-        window = self.override("window", step)
-        return self.curriculum(step) if window is None else window
+    def window(self, step: int, layer_type: str = FULL_ATTENTION) -> int:
+        """Returns the window of a step: that of the last phase to set one, else the curriculum's.
+
+        ``layer_type`` is one of a model with several types; any other has the window of ``full_attention``.
+        """
+        name = layer_type if layer_type in self.curricula else FULL_ATTENTION
+        window = self.window_overrides(step).get(name)
+        return self.curricula[name](step) if window is None else window
+
+    def window_overrides(self, step: int) -> dict[str, int]:
+        """Returns layer type -> window of the last phase up to ``step`` that sets it."""
+        windows: dict[str, int] = {}
+        for phase in self.phases[: bisect.bisect_right(self.phase_steps, step)]:
+            windows |= phase.windows
+        return windows
 
     def override(self, setting: str, step: int, default: Any = None) -> Any:
         """Returns the value of a setting in the last phase up to ``step`` that sets it, else ``default``."""
@@ -159,7 +198,7 @@ class Schedule:
 
 
 class Difference(NamedTuple):
-    """A setting in which two schedules differ, from ``step`` on."""
+    """A setting in which two schedules differ, from ``step`` on; for a layer type, its window."""
 
     setting: str
     step: int
@@ -178,11 +217,11 @@ def differences(saved: Schedule, current: Schedule, step: int) -> list[Differenc
     until = min(max(saved.steps, step + 1), current.steps)
     phase_steps = {0, step, *saved.phase_steps, *current.phase_steps}
     found = []
-    for setting in PHASE_SETTINGS:
+    for setting in (*PHASE_SETTINGS, *(name for name in current.curricula if name != FULL_ATTENTION)):
         begin = 0 if setting == "source_weights" else step
-        is_computed = setting in ("window", "lr_factor")  # the others change with a phase only
-        for at in range(begin, until) if is_computed else sorted(at for at in phase_steps if begin <= at < until):
-            before, now = getattr(saved(at), setting), getattr(current(at), setting)
+        by_phase = setting in ("rope_theta", "source_weights")  # the others may change at any step
+        for at in sorted(at for at in phase_steps if begin <= at < until) if by_phase else range(begin, until):
+            before, now = saved(at).get(setting), current(at).get(setting)
             if before != now:
                 found.append(Difference(setting, at, before, now))
                 break

@@ -26,6 +26,8 @@ class RunState:
             batch); empty in a checkpoint of weights alone.
         window: tokens a query could attend to in the last step; None if unknown.
         final_window: the same for the last step of the run.
+        layer_windows: layer type -> window in the last step, of the types that are not full_attention.
+        final_layer_windows: the same for the last step of the run.
         rope_theta: RoPE base of the last step; None for that of the model config.
         post_step_pending: whether validation, samples or saving after the step are still to be done.
         validated_step: the step of the last validation; -1 for none.
@@ -42,6 +44,8 @@ class RunState:
     fingerprints: dict[str, str] = field(default_factory=dict)
     window: int | None = None
     final_window: int | None = None
+    layer_windows: dict[str, int] = field(default_factory=dict)
+    final_layer_windows: dict[str, int] = field(default_factory=dict)
     rope_theta: float | None = None
     post_step_pending: bool = False
     validated_step: int = -1

@@ -97,8 +97,8 @@ def _run_settings(source: HFFolder, output: Path, vocab_size: int | None) -> dic
     path = output.resolve() / TOKENIZER_FOLDER / Path(section.get("path", "")).name
     sections["tokenizer"] = {**section, "path": str(path)} if section else {"name": "none"}
     window = hf_config.sliding_window(source.config)
-    if window is not None and window < seq_len:
-        sections |= hf_defaults.sliding_window_sections(window)
+    if window is not None and (window < seq_len or "layer_types" in model):
+        sections |= hf_defaults.sliding_window_sections(window, "layer_types" in model)
     return sections
 
 
@@ -113,13 +113,14 @@ def _to_hf(arguments: argparse.Namespace) -> int:
         require(vocab_size <= rows, f"--vocab-size {vocab_size}: the model has only {rows} rows.")
         require(vocab_size >= tokens, f"--vocab-size {vocab_size}: the tokenizer has {tokens} tokens.")
     files, token_ids = hf_tokenizer.export_tokenizer(own, files)
-    metadata = hf_export.hf_metadata(config, token_ids, trained.window, trained.rope_theta)
+    metadata = hf_export.hf_metadata(config, token_ids, trained.window, trained.rope_theta, trained.layer_windows)
     metadata = replace(metadata, seq_len=arguments.seq_len or metadata.seq_len)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     hf_export.export_checkpoint(trained, output, metadata, files, dtype, vocab_size)
     print(f"{output}: {HF_CONFIG_FILE}, weights, {', '.join(files) or 'no tokenizer (add one with --tokenizer)'}")
     full = trained.window >= config.training.seq_len  # then chunk is causal
-    for mask in sorted({*config.attention.masks} - {"causal", "sliding", *(["chunk"] if full else [])}):
+    masks = {name for names in config.layer_masks.values() for name in names}
+    for mask in sorted(masks - {"causal", "sliding", *(["chunk"] if full else [])}):
         print(f"Hugging Face has no mask {mask!r}: the exported model attends to all tokens before each token.")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,13 @@ def run(argv: list[str]) -> int:
     steps = _shown_steps(arguments.at, plan.steps)
     usage, no_usage = source_usage(plan.config, plan.batch, plan.schedule)
     phases = _phases(plan, usage)
-    if arguments.plot:
-        plots.plot_curriculum(
-            arguments.plot, plan.steps, plan.schedule.window, plan.config.training.seq_len, plan.config.attention.masks
-        )
     costs = _costs(plan, arguments.world_size, arguments.tokens_per_second, price)
+    if arguments.plot:
+        windows = {one.layer_type: partial(plan.schedule.window, layer_type=one.layer_type) for one in plan.layer_types}
+        ladders = [
+            plots.Ladder(one.layer_type, one.layers, one.masks, windows[one.layer_type]) for one in plan.layer_types
+        ]
+        plots.plot_curriculum(arguments.plot, plan.steps, ladders, plan.config.training.seq_len)
     if arguments.json:
         bytes_per_rank = {
             "memory_per_rank": dataclasses.asdict(memory),
@@ -149,6 +152,10 @@ def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
         "state_bytes_per_rank": plan.state_bytes,
         "optimizer_groups": [group.summary() for group in plan.optimizer_groups],
         "windows": {str(step): plan.schedule.window(step) for step in steps},
+        "layer_types": [dataclasses.asdict(one) | {"saved": one.saved} for one in plan.layer_types],
+        "layer_windows": {
+            name: {str(step): plan.schedule.window(step, name) for step in steps} for name in _other_types(plan)
+        },
     }
 
 
@@ -181,12 +188,20 @@ def _print_costs(plan: Plan, costs: dict[str, float]) -> None:
         print(f"time        {costs['hours']:,.1f} hours ({full}){price}")
 
 
+def _other_types(plan: Plan) -> list[str]:
+    """Returns the layer types of a model beside its first, full_attention."""
+    return [one.layer_type for one in plan.layer_types[1:]]
+
+
 def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
     """Returns the first step of each phase, its length, the settings that hold in it, and what it reads."""
     starts = sorted({0, *plan.schedule.phase_steps, *(source.step for source in usage)})
     phases = []
     for step, end in zip(starts, [*starts[1:], plan.steps], strict=True):
         settings = {key: plan.schedule.override(key, step) for key in PHASE_SETTINGS}
+        windows = plan.schedule.window_overrides(step)
+        if len(windows) > 1:  # of several phases, each for another layer type
+            settings["window"] = windows
         phases.append(
             {
                 "step": step,
@@ -201,10 +216,12 @@ def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
 
 def _print_windows(plan: Plan, steps: list[int]) -> None:
     table = Table(box=None, header_style="bold")
-    for name in ("step", "window", "tokens seen"):
+    others = _other_types(plan)
+    for name in ("step", "window", *others, "tokens seen"):
         table.add_column(name, justify="right")
     for step in steps:
-        table.add_row(f"{step:,}", f"{plan.schedule.window(step):,}", f"{step * plan.tokens_per_step:,}")
+        windows = [plan.schedule.window(step), *(plan.schedule.window(step, name) for name in others)]
+        table.add_row(f"{step:,}", *(f"{window:,}" for window in windows), f"{step * plan.tokens_per_step:,}")
     Console().print(table)
 
 

@@ -37,7 +37,14 @@ def apply_hf_defaults(settings: RawSettings, origins: Origins, argv: list[str]) 
     if kind in (None, tokenizer.get("name")):
         sections["tokenizer"] = tokenizer
     window = hf_config.sliding_window(folder.config)
-    if window is not None:
+    if window is not None and "layer_types" in model:
+        own = settings.get("attention", {}).get("sliding_attention", {})
+        table = sliding_window_sections(window, mixed=True)["attention"]["sliding_attention"]
+        if "curriculum" in own:
+            del table["window"]
+        sections["attention"] = {"sliding_attention": {**table, **own}}
+        settings.get("attention", {}).pop("sliding_attention", None)
+    elif window is not None:
         sections |= _sliding_window_defaults(window, settings, argv)
     for name, section in sections.items():
         own = settings.get(name, {})
@@ -73,8 +80,10 @@ def tokenizer_section(folder: Path, kind: str | None = None) -> dict[str, str]:
     return chosen
 
 
-def sliding_window_sections(window: int) -> dict[str, dict[str, Any]]:
-    """Returns the sections of a run with a constant sliding window."""
+def sliding_window_sections(window: int, mixed: bool = False) -> dict[str, dict[str, Any]]:
+    """Returns the sections of a run with a constant sliding window, in some layers (``mixed``) or in all of them."""
+    if mixed:
+        return {"attention": {"sliding_attention": {"masks": ["sliding"], "window": window}}}
     return {"attention": {"masks": ["sliding"]}, "curriculum": {"name": "constant", "window": window}}
 
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from annotated_types import Ge, Gt, Le, Lt
 
-from torchladder import curriculum, mask, optim
+from torchladder import curriculum, models, optim
 from torchladder.checkpoint import CheckpointConfig
+from torchladder.config.attention_section import AttentionConfig, LayerAttentionConfig
 from torchladder.config.values import tables_argument
 from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
 from torchladder.distributed.float8 import Float8Config
@@ -20,7 +21,7 @@ from torchladder.distributed.parallelize import CompileConfig
 from torchladder.distributed.ranks import CommConfig
 from torchladder.ema import EMAConfig
 from torchladder.metrics import MetricsConfig
-from torchladder.models import attention
+from torchladder.models.layer_types import types_of_config
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import check_bounds, require
 from torchladder.resilience.bad_steps import ResilienceConfig
@@ -58,24 +59,6 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "job")
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Attention masks, and the kernel that computes attention under them."""
-
-    masks: list[str] = field(default_factory=lambda: ["causal"])
-    """Masks that are combined: causal, document, chunk, sliding, or a plugin's."""
-
-    kernel: str = "auto"
-    """Attention kernel: flex, fold, varlen, flash, sdpa, dense, or auto, which chooses by device and masks."""
-
-    def __post_init__(self) -> None:
-        require(bool(self.masks), 'attention.masks is empty: set a mask; "causal" is plain causal attention.')
-        for name in self.masks:
-            mask.registry.get(name)
-        if self.kernel != "auto":
-            attention.registry.get(self.kernel)
 
 
 @dataclass(frozen=True)
@@ -241,6 +224,20 @@ class Config:
     phases: Annotated[list[Phase], tables_argument(list[Phase])] = field(default_factory=list)
     """Overrides of window, learning rate, RoPE theta and source weights from a step on; a table each, [[phases]]."""
 
+    @property
+    def layer_attention(self) -> dict[str, AttentionConfig | LayerAttentionConfig]:
+        """Layer type -> its masks and kernel; one type in most models, else ``full_attention`` first.
+
+        Raises:
+            ConfigError: a layer type of the model has no masks, or the model does not have a type that is set.
+        """
+        return self.attention.of_types(types_of_config(models.resolve(self.model)))
+
+    @property
+    def layer_masks(self) -> dict[str, list[str]]:
+        """Layer type -> its masks."""
+        return {name: section.masks for name, section in self.layer_attention.items()}
+
     def schedule(self, tokens_per_step: int) -> Schedule:
         """Returns the schedule of the run; ``training.steps`` must be resolved.
 
@@ -252,10 +249,16 @@ class Config:
         """
         steps, seq_len = self.training.steps, self.training.seq_len
         windows = curriculum.registry.build(self.curriculum, steps=steps, seq_len=seq_len)
+        others = {name: x for name, x in self.layer_attention.items() if isinstance(x, LayerAttentionConfig)}
         schedule = Schedule(
-            windows, lambda step: self.lr_scheduler.factor(step, steps), self.phases, steps, tokens_per_step
+            windows,
+            lambda step: self.lr_scheduler.factor(step, steps),
+            self.phases,
+            steps,
+            tokens_per_step,
+            {name: x.build_curriculum(f"attention.{name}", steps, seq_len) for name, x in others.items()},
         )
-        for window in schedule.overrides("window").values():
+        for window in (window for phase in self.phases for window in phase.windows.values()):
             require(window <= seq_len, f"phases: window = {window}: a row has {seq_len} tokens (training.seq_len).")
         return schedule
 
@@ -263,6 +266,7 @@ class Config:
         """Returns the settings as a TOML file that reproduces the run."""
         settings = _without_none(dataclasses.asdict(self))
         settings["job"].update(config_file="", extends="")
+        settings["attention"] = _without_none(self.attention.settings())
         if not self.phases:
             del settings["phases"]
         return tomli_w.dumps(settings)

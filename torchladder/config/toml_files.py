@@ -15,6 +15,9 @@ RawSettings = dict[str, Any]
 TABLES = {"phases"}
 """Arrays of tables, ``[[phases]]``; everything else in a file is a section."""
 
+NESTED = {"attention"}
+"""Sections with tables of settings inside, ``[attention.sliding_attention]``."""
+
 Origins = dict[tuple[str, str], Path | str]
 """(section, key) -> the file that sets it, for error messages"""
 
@@ -47,9 +50,7 @@ def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> tuple[RawSettings,
         if isinstance(section, list):
             settings[name], origins[name, ""] = section, path
             continue
-        if "name" in section and section["name"] != settings.get(name, {}).get("name"):
-            settings[name] = {}  # another component has other keys
-        settings.setdefault(name, {}).update(section)
+        settings[name] = _merge(settings.get(name, {}), section, nested=name in NESTED)
         origins.update({(name, key): path for key in section})
     return settings, origins
 
@@ -67,6 +68,21 @@ def parse_settings(text: str, path: Path | str) -> RawSettings:
         elif not isinstance(section, dict):
             raise ConfigError(f"{path}: {name!r} is outside of a section; write [section] above it.")
     return own
+
+
+def _merge(base: RawSettings, own: RawSettings, nested: bool) -> RawSettings:
+    """Returns a table over that of the file that it extends; keys of another component are dropped.
+
+    ``nested``: tables inside of it are merged, too; otherwise they are values, which replace one another.
+    """
+    merged = {} if "name" in own and own["name"] != base.get("name") else dict(base)
+    for key, value in own.items():
+        inner = merged.get(key)
+        if nested and isinstance(inner, dict) and isinstance(value, dict):
+            merged[key] = _merge(inner, value, nested)
+        else:
+            merged[key] = value
+    return merged
 
 
 def origin(origins: Origins, section: str, key: str | None = None) -> Path | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from functools import partial
+from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import pydantic
@@ -12,7 +13,7 @@ import tomli
 import tyro
 from docstring_parser import parse_from_object
 
-from torchladder.registry import ConfigError, require, unknown_name
+from torchladder.registry import ConfigError, Registry, require, unknown_name
 
 
 def check_type(kind: Any, value: Any, place: str) -> Any:
@@ -27,6 +28,11 @@ def check_type(kind: Any, value: Any, place: str) -> Any:
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if value == "None" and type(None) in get_args(kind):
         return None  # TOML has no null; the command line has the same word
+    if dataclasses.is_dataclass(kind):
+        try:
+            return _make_table(kind, value)
+        except ValueError as error:
+            raise ConfigError(f"{place}: {error}") from None
     if get_origin(kind) is list and dataclasses.is_dataclass(item := get_args(kind)[0]):
         kind = list[Annotated[Any, pydantic.PlainValidator(partial(_make_table, item))]]
     try:
@@ -75,12 +81,9 @@ def tables_argument(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any
         return check_type(kind, tables, "value")
 
     def show(tables: list[Any]) -> list[str]:
-        defaults = [{field.name: field.default for field in dataclasses.fields(table)} for table in tables]
-        keys = [
-            [f"{key} = {json.dumps(value)}" for key, value in vars(table).items() if value not in (own[key], [], {})]
-            for table, own in zip(tables, defaults, strict=True)
+        return [
+            _show_table(vars(table), {own.name: own.default for own in dataclasses.fields(table)}) for table in tables
         ]
-        return [f"{{ {', '.join(words)} }}" for words in keys]
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
@@ -89,6 +92,47 @@ def tables_argument(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any
         is_instance=lambda value: isinstance(value, list),
         str_from_instance=show,
     )
+
+
+def _show_table(table: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """Returns a table as in a file, without defaults and empty collections."""
+    shown = {key: value for key, value in table.items() if value not in (defaults.get(key), [], {})}
+    return f"{{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in shown.items())} }}"
+
+
+def table_argument(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """Returns tyro's parser of one table, written as in a file: ``'{ name = "linear", ramp = 0.5 }'``."""
+    several = tables_argument(list[kind])
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TABLE",
+        instance_from_str=lambda words: several.instance_from_str(words)[0],
+        is_instance=lambda value: value is None or isinstance(value, dict),
+        str_from_instance=lambda table: ["none" if table is None else _show_table(table, {})],
+    )
+
+
+def build_component(registry: Registry[Any], table: dict[str, Any], place: str, **runtime_args: Any) -> Any:
+    """Builds the component that a table names and sets, with defaults for the settings that it lacks.
+
+    Raises:
+        ConfigError: no name, an unknown or missing key, or a value of another type; ``place`` begins the message.
+    """
+    name = table.get("name")
+    require(isinstance(name, str), f"{place} has no name. Known: {', '.join(registry.names())}.")
+    fields = {key: (kind, field) for key, kind, field in registry.config_fields(str(name))}
+    section: dict[str, Any] = {"name": name}
+    for key in table.keys() - {"name"}:
+        if key not in fields:
+            raise unknown_name("key", key, fields, place)
+        section[key] = check_type(fields[key][0], table[key], f"{place}.{key}")
+    for key, (_, field) in fields.items():
+        if key not in section:
+            default, factory = field.default, field.default_factory
+            required = default is factory is dataclasses.MISSING
+            require(not required, f"{place}.{key} is required.")
+            section[key] = default if factory is dataclasses.MISSING else factory()
+    return registry.build(SimpleNamespace(**section), **runtime_args)
 
 
 def table_help(item: Any) -> str:

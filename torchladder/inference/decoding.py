@@ -10,6 +10,7 @@ from torch import Tensor
 from torchladder.config import SamplesConfig
 from torchladder.inference.trained_model import TrainedModel
 from torchladder.models.attention import kv_cache
+from torchladder.models.layer_types import collapse
 
 NextTokenLogits = Callable[[list[list[int]]], Tensor]
 """``rows of token ids -> logits (B, V)`` of the token after each row."""
@@ -70,8 +71,10 @@ class IncrementalDecoder:
 
     def __init__(self, trained: TrainedModel, dtype: torch.dtype = torch.float32) -> None:
         self.seq_len = trained.config.training.seq_len
-        self._cache = kv_cache.KVCache()
-        self._loaded = trained.load(self._cache.attention, self.seq_len, dtype)
+        self._caches = {name: kv_cache.KVCache() for name in trained.config.layer_masks}
+        attention_fn = collapse({name: cache.attention for name, cache in self._caches.items()})
+        self._loaded = trained.load(attention_fn, self.seq_len, dtype)
+        self._slots = {name: kv_cache.capacity(start) for name, start in self._loaded.starts.items()}
         self._rows: list[list[int]] = []
 
     def reset(self) -> None:
@@ -91,7 +94,8 @@ class IncrementalDecoder:
         last = [len(row) - 1 for row in rows]
         if is_cached:  # a finished row did not grow: its last token is read again
             return self._forward(last, [row[-1:] for row in rows])[:, 0]
-        self._cache.clear()
+        for cache in self._caches.values():
+            cache.clear()
         found: dict[int, Tensor] = {}
         for begin in range(0, max(last) + 1, kv_cache.PREFILL_CHUNK):
             end = begin + kv_cache.PREFILL_CHUNK
@@ -101,8 +105,11 @@ class IncrementalDecoder:
 
     def _forward(self, offsets: list[int], chunks: list[list[int]]) -> Tensor:
         """Returns the logits (B, t, V) after each token of the chunks, which begin at the offsets of their rows."""
-        longest, device = max(map(len, chunks)), self._loaded.device
-        tokens = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=device)
-        first = torch.tensor(offsets, device=device)
-        self._loaded.model.set_position_offset(first)
-        return self._loaded.model(tokens, kv_cache.decode_mask(self._loaded.start, first, longest))
+        lengths, device = [len(chunk) for chunk in chunks], self._loaded.device
+        tokens = torch.tensor([chunk + [0] * (max(lengths) - len(chunk)) for chunk in chunks], device=device)
+        self._loaded.model.set_position_offset(torch.tensor(offsets, device=device))
+        masks = {
+            name: kv_cache.decode_mask(start, offsets, lengths, self._slots[name])
+            for name, start in self._loaded.starts.items()
+        }
+        return self._loaded.model(tokens, collapse(masks))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,22 +24,36 @@ from torchladder.models import Model
 from torchladder.models.hf import conversion, hf_config, hf_weights
 from torchladder.models.hf.adapter import HFMetadata
 from torchladder.models.hf.hf_folder import ASSET_FILES, HF_CONFIG_FILE
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 from torchladder.schedule import StepSettings
 
 logger = logging.getLogger(__name__)
 
 
-def hf_metadata(config: Config, token_ids: Mapping[str, Any], window: int, rope_theta: float | None) -> HFMetadata:
+def hf_metadata(
+    config: Config,
+    token_ids: Mapping[str, Any],
+    window: int,
+    rope_theta: float | None,
+    layer_windows: Mapping[str, int] = MappingProxyType({}),
+) -> HFMetadata:
     """Returns the values of config.json that are not the model's shape.
 
     Args:
         token_ids: of the exported tokenizer.
         window: tokens a query may attend to, itself included; exported only under a sliding mask.
         rope_theta: RoPE base of the weights, None for that of the model's config.
+        layer_windows: layer type -> window, of the types that are not full_attention.
+
+    Raises:
+        ConfigError: full_attention layers slide beside others that do, which Hugging Face does not have.
     """
-    seq_len = config.training.seq_len
+    seq_len, sliding = config.training.seq_len, layer_windows.get("sliding_attention")
     slides = "sliding" in config.attention.masks and window < seq_len
+    if layer_windows:
+        message = f"Hugging Face's full_attention layers do not slide, and attention.masks do ({window} tokens)."
+        require(not slides, message)
+        slides, window = "sliding" in config.attention.sliding_attention.masks and sliding is not None, sliding or 0
     return HFMetadata(seq_len, window=window if slides else None, rope_theta=rope_theta, token_ids=token_ids)
 
 
@@ -48,7 +63,8 @@ def check_exportable(config: Config, final: StepSettings) -> None:
     try:
         import_extra("safetensors.torch", "hf", "the export")
         adapter = hf_config.adapter_for(model.name)
-        adapter.to_hf(models.resolve(model), hf_metadata(config, {}, final.window, final.rope_theta), torch.float32)
+        metadata = hf_metadata(config, {}, final.window, final.rope_theta, final.layer_windows)
+        adapter.to_hf(models.resolve(model), metadata, torch.float32)
     except ConfigError as error:
         raise ConfigError(f"checkpoint.last_save_in_hf: {error}") from None
 
@@ -158,7 +174,7 @@ class FinalHFExport:
         self.path = self.checkpoint.with_name(f"{self.checkpoint.name}-hf")
         if config.checkpoint.last_save_in_hf:  # at the start of the run: its warnings come in time
             self.tokenizer_files, token_ids = hf_tokenizer.export_tokenizer(tokenizer, tokenizer_files)
-            self.metadata = hf_metadata(config, token_ids, final.window, final.rope_theta)
+            self.metadata = hf_metadata(config, token_ids, final.window, final.rope_theta, final.layer_windows)
         self.dtype = getattr(torch, config.checkpoint.export_dtype)
 
     def write(self, model: Model, is_writer: bool) -> None:

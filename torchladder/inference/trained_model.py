@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torchladder.models import AttentionFunction, Model
 from torchladder.models.hf import hf_weights
 from torchladder.models.hf.hf_folder import HFFolder, is_hf_folder
 from torchladder.registry import ConfigError, require
+from torchladder.schedule import StepSettings
 
 TOKENIZER_FOLDER = "tokenizer"
 """Folder of a checkpoint with the files of its tokenizer."""
@@ -40,12 +42,17 @@ class LoadedModel:
     """A model with its weights on one device.
 
     Attributes:
-        start: (T) int32 on the device, the mask of one document that fills the longest row.
+        starts: layer type -> (T) int32 on the device, the mask of one document that fills the longest row.
     """
 
     model: Model
-    start: Tensor
+    starts: dict[str, Tensor]
     device: torch.device
+
+    @property
+    def start(self) -> Tensor:
+        """The mask of the only layer type, or of full_attention."""
+        return next(iter(self.starts.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +197,25 @@ class TrainedModel:
         """Tokens a query may attend to at the end of the run, itself included."""
         if self.run_state is not None and self.run_state.final_window is not None:
             return self.run_state.final_window
+        return self._final_settings.window
+
+    @property
+    def layer_windows(self) -> Mapping[str, int]:
+        """As ``window``, of each further layer type."""
+        known = self.run_state.layer_windows if self.run_state is not None else {}
+        return known or self.final_layer_windows
+
+    @property
+    def final_layer_windows(self) -> Mapping[str, int]:
+        """As ``final_window``, of each further layer type."""
+        known = self.run_state.final_layer_windows if self.run_state is not None else {}
+        return known or self._final_settings.layer_windows
+
+    @property
+    def _final_settings(self) -> StepSettings:
         training = replace(self.config.training, steps=max(self.config.training.steps, 1))
         schedule = replace(self.config, training=training).schedule(tokens_per_step=1)  # no phases without a run
-        return schedule.window(training.steps - 1)
+        return schedule(training.steps - 1)
 
     def build_tokenizer(self) -> data.Tokenizer | None:
         """Returns the tokenizer, None if the model has none.
@@ -219,11 +242,16 @@ class TrainedModel:
             if error := checkpoint.find_corruption(path):
                 raise UnreadableCheckpointError(f"{path} is damaged: {error}.")
 
-    def load(self, attention_fn: AttentionFunction, seq_len: int, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    def load(
+        self,
+        attention_fn: AttentionFunction | Mapping[str, AttentionFunction],
+        seq_len: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> LoadedModel:
         """Loads the model, with the masks and the window at the end of its run.
 
         Args:
-            attention_fn: of a kernel or a KV cache.
+            attention_fn: of a kernel or a KV cache, or that of each layer type.
             seq_len: tokens in the longest row to read; may exceed the run's.
             dtype: of the weights.
 
@@ -247,12 +275,17 @@ class TrainedModel:
                 raise UnreadableCheckpointError(f"{self.path} cannot be read: {error}") from error
         if self.rope_theta is not None:
             model.set_rope_theta(self.rope_theta)
-        window = self.final_window
-        if window >= config.training.seq_len:  # full context: longer rows are read in full as well
-            window = max(seq_len, window)
         positions = torch.arange(seq_len, dtype=torch.int32)[None]
-        start = mask.from_names(config.attention.masks, positions, window)[0]
-        return LoadedModel(model.to(dtype), start.to(device), device)
+        starts = mask.from_types(config.layer_masks, positions, lambda name: self._window_of(name, seq_len))
+        return LoadedModel(model.to(dtype), {name: start[0].to(device) for name, start in starts.items()}, device)
+
+    def _window_of(self, layer_type: str, seq_len: int) -> int:
+        """Returns the window of a layer type at the end of the run, in rows of ``seq_len`` tokens."""
+        table = self.config.attention.tables.get(layer_type)
+        window = self.final_layer_windows.get(layer_type, self.final_window)
+        if window >= self.config.training.seq_len and (table is None or table.window is None):
+            return max(seq_len, window)  # full context: longer rows are read in full as well
+        return window
 
 
 def _checkpoints(path: Path) -> list[Path]:

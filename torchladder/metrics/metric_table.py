@@ -24,6 +24,7 @@ class RunInfo:
     steps: int  # optimizer steps of the whole run
     seq_len: int  # tokens in a row
     flops: Callable[[int, int], int]  # (tokens, pairs) -> FLOPs of the model's forward and backward pass
+    layers: int = 1  # pairs are summed over them
     device: torch.device
     rank: int = 0  # only rank 0 reports
     ranks: int = 1
@@ -32,7 +33,10 @@ class RunInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """Measurements since the previous report; tokens and attended (query, key) pairs are summed over ranks."""
+    """Measurements since the previous report; tokens and attended (query, key) pairs are summed over ranks.
+
+    Pairs are also summed over layers.
+    """
 
     run: RunInfo
     peak_flops: float | None  # FLOP/s of one device
@@ -59,7 +63,7 @@ class Interval:
 
     def attention_saved(self) -> float:
         """Returns the fraction of full causal attention that was not computed."""
-        causal_pairs = self.tokens * (self.run.seq_len + 1) / 2
+        causal_pairs = self.run.layers * self.tokens * (self.run.seq_len + 1) / 2
         return 1 - self.pairs / causal_pairs if self.tokens else 0.0
 
 
@@ -99,7 +103,7 @@ METRICS: dict[str, Metric] = {
         Metric("tflops", lambda i: i.flop_rate(i.pairs) / 1e12, "tflops", "tflops: {tflops:,.2f}", "cyan", jsonl=False),
         Metric("mfu", lambda i: i.mfu(i.pairs), "mfu(%)", "mfu: {mfu:.2%}", "magenta", tag_scale=100),
         # PaLM (arXiv 2204.02311, appendix B): every query attends to the whole row, future keys included.
-        Metric("mfu_palm", lambda i: i.mfu(i.tokens * i.run.seq_len), "mfu_palm(%)", tag_scale=100),
+        Metric("mfu_palm", lambda i: i.mfu(i.run.layers * i.tokens * i.run.seq_len), "mfu_palm(%)", tag_scale=100),
         Metric(
             "attention_saved",
             lambda i: i.attention_saved(),
@@ -136,8 +140,10 @@ class Report:
     seconds_left: float | None = None  # estimated time until the last step
 
 
-def training_report(interval: Interval, passed: dict[str, Value]) -> Report:
+def training_report(interval: Interval, passed: dict[str, Value], layer_windows: Mapping[str, int]) -> Report:
     """Returns the report of a training step from the computed metrics and the passed ones.
+
+    Each of ``layer_windows``, the windows by layer type, is reported as ``window_<type>``.
 
     Raises:
         ConfigError: a passed value has no entry in the table, or an entry has no value.
@@ -149,12 +155,15 @@ def training_report(interval: Interval, passed: dict[str, Value]) -> Report:
     values = {metric.key: metric.compute(interval) if metric.compute else passed.get(metric.key) for metric in table}
     for key in expected & values.keys() - passed.keys():
         raise ConfigError(f"metric {key!r} has no value: pass {key}= to log(), or register it with compute=.")
+    windows = {f"window_{name}": window for name, window in layer_windows.items()}
     tagged = [(metric, value) for metric in table if metric.tag and (value := values[metric.key]) is not None]
     return Report(
         interval.step,
-        record={metric.key: values[metric.key] for metric in table if metric.jsonl},
-        scalars={metric.tag: value * metric.tag_scale for metric, value in tagged},
-        console=[(_FORMATTER.vformat(metric.console, (), values), metric.color) for metric in table if metric.console],
+        record={metric.key: values[metric.key] for metric in table if metric.jsonl} | windows,
+        scalars={metric.tag: value * metric.tag_scale for metric, value in tagged}
+        | {f"curriculum/{key}": window for key, window in windows.items()},
+        console=[(_FORMATTER.vformat(metric.console, (), values), metric.color) for metric in table if metric.console]
+        + [(f"{name}: {window}", "yellow") for name, window in layer_windows.items()],
         seconds_left=(interval.run.steps - interval.step) * interval.seconds / max(interval.steps, 1),
     )
 

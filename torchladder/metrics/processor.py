@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
@@ -106,15 +106,16 @@ class MetricsProcessor:
         return step % self.config.log_freq == 0 or step in (1, self.run.steps)
 
     def count(self, tokens: int, pairs: int) -> None:
-        """Adds tokens trained on and (query, key) pairs attended, summed over ranks, to the next report."""
+        """Adds tokens trained on and (query, key) pairs attended, both summed over ranks, pairs also over layers."""
         self.tokens += tokens
         self.pairs += pairs
 
-    def log(self, step: int, **values: Value) -> None:
+    def log(self, step: int, layer_windows: Mapping[str, int] | None = None, **values: Value) -> None:
         """Reports a training step, counted from 1, with speed and MFU since the previous report.
 
         Args:
             step: optimizer steps taken.
+            layer_windows: layer type -> window, of the types that are not full_attention.
             **values: the metrics of the table that are passed in: loss, grad_norm, lr, window; z_loss is optional.
 
         Raises:
@@ -137,7 +138,7 @@ class MetricsProcessor:
             memory_gib=memory_gib,
             memory_fraction=memory_fraction,
         )
-        self._write(training_report(interval, values))
+        self._write(training_report(interval, values, layer_windows or {}))
         self.last_step, self.last_time, self.tokens, self.pairs = step, now, 0, 0
 
     def log_validation(self, step: int, loss: float, window: int, ema_loss: float | None = None) -> None:

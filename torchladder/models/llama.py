@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -45,26 +47,41 @@ class Llama(Model):
 
     Args:
         config: the shape.
-        attention_fn: the kernel's attention; causal attention by default.
+        attention_fn: the kernel's attention, or that of each layer type; causal attention by default.
         seq_len: tokens in the longest row.
     """
 
     hf_adapter: ClassVar[HFAdapter | None] = LLAMA_ADAPTER
 
     def __init__(
-        self, config: LlamaConfig, attention_fn: AttentionFunction = causal_attention, seq_len: int = 2048
+        self,
+        config: LlamaConfig,
+        attention_fn: AttentionFunction | Mapping[str, AttentionFunction] = causal_attention,
+        seq_len: int = 2048,
     ) -> None:
         super().__init__()
         self.config = config
         self.seq_len = seq_len
         self.rope = RoPE(config, seq_len) if config.positional_embedding == "rope" else None
+        own_theta = config.layer_rope_theta or {}
+        self.layer_ropes = nn.ModuleDict(
+            {name: RoPE(replace(config, rope_theta=theta), seq_len) for name, theta in own_theta.items()}
+        )
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleDict({str(i): self.make_block(attention_fn) for i in range(config.n_layers)})
+        self.layers = nn.ModuleDict()
+        for number, name in enumerate(self.layer_types):
+            own_attention = attention_fn[name] if isinstance(attention_fn, Mapping) else attention_fn
+            rope: Any = self.layer_ropes[name] if name in own_theta else self.rope
+            self.layers[str(number)] = self.make_block(own_attention, rope)
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = Head(config)
 
-    def make_block(self, attention_fn: AttentionFunction) -> Block:
-        return Block(self.config, self.rope, attention_fn)
+    @property
+    def layer_types(self) -> list[str]:
+        return self.config.expanded_layer_types
+
+    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None) -> Block:
+        return Block(self.config, rope, attention_fn)
 
     def forward(
         self, tokens: Tensor, attn_mask: Any, labels: Tensor | None = None, z_loss_multiplier: float = 0.0
@@ -80,8 +97,10 @@ class Llama(Model):
         x = self.embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):  # autocast leaves the residual stream in fp32, FSDP2 does not
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        for block in self.layers.values():
-            x = block(x, attn_mask)
+        types = self.layer_types
+        mixed = len({*types}) > 1
+        for block, layer_type in zip(self.layers.values(), types, strict=True):
+            x = block(x, attn_mask[layer_type] if mixed else attn_mask)
         return self.norm(x)
 
     def _tied_weight(self) -> Tensor | None:
@@ -114,8 +133,9 @@ class Llama(Model):
             self.rope.set_theta(theta)
 
     def set_position_offset(self, offset: int | Tensor) -> None:
-        if self.rope is not None:
-            self.rope.position_offset = offset
+        for module in self.modules():
+            if isinstance(module, RoPE):
+                module.position_offset = offset
 
     def flops(self, tokens: int, pairs: int) -> int:
         # Forward: 2 per weight and token, and per attended pair 2 per feature for the scores and 2 for the values.
@@ -123,4 +143,4 @@ class Llama(Model):
         config = self.config
         block_weights = sum(weight.numel() for weight in self.layers.parameters() if weight.dim() > 1)
         matmul_weights = block_weights + config.vocab_size * config.dim
-        return 6 * matmul_weights * tokens + 12 * config.n_layers * config.n_heads * config.head_size * pairs
+        return 6 * matmul_weights * tokens + 12 * config.n_heads * config.head_size * pairs

@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torchladder.models.layer_types import expand_layer_types, types_of_config
 from torchladder.registry import require, unknown_name
 
 
@@ -80,6 +81,13 @@ class LlamaConfig:
     logit_softcap: float = 0.0
     """Logits become logit_softcap * tanh(logits / logit_softcap), as in Gemma 2; 0: unchanged."""
 
+    layer_types: list[str] | None = None
+    """Type of each layer, or a pattern that repeats: full_attention, sliding_attention, chunked_attention; default:
+    full_attention. Types other than full_attention have their masks in [attention.<type>]."""
+
+    layer_rope_theta: dict[str, float] | None = None
+    """Base of the RoPE frequencies of a layer type, where it is not rope_theta."""
+
     initialization: Literal["skyladder", "tilde", "megatron", "normal"] = "skyladder"
     """Standard deviation of initial weights: by shape (skyladder, tilde) or from init_std (megatron, normal)."""
 
@@ -116,10 +124,27 @@ class LlamaConfig:
             f"model.rope_low_freq_factor = {self.rope_low_freq_factor} must be positive and below "
             f"model.rope_high_freq_factor = {self.rope_high_freq_factor}.",
         )
+        _ = self.expanded_layer_types  # raises
+        self._check_layer_rope_theta()
         if self.initialization not in INITIAL_STDS:
             raise unknown_name("model.initialization", self.initialization, INITIAL_STDS)
         if self.positional_embedding not in ("rope", "none"):
             raise unknown_name("model.positional_embedding", self.positional_embedding, ("rope", "none"))
+
+    def _check_layer_rope_theta(self) -> None:
+        types = types_of_config(self)
+        for name, theta in (self.layer_rope_theta or {}).items():
+            key = f"model.layer_rope_theta.{name} = {theta}"
+            require(len(types) > 1, f"{key}: all layers are of one type, set model.rope_theta.")
+            if name not in types:
+                raise unknown_name("layer type", name, types, "model.layer_rope_theta")
+            require(self.positional_embedding == "rope", f"{key}: the model has no RoPE, remove it.")
+            require(theta > 0, f"{key}: must be positive.")
+
+    @property
+    def expanded_layer_types(self) -> list[str]:
+        """The type of each layer."""
+        return expand_layer_types(self.layer_types, self.n_layers)
 
     @property
     def kv_heads(self) -> int:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchladder.models import loss
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.registry import Component, ConfigError, Registry, parameter_docs, require, unknown_name
+from torchladder.schedule import FULL_ATTENTION
 
 
 class Model(nn.Module, ABC):
@@ -45,7 +46,8 @@ class Model(nn.Module, ABC):
 
         Args:
             tokens: (B, T) int64.
-            attn_mask: the attention mask that the kernel prepared, passed to ``attention_fn`` unchanged.
+            attn_mask: the attention mask that the kernel prepared, passed to ``attention_fn`` unchanged; if there are
+                several layer types, that of each type.
             labels: (B, T) int64, the token to predict at each position, -100 for none.
 
         A model that supports ``training.z_loss_multiplier`` has another argument of that name, by default 0. With any
@@ -74,8 +76,13 @@ class Model(nn.Module, ABC):
 
         Args:
             tokens: tokens in the batch.
-            pairs: attended (query, key) pairs in the batch, ``mask.pairs(start)``.
+            pairs: attended (query, key) pairs in the batch, summed over layers: ``mask.layer_pairs``.
         """
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The type of each layer: those of one type share masks, window and RoPE theta."""
+        return [FULL_ATTENTION] * len(self.layers)
 
     def set_rope_theta(self, theta: float) -> None:
         """Sets the base of the RoPE frequencies for the following forward passes."""
@@ -130,7 +137,9 @@ class ModelRegistry(Registry[Model]):
     """Models by name, each with its flavors: one config per size."""
 
     def __init__(self) -> None:
-        super().__init__("model", {"attention_fn": "the kernel's attention", "seq_len": "tokens in a row"})
+        super().__init__(
+            "model", {"attention_fn": "the kernel's attention, or by layer type", "seq_len": "tokens in a row"}
+        )
         self._flavors: dict[str, dict[str, Any]] = {}
 
     def register(self, name: str, flavors: Mapping[str, Any] | None = None) -> Callable[[Component], Component]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from torchladder.models.attention import AttentionFunction
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.models.hf.qwen3_adapter import QWEN3_ADAPTER
+from torchladder.models.layers import RoPE
 from torchladder.models.llama import Block, Llama
 from torchladder.models.llama_config import LlamaConfig
 from torchladder.models.model import register
@@ -54,8 +55,8 @@ class Qwen3(Llama):
 
     hf_adapter: ClassVar[HFAdapter | None] = QWEN3_ADAPTER
 
-    def make_block(self, attention_fn: AttentionFunction) -> Block:
-        return Block(self.config, self.rope, attention_fn, qk_norm=self.config.norm_eps)
+    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None) -> Block:
+        return Block(self.config, rope, attention_fn, qk_norm=self.config.norm_eps)
 
     def parallel_plan(self) -> dict[str, str]:
         return super().parallel_plan() | {f"layers.*.attention.{name}": "qk_norm" for name in ("q_norm", "k_norm")}

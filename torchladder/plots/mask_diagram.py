@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DOCUMENT_TOKENS = (7, 12, 5)
 WINDOW = 6
+SLIDING_WINDOW = 4
 
 
 def plot_masks(path: Path) -> None:
@@ -36,6 +37,24 @@ def plot_masks(path: Path) -> None:
             axes.set_title(name, fontweight="bold", pad=6)
             axes.set_xlabel(formula, fontsize=10, labelpad=5)
             axes.text(1, 0.98, note, transform=axes.transAxes, ha="right", va="top", fontsize=10, color="#57606a")
+
+
+def plot_layer_masks(path: Path) -> None:
+    """Plots the masks of a 5:1 model at three steps: the full layer climbs, the sliding ones keep their window."""
+    positions = torch.cat([torch.arange(length) for length in DOCUMENT_TOKENS]).to(torch.int32)[None]  # (1, T)
+    document, length = mask.document(positions, 0), positions.shape[1]
+    sliding = mask.compose(document, mask.sliding(positions, SLIDING_WINDOW))
+    with saved_figure(path, 12, 6.6) as figure:
+        rows: Any = figure.subplots(3, 6)
+        for row, when, window in zip(rows, ("first step", "halfway", "last step"), (3, 8, length), strict=True):
+            full = mask.compose(document, mask.chunk(positions, window))
+            for axes, start in zip(row, [sliding] * 5 + [full], strict=True):
+                _draw_mask(axes, start)
+            row[0].set_ylabel(when, fontsize=11, fontweight="bold")
+            row[-1].set_xlabel(f"document, chunk of {window}", fontsize=10)
+        for number, axes in enumerate(rows[0]):
+            axes.set_title(f"{number}: {'sliding' if number < 5 else 'full'}_attention", fontsize=10, pad=6)
+        rows[-1][2].set_xlabel(f"document and sliding, window {SLIDING_WINDOW} at every step", fontsize=10)
 
 
 def _draw_mask(axes: Axes, start: torch.Tensor) -> None:

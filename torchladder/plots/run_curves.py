@@ -1,25 +1,15 @@
-"""The metrics of runs as arrays, and plots of one run, of several, and of a curriculum before the run."""
+"""The metrics of runs as arrays, and plots of one run and of several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from torchladder import mask
-from torchladder.plots.style import (
-    COLORS,
-    FAINT,
-    INK,
-    draw_window,
-    plain_numbers,
-    saved_figure,
-    window_axis,
-)
+from torchladder.plots.style import COLORS, draw_windows, plain_numbers, saved_figure, window_axis
 from torchladder.registry import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +36,8 @@ class RunCurves:
         validation = [record for record in validation if record["window"] == full]
         self.name = name
         self.step, self.loss, self.window = (_column(train, key) for key in ("step", "loss", "window"))
+        others = [key for key in train[-1] if key.startswith("window_")]
+        self.layer_windows = {key.removeprefix("window_"): _column(train, key) for key in others}
         self.tokens, self.seconds, self.flops = (_column(train, key) for key in ("tokens", "seconds", "flops"))
         self.validation_step, self.validation_loss = (_column(validation, key) for key in ("step", "validation_loss"))
 
@@ -55,7 +47,8 @@ class RunCurves:
 
 
 def _column(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    return np.array([np.nan if record[key] is None else record[key] for record in records], dtype=float)
+    values = (record.get(key) for record in records)
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
 def smooth(values: np.ndarray, fraction: float = 0.02) -> np.ndarray:
@@ -88,7 +81,7 @@ def plot_run(path: Path, run: RunCurves) -> None:
         top.set_ylabel("loss (nats per token)")
         top.legend(loc="upper right")
         _zoom(top, [run])
-        draw_window(bottom, run.step, run.window, COLORS[0])
+        draw_windows(bottom, run.step, {"full_attention": run.window, **run.layer_windows})
         bottom.set(xlabel="step", xlim=(0, run.step[-1] * 1.01))
         plain_numbers(bottom.xaxis)
 
@@ -111,44 +104,17 @@ def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
                 top.plot(x, smooth(run.loss), color=color, linewidth=1, alpha=0.4)
                 top.plot(val, run.validation_loss, "o-", color=color, markersize=4, linewidth=1.4, label=run.title)
                 bottom.plot(x, run.window, color=color, drawstyle="steps-post")
+                for window in run.layer_windows.values():
+                    bottom.plot(x, window, color=color, drawstyle="steps-post", linestyle=(0, (4, 2)), linewidth=1)
             bottom.set(xlabel=label, xlim=(0, None))
         _zoom(tops[0], runs)
-        window_axis(bottoms[0], max(run.window.max() for run in runs))
+        every = (window for run in runs for window in (run.window, *run.layer_windows.values()))
+        window_axis(bottoms[0], max(np.nanmax(window) for window in every))
         tops[0].set_ylabel("loss (nats per token)")
         handles, labels = tops[0].get_legend_handles_labels()
         legend = figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 4))
         legend.set_title("last validation loss at full context (faint lines: training loss)")
         legend.set_alignment("left")
-
-
-def plot_curriculum(path: Path, steps: int, windows: Callable[[int], int], seq_len: int, masks: Sequence[str]) -> None:
-    """Plots a curriculum before the run: the window above, the cost and the saving of attention below.
-
-    Args:
-        path: file to write.
-        steps: optimizer steps of the run.
-        windows: the curriculum, ``(step) -> window``.
-        seq_len: tokens in a row.
-        masks: names of the masks. Each row counts as one document, so document masks save more than is shown.
-    """
-    row = torch.arange(seq_len, dtype=torch.int32)[None]  # (1, T): positions of one document
-    step = np.unique(np.linspace(0, steps - 1, 2000).astype(int))
-    window = np.array([windows(int(one)) for one in step])
-    pairs = {one: mask.pairs(mask.from_names(masks, row, int(one))) for one in np.unique(window)}
-    cost = np.array([100 * pairs[one] / mask.pairs(mask.causal(row, seq_len)) for one in window])
-    with saved_figure(path, 8, 4.8) as figure:
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
-        draw_window(top, step, window, COLORS[0])
-        window_axis(top, seq_len)
-        top.axhline(seq_len, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        top.annotate(f"full row, {seq_len:,}", (steps, seq_len), (0, 3), textcoords="offset points", ha="right")
-        bottom.fill_between(step, cost, 100, color=COLORS[2], alpha=0.25, linewidth=0, step="post")
-        bottom.fill_between(step, 0, cost, color=FAINT, alpha=0.25, linewidth=0, step="post")
-        bottom.plot(step, cost, color=INK, linewidth=1.2, drawstyle="steps-post")
-        saved = f"{100 - cost.mean():.0f}% of attention saved"
-        bottom.text(0.01, 0.9, saved, transform=bottom.transAxes, va="top", color="#00664b")
-        bottom.set(ylim=(0, 104), xlim=(0, steps), xlabel="step", ylabel="attention FLOPs\n(% of full causal)")
-        plain_numbers(bottom.xaxis)
 
 
 UNITS: dict[str, list[tuple[float, str]]] = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,11 +67,14 @@ def saved_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
             figure.savefig(path)
 
 
-def draw_window(axes: Axes, step: np.ndarray, window: np.ndarray, color: str) -> None:
-    """Plots the window of each step."""
-    axes.plot(step, window, color=color, linewidth=1.6, drawstyle="steps-post")
-    axes.fill_between(step, 0, window, color=color, alpha=0.12, linewidth=0, step="post")
-    window_axis(axes, window.max())
+def draw_windows(axes: Axes, step: np.ndarray, windows: Mapping[str, np.ndarray]) -> None:
+    """Plots the window of each step, by layer type; with a legend if there are several."""
+    for color, (layer_type, window) in zip(cycle(COLORS), windows.items()):
+        axes.plot(step, window, color=color, linewidth=1.6, drawstyle="steps-post", label=layer_type)
+        axes.fill_between(step, 0, window, color=color, alpha=0.12, linewidth=0, step="post")
+    window_axis(axes, max(np.nanmax(window) for window in windows.values()))
+    if len(windows) > 1:
+        axes.legend(loc="center right")
 
 
 def window_axis(axes: Axes, longest: float) -> None:

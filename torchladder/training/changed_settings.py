@@ -14,20 +14,34 @@ from torchladder import checkpoint, config, models
 from torchladder.checkpoint import RunState
 from torchladder.config import Config
 from torchladder.data.mixing.source_mix import in_order
+from torchladder.models.layer_types import LAYER_TYPES
 from torchladder.registry import ConfigError, require, unknown_name
-from torchladder.schedule import PHASE_SETTINGS, Difference, Schedule, differences
+from torchladder.schedule import FULL_ATTENTION, PHASE_SETTINGS, Difference, Schedule, differences
 from torchladder.training.run_plan import Plan
 
 APPLIED = ("optimizer.", "lr_scheduler.", "phases.lr_factor")
 """Settings that may change: they take effect at the next step, and the optimizer's state remains valid."""
 
-SECTIONS = {"window": "curriculum.", "lr_factor": "lr_scheduler."}
-"""What a schedule says of each step -> the section that it comes from."""
+SECTIONS = {
+    "window": ("curriculum.", "phases.window"),
+    "lr_factor": ("lr_scheduler.", "phases.lr_factor"),
+    **{
+        name: (f"attention.{name}.window", f"attention.{name}.curriculum", "phases.window")
+        for name in LAYER_TYPES
+        if name != FULL_ATTENTION
+    },
+}
+"""What a schedule says of each step -> how the names of the settings begin that it comes from."""
 
 SHARED = ("training.steps", "training.global_batch_size", "data.seq_len")
 """Settings that everything in a schedule may depend on."""
 
-TERMS = {"lr_factor": "learning-rate factor", "rope_theta": "RoPE base", "source_weights": "source weights"}
+TERMS = {
+    "lr_factor": "learning-rate factor",
+    "rope_theta": "RoPE base",
+    "source_weights": "source weights",
+    **{name: f"window of {name}" for name in LAYER_TYPES},
+}
 
 
 @dataclass(frozen=True)
@@ -127,14 +141,14 @@ def compare(
     for name in now:
         if before.get(name) == now[name]:
             continue
-        own = [one for one in found if name in SHARED or name.startswith((f"phases.{one.setting}", _section(one)))]
+        own = [one for one in found if name in SHARED or name.startswith(_settings_of(one))]
         effects = _describe(own, step)
         if name == "training.steps":
             effects += _phase_moves(planned, schedule)
         refused = not name.startswith(APPLIED)
         if name == "training.steps":
             refused = any(one.step <= step for one in own)
-        elif name.startswith(scheduled):
+        elif name.startswith(scheduled) or name.endswith((".window", ".curriculum")):
             refused = refused and bool(own)
         changes.append(ChangedSetting(name, before.get(name), now[name], "; ".join(effects), refused))
     return changes
@@ -145,6 +159,8 @@ def schedule_settings(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"training.steps": config.training.steps}
     for section in ("curriculum", "optimizer", "lr_scheduler"):
         found |= {f"{section}.{key}": value for key, value in vars(getattr(config, section)).items()}
+    for name, table in config.attention.tables.items():
+        found |= {f"attention.{name}.{key}": getattr(table, key) for key in ("window", "curriculum")}
     for key in PHASE_SETTINGS:
         starts = {phase.start: getattr(phase, key) for phase in config.phases}
         found[f"phases.{key}"] = {start: value for start, value in starts.items() if value is not None}
@@ -183,8 +199,8 @@ def _weight_shapes(config: Config) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def _section(difference: Difference) -> str:
-    return SECTIONS.get(difference.setting, "phases." + difference.setting)
+def _settings_of(difference: Difference) -> tuple[str, ...]:
+    return SECTIONS.get(difference.setting, (f"phases.{difference.setting}",))
 
 
 def _phase_moves(planned: Schedule, schedule: Schedule) -> list[str]:

@@ -140,7 +140,7 @@ class MemoryEstimator:
             replicate=micro_batches * 2 * self.reduce_bytes * parameters // n * (r - 1) // r + matrices * (r - 1) // r,
             tensor=micro_batches * collectives * tokens * self.dim * itemsize * (t - 1) // t
             + 2 * matrices * (t - 1) // t,
-            context=micro_batches * layers * 2 * kv_bytes * self._max_sent_keys(c) // (self.seq_len // c),
+            context=micro_batches * 2 * kv_bytes * self._max_sent_keys(c) // (self.seq_len // c),
         )
 
     def find_fitting(self, limit: int) -> list[tuple[CandidateLayout, RankMemory]]:
@@ -187,15 +187,16 @@ class MemoryEstimator:
                     yield CandidateLayout(degrees, local_batch_size, ac_mode)
 
     def _max_sent_keys(self, context: int) -> int:
-        """Returns the most keys per row that a rank sends to later ranks, under the widest window of the run."""
-        row = torch.arange(self.seq_len, dtype=torch.int32)[None]
-        start = mask.from_names(self.config.attention.masks, row, self.plan.window_range[1])
+        """Returns the most keys per row that a rank sends to later ranks in all layers, under their widest windows."""
         tokens = self.seq_len // context
-        first_keys = start[0, ::tokens].tolist()  # of each rank
-        return max(
-            sum(min(max((rank + 1) * tokens - first, 0), tokens) for first in first_keys[rank + 1 :])
-            for rank in range(context)
-        )
+        sent = [0] * context  # by rank
+        for one in self.plan.layer_types:
+            row = torch.arange(self.seq_len, dtype=torch.int32)[None]
+            first_keys = mask.from_names(one.masks, row, one.window_range[1])[0, ::tokens].tolist()  # of each rank
+            for rank in range(context):
+                keys = sum(min(max((rank + 1) * tokens - first, 0), tokens) for first in first_keys[rank + 1 :])
+                sent[rank] += one.layers * keys
+        return max(sent)
 
     def _activation_bytes(self, layout: CandidateLayout) -> int:
         saved, _ = self._measure_block(layout)

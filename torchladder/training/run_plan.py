@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,34 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class LayerTypePlan:
+    """The attention of the layers of one type over the whole run.
+
+    Attributes:
+        layers: their number.
+        first_window: tokens a query may attend to at the first step.
+        last_window: the same at the last step.
+        window_range: its smallest and its largest value over the run.
+        flops: forward and backward FLOPs of their attention.
+        flops_full_context: the same with every row at full causal context.
+    """
+
+    layer_type: str
+    layers: int
+    masks: list[str]
+    first_window: int
+    last_window: int
+    window_range: tuple[int, int]
+    flops: int
+    flops_full_context: int
+
+    @property
+    def saved(self) -> float:
+        """The fraction of the attention FLOPs that the windows save."""
+        return 1 - self.flops / self.flops_full_context
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run in numbers.
 
@@ -40,8 +68,8 @@ class Plan:
         flops: forward and backward FLOPs of the whole run under its windows.
         flops_full_context: the same with every row at full causal context.
         attention_flops_full_context: the attention FLOPs in ``flops_full_context``.
-        window_range: the shortest and the longest window of the run.
         full_context_step: the first step from which the window stays the whole row; None if the last window is shorter.
+        layer_types: the attention of each layer type, full_attention first.
         optimizer_groups: the optimizer's parameter groups; none for a plugin that does not report them.
     """
 
@@ -53,8 +81,8 @@ class Plan:
     flops: int
     flops_full_context: int
     attention_flops_full_context: int
-    window_range: tuple[int, int]
     full_context_step: int | None
+    layer_types: list[LayerTypePlan]
     batch: BatchSizes
     degrees: mesh.Degrees
     optimizer_groups: list[optim.ParameterGroup]
@@ -103,8 +131,11 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     config = data_setup.with_steps(config, batch)
     training, rows = config.training, batch.global_batch_size
     schedule = config.schedule(tokens_per_step=rows * training.seq_len)
-    windows = Counter(map(schedule.window, range(training.steps)))  # window -> its steps
-    _check_window_is_used(config, schedule, set(windows))
+    windows = {  # layer type -> window -> its steps
+        name: Counter(schedule.window(step, name) for step in range(training.steps)) for name in config.layer_masks
+    }
+    for layer_type in windows:
+        _check_window_is_used(config, schedule, layer_type, set(windows[layer_type]))
     if config.checkpoint.last_save_in_hf:
         hf_export.check_exportable(config, schedule(training.steps - 1))
     for window in config.validation.windows:
@@ -138,22 +169,19 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
             "whole matrices on the GPU. Set it to false, or use AdamW."
         )
 
-    row = torch.arange(training.seq_len, dtype=torch.int32)[None]
-    attended = sum(
-        mask.pairs(mask.from_names(config.attention.masks, row, window)) * steps for window, steps in windows.items()
-    )
-    linear_flops = model.flops(rows * training.seq_len, 0)
-    attention_flops = model.flops(0, rows * mask.pairs(mask.causal(row, training.seq_len)))
+    layer_types = [_plan_layer_type(config, schedule, model, rows, name, windows[name]) for name in windows]
+    attention_flops_full_context = sum(one.flops_full_context for one in layer_types)
+    linear_flops = training.steps * model.flops(rows * training.seq_len, 0)
     return Plan(
         config=config,
         schedule=schedule,
         steps=training.steps,
         tokens_per_step=rows * training.seq_len,
         num_parameters=model.num_parameters(),
-        flops=training.steps * linear_flops + model.flops(0, rows * attended),
-        flops_full_context=training.steps * (linear_flops + attention_flops),
-        attention_flops_full_context=training.steps * attention_flops,
-        window_range=(min(windows), max(windows)),
+        flops=linear_flops + sum(one.flops for one in layer_types),
+        flops_full_context=linear_flops + attention_flops_full_context,
+        attention_flops_full_context=attention_flops_full_context,
+        layer_types=layer_types,
         full_context_step=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
         batch=batch,
         degrees=degrees,
@@ -161,14 +189,37 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     )
 
 
+def _plan_layer_type(
+    config: Config, schedule: Schedule, model: models.Model, rows: int, layer_type: str, windows: Counter[int]
+) -> LayerTypePlan:
+    """Plans the layers of one type; ``windows`` maps each of their windows to its number of steps."""
+    steps, seq_len, masks = config.training.steps, config.training.seq_len, config.layer_masks[layer_type]
+    layers = Counter(model.layer_types)[layer_type]
+    row = torch.arange(seq_len, dtype=torch.int32)[None]
+    attended = sum(mask.pairs(mask.from_names(masks, row, window)) * count for window, count in windows.items())
+    return LayerTypePlan(
+        layer_type=layer_type,
+        layers=layers,
+        masks=masks,
+        first_window=schedule.window(0, layer_type),
+        last_window=schedule.window(steps - 1, layer_type),
+        window_range=(min(windows), max(windows)),
+        flops=model.flops(0, layers * rows * attended),
+        flops_full_context=steps * model.flops(0, layers * rows * mask.pairs(mask.causal(row, seq_len))),
+    )
+
+
 def summary_lines(plan: Plan) -> list[str]:
     """Returns the plan as a few lines of text, for the start of a run."""
     config, batch, seq_len = plan.config, plan.batch, plan.config.training.seq_len
-    first, last = plan.schedule.window(0), plan.schedule.window(plan.steps - 1)
-    (shortest, longest), ends = plan.window_range, (first, last)
+    full = plan.layer_types[0]
+    first, last = full.first_window, full.last_window
+    (shortest, longest), ends = full.window_range, (first, last)
     ladder = f"{config.curriculum.name}, window {first:,} at step 0"
     if shortest < min(ends) or longest > max(ends):
         ladder += f", then {shortest:,} to {longest:,}"
+    mixed = len(plan.layer_types) > 1
+    masks = "all layers" if mixed else " + ".join(config.attention.masks)
     if plan.full_context_step is not None and plan.full_context_step > 0:
         ladder += f", the full {seq_len:,} from step {plan.full_context_step:,}"
     elif last != seq_len:
@@ -181,26 +232,37 @@ def summary_lines(plan: Plan) -> list[str]:
         f"({ranks} x {batch.local_batch_size} rows x {batch.accumulation_steps} accumulated)",
         f"run         {plan.steps:,} steps, {plan.num_tokens:,} tokens, {plan.flops:.3e} FLOPs",
         f"curriculum  {ladder}",
-        f"masks       {' + '.join(config.attention.masks)}: {plan.attention_saved:.1%} of attention saved, "
-        f"{plan.saved:.1%} of all FLOPs",
+        *(_layer_type_line(one) for one in plan.layer_types if mixed),
+        f"masks       {masks}: {plan.attention_saved:.1%} of attention saved, {plan.saved:.1%} of all FLOPs",
         *(f"optimizer   {group}" for group in plan.optimizer_groups),
     ]
 
 
-def log_plan(plan: Plan, kernel: AttentionKernel, loaders: list[BaseDataLoader], step: int) -> None:
+def _layer_type_line(plan: LayerTypePlan) -> str:
+    shortest, longest = plan.window_range
+    window = f"{shortest:,}" + (f" to {longest:,}" if longest != shortest else "")
+    return (
+        f"layers      {plan.layers} {plan.layer_type}: {' + '.join(plan.masks)}, window {window}, "
+        f"{plan.flops:.3e} attention FLOPs, {plan.saved:.1%} saved"
+    )
+
+
+def log_plan(plan: Plan, kernels: Mapping[str, AttentionKernel], loaders: list[BaseDataLoader], step: int) -> None:
     """Writes the resolved settings to config.toml and logs what the run will do after its first ``step`` steps."""
     config, text = plan.config, plan.config.to_toml()
     folder = Path(config.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(text)
     lines = [config.job.description] if config.job.description else []
-    lines += [*summary_lines(plan), f"kernel      {kernel.name}: {kernel.reason}"]
+    lines += summary_lines(plan)
+    for layer_type, kernel in kernels.items():
+        lines.append(f"kernel      {f'{layer_type}: ' if len(kernels) > 1 else ''}{kernel.name}: {kernel.reason}")
     lines += [f"data        {line}" for loader in loaders for line in loader.describe()]
     lines += [f"resume      after step {step:,}"] if step else []
     lines += [f"settings:\n{text}"] if config.job.print_config else []
     for line in lines:
         logger.info("%s", line)
-    if "document" in config.attention.masks and isinstance(loaders[0], TracksSources):
+    if any("document" in masks for masks in config.layer_masks.values()) and isinstance(loaders[0], TracksSources):
         for source, share in loaders[0].boundary_shares().items():
             logger.info("documents   begin inside %.0f%% of the rows of %s", 100 * share, source)
             if not share:
@@ -211,13 +273,14 @@ def log_plan(plan: Plan, kernel: AttentionKernel, loaders: list[BaseDataLoader],
                 )
 
 
-def run_info(plan: Plan, ranks: Ranks, flops: Callable[[int, int], int]) -> RunInfo:
-    """Returns what the metrics report about a run; ``flops`` is the model's ``(tokens, pairs) -> FLOPs``."""
+def run_info(plan: Plan, ranks: Ranks, model: models.Model) -> RunInfo:
+    """Returns what the metrics report about a run."""
     return RunInfo(
         folder=Path(plan.config.job.dump_folder),
         steps=plan.steps,
         seq_len=plan.config.training.seq_len,
-        flops=flops,
+        flops=model.flops,
+        layers=len(model.layer_types),
         device=ranks.device,
         rank=ranks.rank,
         ranks=ranks.world_size,
@@ -247,17 +310,18 @@ def fingerprints(plan: Plan, loader: BaseDataLoader) -> dict[str, str]:
         "attention": {"masks": config.attention.masks},
         "training": {"global_batch_size": plan.batch.global_batch_size, "max_norm": config.training.max_norm},
     }
+    for layer_type, table in config.attention.tables.items():
+        settings[f"attention.{layer_type}"] = {"masks": table.masks}
     named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
     return named | {f"data.{name}": value for name, value in loader.fingerprints().items()}
 
 
-def _check_window_is_used(config: Config, schedule: Schedule, windows: set[int]) -> None:
-    """Refuses a window that changes and that no mask reads: it would be silently ignored."""
-    names, seq_len = config.attention.masks, config.training.seq_len
+def _check_window_is_used(config: Config, schedule: Schedule, layer_type: str, windows: set[int]) -> None:
+    """Refuses a window that changes and that no mask of the layer type reads: it would be silently ignored."""
+    names, seq_len = config.layer_masks[layer_type], config.training.seq_len
     row = torch.arange(seq_len, dtype=torch.int32)[None]
     reads = seq_len == 1 or not torch.equal(mask.from_names(names, row, 1), mask.from_names(names, row, seq_len))
     if not reads and windows != {seq_len}:
         subject = "phases set" if schedule.overrides("window") else f"curriculum {config.curriculum.name!r} sets"
-        raise ConfigError(
-            f"{subject} a window, but none of attention.masks = {names} reads it. Add 'chunk' or 'sliding'."
-        )
+        key = "attention" if names is config.attention.masks else f"attention.{layer_type}"
+        raise ConfigError(f"{subject} a window, but none of {key}.masks = {names} reads it. Add 'chunk' or 'sliding'.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import platform
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torchladder.inference import hf_export
 from torchladder.metrics import METRICS_FILE, MetricsProcessor, read_jsonl
 from torchladder.models import attention
 from torchladder.models.hf import hf_weights
+from torchladder.models.layer_types import collapse
 from torchladder.resilience.bad_steps import BadStepDetector, Rollback, StepOutcome, backward_seed
 from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training import data_setup
@@ -60,13 +62,17 @@ class Trainer:
         self.context_shard = context_parallel.ContextShard(self.mesh, config.training.seq_len)
         self.parallel_config = parallelize_config(config)
         parallelize.check_parallelize_config(self.mesh, self.parallel_config, ranks.device)
-        self.kernel = attention.build_kernel(
-            config.attention.kernel,
-            config.attention.masks,
-            ranks.device,
-            tokens_per_rank=self.context_shard.tokens_per_rank if self.mesh.cp_group else None,
-            dtype=self.parallel_config.precision.compute,
-        )
+        self.masks = config.layer_masks
+        self.kernels = {
+            layer_type: attention.build_kernel(
+                section.kernel or config.attention.kernel,
+                section.masks,
+                ranks.device,
+                tokens_per_rank=self.context_shard.tokens_per_rank if self.mesh.cp_group else None,
+                dtype=self.parallel_config.precision.compute,
+            )
+            for layer_type, section in config.layer_attention.items()
+        }
         tokenizer = data_setup.build_checked_tokenizer(config)
 
         def build_loader(split: str) -> BaseDataLoader:
@@ -78,6 +84,7 @@ class Trainer:
         self.samples = Samples(config, tokenizer, self._logits, plan.degrees.tp)
 
         self.model = self._build_model()
+        self.num_layers = Counter(self.model.layer_types)
         self.optimizer = optim.build(config.optimizer, self.model)
         if after_step := float8.post_optimizer_hook(self.model, config.float8):
             self.optimizer.register_step_post_hook(after_step)
@@ -100,22 +107,22 @@ class Trainer:
         self._set_rope_theta(self.plan.schedule.override("rope_theta", self.step))
         if ranks.is_rank0:
             loaders = [self.loader, self.validation.loader] if self.validation else [self.loader]
-            log_plan(plan, self.kernel, loaders, self.step)
+            log_plan(plan, self.kernels, loaders, self.step)
             self.samples.rewind(self.step - self.post_step_pending)
-        self.metrics = MetricsProcessor(config.metrics, run_info(plan, ranks, self.model.flops), self.step)
+        self.metrics = MetricsProcessor(config.metrics, run_info(plan, ranks, self.model), self.step)
 
     def _build_model(self) -> models.Model:
         """Builds the model on meta, parallelizes it, then allocates and initializes its weights."""
         config, training = self.config, self.config.training
         with torch.device("meta"):
-            attention_fn = self.context_shard.wrap_attention(self.kernel.attention)
+            wrap = self.context_shard.wrap_attention
+            attention_fn = collapse({name: wrap(kernel.attention) for name, kernel in self.kernels.items()})
             model = models.registry.build(config.model, attention_fn=attention_fn, seq_len=training.seq_len)
         model.to(getattr(torch, training.dtype))
         if self.mesh.cp_group:
             model.set_position_offset(self.context_shard.offset)
-        parallelize.parallelize_model(
-            model, model.parallel_plan(), self.mesh, self.parallel_config, self.kernel.saved_ops
-        )
+        saved_ops = frozenset[str]().union(*(kernel.saved_ops for kernel in self.kernels.values()))
+        parallelize.parallelize_model(model, model.parallel_plan(), self.mesh, self.parallel_config, saved_ops)
         parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
         model.init_weights(config.debug.seed)
         return model
@@ -172,9 +179,11 @@ class Trainer:
         now = self.plan.schedule(self.step)
         self._set_rope_theta(now.rope_theta)
         batches = self.fault_tolerance.read(self.loader, self.plan.batch.accumulation_steps)
-        starts = [mask.from_names(self.config.attention.masks, batch.positions, now.window) for batch in batches]
+        starts = [mask.from_types(self.masks, batch.positions, now.window_of) for batch in batches]
         num_labels, pairs = self.fault_tolerance.sync_ranks(
-            sum(batch.num_labels for batch in batches), sum(map(mask.pairs, starts)), self.plan.degrees.model_parallel
+            sum(batch.num_labels for batch in batches),
+            sum(mask.layer_pairs(start, self.num_layers) for start in starts),
+            self.plan.degrees.model_parallel,
         )
 
         self.label_check(self.step + 1, self.row, num_labels)
@@ -206,9 +215,16 @@ class Trainer:
             totals = {name: torch.stack([loss[name] for loss in losses]).sum().item() for name in losses[0]}
             means = {name: self.ranks.sum(total, self.plan.degrees.tp) for name, total in totals.items()}
             self.bad_steps.flush()
-            self.metrics.log(self.step, **means, grad_norm=grad_norm.item(), lr=lr, window=now.window)
+            self.metrics.log(
+                self.step,
+                **means,
+                grad_norm=grad_norm.item(),
+                lr=lr,
+                window=now.window,
+                layer_windows=now.layer_windows,
+            )
 
-    def forward_backward(self, batch: Batch, start: Tensor, num_labels: int) -> dict[str, Tensor]:
+    def forward_backward(self, batch: Batch, start: dict[str, Tensor], num_labels: int) -> dict[str, Tensor]:
         """Accumulates the gradients of a micro-batch; returns its share of the step's mean losses per label: the cross
         entropy as ``loss`` and, if it is enabled, ``z_loss``.
         """
@@ -244,18 +260,30 @@ class Trainer:
 
     # --- forward passes -----------------------------------------------------------------------------------------------
 
-    def _summed_loss(self, batch: Batch, start: Tensor, **options: float) -> Any:
-        """Returns the loss summed over the labels of this rank's tokens; ``options`` are those of the model."""
-        attn_mask = self.context_shard.prepare_mask(self.kernel.prepare, start, self.ranks.device)
+    def _summed_loss(self, batch: Batch, start: dict[str, Tensor], **options: float) -> Any:
+        """Returns the loss summed over the labels of this rank's tokens, under ``start`` of each layer type.
+
+        ``options`` are those of the model's forward.
+        """
+        attn_mask = self._prepare_mask(start)
         with self._precision():
             return self.model(self.context_shard(batch.tokens), attn_mask, self.context_shard(batch.labels), **options)
 
+    def _prepare_mask(self, start: dict[str, Tensor]) -> Any:
+        """Returns the attention mask of the model, prepared once per layer type."""
+        prepare, device = self.context_shard.prepare_mask, self.ranks.device
+        return collapse({name: prepare(kernel.prepare, start[name], device) for name, kernel in self.kernels.items()})
+
     def _logits(self, tokens: Tensor) -> Tensor:
-        """Returns the logits (1, T, V) of one row under plain causal attention."""
+        """Returns the logits (1, T, V) of one row under plain causal attention, other layer types under their masks."""
         self.fault_tolerance.stop_if_requested()
-        start = torch.zeros(tokens.shape, dtype=torch.int32)
+        positions = torch.arange(tokens.shape[1], dtype=torch.int32)[None]
+        final = self.plan.schedule(self.plan.steps - 1)
+        start = mask.from_types(self.masks, positions, final.window_of)
+        start[next(iter(start))] = torch.zeros(tokens.shape, dtype=torch.int32)
+        attn_mask = self._prepare_mask(start)
         with self._precision():
-            return self.model(tokens.to(self.ranks.device), self.kernel.prepare(start, self.ranks.device))
+            return self.model(tokens.to(self.ranks.device), attn_mask)
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Computes in the run's dtype; FSDP2 casts by itself."""
@@ -283,13 +311,15 @@ class Trainer:
 
     def state(self) -> RunState:
         """Returns the state that a checkpoint holds in addition to model and optimizer."""
-        last = self.plan.schedule(max(self.step - 1, 0))
+        last, final = self.plan.schedule(max(self.step - 1, 0)), self.plan.schedule(self.plan.steps - 1)
         return RunState(
             step=self.step,
             row=self.row,
             fingerprints=fingerprints(self.plan, self.loader),
             window=last.window,
-            final_window=self.plan.schedule.window(self.plan.steps - 1),
+            final_window=final.window,
+            layer_windows=dict(last.layer_windows),
+            final_layer_windows=dict(final.layer_windows),
             rope_theta=last.rope_theta,
             post_step_pending=self.post_step_pending,
             validated_step=self.validated_step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from torchladder.training.run_plan import Plan
 class Validation:
     """Mean losses over the same held-out rows each time, at full context and at ``validation.windows``.
 
-    Document masks apply as in training; the curriculum's window does not.
+    Document masks apply as in training; the curriculum's window does not. Layer types other than full_attention have
+    their windows of the last step, as in inference.
     """
 
     def __init__(self, plan: Plan, ranks: Ranks, loader: BaseDataLoader) -> None:
@@ -25,27 +27,29 @@ class Validation:
 
     @torch.no_grad()
     def losses(
-        self, summed_loss: Callable[[Batch, Tensor], Tensor], stop_if_requested: Callable[[], None]
+        self, summed_loss: Callable[[Batch, dict[str, Tensor]], Tensor], stop_if_requested: Callable[[], None]
     ) -> dict[int, float]:
         """Returns window -> mean loss per label over all ranks.
 
         Args:
-            summed_loss: ``(batch, start) -> loss``, summed over the labels of this rank's tokens.
+            summed_loss: ``(batch, start of each layer type) -> loss``, summed over the labels of this rank's tokens.
             stop_if_requested: called before each batch; may raise to interrupt the validation.
 
         Raises:
             ConfigError: no row has a label.
         """
         config, ranks, degrees = self.plan.config, self.ranks, self.plan.degrees
+        masks, final = config.layer_masks, self.plan.schedule(self.plan.steps - 1)
         losses = {}
         for window in sorted({*config.validation.windows, config.training.seq_len}):
             self.loader.seek(0)
+            now = replace(final, window=window)
             loss, num_labels = torch.zeros((), device=ranks.device), 0
             for number, batch in enumerate(self.loader):
                 if number == config.validation.steps:
                     break
                 stop_if_requested()
-                start = mask.from_names(config.attention.masks, batch.positions, window)
+                start = mask.from_types(masks, batch.positions, now.window_of)
                 num_labels += batch.num_labels
                 loss += summed_loss(batch.to(ranks.device), start)
             total, all_labels = ranks.sum(loss.item(), degrees.tp), ranks.sum(num_labels, degrees.model_parallel)

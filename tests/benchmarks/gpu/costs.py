@@ -11,6 +11,7 @@ from typing import Any
 from tests.benchmarks.gpu.stepping import CUDA, DEVICE, Shape, clock, seconds_per_step, trainer, wait
 from tests.benchmarks.timing import seconds, table
 from torchladder import mask
+from torchladder.schedule import FULL_ATTENTION
 
 SHAPE = Shape("1b", 8192, 4) if CUDA else Shape("debug", 512, 2)
 SAVED = Shape("120m", 8192, 8) if CUDA else SHAPE  # 1.6 GB: the disk is not what is measured
@@ -36,7 +37,7 @@ def masks() -> dict[str, float]:
 
         def build() -> None:
             start = mask.from_names(MASKS, positions, SHAPE.seq_len // 2)
-            run.kernel.prepare(start, DEVICE)
+            run.kernels[FULL_ATTENTION].prepare(start, DEVICE)
             mask.pairs(start)
 
         building = seconds({"mask": build})["mask"]

@@ -117,8 +117,9 @@ def flops_per_step(trainer: Trainer, window: int) -> tuple[int, int]:
     """Returns the FLOPs of a step: of the attended pairs, and by the PaLM convention (full attention)."""
     batch = next(trainer.loader)
     start = mask.from_names(trainer.config.attention.masks, batch.positions, window)
-    tokens = batch.tokens.numel()
-    return trainer.model.flops(tokens, mask.pairs(start)), trainer.model.flops(tokens, tokens * batch.tokens.shape[1])
+    tokens, layers = batch.tokens.numel(), len(trainer.model.layers)
+    palm = layers * tokens * batch.tokens.shape[1]
+    return trainer.model.flops(tokens, layers * mask.pairs(start)), trainer.model.flops(tokens, palm)
 
 
 def wait() -> None:

@@ -23,6 +23,7 @@ from torchladder.inference.evaluation.position_losses import PositionLosses, pos
 from torchladder.inference.evaluation.result_table import ResultRow, ResultTable, RowKey, row_key
 from torchladder.inference.trained_model import LoadedModel, TrainedModel
 from torchladder.models import attention
+from torchladder.models.layer_types import collapse
 from torchladder.registry import require
 
 FINGERPRINT_VERSION = 1
@@ -131,8 +132,12 @@ def compute_losses(
         ConfigError: the file has a token outside of the model's vocabulary.
     """
     config, corpus = job.trained.config, job.documents.corpus
-    kernel = attention.build_kernel("sdpa", config.attention.masks, loaded.device, training=False)
-    start, vocab_size = loaded.start.cpu(), models.resolve(config.model).vocab_size
+    kernels = {
+        name: attention.build_kernel("sdpa", masks, loaded.device, training=False)
+        for name, masks in config.layer_masks.items()
+    }
+    starts = {name: start.cpu() for name, start in loaded.starts.items()}
+    vocab_size = models.resolve(config.model).vocab_size
     sums = PositionLosses(job.slices.context)
     for batch in job.slices.batches(corpus.lengths, batch_tokens):
         lengths = batch.ends - batch.begins
@@ -147,7 +152,12 @@ def compute_losses(
         )
         tokens, labels = split_labels(torch.from_numpy(content))
         labels[torch.from_numpy(positions[:-1] < batch.overlaps[:, None])] = data.IGNORE_INDEX
-        attn_mask = kernel.prepare(start[:longest].expand(rows, longest), loaded.device)
+        attn_mask = collapse(
+            {
+                name: kernel.prepare(starts[name][:longest].expand(rows, longest), loaded.device)
+                for name, kernel in kernels.items()
+            }
+        )
         losses = loaded.model.per_token_loss(tokens.to(loaded.device), attn_mask, labels.to(loaded.device))
         sums.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORE_INDEX).sum(0).numpy())
         on_batch(int(lengths.sum()))

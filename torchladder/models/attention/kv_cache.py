@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -21,22 +21,26 @@ class DecodeMask:
     """The attention mask of the next tokens of each row.
 
     Attributes:
-        positions: (B, t) int64, the position of each token in its row.
-        visible: (B, 1, t, S) bool, which of the first S positions of its row each token sees.
+        slots: (B, t) int64, where the cache keeps each token.
+        visible: (B, 1, t, S) bool, which of the first S slots of its row each token sees.
+        written: (B, t) bool, the tokens that are not padding; None if none is.
         layers: yields the index of the layer that calls attention next.
     """
 
-    positions: Tensor
+    slots: Tensor
     visible: Tensor
+    written: Tensor | None = None
     layers: Iterator[int] = field(default_factory=count)
 
 
 class KVCache:
-    """The keys and values of each layer, for the rows of one batch.
+    """The keys and values of the layers of one type, for the rows of one batch.
 
-    Pass ``attention`` to a model as its ``attention_fn``.
+    Pass ``attention`` to a model as its ``attention_fn``, or as that of the layer type.
 
-    Layers are identified by the order in which they call ``attention``, the same in every forward pass.
+    The cache keeps the tokens that the mask lets later tokens see, and forgets the rest: position p is in slot
+    p modulo ``capacity``. Layers are identified by the order in which they call ``attention``, the same in every
+    forward pass.
     """
 
     def __init__(self) -> None:
@@ -61,25 +65,51 @@ class KVCache:
             self._layers.append((k.new_zeros(empty), v.new_zeros(empty)))
         keys, values = (_grow(cached, length) for cached in self._layers[layer])
         self._layers[layer] = keys, values
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        keys[rows, :, attn_mask.positions] = k.transpose(1, 2)
-        values[rows, :, attn_mask.positions] = v.transpose(1, 2)
+        _write(keys, k, attn_mask)
+        _write(values, v, attn_mask)
         k, v = keys[:, :, :length], values[:, :, :length]
         return dense_attention(q, k, v, attn_mask.visible, sinks)
 
 
-def decode_mask(start: Tensor, first: Tensor, tokens: int) -> DecodeMask:
-    """Returns the mask of the next ``tokens`` tokens of each row.
+def capacity(start: Tensor) -> int:
+    """Returns the tokens of a row that the cache keeps under a mask ``start`` (T): what a token sees, and a chunk."""
+    reach = int((torch.arange(len(start), device=start.device) - start).max())  # tokens before itself
+    return min(-(-reach // PREFILL_CHUNK) * PREFILL_CHUNK + PREFILL_CHUNK, len(start))
+
+
+def decode_mask(start: Tensor, first: Sequence[int], lengths: Sequence[int], slots: int) -> DecodeMask:
+    """Returns the mask of the next tokens of each row.
 
     Args:
         start: (T) int32, the mask of the longest row, the first key of each query.
-        first: (B) int64, the position of the first new token of each row.
-        tokens: new tokens per row. Pad rows that have fewer with any token: no token sees later ones.
+        first: the position of the first new token of each row.
+        lengths: new tokens of each row; shorter ones are padded with any token.
+        slots: tokens of a row that the cache keeps, ``capacity(start)``.
     """
-    positions = first[:, None] + torch.arange(tokens, device=first.device)  # (B, t)
-    keys = torch.arange(int(positions.max()) + 1, device=first.device)
-    visible = (start[positions][..., None] <= keys) & (keys <= positions[..., None])  # (B, t, S)
-    return DecodeMask(positions, visible[:, None])
+    device, most = start.device, max(lengths)
+    ends = [begin + length for begin, length in zip(first, lengths, strict=True)]
+    new = torch.arange(most, device=device)
+    positions = torch.tensor(first, device=device)[:, None] + new  # (B, t)
+    last = torch.tensor(ends, device=device)[:, None] - 1
+    slot = torch.arange(min(max(ends), slots), device=device)
+    keys = last - (last - slot) % slots  # (B, S), the position in each slot; below 0: none yet
+    seen_from = start[positions.clamp_max(len(start) - 1)].clamp_min(0)
+    visible = (seen_from[..., None] <= keys[:, None]) & (keys[:, None] <= positions[..., None])  # (B, t, S)
+    written = None
+    if min(lengths) < most:
+        written = new < torch.tensor(lengths, device=device)[:, None]
+        visible |= ~written[..., None]  # padding sees anything: a softmax over nothing is NaN
+    return DecodeMask(positions % slots, visible[:, None], written)
+
+
+def _write(cached: Tensor, new: Tensor, attn_mask: DecodeMask) -> None:
+    """Writes the new tokens (B, G, t, K) to their slots; padding would overwrite tokens that are still seen."""
+    new = new.transpose(1, 2)
+    if attn_mask.written is None:
+        cached[torch.arange(len(new), device=new.device)[:, None], :, attn_mask.slots] = new
+    else:
+        row, token = attn_mask.written.nonzero(as_tuple=True)
+        cached[row, :, attn_mask.slots[row, token]] = new[row, token]
 
 
 def _grow(cached: Tensor, length: int) -> Tensor:

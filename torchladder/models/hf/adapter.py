@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from torchladder.models.hf import hf_layer_types
 from torchladder.models.hf.config_fields import ROPE_TYPES, SHARED_TYPES, check_types
+from torchladder.models.layer_types import types_of_config
 from torchladder.registry import ConfigError, unknown_name
 
 
@@ -20,7 +22,8 @@ class HFMetadata:
 
     Attributes:
         seq_len: tokens in the longest row (``max_position_embeddings``).
-        window: tokens a query may see, including itself (``sliding_window``); None for full attention.
+        window: tokens a query may see, including itself (``sliding_window``), in all layers or, if the model has
+            several layer types, in the sliding ones; None for full attention.
         rope_theta: RoPE base; None for that of the model's config.
         token_ids: special tokens by key, such as ``eos_token_id``.
     """
@@ -43,7 +46,8 @@ class HFAdapter:
         type_defaults: ``model_type`` -> defaults that only this type has.
         fixed_values: key of config.json -> the one value that is supported; the key may be missing or null.
         rope_scalings: ``rope_type`` -> field of the model's config -> key in the table of RoPE parameters.
-        sliding_window_type: the ``model_type`` that has a sliding window; empty if none has.
+        sliding_window_type: the ``model_type`` that has a sliding window in all layers; empty if none has.
+        layer_types_type: the ``model_type`` whose layers may have a sliding window each; empty if none has.
         vocab_tensors: parameters with one row per token.
     """
 
@@ -54,6 +58,7 @@ class HFAdapter:
     fixed_values: Mapping[str, Any]
     rope_scalings: Mapping[str, Mapping[str, str]]
     sliding_window_type: str = ""
+    layer_types_type: str = ""
     vocab_tensors: tuple[str, ...] = ("embedding.weight", "head.weight")
     type_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -67,11 +72,12 @@ class HFAdapter:
         return self.tensor_names[pattern].replace("*", layer[1] if layer else "*")
 
     def sliding_window(self, hf_config: Mapping[str, Any]) -> int | None:
-        """Returns the window of a config.json in tokens, None for full attention."""
-        if hf_config["model_type"] != self.sliding_window_type:
-            return None
-        window: int | None = hf_config.get("sliding_window", self._defaults(hf_config).get("sliding_window"))
-        return window
+        """Returns the window of a config.json's sliding layers in tokens, None if it has none."""
+        entries = {**self._defaults(hf_config), **hf_config}
+        if hf_config["model_type"] == self.layer_types_type:
+            return hf_layer_types.read_layer_types(entries)[1]
+        window: int | None = entries.get("sliding_window")
+        return window if hf_config["model_type"] == self.sliding_window_type else None
 
     def from_hf(self, hf_config: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the fields of the model's config from the entries of a config.json.
@@ -91,9 +97,13 @@ class HFAdapter:
                 raise ConfigError(
                     f"{key} = {json.dumps(found)}: must be {json.dumps(value)}, others are not supported."
                 )
-        layer_type = "full_attention" if self.sliding_window(hf_config) is None else "sliding_attention"
-        if others := {*(hf_config.get("layer_types") or ())} - {layer_type}:
-            raise ConfigError(f"layer_types has {min(others)!r}; all layers must be {layer_type!r}.")
+        layer_types = None
+        if hf_config["model_type"] == self.layer_types_type:
+            layer_types = hf_layer_types.read_layer_types({**defaults, **hf_config})[0]
+        else:
+            layer_type = "full_attention" if self.sliding_window(hf_config) is None else "sliding_attention"
+            if others := {*(hf_config.get("layer_types") or ())} - {layer_type}:
+                raise ConfigError(f"layer_types has {min(others)!r}; all layers must be {layer_type!r}.")
         fields = {name: hf_config.get(key, defaults.get(key)) for name, key in keys.items()}
         missing = [key for name, key in keys.items() if fields[name] is None and name not in ("head_dim", "n_kv_heads")]
         if missing:
@@ -102,7 +112,8 @@ class HFAdapter:
             fields["n_kv_heads"] = fields["n_heads"]
         if fields["head_dim"] is None:
             fields["head_dim"] = defaults.get("head_dim", fields["dim"] // max(fields["n_heads"], 1))
-        return {**fields, **self._rope_from_hf(hf_config, types), "initialization": "normal"}
+        mixed = {"layer_types": layer_types} if layer_types else {}
+        return {**fields, **mixed, **self._rope_from_hf(hf_config, types), "initialization": "normal"}
 
     def _defaults(self, hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**self.defaults, **self.type_defaults.get(hf_config["model_type"], {})}
@@ -115,10 +126,15 @@ class HFAdapter:
         if metadata.rope_theta is not None:
             config = replace(config, rope_theta=metadata.rope_theta)
         model_type = next(iter(self.architectures))
-        if metadata.window is not None:
-            if not self.sliding_window_type:
+        sliding: dict[str, Any] = {}
+        if metadata.window is not None or len(types_of_config(config)) > 1:
+            every = self.sliding_window_type if len(types_of_config(config)) == 1 else ""
+            if not (every or self.layer_types_type):
                 raise ConfigError(f"Hugging Face's {model_type} has no sliding window ({metadata.window} tokens here).")
-            model_type = self.sliding_window_type
+            model_type = every or self.layer_types_type
+            sliding = {"sliding_window": metadata.window}
+            if not every:
+                sliding |= hf_layer_types.write_layer_types(config, model_type, metadata.window)
         if getattr(config, "logit_softcap", 0) and "logit_softcap" not in self.config_keys:
             raise ConfigError(
                 f"model.logit_softcap = {config.logit_softcap}: Hugging Face's {model_type} has no "
@@ -132,7 +148,7 @@ class HFAdapter:
             **shape,
             **self._rope_to_hf(config),
             "max_position_embeddings": metadata.seq_len,
-            **({"sliding_window": metadata.window} if metadata.window else {}),
+            **sliding,
             **{key: self.fixed_values[key] for key in ("hidden_act", "attention_bias")},
             **metadata.token_ids,
             "torch_dtype": str(dtype).removeprefix("torch."),

@@ -17,6 +17,8 @@ SHARED_TYPES = {
     "original_max_position_embeddings": int,
     "sliding_window": Annotated[int, Ge(1)] | None,
     "layer_types": list[str] | None,
+    "use_sliding_window": bool | None,
+    "max_window_layers": int,
     "rope_theta": float | None,
     "rope_scaling": dict[str, Any] | None,
     "rope_parameters": dict[str, Any] | None,

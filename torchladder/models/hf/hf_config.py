@@ -10,7 +10,7 @@ from torchladder.models.hf.adapter import HFAdapter
 from torchladder.models.model import Model, registry
 from torchladder.registry import ConfigError, unknown_name
 
-RESOLVED = {"n_kv_heads": "kv_heads", "head_dim": "head_size"}
+RESOLVED = {"n_kv_heads": "kv_heads", "head_dim": "head_size", "layer_types": "expanded_layer_types"}
 """Fields that may be None -> the property that has their value."""
 
 
@@ -45,7 +45,8 @@ def model_section(hf_config: dict[str, Any], source: str | Path = "config.json")
         adapter, kind = adapter_for(name), registry.config_type(name)
         fields = adapter.from_hf(hf_config, get_type_hints(kind))
         scalings = {field: key for keys in adapter.rope_scalings.values() for field, key in keys.items()}
-        resolved = {value: adapter.config_keys[field] for field, value in RESOLVED.items() if field in fields}
+        keys = adapter.config_keys
+        resolved = {value: keys[field] for field, value in RESOLVED.items() if field in fields and field in keys}
         entries = {**scalings, **adapter.config_keys, **resolved, "rope_theta": "rope_theta"}
         try:
             kind(**fields)

@@ -1,4 +1,4 @@
-"""Llama and Mistral in Hugging Face: a Mistral is a Llama with a sliding window.
+"""Llama, Mistral and Ministral in Hugging Face: a Llama with a sliding window in all layers, or in some.
 
 Both sides rotate the first half of a head against the second, so no row of a projection is permuted.
 """
@@ -8,7 +8,11 @@ from __future__ import annotations
 from torchladder.models.hf.adapter import HFAdapter
 
 LLAMA_ADAPTER = HFAdapter(
-    architectures={"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
+    architectures={
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "ministral": "MinistralForCausalLM",
+    },
     tensor_names={
         "embedding.weight": "model.embed_tokens.weight",
         "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
@@ -36,7 +40,7 @@ LLAMA_ADAPTER = HFAdapter(
         "init_std": "initializer_range",
     },
     defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02},
-    type_defaults={"mistral": {"sliding_window": 4096, "num_key_value_heads": 8}},
+    type_defaults={key: {"sliding_window": 4096, "num_key_value_heads": 8} for key in ("mistral", "ministral")},
     fixed_values={
         "hidden_act": "silu",
         "attention_bias": False,
@@ -56,4 +60,5 @@ LLAMA_ADAPTER = HFAdapter(
         },
     },
     sliding_window_type="mistral",
+    layer_types_type="ministral",
 )
