@@ -7,6 +7,7 @@ The model's ``parallel_plan`` names a style for every module that has parameters
 | ``embedding`` | sharded over the vocabulary | all tokens → sharded tokens |
 | ``sequence`` | replicated, a norm | sharded tokens → sharded tokens |
 | ``qk_norm`` | replicated, a norm of each head | sharded heads → sharded heads |
+| ``sinks`` | sharded over heads | none → this rank's heads |
 | ``gather`` | has no parameters itself | first input: sharded tokens → all tokens |
 | ``colwise`` | linear, sharded over output features | all tokens → all tokens, sharded features |
 | ``rowwise`` | linear, sharded over input features | sharded features → sharded tokens |
@@ -68,6 +69,14 @@ class _Gather(ParallelStyle):
         return module
 
 
+class _Sinks(ParallelStyle):
+    """Shards one number per head."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _shard_parameters(module, device_mesh, Shard(0))
+        return module
+
+
 class _Embedding(RowwiseParallel):
     """Waits for the collective of its output: a compiled block gives no gradient to an async input."""
 
@@ -100,16 +109,19 @@ class _Head(ParallelStyle):
         self.loss_parallel = loss_parallel
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        placement = Shard(0) if self.loss_parallel else Replicate()
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            shared = distribute_tensor(parameter, device_mesh, [placement], src_data_rank=None)
-            module.register_parameter(name, nn.Parameter(shared))
+        _shard_parameters(module, device_mesh, Shard(0) if self.loss_parallel else Replicate())
 
         def place(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return _redistribute(args[0], device_mesh, Replicate() if self.loss_parallel else TOKENS), *args[1:]
 
         module.register_forward_pre_hook(place)
         return module
+
+
+def _shard_parameters(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        distributed = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(distributed))
 
 
 def _redistribute(x: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
@@ -123,6 +135,7 @@ _STYLES: dict[str, Callable[[bool], ParallelStyle]] = {
     "embedding": lambda _: _Embedding(input_layouts=Replicate(), output_layouts=TOKENS),
     "sequence": lambda _: SequenceParallel(),
     "qk_norm": lambda _: SequenceParallel(sequence_dim=2, use_local_output=True),
+    "sinks": lambda _: _Sinks(),
     "gather": lambda _: _Gather(),
     "colwise": lambda _: ColwiseParallel(),
     "rowwise": lambda _: _Rowwise(output_layouts=TOKENS),

@@ -1,9 +1,7 @@
-"""The layers of a Llama block: RoPE, grouped-query attention, SwiGLU; and the language-model head."""
+"""The layers of a Llama block: grouped-query attention, SwiGLU; and the language-model head."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torchladder.models import loss
 from torchladder.models.attention import AttentionFunction
 from torchladder.models.llama_config import LlamaConfig
+from torchladder.models.rope import RoPE
 
 
 class RMSNorm(nn.RMSNorm):
@@ -26,71 +25,16 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class RoPE(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864) that rotates the first half of a head against the second, in fp32.
+class AttentionSinks(nn.Module):
+    """Learned attention sinks: for each query head the logit of one more key, whose value is 0 (gpt-oss)."""
 
-    All blocks share one instance. The table is recomputed whenever the module is moved or cast, so it stays fp32 in a
-    model of any dtype and is valid after ``to_empty``.
-
-    Args:
-        config: the model's config.
-        seq_len: tokens in a row; positions are 0 to ``seq_len - 1``.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, config: LlamaConfig, seq_len: int) -> None:
+    def __init__(self, n_heads: int) -> None:
         super().__init__()
-        self.position_offset: int | Tensor = 0
-        self.config = config
-        for name in ("cos", "sin"):
-            table = torch.empty(seq_len, 1, config.head_size // 2, dtype=torch.float32)
-            self.register_buffer(name, table, persistent=False)
-        self.set_theta(config.rope_theta)
+        self.weight = nn.Parameter(torch.empty(n_heads))
 
-    def set_theta(self, theta: float) -> None:
-        """Recomputes the table in place, so that a schedule of theta recompiles nothing."""
-        self.theta = theta
-        angles = rope_angles(self.config, theta, len(self.cos), self.cos.device)[:, None]  # (T, 1, K / 2)
-        self.cos.copy_(angles.cos())
-        self.sin.copy_(angles.sin())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotates the heads of ``x`` (B, T, H, K); the result has the dtype of ``x``."""
-        offset, length = self.position_offset, x.shape[1]
-        positions: slice | Tensor
-        if isinstance(offset, int):
-            positions = slice(offset, offset + length)
-        else:
-            positions = offset[:, None] + torch.arange(length, device=offset.device)  # (B, T)
-        cos, sin = self.cos[positions], self.sin[positions]  # (T, 1, K / 2), or (B, T, 1, K / 2)
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
-        super()._apply(fn, recurse)
-        self.cos, self.sin = self.cos.float(), self.sin.float()
-        self.set_theta(self.theta)
-        return self
-
-
-def rope_angles(config: LlamaConfig, theta: float, seq_len: int, device: torch.device) -> Tensor:
-    """Returns the rotation angle of each position and pair of features (T, K / 2), fp32.
-
-    Scaling by frequency: Llama 3.1 (arXiv 2407.21783); by position (``rope_condense_ratio``): arXiv 2306.15595.
-    """
-    exponent = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device) / config.head_size
-    inv_freq = 1.0 / theta**exponent
-    if config.rope_scaling_factor != 1:
-        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-        turns = config.rope_original_seq_len * inv_freq / (2 * math.pi)
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        inv_freq = inv_freq * (smooth + (1 - smooth) / config.rope_scaling_factor)
-    position = torch.arange(seq_len, dtype=torch.float32, device=device)
-    if config.rope_restart:
-        position = position % config.rope_restart
-    return torch.outer(position / config.rope_condense_ratio, inv_freq)
+    def forward(self) -> Tensor:
+        """Returns the logits (H,) of this rank's heads."""
+        return self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
 
 
 class Attention(nn.Module):
@@ -101,10 +45,16 @@ class Attention(nn.Module):
         rope: rotary embedding of queries and keys; None for no positions (NoPE).
         attention_fn: the kernel's attention.
         qk_norm: epsilon of the RMSNorm of queries and keys per head, before RoPE (arXiv 2302.05442); None for no norm.
+        sinks: whether the layer has attention sinks.
     """
 
     def __init__(
-        self, config: LlamaConfig, rope: RoPE | None, attention_fn: AttentionFunction, qk_norm: float | None = None
+        self,
+        config: LlamaConfig,
+        rope: RoPE | None,
+        attention_fn: AttentionFunction,
+        qk_norm: float | None = None,
+        sinks: bool = False,
     ) -> None:
         super().__init__()
         dim, head_dim = config.dim, config.head_size
@@ -117,6 +67,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_heads * head_dim, dim, bias=False)
         self.q_norm = None if qk_norm is None else RMSNorm(head_dim, eps=qk_norm)
         self.k_norm = None if qk_norm is None else RMSNorm(head_dim, eps=qk_norm)
+        self.sinks = AttentionSinks(config.n_heads) if sinks else None
 
     def forward(self, x: Tensor, attn_mask: Any) -> Tensor:
         # -1 infers the number of heads, because under tensor parallelism a rank has only some of them.
@@ -127,7 +78,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = self.rope(q), self.rope(k)
-        out = self.attention_fn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask)  # (B, H, T, K)
+        arguments = (attn_mask,) if self.sinks is None else (attn_mask, self.sinks())
+        out = self.attention_fn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *arguments)  # (B, H, T, K)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

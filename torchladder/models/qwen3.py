@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 from torchladder.models.attention import AttentionFunction
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.models.hf.qwen3_adapter import QWEN3_ADAPTER
-from torchladder.models.layers import RoPE
 from torchladder.models.llama import Block, Llama
 from torchladder.models.llama_config import LlamaConfig
 from torchladder.models.model import register
+from torchladder.models.rope import RoPE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,8 @@ class Qwen3(Llama):
 
     hf_adapter: ClassVar[HFAdapter | None] = QWEN3_ADAPTER
 
-    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None) -> Block:
-        return Block(self.config, rope, attention_fn, qk_norm=self.config.norm_eps)
+    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None, sinks: bool) -> Block:
+        return Block(self.config, rope, attention_fn, qk_norm=self.config.norm_eps, sinks=sinks)
 
     def parallel_plan(self) -> dict[str, str]:
         return super().parallel_plan() | {f"layers.*.attention.{name}": "qk_norm" for name in ("q_norm", "k_norm")}

@@ -51,8 +51,6 @@ def write_layer_types(config: Any, model_type: str, window: int | None) -> dict[
         types = [SLIDING_ATTENTION] * len(types)
     if others := {*types} - {FULL_ATTENTION, SLIDING_ATTENTION}:
         raise ConfigError(f"Hugging Face's {model_type} has no {min(others)} layers.")
-    if config.layer_rope_theta:
-        raise ConfigError(f"Hugging Face's {model_type} has one RoPE theta, and model.layer_rope_theta sets others.")
     require(
         window is not None, f"Hugging Face's {model_type} needs the mask 'sliding' in its {SLIDING_ATTENTION} layers."
     )
