@@ -119,18 +119,6 @@ def test_the_stamp_sees_changes_and_the_fingerprint_only_content(folder):
     assert text_files.text(str(folder), on_error="skip").fingerprint() != source.fingerprint()
 
 
-def test_python_stdlib_is_large_and_ordered():
-    source = text_files.python_stdlib()
-    documents = list(source.documents())
-    names = [document.identity for document in documents]
-    assert len(documents) > 500  # Debian keeps the tests of the library apart
-    assert names == sorted(names)
-    assert source.size() > 10_000_000
-    assert {"json/decoder.py", "textwrap.py"} <= set(names)
-    assert not any("site-packages" in name or "__pycache__" in name for name in names)
-    assert names == [document.identity for document in text_files.python_stdlib().documents()]
-
-
 @given(st.sets(st.text(max_size=12), max_size=50), st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_fraction_only_adds(identities, a, b):
     small, large = sorted((a, b))

@@ -24,7 +24,7 @@ from torchladder.data import tokenizer
 from torchladder.data.prepare import dataset_builder, tasks
 from torchladder.data.prepare.document_encoder import DocumentEncoder
 from torchladder.data.prepare.executor import LocalExecutor
-from torchladder.data.text import text_files
+from torchladder.data.text import installed_text
 from torchladder.data.tokenizer import TokenizerTrainingConfig, train_tokenizer
 
 PIECE = 4000
@@ -34,7 +34,7 @@ SINGLE = ("bare tokenizer, one thread", "prepare --workers 1")
 
 def corpus(folder, megabytes):
     """Writes random pieces of the standard library as .jsonl until it is large enough; returns the texts."""
-    whole = [document.text for document in text_files.python_stdlib().documents()]
+    whole = [document.text for document in installed_text.python_stdlib().documents()]
     pieces = [text[at : at + PIECE] for text in whole for at in range(0, len(text), PIECE)]
     rng, texts, size = random.Random(0), [], 0
     while size < megabytes * 1e6:

@@ -10,7 +10,7 @@ from torchladder.data.dataloader import IGNORE_INDEX, BaseDataLoader, Batch, reg
 from torchladder.data.disk_cache import cache_path
 from torchladder.data.formats import indexed, litpkds, parquet
 from torchladder.data.source_config import SourceConfig
-from torchladder.data.text import text_files
+from torchladder.data.text import installed_text, text_files
 from torchladder.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "cache_path",
     "hub_loader",
     "indexed",
+    "installed_text",
     "litpkds",
     "packing",
     "parquet",

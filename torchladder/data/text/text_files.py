@@ -1,11 +1,9 @@
-"""The sources of text: files, and the standard library of the running interpreter, which needs no download."""
+"""The source of text: files."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,20 +58,6 @@ class TextFiles:
         for name, path in self.files:
             digest.update(repr((name, file_sha256(path))).encode())
         return digest.hexdigest()
-
-
-@register_text("python-stdlib")
-def python_stdlib() -> TextSource:
-    """The running interpreter's standard library, a document per ``.py`` file: about 1,800 documents, 31 MB."""
-    root = sysconfig.get_paths()["stdlib"]
-    found = []
-    for folder, inner, names in os.walk(root):
-        inner[:] = [name for name in inner if name not in ("site-packages", "dist-packages", "__pycache__")]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    files = tuple(sorted((path.relative_to(root).as_posix(), path) for path in found))
-    require(bool(files), f"python-stdlib: this interpreter has no .py files in {root}.")
-    # Some test files use other encodings, and many __init__.py are empty.
-    return TextFiles("python-stdlib", files, on_error="repair", report=False)
 
 
 @register_text("text")
