@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -71,12 +73,24 @@ def compiled_activation_bytes(
             decompositions=select_decomp_table(),
         )
         torch._dynamo.reset()
-        torch.compile(apply_activation_checkpoint(block, 0, config, saved_ops), backend=backend, fullgraph=True)(
-            x, attn_mask
-        )
+        checkpointed = apply_activation_checkpoint(block, 0, config, saved_ops)
+        with _checkpoint_log_level(logging.ERROR):  # it warns of operations in place, of which there are none
+            torch.compile(checkpointed, backend=backend, fullgraph=True)(x, attn_mask)
         torch._dynamo.reset()
         saved[mode] = _saved_by_graph(graphs[0], x)
     return saved
+
+
+@contextmanager
+def _checkpoint_log_level(level: int) -> Iterator[None]:
+    """Sets the level of what PyTorch says about activation checkpointing under ``torch.compile``."""
+    log = logging.getLogger("torch._higher_order_ops.wrap")
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _saved_by_graph(graph: fx.GraphModule, x: Tensor) -> int:
