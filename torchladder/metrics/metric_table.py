@@ -178,6 +178,20 @@ def validation_report(step: int, loss: float, window: int, seq_len: int, ema_los
     return report
 
 
+def probe_report(step: int, scores: Mapping[str, float]) -> Report:
+    """Returns the report of long-context probes, from ``<probe>_accuracy``, ``<probe>_loss`` and the like."""
+    return Report(
+        step,
+        record={"step": step, **scores},
+        scalars={f"validation_metrics/{name}": score for name, score in scores.items()},
+        console=[(f"validate step: {step:2}", "green")]
+        + [
+            (f"{name}: {score:.2%}" if name.endswith("accuracy") else f"{name}: {score:.4f}", "green")
+            for name, score in scores.items()
+        ],
+    )
+
+
 class _ConsoleFormatter(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         return "n/a" if value is None else super().format_field(value, format_spec)
