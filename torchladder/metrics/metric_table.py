@@ -62,6 +62,10 @@ class Interval:
         causal_pairs = self.tokens * (self.run.seq_len + 1) / 2
         return 1 - self.pairs / causal_pairs if self.tokens else 0.0
 
+    def effective_context(self) -> float:
+        """Returns the mean number of keys that a query attended to, itself included: of a full causal row, half."""
+        return (1 - self.attention_saved()) * (self.run.seq_len + 1) / 2
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -107,6 +111,7 @@ METRICS: dict[str, Metric] = {
             console="window: {window}  saved: {attention_saved:.1%}",
             color="yellow",
         ),
+        Metric("effective_context", lambda i: i.effective_context(), "curriculum/effective_context"),
         Metric("memory_gib", lambda i: i.memory_gib, "memory/max_reserved(GiB)"),
         Metric("seconds", lambda i: i.totals["seconds"]),
     )

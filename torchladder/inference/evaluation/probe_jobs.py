@@ -44,6 +44,9 @@ PROBE_COLUMNS: dict[str, type] = {
 PROBES = TableSchema("probes", PROBE_COLUMNS, ("fingerprint", "distance"))
 """Scores of probes, a row per depth or distance."""
 
+MAX_LOGITS = 1 << 27
+"""Logits of a batch: 0.5 GiB of fp32."""
+
 PROBE_VERSION = 1
 """Increment when the results of the same weights and settings change, so that they are measured again."""
 
@@ -149,7 +152,8 @@ class ProbeJob:
             return loaded.model.logits_at(*inputs), torch.ones(1, 1, device=loaded.device)
 
         total = len(self.probe.points) * self.probe.rows
-        batches = -(-total // max(batch_tokens // self.context, 1))
+        logits_per_row = 2 * self.probe.answer * models.resolve(self.trained.config.model).vocab_size
+        batches = -(-total // max(min(batch_tokens // self.context, MAX_LOGITS // logits_per_row), 1))
         scores = self.probe.scores(self.probe.losses(logits_at, -(-total // batches), on_batch))
         common = model_columns(self.trained) | {
             "probe": self.probe.name,

@@ -125,6 +125,11 @@ class ProbeRun:
     def points(self) -> list[ProbePoint]:
         return probes.registry.get(self.name)().points(self.context)
 
+    @property
+    def answer(self) -> int:
+        """Tokens of an answer."""
+        return probes.registry.get(self.name)().answer
+
     @torch.no_grad()
     def losses(
         self, logits_at: LogitsAt, batch_rows: int, on_batch: Callable[[int], None], rank: int = 0, degree: int = 1
@@ -155,15 +160,14 @@ class ProbeRun:
 
     def scores(self, losses: np.ndarray) -> list[ProbeScore]:
         """Returns the score of each point from what ``losses`` returns, summed over ranks."""
-        answer = probes.registry.get(self.name)().answer
-        scores = []
+        answer, scores = self.answer, []
         for point, (first, second, correct) in zip(self.points, losses.transpose(0, 2, 1), strict=True):
             means = second.mean() / answer, first.mean() / answer, correct.mean() / answer, (correct == answer).mean()
             scores.append(ProbeScore(point, self.rows, *map(float, means)))
         return scores
 
     def _batches(self, batch_rows: int, rank: int, degree: int) -> Iterator[_ProbeBatch]:
-        points, answer = self.points, probes.registry.get(self.name)().answer
+        points, answer = self.points, self.answer
         total = len(points) * self.rows
         for begin in range(0, total, batch_rows * degree):
             numbers = np.arange(begin, min(begin + batch_rows * degree, total))[rank::degree]
