@@ -206,7 +206,7 @@ def test_the_docs_name_each_column_and_their_commands_run(root, tmp_path, monkey
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "quickstart").symlink_to(root / "run")
     (tmp_path / "docs").symlink_to(layouts.DEBUG.parents[1] / "docs")
-    shown = re.findall(r"^torchladder evaluate (.*)$", page, re.M)
+    shown = re.findall(r"```sh\ntorchladder evaluate (.*)\n```", page)
     assert len(shown) == 2
     for words in shown:
         assert command.run([*words.split(), "--probe-rows", "1", "--output", "probes.csv"]) == 0
