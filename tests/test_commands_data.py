@@ -1,11 +1,13 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from torchladder.commands import inspect, merge, prepare, tokenizer
@@ -140,6 +142,12 @@ def test_inspect_shows_and_verifies(here, capsys):
     about = json.loads(capsys.readouterr().out)
     assert about["documents"] == 80 == sum(documents for _, _, documents, _ in about["histogram"])
     assert about["tokens"] == sum(tokens for _, _, _, tokens in about["histogram"])
+    assert [context for context, _, _ in about["contexts"]] == [1024 << power for power in range(8)]
+    lengths = IndexedTokens("tokens/all").lengths.astype(np.int64)
+    assert lengths.max() < 1024
+    seen = (lengths * (lengths + 1) // 2).sum() / lengths.sum()
+    assert all(row[1:] == [0.0, pytest.approx(seen)] for row in about["contexts"])
+    assert re.search(rf"131,072 +0.0% +{seen:,.0f}", said)
 
     content = bytearray((here / "tokens/all.bin").read_bytes())
     content[5] ^= 1

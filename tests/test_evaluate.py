@@ -23,6 +23,7 @@ from runs import run, validations
 from torchladder import commands, config, mask, models, plots
 from torchladder.commands import convert
 from torchladder.commands import evaluate as command
+from torchladder.commands.eval_progress import EvalProgress
 from torchladder.data.corpus import Corpus
 from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.inference.evaluation import eval_jobs
@@ -593,7 +594,7 @@ def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monke
 
 def test_logs_report_progress(root, capsys):
     job = job_of(config.load(["--model.flavor", "debug"]), [[1] * 9], 4, 4, Path("a.bin"))
-    with command._EvalProgress([job, job], interval=0.0) as progress:
+    with EvalProgress([job, job], interval=0.0) as progress:
         progress.begin(job)
         progress.advance(6)
         progress.skip([job])

@@ -15,6 +15,7 @@ PARTS = [
     "models",
     "distributed",
     "optim",
+    "probes",
     "ema",
     "checkpoint",
     "metrics",

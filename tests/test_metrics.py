@@ -17,7 +17,7 @@ from torchladder.metrics import Metric, MetricsConfig, MetricsProcessor, RunInfo
 from torchladder.registry import ConfigError
 
 KEYS = ["step", "loss", "grad_norm", "lr", "window", "tokens", "tps", "flops", "mfu", "mfu_palm"]
-KEYS += ["attention_saved", "memory_gib", "seconds"]
+KEYS += ["attention_saved", "effective_context", "memory_gib", "seconds"]
 SEQ_LEN = 16
 
 
@@ -74,6 +74,7 @@ def test_numbers_by_hand(tmp_path, clock):
             "mfu": 5376 / (2 * 2 * 1e4),
             "mfu_palm": (60 * 64 + 12 * 64 * 16) / (2 * 2 * 1e4),
             "attention_saved": 1 - 128 / 544,
+            "effective_context": 128 / 64,
             "memory_gib": first["memory_gib"],
             "seconds": 2.0,
         }
@@ -211,12 +212,12 @@ def test_the_metric_of_the_docs_reaches_every_output(tmp_path, caplog, clock, ta
     page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
     exec(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], {})
     with caplog.at_level(logging.INFO), make(tmp_path, config=MetricsConfig()) as reporter:
-        clock.now += 1
+        clock.now += 5 * 3600
         train_step(reporter, 10, tokens=64, pairs=160)
-    assert list(records(tmp_path)[0]) == [*KEYS, "mean_context"]
-    assert records(tmp_path)[0]["mean_context"] == 2.5
-    assert events(tmp_path / "tb")["curriculum/mean_context"] == [(10, 2.5)]
-    assert "  context: 2.5  eta: " in caplog.text
+    assert list(records(tmp_path)[0]) == [*KEYS, "device_hours"]
+    assert records(tmp_path)[0]["device_hours"] == 5.0
+    assert events(tmp_path / "tb")["cost/device_hours"] == [(10, 5.0)]
+    assert "  device-hours: 5.00  eta: " in caplog.text
 
 
 def test_a_metric_may_be_passed_in(tmp_path, caplog, table):

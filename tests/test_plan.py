@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,37 @@ def pairs(tmp_path):
     argv = ["--training.seq_len", "16", "--training.local_batch_size", "4", "--curriculum.initial_window", "2"]
     validation = ["--data.validation_sources", sources[1]]
     return ["--job.config_file", str(CONFIGS / "debug.toml"), *argv, *validation, "--data.sources", *sources]
+
+
+def test_a_plan_says_what_documents_give_to_the_final_window(pairs, tmp_path, capsys):
+    """Documents of 25 tokens: under a window of 16 the first 15 tokens see less, the others 16."""
+    argv = [*pairs, "--training.steps", "10"]
+    assert command.run([*argv, "--json"]) == 0
+    context = json.loads(capsys.readouterr().out)["final_context"]
+    mean = (sum(range(1, 17)) + 9 * 16) / 25
+    assert (context["window"], context["long_share"]) == (16, 1.0)
+    assert context["mean_effective_context"] == pytest.approx(mean)
+    assert [source["source"] for source in context["sources"]] == ["web", "math"]
+    assert command.run(argv) == 0
+    out, err = capsys.readouterr()
+    assert "context of 16" in out
+    assert re.search(rf"web +{mean:,.0f} +{mean / 16:.1%} +100.0%", out)
+    assert re.search(rf"all +{mean:,.0f} +", out)
+    assert "warning: the final window" not in err
+
+
+def test_a_final_window_that_documents_do_not_fill_is_a_warning(pairs, tmp_path, capsys):
+    with IndexedWriter(tmp_path / "long", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(100) % 250)
+    sources = [f'{{ path = "{tmp_path}/{name}.bin", label = "{name}", weight = {weight} }}'
+               for name, weight in (("web", 3), ("long", 1))]  # fmt: skip
+    words = [*pairs[: pairs.index("--data.sources") + 1], *sources, "--training.steps", "100"]
+    assert command.run([*words, "--training.seq_len", "64", "--json"]) == 0
+    context = json.loads(capsys.readouterr().out)["final_context"]
+    assert [source["long_share"] for source in context["sources"]] == [0.0, 1.0]
+    assert context["long_share"] == pytest.approx(0.25, abs=0.01)  # over the tokens that the run reads
+    assert command.run([*pairs, "--training.steps", "10", "--training.seq_len", "64"]) == 0
+    assert "the final window of 64 tokens is longer than nearly all documents: only 0.00%" in capsys.readouterr().err
 
 
 def test_steps_follow_from_epochs(pairs):

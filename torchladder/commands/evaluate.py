@@ -1,21 +1,16 @@
-"""Measures loss and perplexity on files for all checkpoints of runs; finished evaluations are skipped."""
+"""Measures loss on files, or long-context probes, for all checkpoints of runs; finished evaluations are skipped."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from torchladder import plots
+from torchladder import plots, probes
 from torchladder.commands.arguments import (
     CommandParser,
     add_on_error_option,
@@ -23,20 +18,26 @@ from torchladder.commands.arguments import (
     check_positive,
     weights_from_args,
 )
+from torchladder.commands.eval_progress import EvalProgress
+from torchladder.commands.eval_tables import print_losses, print_probe
 from torchladder.inference.evaluation import eval_jobs
 from torchladder.inference.evaluation.eval_files import EvalFiles, expand_paths
-from torchladder.inference.evaluation.eval_jobs import EvalJob, path_label
+from torchladder.inference.evaluation.eval_jobs import EvalJob, Job
 from torchladder.inference.evaluation.eval_slices import EvalSlices
-from torchladder.inference.evaluation.result_table import ResultRow, ResultTable
+from torchladder.inference.evaluation.probe_jobs import PROBES, ProbeInput, ProbeJob, default_contexts
+from torchladder.inference.evaluation.probe_scores import ProbeRun
+from torchladder.inference.evaluation.result_table import EVALUATIONS, ResultTable
 from torchladder.inference.trained_model import TrainedModel, UnreadableCheckpointError
 from torchladder.models.attention.sdpa import SdpaKernel
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 EPILOG = """
 examples:
   torchladder evaluate outputs/run --files val/en.jsonl val/de.jsonl
       evaluates all checkpoints of the run and adds the results to outputs/run/evaluation.csv
   torchladder evaluate outputs/run models/exported --files val --context 512 2048 --stride 256 --output results.csv
+  torchladder evaluate outputs/run --probes needle copy --context 512 2048 --plot probes.png
+      measures recall over long distances and adds the results to outputs/run/probes.csv
 
 files: .txt, .md and .py are one document each, .jsonl and .json have one per line, .csv and .parquet one per row; each
 may be compressed (.gz, .zst, .bz2, .xz). Token files are .bin (with .idx beside it) or .parquet.
@@ -44,17 +45,19 @@ may be compressed (.gz, .zst, .bz2, .xz). Token files are .bin (with .idx beside
 exit code: 1 if a checkpoint is damaged; the others are evaluated anyway.
 """
 
-NUMBER_FORMATS = {"context": ",", "tokens": ",", "loss": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f"}
-"""Columns with numbers in the printed table -> format."""
-
 
 def run(argv: list[str]) -> int:
     """Evaluates; returns 1 if a checkpoint is damaged and 130 after Ctrl-C."""
     parser = CommandParser(prog="torchladder evaluate", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("models", nargs="+", type=Path, metavar="MODEL", help="run folder, checkpoint step-N, or Hugging Face folder")
-    add("--files", nargs="+", required=True, metavar="PATH", help="files, folders or globs to evaluate on")
-    add("--context", nargs="+", type=int, metavar="N", help="maximum tokens read at once (default: training.seq_len)")
+    add("--files", nargs="+", metavar="PATH", help="files, folders or globs to evaluate on; the text of probes")
+    text = f"instead of losses on files, measure probes (default: all): {', '.join(probes.registry.names())}"
+    add("--probes", nargs="*", metavar="NAME", help=text)
+    add("--probe-rows", type=int, default=16, metavar="N", help="rows per depth or distance (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the rows of probes (default: %(default)s)")
+    text = "maximum tokens read at once (default: training.seq_len; for probes a quarter, a half and all of it)"
+    add("--context", nargs="+", type=int, metavar="N", help=text)
     add("--stride", type=int, metavar="N", help="tokens from one slice of a document to the next (default: --context)")
     add("--by-position", action="store_true", help="also report loss by position")
     add("--batch-tokens", type=int, default=16384, metavar="N", help="tokens per batch (default: %(default)s)")
@@ -67,11 +70,14 @@ def run(argv: list[str]) -> int:
     add("--check-tokenizer", action=argparse.BooleanOptionalAction, help=text)
     text = "fraction of a text's tokens that may be unknown (default: as in the run)"
     add("--max-unknown-fraction", type=float, metavar="F", help=text)
-    add("--output", type=Path, metavar="FILE", help=".csv or .jsonl to add to (default: evaluation.csv in MODEL's run)")
+    text = ".csv or .jsonl to add to (default: evaluation.csv or probes.csv in MODEL's run)"
+    add("--output", type=Path, metavar="FILE", help=text)
     add("--plot", type=Path, metavar="FILE", help="also plot the results (.png, .svg, .pdf)")
     arguments = parser.parse_args(argv)
     _slices(arguments.context or [], arguments.stride)  # refuses invalid ones before anything is read
-    check_positive(arguments, "batch_tokens")
+    check_positive(arguments, "batch_tokens", "probe_rows")
+    require(arguments.seed >= 0, f"--seed {arguments.seed}: must be 0 or more.")
+    _check_mode(arguments)
     if arguments.plot:
         plots.check_plot_path(arguments.plot)
     try:
@@ -81,9 +87,20 @@ def run(argv: list[str]) -> int:
         return 130
 
 
+def _check_mode(arguments: argparse.Namespace) -> None:
+    """Raises ``ConfigError`` for options that do not fit together."""
+    if arguments.probes is None:
+        require(bool(arguments.files), "nothing to evaluate: name text or tokens with --files, or use --probes.")
+        return
+    for name, unused in ("--stride", arguments.stride is not None), ("--by-position", arguments.by_position):
+        require(not unused, f"{name} does not apply to --probes.")
+
+
 def _run(arguments: argparse.Namespace) -> int:
     keys = ("text_key", "on_error", "bos", "check_tokenizer", "max_unknown_fraction")
-    files = EvalFiles(expand_paths(arguments.files), **{key: getattr(arguments, key) for key in keys})
+    files = None
+    if arguments.files:
+        files = EvalFiles(expand_paths(arguments.files), **{key: getattr(arguments, key) for key in keys})
     choice = weights_from_args(arguments)
     models: list[TrainedModel] = []
     errors: list[UnreadableCheckpointError] = []
@@ -91,45 +108,87 @@ def _run(arguments: argparse.Namespace) -> int:
         readable, unreadable = TrainedModel.find_all(path, max(arguments.context or [0]) or None, choice)
         models += readable
         errors += unreadable
-    outputs = [arguments.output or trained.run_folder / "evaluation.csv" for trained in models]
-    tables = {path: ResultTable(path) for path in dict.fromkeys(outputs)}
-    jobs: list[EvalJob] = []
-    for trained, output in zip(models, outputs, strict=True):
-        contexts = arguments.context or [min(trained.max_seq_len, trained.config.training.seq_len)]
-        options = arguments.dtype, arguments.by_position, tables[output]
-        for documents in files.open_for(trained):
-            jobs += [EvalJob(trained, documents, slices, *options) for slices in _slices(contexts, arguments.stride)]
+    name, schema = ("evaluation.csv", EVALUATIONS) if arguments.probes is None else ("probes.csv", PROBES)
+    outputs = [arguments.output or trained.run_folder / name for trained in models]
+    tables = {path: ResultTable(path, schema) for path in dict.fromkeys(outputs)}
+    targets = [(trained, tables[output]) for trained, output in zip(models, outputs, strict=True)]
+    jobs: Sequence[Job]
+    if arguments.probes is None:
+        assert files is not None
+        jobs = _loss_jobs(arguments, files, targets)
+    else:
+        jobs = _probe_jobs(arguments, files, targets)
     errors += _evaluate(jobs, arguments.batch_tokens)
     rows = eval_jobs.finished_rows(jobs)
     if errors and not rows:
         raise errors[0]
     for error in errors:
         print(f"warning: skipped a checkpoint: {error}", file=sys.stderr)
-    _print_table([row for row in rows if row["first_position"] is None])
+    if arguments.probes is None:
+        print_losses([row for row in rows if row["first_position"] is None])
+    else:
+        for (checkpoint, probe), group in groupby(rows, key=lambda row: (row["checkpoint"], row["probe"])):
+            print_probe(f"{checkpoint}  {probe}", list(group))
     print(f"details: {', '.join(map(str, tables))}")
     if arguments.plot:
-        plots.plot_evaluations(arguments.plot, rows)
+        (plots.plot_evaluations if arguments.probes is None else plots.plot_probes)(arguments.plot, rows)
         print(f"wrote {arguments.plot}")
     return 1 if errors else 0
+
+
+def _loss_jobs(
+    arguments: argparse.Namespace, files: EvalFiles, targets: Sequence[tuple[TrainedModel, ResultTable]]
+) -> list[EvalJob]:
+    jobs = []
+    for trained, table in targets:
+        contexts = arguments.context or [min(trained.max_seq_len, trained.config.training.seq_len)]
+        options = arguments.dtype, arguments.by_position, table
+        for documents in files.open_for(trained):
+            jobs += [EvalJob(trained, documents, slices, *options) for slices in _slices(contexts, arguments.stride)]
+    return jobs
+
+
+def _probe_jobs(
+    arguments: argparse.Namespace, files: EvalFiles | None, targets: Sequence[tuple[TrainedModel, ResultTable]]
+) -> list[ProbeJob]:
+    known = probes.registry.build_all(arguments.probes or probes.registry.names(), [])  # plugins' probes, too
+    needs_text = [name for name, probe in known.items() if probe.needs_text and files is None]
+    if arguments.probes and needs_text:
+        raise ConfigError(f"the probe {needs_text[0]!r} is made of your own text: name files with --files.")
+    if needs_text:
+        print(f"without --files, these probes are left out: {', '.join(needs_text)}", file=sys.stderr)
+    names = [name for name in known if name not in needs_text]
+    contexts = {trained: arguments.context or default_contexts(trained, names) for trained, _ in targets}
+    probes.registry.build_all(names, [context for chosen in contexts.values() for context in chosen])
+    inputs = ProbeInput(files, max(map(max, contexts.values()), default=0))
+    label = " ".join(arguments.files) if arguments.files else None
+    jobs = []
+    for trained, table in targets:
+        tokens, special_known = inputs.tokens_for(trained)
+        for name in names:
+            for context in dict.fromkeys(contexts[trained]):
+                rows = ProbeRun(name, context, arguments.probe_rows, tokens, arguments.seed)
+                jobs.append(ProbeJob(trained, rows, label, special_known, arguments.dtype, table))
+    return jobs
 
 
 def _slices(contexts: Sequence[int], stride: int | None) -> list[EvalSlices]:
     return [EvalSlices(context, context if stride is None else stride) for context in dict.fromkeys(contexts)]
 
 
-def _evaluate(jobs: Sequence[EvalJob], batch_tokens: int) -> list[UnreadableCheckpointError]:
+def _evaluate(jobs: Sequence[Job], batch_tokens: int) -> list[UnreadableCheckpointError]:
     """Runs the unfinished jobs; returns the errors of unreadable checkpoints."""
     remaining, errors = eval_jobs.unfinished(jobs), []
-    with _EvalProgress(remaining) as progress:
+    with EvalProgress(remaining) as progress:
         if len(remaining) < len(jobs):
             progress.log(f"{len(jobs) - len(remaining)} of {len(jobs)} evaluations are already finished")
-        for line in _warnings(remaining):
+        for line in _notices(remaining):
             progress.log(line)
         for trained, group in groupby(remaining, key=lambda job: job.trained):
             model_jobs = list(group)
             try:
                 trained.verify()
-                max_context = max(job.slices.context for job in model_jobs)
+                max_context = max(job.context for job in model_jobs)
                 loaded = trained.load(SdpaKernel.attention, max_context, getattr(torch, model_jobs[0].dtype))
             except UnreadableCheckpointError as error:
                 errors.append(error)
@@ -141,97 +200,25 @@ def _evaluate(jobs: Sequence[EvalJob], batch_tokens: int) -> list[UnreadableChec
                     continue
                 progress.begin(job)
                 try:
-                    losses = eval_jobs.compute_losses(loaded, job, batch_tokens, progress.advance)
+                    rows = job.compute(loaded, batch_tokens, progress.advance)
                 except torch.OutOfMemoryError:
                     raise ConfigError(
-                        f"--batch-tokens {batch_tokens} and a context of {job.slices.context} need more memory than "
+                        f"--batch-tokens {batch_tokens} and a context of {job.context} need more memory than "
                         f"{loaded.device} has. Reduce one of them, or use --dtype bfloat16."
                     ) from None
-                rows = job.rows(losses)
                 job.table.add(rows)
-                progress.end(rows[0])
+                progress.end(job, rows)
             del loaded  # so that memory holds one model at a time
     return errors
 
 
-def _warnings(jobs: Sequence[EvalJob]) -> list[str]:
+def _notices(jobs: Sequence[Job]) -> list[str]:
     lines = []
     for job in jobs:
-        if job.slices.context > job.trained.max_seq_len:
+        if job.context > job.trained.max_seq_len:
             lines.append(
-                f"context {job.slices.context:,}: longer than the rows in training ({job.trained.max_seq_len:,}); "
+                f"context {job.context:,}: longer than the rows in training ({job.trained.max_seq_len:,}); "
                 "the model has not seen the positions beyond"
             )
-        if not job.documents.corpus.tokenizer_known:
-            lines.append(f"{path_label(job.documents.path)}: its tokenizer is unknown and cannot be verified")
-        if not job.num_tokens:
-            lines.append(f"warning: {path_label(job.documents.path)} has no token to predict: its loss stays empty")
+        lines += job.notices()
     return list(dict.fromkeys(lines))
-
-
-class _EvalProgress:
-    """Prints a line per result and shows a progress bar; in a log, a line every ``interval`` seconds instead of it."""
-
-    def __init__(self, jobs: Sequence[EvalJob], interval: float = 30.0) -> None:
-        self._console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._remaining, self._read, self._interval = sum(job.num_tokens for job in jobs), 0, interval
-        self._task = self._bar.add_task("", total=self._remaining, rate="")
-        self._start = self._last_log = time.monotonic()
-
-    def __enter__(self) -> _EvalProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def begin(self, job: EvalJob) -> None:
-        self._current = f"{job.trained.path.name} {job.documents.path.name}, context {job.slices.context:,}"
-        self._bar.update(self._task, description=self._current)
-
-    def advance(self, tokens: int) -> None:
-        self._read += tokens
-        self._remaining -= tokens
-        self._bar.update(self._task, advance=tokens, rate=self._rate())
-        if not self._console.is_terminal and time.monotonic() - self._last_log > self._interval:
-            seconds = (time.monotonic() - self._start) * self._remaining / self._read
-            self.log(f"{self._current}: {self._remaining:,} tokens left, {self._rate()}, {seconds:.0f} s left")
-
-    def skip(self, jobs: Sequence[EvalJob]) -> None:
-        tokens = sum(job.num_tokens for job in jobs)
-        self._remaining -= tokens
-        self._bar.update(self._task, advance=tokens)
-
-    def end(self, row: ResultRow) -> None:
-        result = "no token" if row["loss"] is None else f"loss {row['loss']:.4f}, perplexity {row['perplexity']:,.2f}"
-        name = f"{row['checkpoint']} {row['file']}, context {row['context']:,}"
-        self.log(f"{name}: {result}, {row['tokens']:,} tokens, {self._rate()}")
-
-    def log(self, line: str) -> None:
-        self._last_log = time.monotonic()
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def _rate(self) -> str:
-        return f"{self._read / max(time.monotonic() - self._start, 1e-9):,.0f} tokens/s"
-
-
-def _print_table(rows: Sequence[ResultRow]) -> None:
-    table = Table(box=None)
-    for name in ("checkpoint", "file"):
-        table.add_column(name, overflow="fold")  # the end of a path distinguishes it
-    for name in NUMBER_FORMATS:
-        table.add_column(name.replace("bits_per_byte", "bits/byte"), justify="right")
-    for row in rows:
-        figures = ["" if row[name] is None else format(row[name], spec) for name, spec in NUMBER_FORMATS.items()]
-        table.add_row(Text(row["checkpoint"]), Text(row["file"]), *figures)
-    # A file does not limit the width of lines.
-    Console(width=None if Console().is_terminal else 500).print(table)

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from torchladder.commands.arguments import CommandParser, add_tokenizer_options, tokenizer_from_args
-from torchladder.data import tokenizer
+from torchladder.data import document_lengths, tokenizer
 from torchladder.data.formats.indexed import IndexedTokens
 from torchladder.data.prepare import metadata
 from torchladder.data.prepare.metadata import DatasetMetadata
@@ -61,6 +61,7 @@ def run(argv: list[str]) -> int:
             "tokens": dataset.num_tokens,
             "dtype": dataset.dtype.name,
             "histogram": [list(row) for row in length_histogram(dataset.lengths)],
+            "contexts": [list(row) for row in context_table(dataset.lengths)],
             "settings": about.settings() if about else None,
             "skipped": about.skipped if about else None,
             "text_counts": about.text_counts if about else None,
@@ -71,6 +72,7 @@ def run(argv: list[str]) -> int:
         return 1 if corrupt else 0
     _print_summary(dataset, about)
     _print_histogram(dataset)
+    _print_contexts(dataset)
     if len(dataset):
         _print_sample(dataset, number, decoder)
     result = f"MISMATCH, {corrupt} is damaged" if corrupt else "verified" if verify else "not verified"
@@ -86,6 +88,12 @@ def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int, int]]:
     used = np.flatnonzero(counts)
     shown = range(int(used[0]), int(used[-1]) + 1) if len(used) else range(0)
     return [(2 ** (i - 1) if i else 0, 2**i - 1, int(counts[i]), int(tokens[i])) for i in shown]
+
+
+def context_table(lengths: np.ndarray) -> list[tuple[int, float, float]]:
+    """Returns (context, fraction of tokens in longer documents, mean effective context) for 1K, 2K, ..., 128K."""
+    long_share, mean = document_lengths.long_share, document_lengths.mean_effective_context
+    return [(context, long_share(lengths, context), mean(lengths, context)) for context in document_lengths.CONTEXTS]
 
 
 def _print_summary(dataset: IndexedTokens, about: DatasetMetadata | None) -> None:
@@ -120,6 +128,15 @@ def _print_histogram(dataset: IndexedTokens) -> None:
         lengths = f"{low:,}" if low >= high else f"{low:,}-{high:,}"
         bar = "█" * -(-documents * MAX_BAR_CHARS // most)
         table.add_row(lengths, f"{documents:,}", f"{tokens / max(dataset.num_tokens, 1):.1%}", bar)
+    Console().print(table)
+
+
+def _print_contexts(dataset: IndexedTokens) -> None:
+    table = Table(box=None, header_style="bold")
+    for name in ("context", "% of tokens in longer documents", "mean effective context"):
+        table.add_column(name, justify="right")
+    for context, share, mean in context_table(dataset.lengths):
+        table.add_row(f"{context:,}", f"{share:.1%}", f"{mean:,.0f}")
     Console().print(table)
 
 

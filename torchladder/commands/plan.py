@@ -15,11 +15,12 @@ from rich.table import Table
 
 from torchladder import config, plots
 from torchladder.commands.arguments import CommandParser, check_positive
+from torchladder.commands.final_context import final_context, print_final_context
 from torchladder.data.dataloader import SourceUsage
 from torchladder.distributed import fake_ranks
 from torchladder.registry import ConfigError, require
 from torchladder.schedule import PHASE_SETTINGS
-from torchladder.training.data_setup import source_usage
+from torchladder.training.data_setup import data_use
 from torchladder.training.memory_estimate import MemoryEstimator, RankMemory, Traffic
 from torchladder.training.run_plan import Plan, make_plan, summary_lines
 
@@ -56,8 +57,8 @@ def run(argv: list[str]) -> int:
     plan = make_plan(config.load(settings), arguments.world_size)
     memory, traffic = _estimate_memory(plan, arguments.world_size, arguments.gpu_memory)
     steps = _shown_steps(arguments.at, plan.steps)
-    usage, no_usage = source_usage(plan.config, plan.batch, plan.schedule)
-    phases = _phases(plan, usage)
+    reads = data_use(plan.config, plan.batch, plan.schedule)
+    phases, context = _phases(plan, reads.usage), final_context(plan, reads)
     costs = _costs(plan, arguments.world_size, arguments.tokens_per_second, price)
     if arguments.plot:
         windows = {one.layer_type: partial(plan.schedule.window, layer_type=one.layer_type) for one in plan.layer_types}
@@ -70,7 +71,7 @@ def run(argv: list[str]) -> int:
             "memory_per_rank": dataclasses.asdict(memory),
             "sent_per_rank_and_step": dataclasses.asdict(traffic),
         }
-        print(json.dumps(_summary(plan, steps) | {"phases": phases} | bytes_per_rank | costs))
+        print(json.dumps(_summary(plan, steps) | {"phases": phases, "final_context": context} | bytes_per_rank | costs))
         return 0
     print("\n".join(summary_lines(plan)))
     print(f"attention   {plan.attention_share:.1%} of the FLOPs at full context")
@@ -80,8 +81,9 @@ def run(argv: list[str]) -> int:
     _print_costs(plan, costs)
     _print_windows(plan, steps)
     _print_phases(phases)
-    if no_usage:
-        print(f"data        epochs not counted: {no_usage}")
+    print_final_context(context)
+    if reads.unknown:
+        print(f"data        epochs not counted: {reads.unknown}")
     if arguments.plot:
         print(f"wrote {arguments.plot}")
     return 0

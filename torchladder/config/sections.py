@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from annotated_types import Ge, Gt, Le, Lt
 
-from torchladder import curriculum, models, optim
+from torchladder import curriculum, models, optim, probes
 from torchladder.checkpoint import CheckpointConfig
 from torchladder.config.attention_section import AttentionConfig, LayerAttentionConfig
 from torchladder.config.values import tables_argument
@@ -133,10 +133,17 @@ class ValidationConfig:
     windows: list[int] = field(default_factory=list)
     """Windows to validate at in addition to the full context."""
 
+    probes: list[str] = field(default_factory=list)
+    """Long-context probes to measure in full rows at each validation: needle, copy, repeat, or a plugin's."""
+
+    probe_rows: Annotated[int, Ge(1)] = 8
+    """Rows per depth or distance of a probe, over all ranks."""
+
     def __post_init__(self) -> None:
         check_bounds(self, "validation")
         require(self.steps != 0, "validation.steps = 0: must be 1 or more, or -1; validation.enable turns it off.")
         require(all(w >= 1 for w in self.windows), f"validation.windows = {self.windows}: must be 1 or more.")
+        probes.registry.build_all(self.probes, [])  # refuses unknown names
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,6 +106,15 @@ class SizedLoader(Protocol):
 
     def usage(self) -> list[SourceUsage]:
         """Returns what each phase reads of each source; the loader must have been built with ``steps``."""
+        ...
+
+
+@runtime_checkable
+class KnowsDocuments(Protocol):
+    """A loader that knows the lengths of its documents."""
+
+    def document_lengths(self) -> dict[str, np.ndarray]:
+        """Returns the label of each source -> (documents,) tokens in each of its documents."""
         ...
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
+import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -202,6 +203,9 @@ class RowLoader:
 
     def source_of(self, row: int) -> str:
         return self._source_mix.corpora[self._source_mix.interleave(row)[0]].label
+
+    def document_lengths(self) -> dict[str, np.ndarray]:
+        return {corpus.label: corpus.lengths for corpus in self._source_mix.corpora}
 
     def boundary_shares(self) -> dict[str, float]:
         return self._source_mix.boundary_shares()

@@ -66,6 +66,10 @@ class Interval:
         causal_pairs = self.run.layers * self.tokens * (self.run.seq_len + 1) / 2
         return 1 - self.pairs / causal_pairs if self.tokens else 0.0
 
+    def effective_context(self) -> float:
+        """Returns the mean number of keys that a query attended to, itself included: of a full causal row, half."""
+        return (1 - self.attention_saved()) * (self.run.seq_len + 1) / 2
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -111,6 +115,7 @@ METRICS: dict[str, Metric] = {
             console="window: {window}  saved: {attention_saved:.1%}",
             color="yellow",
         ),
+        Metric("effective_context", lambda i: i.effective_context(), "curriculum/effective_context"),
         Metric("memory_gib", lambda i: i.memory_gib, "memory/max_reserved(GiB)"),
         Metric("seconds", lambda i: i.totals["seconds"]),
     )
@@ -185,6 +190,20 @@ def validation_report(step: int, loss: float, window: int, seq_len: int, ema_los
         report.scalars[f"validation_metrics/ema_{tag}"] = ema_loss
         report.console.insert(1, (f"ema_loss: {ema_loss:.4f}", "green"))
     return report
+
+
+def probe_report(step: int, scores: Mapping[str, float]) -> Report:
+    """Returns the report of long-context probes, from ``<probe>_accuracy``, ``<probe>_loss`` and the like."""
+    return Report(
+        step,
+        record={"step": step, **scores},
+        scalars={f"validation_metrics/{name}": score for name, score in scores.items()},
+        console=[(f"validate step: {step:2}", "green")]
+        + [
+            (f"{name}: {score:.2%}" if name.endswith("accuracy") else f"{name}: {score:.4f}", "green")
+            for name, score in scores.items()
+        ],
+    )
 
 
 class _ConsoleFormatter(string.Formatter):

@@ -13,7 +13,15 @@ from annotated_types import Ge, Gt, Lt
 
 from torchladder.disk_errors import tolerating
 from torchladder.metrics.device import get_peak_flops, peak_memory
-from torchladder.metrics.metric_table import Interval, Report, RunInfo, Value, training_report, validation_report
+from torchladder.metrics.metric_table import (
+    Interval,
+    Report,
+    RunInfo,
+    Value,
+    probe_report,
+    training_report,
+    validation_report,
+)
 from torchladder.metrics.outputs import (
     METRICS_FILE,
     JsonlOutput,
@@ -147,6 +155,10 @@ class MetricsProcessor:
         Each query sees ``window`` tokens.
         """
         self._write(validation_report(step, loss, window, self.run.seq_len, ema_loss))
+
+    def log_probes(self, step: int, scores: Mapping[str, float]) -> None:
+        """Reports the scores of long-context probes after ``step`` steps."""
+        self._write(probe_report(step, scores))
 
     @contextmanager
     def pause(self) -> Iterator[None]:

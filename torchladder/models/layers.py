@@ -114,6 +114,7 @@ class Head(nn.Module):
         labels: Tensor | None = None,
         tied_weight: Tensor | None = None,
         z_loss_multiplier: float = 0.0,
+        logits_at: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         weight = self.weight if tied_weight is None else tied_weight
         assert weight is not None
@@ -122,9 +123,9 @@ class Head(nn.Module):
         if labels is not None:
             return loss.cross_entropy(hidden, weight, labels, self.logit_softcap)
         if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
-            logits = loss.full_logits(hidden, weight)
+            logits = loss.full_logits(hidden, weight, logits_at)
         else:
-            logits = F.linear(hidden, weight)
+            logits = F.linear(loss.take_tokens(hidden, logits_at), weight)
         return loss.softcap(logits, self.logit_softcap)
 
     def per_token_loss(self, hidden: Tensor, labels: Tensor, tied_weight: Tensor | None = None) -> Tensor:

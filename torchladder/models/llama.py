@@ -88,9 +88,15 @@ class Llama(Model):
         return Block(self.config, rope, attention_fn, sinks=sinks)
 
     def forward(
-        self, tokens: Tensor, attn_mask: Any, labels: Tensor | None = None, z_loss_multiplier: float = 0.0
+        self,
+        tokens: Tensor,
+        attn_mask: Any,
+        labels: Tensor | None = None,
+        z_loss_multiplier: float = 0.0,
+        logits_at: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return self.head(self._hidden_states(tokens, attn_mask), labels, self._tied_weight(), z_loss_multiplier)
+        hidden = self._hidden_states(tokens, attn_mask)
+        return self.head(hidden, labels, self._tied_weight(), z_loss_multiplier, logits_at)
 
     @torch.no_grad()
     def per_token_loss(self, tokens: Tensor, attn_mask: Any, labels: Tensor) -> Tensor:

@@ -66,6 +66,11 @@ def logits_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(dtype), labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
+def take_tokens(hidden: Tensor, positions: Tensor | None) -> Tensor:
+    """Returns the hidden states (B, n, d) at positions (B, n) of each row; None: all of them."""
+    return hidden if positions is None else hidden.take_along_dim(positions[..., None], dim=1)
+
+
 def _chunk_tokens(device_type: str, vocab_size: int) -> int:
     return max((MAX_LOGITS_CPU if device_type == "cpu" else MAX_LOGITS_GPU) // vocab_size, MIN_CHUNK_TOKENS)
 
@@ -215,12 +220,15 @@ def _parallel_loss(hidden: DTensor, weight: DTensor, labels: Tensor, *terms: flo
     return tuple(DTensor.from_local(term, mesh, [Partial()], run_check=False).full_tensor().clone() for term in local)
 
 
-def full_logits(hidden: DTensor, weight: DTensor) -> Tensor:
-    """Returns the logits (B, T, V) of the whole vocabulary on every rank."""
+def full_logits(hidden: DTensor, weight: DTensor, positions: Tensor | None = None) -> Tensor:
+    """Returns the logits (B, T, V) of the whole vocabulary on every rank, or those at ``positions``."""
     states = hidden.redistribute(placements=[Replicate()])
-    local = F.linear(states, weight.redistribute(placements=[Shard(0)]))
-    assert isinstance(local, DTensor)
-    return local.full_tensor().clone()
+    if positions is not None:
+        local = take_tokens(states.to_local(), positions)
+        states = DTensor.from_local(local, states.device_mesh, states.placements, run_check=False)
+    logits = F.linear(states, weight.redistribute(placements=[Shard(0)]))
+    assert isinstance(logits, DTensor)
+    return logits.full_tensor().clone()
 
 
 def _shard_start(size: int, mesh: DeviceMesh) -> int:

@@ -52,6 +52,9 @@ class Model(nn.Module, ABC):
 
         A model that supports ``training.z_loss_multiplier`` has another argument of that name, by default 0. With any
         other value it returns a pair: the sum with the z-loss added, and the z-loss by itself without a gradient.
+
+        A model that can compute few logits has an argument ``logits_at``: (B, n) int64, positions in each row; it then
+        returns the logits (B, n, V) there.
         """
 
     @abstractmethod
@@ -103,6 +106,15 @@ class Model(nn.Module, ABC):
         """
         logits = self(tokens, attn_mask)
         return torch.stack([loss.logits_cross_entropy(row, label) for row, label in zip(logits, labels, strict=True)])
+
+    def logits_at(self, tokens: Tensor, attn_mask: Any, positions: Tensor) -> Tensor:
+        """Returns the logits (B, n, V) at positions (B, n) of each row, on a model that may be parallelized."""
+        if "logits_at" in inspect.signature(self.forward).parameters:
+            logits = self(tokens, attn_mask, logits_at=positions)
+        else:
+            logits = loss.take_tokens(self(tokens, attn_mask), positions)
+        assert isinstance(logits, Tensor)
+        return logits
 
     def num_parameters(self) -> int:
         """Returns the number of parameters; shared ones count once."""

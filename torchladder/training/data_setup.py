@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from torchladder import data, models
 from torchladder.config import Config
-from torchladder.data.dataloader import SizedLoader, SourceUsage
+from torchladder.data.dataloader import KnowsDocuments, SizedLoader, SourceUsage
 from torchladder.data.file_patterns import MissingFilesError
 from torchladder.registry import ConfigError, require
 from torchladder.schedule import Schedule
@@ -127,8 +129,22 @@ def all_sources_repeat(section: Any) -> bool:
     return all(repeat if source.repeat is None else source.repeat for source in getattr(section, "sources", []))
 
 
-def source_usage(config: Config, batch: BatchSizes, schedule: Schedule) -> tuple[list[SourceUsage], str]:
-    """Checks the data as when training starts; returns what each phase reads of each source.
+class DataUse(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+        usage: what each phase reads of each source.
+        lengths: label of each source -> (documents,) tokens in each of its documents.
+        unknown: why the others are empty, if they are.
+    """
+
+    usage: list[SourceUsage]
+    lengths: dict[str, np.ndarray]
+    unknown: str = ""
+
+
+def data_use(config: Config, batch: BatchSizes, schedule: Schedule) -> DataUse:
+    """Checks the data as when training starts; returns what the run reads.
 
     Text is not tokenized, and files need not be on this machine: then nothing is returned, with the reason.
 
@@ -136,10 +152,10 @@ def source_usage(config: Config, batch: BatchSizes, schedule: Schedule) -> tuple
         ConfigError: the settings do not fit the data, or the data is damaged.
     """
     if "check_only" not in inspect.signature(data.registry.get(config.data.name)).parameters:
-        return [], f"the data loader {config.data.name!r} is opened when training starts."
+        return DataUse([], {}, f"the data loader {config.data.name!r} is opened when training starts.")
     sources, splits = getattr(config.data, "sources", []), ("train", "validation")[: 1 + config.validation.enable]
     if not sources:
-        return [], "data.sources is empty: set it before training."
+        return DataUse([], {}, "data.sources is empty: set it before training.")
     try:
         for split in splits:
             build_loader(config, batch, schedule, split, check_only=True)
@@ -151,8 +167,9 @@ def source_usage(config: Config, batch: BatchSizes, schedule: Schedule) -> tuple
         if text is not None and config.tokenizer.name == "none":
             raise ConfigError(f"the source {text.title} is raw text: it needs a tokenizer.")
         if text is not None and tokenizes:
-            return [], f"{text.title} is raw text, tokenized when a run first needs it."
+            return DataUse([], {}, f"{text.title} is raw text, tokenized when a run first needs it.")
         loader = build_loader(config, batch, schedule, tokenizer=tokenizer)
     except MissingFilesError as error:
-        return [], str(error)
-    return (loader.usage(), "") if isinstance(loader, SizedLoader) else ([], "")
+        return DataUse([], {}, str(error))
+    usage = loader.usage() if isinstance(loader, SizedLoader) else []
+    return DataUse(usage, loader.document_lengths() if isinstance(loader, KnowsDocuments) else {})

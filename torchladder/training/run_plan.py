@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from torchladder import curriculum, mask, models, optim
+from torchladder import curriculum, mask, models, optim, probes
 from torchladder.config import Config
 from torchladder.data.dataloader import BaseDataLoader, TracksSources
 from torchladder.distributed import mesh
@@ -143,6 +143,8 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
             window <= training.seq_len,
             f"validation.windows = {window}: a row has {training.seq_len} tokens (training.seq_len).",
         )
+    if config.validation.enable:
+        probes.registry.build_all(config.validation.probes, [training.seq_len])
     folder = Path(config.job.dump_folder)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     require(existing.is_dir(), f"job.dump_folder = {str(folder)!r}: {existing} is a file.")

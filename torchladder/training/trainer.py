@@ -7,6 +7,7 @@ import logging
 import platform
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from torchladder.training.label_check import LabelCheck
 from torchladder.training.run_plan import Plan, fingerprints, log_plan, parallelize_config, run_info
 from torchladder.training.samples import Samples
 from torchladder.training.validation import Validation
+from torchladder.training.validation_probes import ValidationProbes
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class Trainer:
         self.loader = build_loader("train")
         self.label_check = LabelCheck(self.loader, config.metrics.log_freq, config.training.steps, ranks.is_rank0)
         self.validation = Validation(plan, ranks, build_loader("validation")) if config.validation.enable else None
+        has_probes = config.validation.enable and config.validation.probes
+        self.probes = ValidationProbes(plan, ranks, self.mesh, tokenizer) if has_probes else None
         self.samples = Samples(config, tokenizer, self._logits, plan.degrees.tp)
 
         self.model = self._build_model()
@@ -286,6 +290,16 @@ class Trainer:
         with self._precision():
             return self.model(tokens.to(self.ranks.device), attn_mask)
 
+    def _logits_at(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits (B, n, V) at positions (B, n) of rows of one document, and which of them this rank has."""
+        row = torch.arange(tokens.shape[1], dtype=torch.int32).expand(tokens.shape)
+        final = replace(self.plan.schedule(self.plan.steps - 1), window=tokens.shape[1])
+        attn_mask = self._prepare_mask(mask.from_types(self.masks, row, final.window_of))
+        local, last = positions - self.context_shard.offset, self.context_shard.tokens_per_rank - 1
+        inputs = self.context_shard(tokens).to(self.ranks.device), attn_mask, local.clamp(0, last).to(self.ranks.device)
+        with self._precision():
+            return self.model.logits_at(*inputs), (local == local.clamp(0, last)).to(self.ranks.device)
+
     def _precision(self) -> AbstractContextManager[Any]:
         """Computes in the run's dtype; FSDP2 casts by itself."""
         dtype = self.parallel_config.precision.compute
@@ -293,16 +307,22 @@ class Trainer:
         return torch.autocast(self.ranks.device.type, dtype) if single else nullcontext()
 
     def _validate(self) -> None:
-        """Logs the validation losses: of all windows or, if interrupted, of none."""
+        """Logs the validation losses, of all windows, and the scores of probes; if interrupted, nothing."""
         if self.validation is not None:
             arguments = self._summed_loss, self.fault_tolerance.stop_if_requested
-            losses, ema_losses = self.validation.losses(*arguments), {}
+            losses, ema_losses, scores = self.validation.losses(*arguments), {}, self._probe_scores()
             if self.ema:
                 self.optimizer.zero_grad()  # makes room for the copy of the weights
                 with self.ema.in_model():
                     ema_losses = self.validation.losses(*arguments)
+                    scores |= {f"ema_{name}": score for name, score in self._probe_scores().items()}
             for window, loss in losses.items():
                 self.metrics.log_validation(self.step, loss, window, ema_losses.get(window))
+            if scores:
+                self.metrics.log_probes(self.step, scores)
+
+    def _probe_scores(self) -> dict[str, float]:
+        return self.probes.scores(self._logits_at, self.fault_tolerance.stop_if_requested) if self.probes else {}
 
     def _set_rope_theta(self, theta: float | None) -> None:
         if theta is not None:

@@ -1,4 +1,4 @@
-"""Evaluation jobs, each of one model on one file at one context: computes their losses, finds those not yet run."""
+"""Evaluation jobs, each of one model at one context: the loss on a file; finds those not yet run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torchladder.data.unlabeled_tokens import PADDING, split_labels
 from torchladder.inference.evaluation.eval_files import EvalDocuments
 from torchladder.inference.evaluation.eval_slices import EvalSlices
 from torchladder.inference.evaluation.position_losses import PositionLosses, position_buckets
-from torchladder.inference.evaluation.result_table import ResultRow, ResultTable, RowKey, row_key
+from torchladder.inference.evaluation.result_table import ResultRow, ResultTable, RowKey
 from torchladder.inference.trained_model import LoadedModel, TrainedModel
 from torchladder.models import attention
 from torchladder.models.layer_types import collapse
@@ -28,6 +29,64 @@ from torchladder.registry import require
 
 FINGERPRINT_VERSION = 1
 """Increment when the results of the same weights and documents change, so that they are evaluated again."""
+
+
+class Job(Protocol):
+    """What one model is measured on at one context."""
+
+    @property
+    def trained(self) -> TrainedModel: ...
+
+    @property
+    def table(self) -> ResultTable:
+        """Receives the result."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model reads at once, at most."""
+        ...
+
+    @property
+    def subject(self) -> str:
+        """What is measured, for messages: a file or a probe."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads in all."""
+        ...
+
+    @property
+    def row_keys(self) -> list[RowKey]:
+        """The keys of the result's rows."""
+        ...
+
+    def compute(self, loaded: LoadedModel, batch_tokens: int, on_batch: Callable[[int], None]) -> list[ResultRow]:
+        """Returns the rows of the result.
+
+        Args:
+            loaded: the model.
+            batch_tokens: tokens in a batch, with padding; a single row may be longer.
+            on_batch: called with the tokens of each batch.
+        """
+        ...
+
+    def summary(self, rows: Sequence[ResultRow]) -> str:
+        """Returns the result in a few words."""
+        ...
+
+    def notices(self) -> list[str]:
+        """Returns what the user should know before the job runs."""
+        ...
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,17 +121,41 @@ class EvalJob:
         return self.slices.count_tokens(self.documents.corpus.lengths)
 
     @property
+    def context(self) -> int:
+        """Tokens in a slice, at most."""
+        return self.slices.context
+
+    @property
+    def subject(self) -> str:
+        """The file."""
+        return path_label(self.documents.path)
+
+    def compute(self, loaded: LoadedModel, batch_tokens: int, on_batch: Callable[[int], None]) -> list[ResultRow]:
+        return self.rows(compute_losses(loaded, self, batch_tokens, on_batch))
+
+    def summary(self, rows: Sequence[ResultRow]) -> str:
+        whole = rows[0]
+        if whole["loss"] is None:
+            return f"no token, {whole['tokens']:,} tokens"
+        return f"loss {whole['loss']:.4f}, perplexity {whole['perplexity']:,.2f}, {whole['tokens']:,} tokens"
+
+    def notices(self) -> list[str]:
+        lines = []
+        if not self.documents.corpus.tokenizer_known:
+            lines.append(f"{self.subject}: its tokenizer is unknown and cannot be verified")
+        if not self.num_tokens:
+            lines.append(f"warning: {self.subject} has no token to predict: its loss stays empty")
+        return lines
+
+    @property
     def row_keys(self) -> list[RowKey]:
         """The keys of the result's rows: all positions, then each bucket."""
         return [(self.fingerprint, first) for first in (None, *(first for first, _ in self._buckets))]
 
     def rows(self, losses: PositionLosses) -> list[ResultRow]:
         """Returns the rows of the result: all positions, then each bucket."""
-        common: ResultRow = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "checkpoint": path_label(self.trained.path) + self.trained.choice.label,
-            "step": self.trained.step,
-            "file": path_label(self.documents.path),
+        common: ResultRow = model_columns(self.trained) | {
+            "file": self.subject,
             "context": self.slices.context,
             "stride": self.slices.stride,
             "dtype": self.dtype,
@@ -100,20 +183,29 @@ class EvalJob:
         return position_buckets(self.slices.context) if self.by_position else []
 
 
+def model_columns(trained: TrainedModel) -> ResultRow:
+    """Returns the columns that say when and which model: time, checkpoint, step."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "checkpoint": path_label(trained.path) + trained.choice.label,
+        "step": trained.step,
+    }
+
+
 def path_label(path: Path) -> str:
     """Returns a path as one line of valid text."""
     return os.fsencode(path).decode("utf-8", "replace").replace("\n", " ")
 
 
-def unfinished(jobs: Sequence[EvalJob]) -> list[EvalJob]:
+def unfinished(jobs: Sequence[AnyJob]) -> list[AnyJob]:
     """Returns the jobs that lack rows in their tables."""
-    known = {table: {row_key(row) for row in table.rows()} for table in {job.table for job in jobs}}
+    known = {table: set(map(table.key, table.rows())) for table in {job.table for job in jobs}}
     return [job for job in jobs if not known[job.table].issuperset(job.row_keys)]
 
 
-def finished_rows(jobs: Sequence[EvalJob]) -> list[ResultRow]:
+def finished_rows(jobs: Sequence[Job]) -> list[ResultRow]:
     """Returns the rows of jobs that are in their tables, in the order of the jobs."""
-    known = {table: {row_key(row): row for row in table.rows()} for table in {job.table for job in jobs}}
+    known = {table: {table.key(row): row for row in table.rows()} for table in {job.table for job in jobs}}
     rows = (known[job.table].get(key) for job in jobs for key in job.row_keys)
     return [row for row in rows if row is not None]
 

@@ -8,17 +8,34 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from torchladder.registry import ConfigError, require, unknown_name
 
 ResultRow = dict[str, Any]
-"""A row of the table: a value or None for each of ``COLUMNS``."""
+"""A row of a table: a value or None for each of its columns."""
+
+RowKey = tuple[Any, ...]
+"""The values of a table's key columns, which identify a row."""
+
+
+class TableSchema(NamedTuple):
+    """The columns of a table.
+
+    Attributes:
+        content: what errors call the rows.
+        columns: name -> type, in order; "time" comes first.
+        key: names of the columns that identify a row.
+    """
+
+    content: str
+    columns: dict[str, type]
+    key: tuple[str, ...]
+
 
 COLUMNS: dict[str, type] = {
     "time": str,
@@ -40,13 +57,8 @@ COLUMNS: dict[str, type] = {
     "fingerprint": str,
 }
 
-RowKey = tuple[str, int | None]
-"""Identifies a row: the fingerprint of the evaluation and the first position, None for all positions."""
-
-
-def row_key(row: ResultRow) -> RowKey:
-    """Returns the key of a row."""
-    return row["fingerprint"], row["first_position"]
+EVALUATIONS = TableSchema("evaluations", COLUMNS, ("fingerprint", "first_position"))
+"""Losses on files; the first position is None for all positions."""
 
 
 class ResultTable:
@@ -54,16 +66,21 @@ class ResultTable:
 
     Args:
         path: a .csv or .jsonl; created with its folder if it does not exist.
+        schema: its columns.
 
     Raises:
         ConfigError: another suffix, or a file that cannot be written or has other content.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, schema: TableSchema = EVALUATIONS) -> None:
         require(path.suffix in FORMATS, f"{path}: a table of results must end in {' or '.join(FORMATS)}.")
-        self.path = path
-        self._format = FORMATS[path.suffix]
+        self.path, self.schema = path, schema
+        self._format = FORMATS[path.suffix](schema.columns)
         self.rows()  # checks the file
+
+    def key(self, row: ResultRow) -> RowKey:
+        """Returns the key of a row."""
+        return tuple(row[name] for name in self.schema.key)
 
     def rows(self) -> list[ResultRow]:
         """Returns all complete rows.
@@ -82,10 +99,10 @@ class ResultTable:
         """
         with self._open() as file:
             existing, end = self._read(file)
-            known = set(map(row_key, existing))
+            known = set(map(self.key, existing))
             file.truncate(end)  # an incomplete line is of a killed process: others wait for the lock
             try:
-                missing = [row for row in rows if row_key(row) not in known]
+                missing = [row for row in rows if self.key(row) not in known]
                 remaining = memoryview(self._format.write(missing, end == 0))
                 while remaining:
                     remaining = remaining[file.write(remaining) :]
@@ -117,65 +134,66 @@ class ResultTable:
             return self._format.parse(content[:end].decode()), end
         except (ValueError, csv.Error) as error:
             raise ConfigError(
-                f"{self.path} is not a table of evaluations: {error} Choose another file with --output."
+                f"{self.path} is not a table of {self.schema.content}: {error} Choose another file with --output."
             ) from None
 
 
-def _to_csv(rows: Sequence[ResultRow], with_header: bool) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if with_header:
-        writer.writerow(COLUMNS)
-    writer.writerows([row[name] for name in COLUMNS] for row in rows)  # floats with all digits
-    return text.getvalue().encode()
+class _CsvFormat:
+    def __init__(self, columns: dict[str, type]) -> None:
+        self.columns = columns
+        self.prefix = self.write([], True)
+
+    def write(self, rows: Sequence[ResultRow], with_header: bool) -> bytes:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if with_header:
+            writer.writerow(self.columns)
+        writer.writerows([row[name] for name in self.columns] for row in rows)  # floats with all digits
+        return text.getvalue().encode()
+
+    def parse(self, text: str) -> list[ResultRow]:
+        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+        if lines:
+            _check_columns(lines[0], 1, self.columns)
+        for number, line in enumerate(lines, start=1):
+            size = len(self.columns)
+            require(len(line) == size, f"line {number} has {len(line)} values, not {size}.")
+        return [
+            {
+                name: kind(value) if value else None
+                for (name, kind), value in zip(self.columns.items(), line, strict=True)
+            }
+            for line in lines[1:]
+        ]
 
 
-def _from_csv(text: str) -> list[ResultRow]:
-    lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    if lines:
-        _check_columns(lines[0], 1)
-    for number, line in enumerate(lines, start=1):
-        require(len(line) == len(COLUMNS), f"line {number} has {len(line)} values, not {len(COLUMNS)}.")
-    return [
-        {name: kind(value) if value else None for (name, kind), value in zip(COLUMNS.items(), line, strict=True)}
-        for line in lines[1:]
-    ]
+class _JsonlFormat:
+    prefix: ClassVar[bytes] = b'{"time": "'
+
+    def __init__(self, columns: dict[str, type]) -> None:
+        self.columns = columns
+
+    def write(self, rows: Sequence[ResultRow], with_header: bool) -> bytes:
+        def encode(value: Any) -> Any:
+            return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN, infinity
+
+        lines = ({name: encode(row[name]) for name in self.columns} for row in rows)
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+    def parse(self, text: str) -> list[ResultRow]:
+        rows = [json.loads(line) for line in text.split("\n")[:-1]]
+        for number, row in enumerate(rows, start=1):
+            require(isinstance(row, dict), f"line {number} is not an object.")
+            _check_columns(list(row), number, self.columns)
+        return rows
 
 
-def _to_jsonl(rows: Sequence[ResultRow], _: bool) -> bytes:
-    def encode(value: Any) -> Any:
-        return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN or infinity
-
-    lines = ({name: encode(row[name]) for name in COLUMNS} for row in rows)
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-
-
-def _from_jsonl(text: str) -> list[ResultRow]:
-    rows = [json.loads(line) for line in text.split("\n")[:-1]]
-    for number, row in enumerate(rows, start=1):
-        require(isinstance(row, dict), f"line {number} is not an object.")
-        _check_columns(list(row), number)
-    return rows
-
-
-def _check_columns(names: Sequence[str], line: int) -> None:
+def _check_columns(names: Sequence[str], line: int, columns: dict[str, type]) -> None:
     for name in names:
-        if name not in COLUMNS:
-            raise ConfigError(f"line {line}: {unknown_name('column', name, COLUMNS)}")
-    require(list(names) == list(COLUMNS), f"line {line} has the columns {', '.join(names)}, not {', '.join(COLUMNS)}.")
+        if name not in columns:
+            raise ConfigError(f"line {line}: {unknown_name('column', name, columns)}")
+    require(list(names) == list(columns), f"line {line} has the columns {', '.join(names)}, not {', '.join(columns)}.")
 
 
-@dataclass(frozen=True)
-class TableFormat:
-    """A file format: ``write(rows, with_header)``, ``parse(text)``, and the first bytes of every file."""
-
-    write: Callable[[Sequence[ResultRow], bool], bytes]
-    parse: Callable[[str], list[ResultRow]]
-    prefix: bytes
-
-
-FORMATS = {
-    ".csv": TableFormat(_to_csv, _from_csv, _to_csv([], True)),
-    ".jsonl": TableFormat(_to_jsonl, _from_jsonl, b'{"time": "'),
-}
-"""Formats by suffix."""
+FORMATS: dict[str, type[_CsvFormat] | type[_JsonlFormat]] = {".csv": _CsvFormat, ".jsonl": _JsonlFormat}
+"""Formats by suffix; each writes and parses rows, and has the first bytes of every file as ``prefix``."""
