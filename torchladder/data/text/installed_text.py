@@ -98,6 +98,6 @@ def _docstrings(source: str) -> Iterator[str]:
     except (SyntaxError, ValueError, RecursionError):  # templates, other versions of Python
         return
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if docstring := ast.get_docstring(node):
-                yield docstring
+        has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if has_docstring and (docstring := ast.get_docstring(node)):
+            yield docstring
