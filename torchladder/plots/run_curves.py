@@ -35,6 +35,7 @@ class RunCurves:
         full = max((record["window"] for record in validation), default=0)
         validation = [record for record in validation if record["window"] == full]
         self.name = name
+        self.records = records
         self.step, self.loss, self.window = (_column(train, key) for key in ("step", "loss", "window"))
         others = [key for key in train[-1] if key.startswith("window_")]
         self.layer_windows = {key.removeprefix("window_"): _column(train, key) for key in others}
@@ -45,6 +46,15 @@ class RunCurves:
     def title(self) -> str:
         return f"{self.name}: {self.validation_loss[-1]:.3f}" if len(self.validation_loss) else self.name
 
+    @property
+    def windows(self) -> dict[str, np.ndarray]:
+        """The window of each layer type; full_attention first."""
+        return {"full_attention": self.window, **self.layer_windows}
+
+    def at_validation(self, kind: str) -> np.ndarray:
+        """Returns the tokens, seconds or FLOPs at the validation steps."""
+        return np.interp(self.validation_step, np.r_[0, self.step], np.r_[0, getattr(self, kind)])
+
 
 def _column(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     values = (record.get(key) for record in records)
@@ -54,9 +64,11 @@ def _column(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 def smooth(values: np.ndarray, fraction: float = 0.02) -> np.ndarray:
     """Returns the centered running mean over a fraction of the values, over fewer of them at the ends; NaN is skipped.
 
+    A curve of few values is smoothed by more: up to a tenth of them, but no more than 11 values.
+
     Example: with 5 values and ``fraction=0.4`` each value is averaged with one neighbor on either side.
     """
-    half = int(len(values) * fraction / 2)
+    half = int(max(len(values) * fraction / 2, min(len(values) / 20, 5)))
     total = np.r_[0, np.cumsum(np.nan_to_num(values))]
     count = np.r_[0, np.cumsum(np.isfinite(values))]
     index = np.arange(len(values))
@@ -94,13 +106,13 @@ def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
     """
     if not runs:
         raise ConfigError("no runs to compare: pass at least one.")
-    units = [_unit(kind, max(getattr(run, kind)[-1] for run in runs)) for kind in UNITS]
+    units = [unit(kind, max(getattr(run, kind)[-1] for run in runs)) for kind in UNITS]
     with saved_figure(path, 12, 5.8) as figure:
         tops, bottoms = figure.subplots(2, 3, sharex="col", sharey="row", height_ratios=[2.6, 1])
         for top, bottom, kind, (label, scale) in zip(tops, bottoms, UNITS, units, strict=True):
             for color, run in zip(cycle(COLORS), runs):
                 x = getattr(run, kind) / scale
-                val = np.interp(run.validation_step, np.r_[0, run.step], np.r_[0, x])
+                val = run.at_validation(kind) / scale
                 top.plot(x, smooth(run.loss), color=color, linewidth=1, alpha=0.4)
                 top.plot(val, run.validation_loss, "o-", color=color, markersize=4, linewidth=1.4, label=run.title)
                 bottom.plot(x, run.window, color=color, drawstyle="steps-post")
@@ -125,16 +137,27 @@ UNITS: dict[str, list[tuple[float, str]]] = {
 """Columns of ``compare_runs``: the key, and its units from small to large."""
 
 
-def _unit(kind: str, largest: float) -> tuple[str, float]:
+def unit(kind: str, largest: float) -> tuple[str, float]:
     """Returns the label and the size of the largest unit that is at most a third of ``largest``."""
     scale, label = next(((size, label) for size, label in reversed(UNITS[kind]) if largest >= 3 * size), UNITS[kind][0])
     return label, scale
 
 
 def _zoom(axes: Axes, runs: Sequence[RunCurves]) -> None:
-    """Cuts off the top 4% of the losses: the steep first steps would flatten the rest of the curve."""
+    limits = loss_range(runs)
+    if limits is not None:
+        axes.set_ylim(*limits)
+
+
+def loss_range(runs: Sequence[RunCurves]) -> tuple[float, float] | None:
+    """Returns the range of the losses after the first 4% of the steps, whose steep fall would flatten the rest.
+
+    None if they have no range.
+    """
+    steps = np.concatenate([np.r_[run.step, run.validation_step] / run.step[-1] for run in runs])
     losses = np.concatenate([np.r_[run.loss, run.validation_loss] for run in runs])
-    losses = losses[np.isfinite(losses)]
-    if len(losses) >= 50:
-        low, high = losses.min(), np.quantile(losses, 0.96)
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    losses = losses[(steps > 0.04) & np.isfinite(losses)]
+    if not len(losses) or losses.min() == losses.max():
+        return None
+    margin = 0.05 * float(losses.max() - losses.min())
+    return float(losses.min()) - margin, float(losses.max()) + margin

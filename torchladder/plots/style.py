@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -94,3 +94,18 @@ def check_plot_path(path: Path) -> None:
     """Raises ConfigError if the suffix is not .png, .svg or .pdf."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{path}: unknown image format: the file name must end in .png, .svg or .pdf.")
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Returns the last parts of each path, as many as tell it apart from the other paths.
+
+    Example: ``a/full/run``, ``a/ladder/run`` and ``a/other`` are ``full/run``, ``ladder/run`` and ``other``.
+    """
+
+    def name(path: Path) -> str:
+        others = {other.parts for other in paths if other != path}
+        lengths = range(1, len(path.parts) + 1)
+        endings = (path.parts[-length:] for length in lengths)
+        return str(Path(*next((end for end in endings if all(one[-len(end) :] != end for one in others)), path.parts)))
+
+    return [name(path) for path in paths]
