@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchladder.plots.style import COLORS, draw_windows, plain_numbers, saved_figure, window_axis
+from torchladder.plots.style import (
+    COLORS,
+    draw_windows,
+    legend_above,
+    plain_numbers,
+    saved_figure,
+    window_axis,
+    window_steps,
+)
 from torchladder.registry import ConfigError
 
 if TYPE_CHECKING:
@@ -77,8 +85,13 @@ def smooth(values: np.ndarray, fraction: float = 0.02) -> np.ndarray:
         return (total[high] - total[low]) / (count[high] - count[low])
 
 
-def plot_run(path: Path, run: RunCurves) -> None:
+def plot_run(path: Path, run: RunCurves, windows: Mapping[str, Callable[[int], int]] | None = None) -> None:
     """Plots a run against the step: training and validation loss above, the window below.
+
+    Args:
+        path: file to write.
+        run: its metrics.
+        windows: of each layer type, as a function of the step; None for the windows in the metrics.
 
     Raises:
         ConfigError: the suffix is not .png, .svg or .pdf.
@@ -86,14 +99,20 @@ def plot_run(path: Path, run: RunCurves) -> None:
     with saved_figure(path, 8, 5.2) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
         top.plot(run.step, run.loss, color=COLORS[0], alpha=0.25, linewidth=1)
-        top.plot(run.step, smooth(run.loss), color=COLORS[0], alpha=0.7, linewidth=1.2, label="training")
+        top.plot(run.step, smooth(run.loss), color=COLORS[0], alpha=0.7, linewidth=1.2, label="training, smoothed")
         if len(run.validation_loss):
             last = f"validation, full context: {run.validation_loss[-1]:.3f} at the end"
             top.plot(run.validation_step, run.validation_loss, "o-", color=COLORS[1], markersize=4, label=last)
+        top.set_title(run.name, loc="left", fontweight="bold")
         top.set_ylabel("loss (nats per token)")
         top.legend(loc="upper right")
         _zoom(top, [run])
-        draw_windows(bottom, run.step, {"full_attention": run.window, **run.layer_windows})
+        if windows:
+            step = window_steps(int(run.step[-1]))
+            stairs = {name: np.array([window(int(one)) for one in step]) for name, window in windows.items()}
+            draw_windows(bottom, np.r_[step, run.step[-1]], {name: np.r_[one, one[-1]] for name, one in stairs.items()})
+        else:
+            draw_windows(bottom, run.step, run.windows)
         bottom.set(xlabel="step", xlim=(0, run.step[-1] * 1.01))
         plain_numbers(bottom.xaxis)
 
@@ -123,10 +142,8 @@ def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
         every = (window for run in runs for window in (run.window, *run.layer_windows.values()))
         window_axis(bottoms[0], max(np.nanmax(window) for window in every))
         tops[0].set_ylabel("loss (nats per token)")
-        handles, labels = tops[0].get_legend_handles_labels()
-        legend = figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 4))
+        legend = legend_above(figure, *tops[0].get_legend_handles_labels())
         legend.set_title("last validation loss at full context (faint lines: training loss)")
-        legend.set_alignment("left")
 
 
 UNITS: dict[str, list[tuple[float, str]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 """Colors that remain distinct under every kind of color vision (Okabe and Ito, 2008)."""
@@ -75,6 +77,24 @@ def draw_windows(axes: Axes, step: np.ndarray, windows: Mapping[str, np.ndarray]
     window_axis(axes, max(np.nanmax(window) for window in windows.values()))
     if len(windows) > 1:
         axes.legend(loc="center right")
+
+
+def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> Legend:
+    """Adds a legend above the plots, with as many columns as fit; a label longer than the figure is broken."""
+    width = figure.get_size_inches()[0]
+    labels = [textwrap.fill(label, int((width - 1) * LETTERS_PER_INCH)) for label in labels]
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
+    ncols = max(1, min(len(labels), int(width / (longest / LETTERS_PER_INCH + 0.7))))
+    return figure.legend(handles, labels, loc="outside upper left", ncols=ncols, alignment="left")
+
+
+LETTERS_PER_INCH = 11
+"""Letters of a legend that surely fit in an inch."""
+
+
+def window_steps(steps: int) -> np.ndarray:
+    """Returns the steps at which the windows of a run are drawn: all of them, or 2,000 from the first to the last."""
+    return np.unique(np.linspace(0, steps - 1, 2000).astype(int))
 
 
 def window_axis(axes: Axes, longest: float) -> None:
