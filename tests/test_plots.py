@@ -106,6 +106,15 @@ def test_a_run_is_plotted_with_the_windows_of_its_curriculum(run, drawn):
     assert set(sliding.get_ydata()) == {4}
 
 
+def test_ticks_say_where_they_are(run, drawn):
+    plots.plot_run(Path("ladder.png"), curves(run(steps=20, windows=lambda step: 10)))
+    drawn[0].draw_without_rendering()
+    steps, windows = drawn[0].axes[1].xaxis, drawn[0].axes[1].yaxis
+    assert [float(label.get_text()) for label in steps.get_ticklabels()] == steps.get_majorticklocs().tolist()
+    assert [label.get_text() for label in windows.get_ticklabels()] == ["0", "2.5", "5", "7.5", "10"]
+    assert all(tick == int(tick) for tick in steps.get_majorticklocs())
+
+
 @pytest.mark.parametrize("length", [8, 40, 300])
 def test_a_legend_fits_its_figure(run, drawn, length):
     runs = [RunCurves(f"{number} " + "run " * (length // 4), curves(run()).records) for number in range(6)]

@@ -175,11 +175,11 @@ def test_runs_that_differ_in_seeds_have_a_mean_and_a_spread(tmp_path, run):
 
 def test_settings_that_are_missing_or_unknown():
     known = ReportedRun(
-        RunCurves("a", [{"step": 1, "loss": 1.0, "window": 1}]), {"a.x": 1, "a.y": 2, "job.dump_folder": 1}
+        RunCurves("a", [{"step": 1, "loss": 1.0, "window": 1}]), {"a.x": 1, "a.y": True, "job.dump_folder": 1}
     )
     other = ReportedRun(known.curves, {"a.x": 1, "job.dump_folder": 2})
     unknown = ReportedRun(known.curves)
-    assert differing_settings([known, other, unknown]) == {"a.y": ["2", "", ""]}
+    assert differing_settings([known, other, unknown]) == {"a.y": ["true", "", ""]}
     assert [len(group) for group in seed_groups([unknown, unknown, known])] == [1, 1, 1]
 
 

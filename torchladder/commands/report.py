@@ -13,7 +13,7 @@ from rich.text import Text
 
 from torchladder import plots
 from torchladder.commands.arguments import CommandParser
-from torchladder.config.toml_files import NESTED, parse_settings
+from torchladder.config.toml_files import NESTED, read_settings
 from torchladder.metrics import METRICS_FILE, read_jsonl
 from torchladder.registry import ConfigError
 
@@ -82,7 +82,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     settings: dict[str, Any] = {}
-    for name, section in parse_settings(path.read_text(encoding="utf-8"), path).items():
+    for name, section in read_settings(path)[0].items():
         for key, value in section.items() if isinstance(section, dict) else [("", section)]:
             inner = value.items() if name in NESTED and isinstance(value, dict) else [("", value)]
             settings |= {f"{name}.{key}.{last}".rstrip("."): one for last, one in inner}

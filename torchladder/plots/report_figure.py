@@ -74,7 +74,7 @@ def comparison_figure(runs: Sequence[ReportedRun]) -> Figure:
     )
     longest = max(float(np.nanmax(window)) for run in runs for window in run.curves.windows.values())
     ticks = np.linspace(0, longest, 5).tolist()
-    figure.update_yaxes(title_text="window", range=[0, longest * 1.1], tickvals=ticks, tickformat=",.0f", row=2, col=1)
+    figure.update_yaxes(title_text="window", range=[0, longest * 1.1], tickvals=ticks, tickformat=",.2~f", row=2, col=1)
     return figure
 
 

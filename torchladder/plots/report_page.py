@@ -99,7 +99,7 @@ def _headline(group: Sequence[ReportedRun], first: Sequence[ReportedRun]) -> str
         costs += [f"{amount} {noun}"] if np.isfinite(saved) else []
     parts += [f"with {' and '.join(costs)}"] if costs else []
     reach = _mean([run.cost_to_reach(loss, "flops") for run in group]) / first[0].curves.flops[-1]
-    if difference < 0 and np.isfinite(reach):
+    if difference < 0 and reach < 1:
         parts.append(f"and reaches that loss with {reach:.0%} of the FLOPs")
     return ", ".join(parts)
 

@@ -152,10 +152,15 @@ def differing_settings(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for settings in known for key in settings if key not in PLACES)
     missing = object()
     return {
-        key: [str(run.settings.get(key, "")) for run in runs]
+        key: [_setting(run.settings.get(key, "")) for run in runs]
         for key in keys
         if any(settings.get(key, missing) != known[0].get(key, missing) for settings in known)
     }
+
+
+def _setting(value: Any) -> str:
+    """Returns a value as text, as in a TOML file."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def number(value: float, spec: str = ".4f") -> str:

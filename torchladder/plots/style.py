@@ -104,10 +104,13 @@ def window_axis(axes: Axes, longest: float) -> None:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Formats ticks as integers with thousands separators."""
-    from matplotlib.ticker import StrMethodFormatter
+    """Formats ticks with thousands separators; those that matplotlib chooses are integers."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+    locator = axis.get_major_locator()
+    if isinstance(locator, MaxNLocator):
+        locator.set_params(integer=True)
 
 
 def check_plot_path(path: Path) -> None:
