@@ -217,6 +217,12 @@ def test_a_run_without_validation_or_with_gaps_is_drawn(tmp_path, run):
     assert "nan%" not in text
 
 
+def test_many_runs_have_different_lines():
+    line = {"step": 1, "loss": 2.0, "window": 8, "tokens": 1, "seconds": 1, "flops": 1}
+    figure = comparison_figure([ReportedRun(RunCurves(str(number), [line])) for number in range(15)])
+    assert len({(trace.line.color, trace.line.dash) for trace in figure.data if trace.yaxis == "y"}) == 15
+
+
 def test_long_runs_are_thinned_and_keep_their_last_step():
     lines = [
         {"step": step, "loss": 2.0, "window": 8, "tokens": step, "seconds": step, "flops": step}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
 PAGE_COLORS = [*COLORS[:-1], "#8c959f"]
 """Colors of runs on a light and on a dark page: the palette of the plots with gray in the place of black."""
 
+DASHES = ["solid", "dash", "dashdot"]
+"""Lines of the runs of one color."""
+
 MAX_POINTS = 4000
 """Points of a curve; of longer ones every n-th is drawn, and the last."""
 
@@ -32,8 +34,9 @@ def comparison_figure(runs: Sequence[ReportedRun]) -> Figure:
 
     units = {kind: unit(kind, max(getattr(run.curves, kind)[-1] for run in runs)) for kind in UNITS}
     traces: list[dict[str, Any]] = []
-    for color, run in zip(cycle(PAGE_COLORS), runs):
-        traces += _traces(run.curves, color)
+    for number, run in enumerate(runs):
+        rounds, color = divmod(number, len(PAGE_COLORS))
+        traces += _traces(run.curves, PAGE_COLORS[color], DASHES[rounds % len(DASHES)])
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.72, 0.28], vertical_spacing=0.05)
     positions = [trace.pop("positions") for trace in traces]
     columns = {kind: [one[kind] / scale for one in positions] for kind, (_, scale) in units.items()}
@@ -78,7 +81,7 @@ def comparison_figure(runs: Sequence[ReportedRun]) -> Figure:
     return figure
 
 
-def _traces(run: RunCurves, color: str) -> list[dict[str, Any]]:
+def _traces(run: RunCurves, color: str, dash: str) -> list[dict[str, Any]]:
     """Returns the curves of a run; ``row`` and ``positions`` are not plotly's."""
     shown = _thinned(len(run.step))
     train = {kind: getattr(run, kind)[shown] for kind in UNITS}
@@ -95,7 +98,7 @@ def _traces(run: RunCurves, color: str) -> list[dict[str, Any]]:
             "positions": train,
             "y": data[:, 1].tolist(),
             "mode": "lines",
-            "line": {"color": color, "width": 1.2},
+            "line": {"color": color, "width": 1.2, "dash": dash},
             "opacity": 0.6 if validated else 1.0,
             "showlegend": not validated,
             "customdata": _places(run.step[shown], train, data[:, 0]),
@@ -110,7 +113,7 @@ def _traces(run: RunCurves, color: str) -> list[dict[str, Any]]:
                 "positions": validation,
                 "y": run.validation_loss.tolist(),
                 "mode": "lines+markers",
-                "line": {"color": color, "width": 2.2},
+                "line": {"color": color, "width": 2.2, "dash": dash},
                 "marker": {"size": 7},
                 "customdata": _places(run.validation_step, validation, run.validation_loss),
                 "hovertemplate": f"{name}validation loss %{{y:.4f}}<br>{PLACE}<extra></extra>",
@@ -118,7 +121,7 @@ def _traces(run: RunCurves, color: str) -> list[dict[str, Any]]:
         )
     for layer_type, window in run.windows.items():
         several = f" of {layer_type}" if run.layer_windows else ""
-        dash = "solid" if layer_type == "full_attention" else "dot"
+        stair_dash = dash if layer_type == "full_attention" else "dot"
         traces.append(
             common
             | {
@@ -126,7 +129,7 @@ def _traces(run: RunCurves, color: str) -> list[dict[str, Any]]:
                 "positions": train,
                 "y": window[shown].tolist(),
                 "mode": "lines",
-                "line": {"color": color, "width": 2, "shape": "hv", "dash": dash},
+                "line": {"color": color, "width": 2, "shape": "hv", "dash": stair_dash},
                 "showlegend": False,
                 "customdata": _places(run.step[shown], train, window[shown]),
                 "hovertemplate": f"{name}window{several} %{{y:,}}<br>{PLACE}<extra></extra>",
