@@ -573,7 +573,7 @@ def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monke
     # Of a Hugging Face folder there is one value, and no step.
     plots.plot_evaluations(tmp_path / "a.png", [*rows, rows[0] | {"step": None, "checkpoint": "hf"}])
     assert {text.get_text() for text in figures[1].legends[0].get_texts()} == {
-        f"{root / 'run' / 'checkpoint'}: val.jsonl, context 16",
+        "run: val.jsonl, context 16",
         "hf: val.jsonl, context 16",
     }
     # More files than colours: all of their tokens together.
@@ -588,6 +588,18 @@ def test_a_picture_shows_losses_over_steps_and_by_position(root, tmp_path, monke
         "de/val.jsonl, context 16",
         "en/val.jsonl, context 16",
     ]
+    # Positions of few tokens are left out where there are others, and averaged weights are a run beside their run.
+    place = {"file": "a.txt", "context": 4, "step": 1, "loss": 2.0}
+    points = [place | {"tokens": 200 * (1 + n), "first_position": n, "last_position": n} for n in range(3)]
+    points += [place | {"tokens": 900, "first_position": None, "last_position": None}]
+    rows = [row | {"checkpoint": f"{run}/checkpoint/step-1"} for run in ("a/x", "b/y") for row in points]
+    rows += [row | {"checkpoint": row["checkpoint"] + " (ema)"} for row in rows[:4]]
+    plots.plot_evaluations(tmp_path / "a.png", rows)
+    steps, places = figures[4].axes
+    assert [line.get_xdata().tolist() for line in places.lines] == [[2, 3]] * 3
+    assert places.get_title() == "by position, at the last step (points of 256 tokens or more)"
+    assert {axes.get_ylabel() for axes in (steps, places)} == {"loss (nats per token)"}
+    assert [line.get_label().split(":")[0] for line in steps.lines] == ["x", "y", "x (ema)"]
     with pytest.raises(ConfigError, match="no loss to draw"):
         plots.plot_evaluations(tmp_path / "a.png", [])
 

@@ -46,6 +46,8 @@ OPTIONAL = {
     "ray",
     "torchao",
     "safetensors",
+    "jinja2",
+    "plotly",
 }
 """Third-party packages that may be imported inside a function: extras, and what would slow down every start."""
 

@@ -15,7 +15,7 @@ from torchladder.commands import report
 from torchladder.metrics import read_jsonl
 from torchladder.plots import RunCurves
 from torchladder.plots.run_curves import smooth
-from torchladder.plots.style import GRID
+from torchladder.plots.style import GRID, short_names
 from torchladder.registry import ConfigError
 
 SEQ_LEN = 64
@@ -91,9 +91,39 @@ def test_a_run_is_plotted_with_its_window(run, drawn):
     losses, _, validation = (line.get_ydata() for line in top.get_lines())
     assert losses == pytest.approx([2 + 6 / step for step in range(1, 201)])
     assert validation == pytest.approx([2.5 + 6 / step for step in (50, 100, 150, 200)])
+    assert top.get_title(loc="left") == "run"
     assert top.get_legend().get_texts()[1].get_text() == "validation, full context: 2.530 at the end"
     assert bottom.get_lines()[0].get_ydata()[[0, -1]] == pytest.approx([8, SEQ_LEN])
     assert bottom.get_xlabel() == "step"
+
+
+def test_a_run_is_plotted_with_the_windows_of_its_curriculum(run, drawn):
+    stairs = curriculum.Stages(seq_len=SEQ_LEN, stages=[(0, 16), (7, 32), (123, SEQ_LEN)])
+    plots.plot_run(Path("ladder.png"), curves(run()), {"full_attention": stairs, "sliding_attention": lambda step: 4})
+    full, sliding = drawn[0].axes[1].get_lines()
+    assert full.get_xdata().tolist() == list(range(201))
+    assert full.get_ydata().tolist() == [16] * 7 + [32] * 116 + [SEQ_LEN] * 78
+    assert set(sliding.get_ydata()) == {4}
+
+
+def test_ticks_say_where_they_are(run, drawn):
+    plots.plot_run(Path("ladder.png"), curves(run(steps=20, windows=lambda step: 10)))
+    drawn[0].draw_without_rendering()
+    steps, windows = drawn[0].axes[1].xaxis, drawn[0].axes[1].yaxis
+    assert [float(label.get_text()) for label in steps.get_ticklabels()] == steps.get_majorticklocs().tolist()
+    assert [label.get_text() for label in windows.get_ticklabels()] == ["0", "2.5", "5", "7.5", "10"]
+    assert all(tick == int(tick) for tick in steps.get_majorticklocs())
+
+
+@pytest.mark.parametrize("length", [8, 40, 300])
+def test_a_legend_fits_its_figure(run, drawn, length):
+    runs = [RunCurves(f"{number} " + "run " * (length // 4), curves(run()).records) for number in range(6)]
+    plots.compare_runs(Path("report.png"), runs)
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    box, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0
+    assert box.x1 <= whole.x1
 
 
 def test_runs_are_compared_by_tokens_time_and_flops(run, drawn):
@@ -107,21 +137,28 @@ def test_runs_are_compared_by_tokens_time_and_flops(run, drawn):
     assert len({line.get_color() for line in tops[0].get_lines()}) == 2
 
 
+def test_short_names():
+    names = ["a/full/run", "a/ladder/run", "a/other", "ladder/run"]
+    assert short_names(list(map(Path, names))) == ["full/run", "a/ladder/run", "other", "ladder/run"]
+    assert short_names([Path("/tmp"), Path("/tmp")]) == ["tmp", "tmp"]
+
+
 def test_report_labels_runs_of_the_same_name_by_their_path(run, drawn, capsys):
     report.run([str(run("x/run")), str(run("y/run") / "metrics.jsonl"), str(run("other"))])
     assert "2.530" in capsys.readouterr().out
     one, two, other = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert one.endswith("x/run: 2.530")
-    assert two.endswith("y/run: 2.530")
+    assert (one, two) == ("x/run: 2.530", "y/run: 2.530")
     assert other == "other: 2.530"
 
 
 def test_a_curriculum_is_plotted_with_the_attention_saved(drawn):
     stages = curriculum.Stages(seq_len=SEQ_LEN, stages=[(0, 16), (300, SEQ_LEN)])
-    plots.plot_curriculum(Path("plan.png"), 400, ladders(stages, ["chunk"]), SEQ_LEN)
-    _, bottom = drawn[0].axes
+    plots.plot_curriculum(Path("plan.png"), 400, ladders(stages, ["chunk"]), SEQ_LEN, 300, 0.1234)
+    top, bottom = drawn[0].axes
+    assert top.texts[0].get_text() == "full row, 64, from step 300"
+    assert [axes.collections[-1].get_segments()[0][:, 0].tolist() for axes in (top, bottom)] == [[300, 300]] * 2
     assert bottom.get_lines()[0].get_ydata() == pytest.approx([100 * chunk_fraction(16)] * 300 + [100] * 100)
-    assert bottom.texts[0].get_text() == f"{75 * (1 - chunk_fraction(16)):.0f}% of attention saved"
+    assert bottom.texts[0].get_text() == f"{75 * (1 - chunk_fraction(16)):.0f}% of attention saved, 12.3% of all FLOPs"
 
 
 def test_the_windows_of_all_layer_types_are_plotted(run, drawn):
@@ -180,7 +217,7 @@ def test_invalid_input_is_refused(tmp_path, run):
     with pytest.raises(ConfigError, match=r"none\.jsonl: no such file"):
         report.run([str(tmp_path / "none.jsonl")])
     (tmp_path / "empty.jsonl").write_text('{"step": 0, "validation_loss": 1.0, "window": 8}\n')
-    with pytest.raises(ConfigError, match=f"{tmp_path.name}: metrics.jsonl has no training step yet"):
+    with pytest.raises(ConfigError, match=r"empty: metrics\.jsonl has no training step yet"):
         report.run([str(tmp_path / "empty.jsonl")])
     with pytest.raises(ConfigError, match=r"must end in \.png, \.svg or \.pdf"):
         plots.plot_run(tmp_path / "a.jpeg", curves(run()))
@@ -188,6 +225,6 @@ def test_invalid_input_is_refused(tmp_path, run):
         plots.compare_runs(tmp_path / "a.png", [])
 
 
-def test_starting_a_run_does_not_load_matplotlib():
-    code = "import sys; import torchladder.plots; sys.exit('matplotlib' in sys.modules)"
+def test_starting_a_run_does_not_load_plotting_libraries():
+    code = "import sys; import torchladder.plots; sys.exit(bool({'matplotlib', 'plotly', 'jinja2'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,12 @@ def run(argv: list[str]) -> int:
     phases, context = _phases(plan, reads.usage), final_context(plan, reads)
     costs = _costs(plan, arguments.world_size, arguments.tokens_per_second, price)
     if arguments.plot:
-        windows = {one.layer_type: partial(plan.schedule.window, layer_type=one.layer_type) for one in plan.layer_types}
         ladders = [
-            plots.Ladder(one.layer_type, one.layers, one.masks, windows[one.layer_type]) for one in plan.layer_types
+            plots.Ladder(one.layer_type, one.layers, one.masks, plan.windows[one.layer_type])
+            for one in plan.layer_types
         ]
-        plots.plot_curriculum(arguments.plot, plan.steps, ladders, plan.config.training.seq_len)
+        seq_len = plan.config.training.seq_len
+        plots.plot_curriculum(arguments.plot, plan.steps, ladders, seq_len, plan.full_context_step, plan.saved)
     if arguments.json:
         bytes_per_rank = {
             "memory_per_rank": dataclasses.asdict(memory),

@@ -7,8 +7,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from torchladder.plots.style import COLORS, plain_numbers, saved_figure
+from torchladder.plots.style import COLORS, legend_above, plain_numbers, saved_figure, short_names
 from torchladder.registry import ConfigError
+
+MIN_TOKENS = 256
+"""Positions of fewer tokens are not drawn, unless a curve has no others: their loss is noise of tenths of a nat."""
 
 Row = Mapping[str, Any]
 """A row of the table that ``torchladder evaluate`` writes."""
@@ -30,6 +33,7 @@ def plot_evaluations(path: Path, rows: Sequence[Row]) -> None:
         curves = _curves(rows, per_file=False)
     by_position = any(row["first_position"] is not None for row in rows)
     with saved_figure(path, 12 if by_position else 8, 4.5) as figure:
+        few_tokens = False
         over_steps, *over_positions = figure.subplots(1, 1 + by_position, squeeze=False)[0]
         for color, (label, curve) in zip(cycle(COLORS), curves.items()):
             whole = sorted((row["step"] or 0, row["loss"]) for row in curve if row["first_position"] is None)
@@ -39,22 +43,25 @@ def plot_evaluations(path: Path, rows: Sequence[Row]) -> None:
                 over_steps.plot(*zip(*whole, strict=True), "o-", color=color, markersize=4, label=label)
             last_step = max(row["step"] or 0 for row in curve)
             buckets = [row for row in curve if row["first_position"] is not None and (row["step"] or 0) == last_step]
-            buckets.sort(key=lambda row: row["first_position"])
+            shown = [row for row in buckets if row["tokens"] >= MIN_TOKENS] or buckets
+            few_tokens |= len(shown) < len(buckets)
             for axes in over_positions:
-                tokens_read = [row["last_position"] + 1 for row in buckets]
-                axes.plot(tokens_read, [row["loss"] for row in buckets], "o-", color=color, markersize=4)
+                shown.sort(key=lambda row: row["last_position"])
+                tokens_read = [row["last_position"] + 1 for row in shown]
+                axes.plot(tokens_read, [row["loss"] for row in shown], "o-", color=color, markersize=4)
         over_steps.set(xlabel="step", ylabel="loss (nats per token)")
         plain_numbers(over_steps.xaxis)
         for axes in over_positions:
             axes.set_xscale("log", base=2)
-            axes.set(xlabel="tokens before the predicted one (at most), at the last step")
+            axes.set(xlabel="tokens before the predicted one (at most)", ylabel="loss (nats per token)")
+            axes.set_title("by position, at the last step" + few_tokens * f" (points of {MIN_TOKENS} tokens or more)")
             plain_numbers(axes.xaxis)
-        figure.legend(loc="outside upper left", ncols=2)
+        legend_above(figure, *over_steps.get_legend_handles_labels())
 
 
 def _curves(rows: Sequence[Row], per_file: bool) -> dict[str, list[Row]]:
     """Returns label → rows: a curve per run and context, and per file or over the mean of all files."""
-    runs = {_run_name(row) for row in rows}
+    runs = _run_names(rows)
     files = sorted({row["file"] for row in rows})
     names = [Path(file).name for file in files]
     # Files of the same name are labeled by their path.
@@ -63,16 +70,21 @@ def _curves(rows: Sequence[Row], per_file: bool) -> dict[str, list[Row]]:
     for row in rows:
         subject = labels[row["file"]] if per_file else f"{len(files)} files"
         label = f"{subject}, context {row['context']:,}"
-        label = label if len(runs) == 1 else f"{_run_name(row)}: {label}"
+        label = label if len(set(runs.values())) == 1 else f"{runs[row['checkpoint']]}: {label}"
         points.setdefault(label, {}).setdefault((row["step"], row["first_position"]), []).append(row)
     return {label: [_mean_row(point) for point in curve.values()] for label, curve in points.items()}
 
 
-def _run_name(row: Row) -> str:
-    if row["step"] is None:
-        return str(row["checkpoint"])
-    path = Path(row["checkpoint"])
-    return str(path.parent) + path.name.removeprefix(f"step-{row['step']}")  # averaged weights: "outputs/run (ema)"
+def _run_names(rows: Sequence[Row]) -> dict[str, str]:
+    """Returns the name of the run of each checkpoint; averaged weights (ema) are a run beside it."""
+    folders, weights = {}, {}
+    for row in rows:
+        path = Path(row["checkpoint"])
+        weights[row["checkpoint"]] = "" if row["step"] is None else path.name.removeprefix(f"step-{row['step']}")
+        folder = path if row["step"] is None else path.parent
+        folders[row["checkpoint"]] = folder.parent if folder.name == "checkpoint" else folder
+    names = short_names(list(folders.values()))
+    return {one: name + weights[one] for one, name in zip(folders, names, strict=True)}
 
 
 def _mean_row(rows: Sequence[Row]) -> Row:

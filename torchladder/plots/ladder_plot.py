@@ -10,7 +10,16 @@ import numpy as np
 import torch
 
 from torchladder import mask
-from torchladder.plots.style import COLORS, FAINT, INK, draw_windows, plain_numbers, saved_figure, window_axis
+from torchladder.plots.style import (
+    COLORS,
+    FAINT,
+    INK,
+    draw_windows,
+    plain_numbers,
+    saved_figure,
+    window_axis,
+    window_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,14 @@ class Ladder:
     windows: Callable[[int], int]
 
 
-def plot_curriculum(path: Path, steps: int, ladders: Sequence[Ladder], seq_len: int) -> None:
+def plot_curriculum(
+    path: Path,
+    steps: int,
+    ladders: Sequence[Ladder],
+    seq_len: int,
+    full_context_step: int | None = None,
+    saved: float | None = None,
+) -> None:
     """Plots a curriculum before the run: the windows above, the cost and the saving of attention below.
 
     Args:
@@ -32,9 +48,11 @@ def plot_curriculum(path: Path, steps: int, ladders: Sequence[Ladder], seq_len: 
         ladders: of each layer type, one in most models. Each row counts as one document, so document masks save more
             than is shown.
         seq_len: tokens in a row.
+        full_context_step: the step from which the window stays the whole row, to be marked.
+        saved: the fraction of all FLOPs that the windows save, to be said.
     """
     row = torch.arange(seq_len, dtype=torch.int32)[None]  # (1, T): positions of one document
-    step = np.unique(np.linspace(0, steps - 1, 2000).astype(int))
+    step = window_steps(steps)
     windows, attended = {}, np.zeros(len(step))
     for ladder in ladders:
         window = windows[ladder.layer_type] = np.array([ladder.windows(int(one)) for one in step])
@@ -47,11 +65,16 @@ def plot_curriculum(path: Path, steps: int, ladders: Sequence[Ladder], seq_len: 
         draw_windows(top, step, windows)
         window_axis(top, seq_len)
         top.axhline(seq_len, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        top.annotate(f"full row, {seq_len:,}", (steps, seq_len), (0, 3), textcoords="offset points", ha="right")
+        text = f"full row, {seq_len:,}" + (f", from step {full_context_step:,}" if full_context_step else "")
+        top.annotate(text, (steps, seq_len), (0, 3), textcoords="offset points", ha="right")
         bottom.fill_between(step, cost, 100, color=COLORS[2], alpha=0.25, linewidth=0, step="post")
         bottom.fill_between(step, 0, cost, color=FAINT, alpha=0.25, linewidth=0, step="post")
         bottom.plot(step, cost, color=INK, linewidth=1.2, drawstyle="steps-post")
-        saved = f"{100 - cost.mean():.0f}% of attention saved"
-        bottom.text(0.01, 0.9, saved, transform=bottom.transAxes, va="top", color="#00664b")
+        if full_context_step:
+            for axes, height in ((top, seq_len), (bottom, 100)):
+                axes.vlines(full_context_step, 0, height, color=FAINT, linewidth=1, linestyle=(0, (1, 2)))
+        text = f"{100 - cost.mean():.0f}% of attention saved"
+        text += "" if saved is None else f", {saved:.1%} of all FLOPs"
+        bottom.text(0.01, 0.9, text, transform=bottom.transAxes, va="top", color="#00664b")
         bottom.set(ylim=(0, 104), xlim=(0, steps), xlabel="step", ylabel="attention FLOPs\n(% of full causal)")
         plain_numbers(bottom.xaxis)

@@ -13,6 +13,7 @@ from torchladder.plots.style import COLORS, GRID, INK, saved_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DOCUMENT_TOKENS = (7, 12, 5)
 WINDOW = 6
@@ -24,19 +25,19 @@ def plot_masks(path: Path) -> None:
     positions = torch.cat([torch.arange(length) for length in DOCUMENT_TOKENS]).to(torch.int32)[None]  # (1, T)
     document, chunk, sliding = (make(positions, WINDOW) for make in (mask.document, mask.chunk, mask.sliding))
     diagrams = [
-        ("causal", "start = 0", "row: query i\ncolumn: key", mask.causal(positions, WINDOW)),
-        ("document", "start = i − position", "color:\ndocument", document),
-        ("chunk", "start = ⌊i / w⌋ · w", f"window\nw = {WINDOW}", chunk),
-        ("sliding", "start = max(0, i − w + 1)", "line: start", sliding),
-        ("document + chunk", "max(document, chunk)", "", mask.compose(document, chunk)),
-        ("document + sliding", "max(document, sliding)", "", mask.compose(document, sliding)),
+        ("causal", "start = 0", mask.causal(positions, WINDOW)),
+        ("document", "start = i − position", document),
+        ("chunk", "start = ⌊i / w⌋ · w", chunk),
+        ("sliding", "start = max(0, i − w + 1)", sliding),
+        ("document + chunk", "max(document, chunk)", mask.compose(document, chunk)),
+        ("document + sliding", "max(document, sliding)", mask.compose(document, sliding)),
     ]
-    with saved_figure(path, 12, 2.75) as figure:
-        for axes, (name, formula, note, start) in zip(figure.subplots(1, len(diagrams)), diagrams, strict=True):
+    with saved_figure(path, 12, 2.95) as figure:
+        for axes, (name, formula, start) in zip(figure.subplots(1, len(diagrams)), diagrams, strict=True):
             _draw_mask(axes, start)
             axes.set_title(name, fontweight="bold", pad=6)
             axes.set_xlabel(formula, fontsize=10, labelpad=5)
-            axes.text(1, 0.98, note, transform=axes.transAxes, ha="right", va="top", fontsize=10, color="#57606a")
+        _caption(figure, f"    window: w = {WINDOW}")
 
 
 def plot_layer_masks(path: Path) -> None:
@@ -55,6 +56,13 @@ def plot_layer_masks(path: Path) -> None:
         for number, axes in enumerate(rows[0]):
             axes.set_title(f"{number}: {'sliding' if number < 5 else 'full'}_attention", fontsize=10, pad=6)
         rows[-1][2].set_xlabel(f"document and sliding, window {SLIDING_WINDOW} at every step", fontsize=10)
+        _caption(figure)
+
+
+def _caption(figure: Figure, window: str = "") -> None:
+    """Says once what rows, columns, colors and lines are."""
+    text = f"row: query i    column: key    color: document    line: start, the first key attended to{window}"
+    figure.supxlabel(text, fontsize=10, color="#57606a")
 
 
 def _draw_mask(axes: Axes, start: torch.Tensor) -> None:

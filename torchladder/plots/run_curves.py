@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchladder.plots.style import COLORS, draw_windows, plain_numbers, saved_figure, window_axis
+from torchladder.plots.style import (
+    COLORS,
+    draw_windows,
+    legend_above,
+    plain_numbers,
+    saved_figure,
+    window_axis,
+    window_steps,
+)
 from torchladder.registry import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +43,7 @@ class RunCurves:
         full = max((record["window"] for record in validation), default=0)
         validation = [record for record in validation if record["window"] == full]
         self.name = name
+        self.records = records
         self.step, self.loss, self.window = (_column(train, key) for key in ("step", "loss", "window"))
         others = [key for key in train[-1] if key.startswith("window_")]
         self.layer_windows = {key.removeprefix("window_"): _column(train, key) for key in others}
@@ -45,6 +54,15 @@ class RunCurves:
     def title(self) -> str:
         return f"{self.name}: {self.validation_loss[-1]:.3f}" if len(self.validation_loss) else self.name
 
+    @property
+    def windows(self) -> dict[str, np.ndarray]:
+        """The window of each layer type; full_attention first."""
+        return {"full_attention": self.window, **self.layer_windows}
+
+    def at_validation(self, kind: str) -> np.ndarray:
+        """Returns the tokens, seconds or FLOPs at the validation steps."""
+        return np.interp(self.validation_step, np.r_[0, self.step], np.r_[0, getattr(self, kind)])
+
 
 def _column(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     values = (record.get(key) for record in records)
@@ -54,9 +72,11 @@ def _column(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 def smooth(values: np.ndarray, fraction: float = 0.02) -> np.ndarray:
     """Returns the centered running mean over a fraction of the values, over fewer of them at the ends; NaN is skipped.
 
+    A curve of few values is smoothed by more: up to a tenth of them, but no more than 11 values.
+
     Example: with 5 values and ``fraction=0.4`` each value is averaged with one neighbor on either side.
     """
-    half = int(len(values) * fraction / 2)
+    half = int(max(len(values) * fraction / 2, min(len(values) / 20, 5)))
     total = np.r_[0, np.cumsum(np.nan_to_num(values))]
     count = np.r_[0, np.cumsum(np.isfinite(values))]
     index = np.arange(len(values))
@@ -65,8 +85,13 @@ def smooth(values: np.ndarray, fraction: float = 0.02) -> np.ndarray:
         return (total[high] - total[low]) / (count[high] - count[low])
 
 
-def plot_run(path: Path, run: RunCurves) -> None:
+def plot_run(path: Path, run: RunCurves, windows: Mapping[str, Callable[[int], int]] | None = None) -> None:
     """Plots a run against the step: training and validation loss above, the window below.
+
+    Args:
+        path: file to write.
+        run: its metrics.
+        windows: of each layer type, as a function of the step; None for the windows in the metrics.
 
     Raises:
         ConfigError: the suffix is not .png, .svg or .pdf.
@@ -74,14 +99,20 @@ def plot_run(path: Path, run: RunCurves) -> None:
     with saved_figure(path, 8, 5.2) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
         top.plot(run.step, run.loss, color=COLORS[0], alpha=0.25, linewidth=1)
-        top.plot(run.step, smooth(run.loss), color=COLORS[0], alpha=0.7, linewidth=1.2, label="training")
+        top.plot(run.step, smooth(run.loss), color=COLORS[0], alpha=0.7, linewidth=1.2, label="training, smoothed")
         if len(run.validation_loss):
             last = f"validation, full context: {run.validation_loss[-1]:.3f} at the end"
             top.plot(run.validation_step, run.validation_loss, "o-", color=COLORS[1], markersize=4, label=last)
+        top.set_title(run.name, loc="left", fontweight="bold")
         top.set_ylabel("loss (nats per token)")
         top.legend(loc="upper right")
         _zoom(top, [run])
-        draw_windows(bottom, run.step, {"full_attention": run.window, **run.layer_windows})
+        if windows:
+            step = window_steps(int(run.step[-1]))
+            stairs = {name: np.array([window(int(one)) for one in step]) for name, window in windows.items()}
+            draw_windows(bottom, np.r_[step, run.step[-1]], {name: np.r_[one, one[-1]] for name, one in stairs.items()})
+        else:
+            draw_windows(bottom, run.step, run.windows)
         bottom.set(xlabel="step", xlim=(0, run.step[-1] * 1.01))
         plain_numbers(bottom.xaxis)
 
@@ -94,13 +125,13 @@ def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
     """
     if not runs:
         raise ConfigError("no runs to compare: pass at least one.")
-    units = [_unit(kind, max(getattr(run, kind)[-1] for run in runs)) for kind in UNITS]
+    units = [unit(kind, max(getattr(run, kind)[-1] for run in runs)) for kind in UNITS]
     with saved_figure(path, 12, 5.8) as figure:
         tops, bottoms = figure.subplots(2, 3, sharex="col", sharey="row", height_ratios=[2.6, 1])
         for top, bottom, kind, (label, scale) in zip(tops, bottoms, UNITS, units, strict=True):
             for color, run in zip(cycle(COLORS), runs):
                 x = getattr(run, kind) / scale
-                val = np.interp(run.validation_step, np.r_[0, run.step], np.r_[0, x])
+                val = run.at_validation(kind) / scale
                 top.plot(x, smooth(run.loss), color=color, linewidth=1, alpha=0.4)
                 top.plot(val, run.validation_loss, "o-", color=color, markersize=4, linewidth=1.4, label=run.title)
                 bottom.plot(x, run.window, color=color, drawstyle="steps-post")
@@ -111,10 +142,8 @@ def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
         every = (window for run in runs for window in (run.window, *run.layer_windows.values()))
         window_axis(bottoms[0], max(np.nanmax(window) for window in every))
         tops[0].set_ylabel("loss (nats per token)")
-        handles, labels = tops[0].get_legend_handles_labels()
-        legend = figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 4))
+        legend = legend_above(figure, *tops[0].get_legend_handles_labels())
         legend.set_title("last validation loss at full context (faint lines: training loss)")
-        legend.set_alignment("left")
 
 
 UNITS: dict[str, list[tuple[float, str]]] = {
@@ -125,16 +154,27 @@ UNITS: dict[str, list[tuple[float, str]]] = {
 """Columns of ``compare_runs``: the key, and its units from small to large."""
 
 
-def _unit(kind: str, largest: float) -> tuple[str, float]:
+def unit(kind: str, largest: float) -> tuple[str, float]:
     """Returns the label and the size of the largest unit that is at most a third of ``largest``."""
     scale, label = next(((size, label) for size, label in reversed(UNITS[kind]) if largest >= 3 * size), UNITS[kind][0])
     return label, scale
 
 
 def _zoom(axes: Axes, runs: Sequence[RunCurves]) -> None:
-    """Cuts off the top 4% of the losses: the steep first steps would flatten the rest of the curve."""
+    limits = loss_range(runs)
+    if limits is not None:
+        axes.set_ylim(*limits)
+
+
+def loss_range(runs: Sequence[RunCurves]) -> tuple[float, float] | None:
+    """Returns the range of the losses after the first 4% of the steps, whose steep fall would flatten the rest.
+
+    None if they have no range.
+    """
+    steps = np.concatenate([np.r_[run.step, run.validation_step] / run.step[-1] for run in runs])
     losses = np.concatenate([np.r_[run.loss, run.validation_loss] for run in runs])
-    losses = losses[np.isfinite(losses)]
-    if len(losses) >= 50:
-        low, high = losses.min(), np.quantile(losses, 0.96)
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    losses = losses[(steps > 0.04) & np.isfinite(losses)]
+    if not len(losses) or losses.min() == losses.max():
+        return None
+    margin = 0.05 * float(losses.max() - losses.min())
+    return float(losses.min()) - margin, float(losses.max()) + margin

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 """Colors that remain distinct under every kind of color vision (Okabe and Ito, 2008)."""
@@ -77,6 +79,24 @@ def draw_windows(axes: Axes, step: np.ndarray, windows: Mapping[str, np.ndarray]
         axes.legend(loc="center right")
 
 
+def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> Legend:
+    """Adds a legend above the plots, with as many columns as fit; a label longer than the figure is broken."""
+    width = figure.get_size_inches()[0]
+    labels = [textwrap.fill(label, int((width - 1) * LETTERS_PER_INCH)) for label in labels]
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
+    ncols = max(1, min(len(labels), int(width / (longest / LETTERS_PER_INCH + 0.7))))
+    return figure.legend(handles, labels, loc="outside upper left", ncols=ncols, alignment="left")
+
+
+LETTERS_PER_INCH = 11
+"""Letters of a legend that surely fit in an inch."""
+
+
+def window_steps(steps: int) -> np.ndarray:
+    """Returns the steps at which the windows of a run are drawn: all of them, or 2,000 from the first to the last."""
+    return np.unique(np.linspace(0, steps - 1, 2000).astype(int))
+
+
 def window_axis(axes: Axes, longest: float) -> None:
     """Sets ticks at quarters of the longest window: powers of two if it is one."""
     axes.set(ylabel="window (tokens)", ylim=(0, longest * 1.14), yticks=np.linspace(0, longest, 5))
@@ -84,13 +104,31 @@ def window_axis(axes: Axes, longest: float) -> None:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Formats ticks as integers with thousands separators."""
-    from matplotlib.ticker import StrMethodFormatter
+    """Formats ticks with thousands separators; those that matplotlib chooses are integers."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+    locator = axis.get_major_locator()
+    if isinstance(locator, MaxNLocator):
+        locator.set_params(integer=True)
 
 
 def check_plot_path(path: Path) -> None:
     """Raises ConfigError if the suffix is not .png, .svg or .pdf."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{path}: unknown image format: the file name must end in .png, .svg or .pdf.")
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Returns the last parts of each path, as many as tell it apart from the other paths.
+
+    Example: ``a/full/run``, ``a/ladder/run`` and ``a/other`` are ``full/run``, ``ladder/run`` and ``other``.
+    """
+
+    def name(path: Path) -> str:
+        others = {other.parts for other in paths if other != path}
+        lengths = range(1, len(path.parts) + 1)
+        endings = (path.parts[-length:] for length in lengths)
+        return str(Path(*next((end for end in endings if all(one[-len(end) :] != end for one in others)), path.parts)))
+
+    return [name(path) for path in paths]

@@ -6,8 +6,9 @@ import dataclasses
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,6 +104,11 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         return self.steps * self.tokens_per_step
+
+    @property
+    def windows(self) -> dict[str, Callable[[int], int]]:
+        """The window of each layer type, as a function of the step."""
+        return {one.layer_type: partial(self.schedule.window, layer_type=one.layer_type) for one in self.layer_types}
 
     @property
     def saved(self) -> float:

@@ -174,9 +174,9 @@ class Trainer:
                 self.checkpointer.close()
                 gc.enable()
         if self.ranks.is_rank0:
-            curves = plots.RunCurves(str(self.folder), read_jsonl(self.folder / METRICS_FILE))
+            curves = plots.RunCurves(self.folder.resolve().name, read_jsonl(self.folder / METRICS_FILE))
             with tolerating(self.folder / "ladder.png"):
-                plots.plot_run(self.folder / "ladder.png", curves)
+                plots.plot_run(self.folder / "ladder.png", curves, self.plan.windows)
         return True
 
     def train_step(self) -> None:

@@ -97,7 +97,7 @@ def _docstrings(source: str) -> Iterator[str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):  # templates, other versions of Python
         return
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
-        has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if has_docstring and (docstring := ast.get_docstring(node)):
+        if isinstance(node, documented) and (docstring := ast.get_docstring(node)):
             yield docstring
