@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -28,7 +28,11 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, config: LlamaConfig, rope: RoPE | None, attention_fn: AttentionFunction, qk_norm: float | None = None
+        self,
+        config: LlamaConfig,
+        rope: RoPE | None,
+        attention_fn: AttentionFunction,
+        qk_norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
@@ -52,6 +56,7 @@ class Llama(Model):
     """
 
     hf_adapter: ClassVar[HFAdapter | None] = LLAMA_ADAPTER
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
 
     def __init__(
         self,
@@ -73,14 +78,14 @@ class Llama(Model):
             own_attention = attention_fn[name] if isinstance(attention_fn, Mapping) else attention_fn
             rope: Any = self.layer_ropes[name] if name in own_theta else self.rope
             self.layers[str(number)] = self.make_block(own_attention, rope)
-        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = self.norm_class(config.dim, eps=config.norm_eps)
         self.head = Head(config)
 
     @property
     def layer_types(self) -> list[str]:
         return self.config.expanded_layer_types
 
-    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None) -> Block:
+    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None) -> nn.Module:
         return Block(self.config, rope, attention_fn)
 
     def forward(
@@ -94,14 +99,19 @@ class Llama(Model):
 
     def _hidden_states(self, tokens: Tensor, attn_mask: Any) -> Tensor:
         """Returns the normalized output of the last block (B, T, d)."""
-        x = self.embedding(tokens)
-        if torch.is_autocast_enabled(x.device.type):  # autocast leaves the residual stream in fp32, FSDP2 does not
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.embed(tokens)
         types = self.layer_types
         mixed = len({*types}) > 1
         for block, layer_type in zip(self.layers.values(), types, strict=True):
             x = block(x, attn_mask[layer_type] if mixed else attn_mask)
         return self.norm(x)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Returns the input of the first block (B, T, d)."""
+        x: Tensor = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # autocast leaves the residual stream in fp32, FSDP2 does not
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
 
     def _tied_weight(self) -> Tensor | None:
         return self.embedding.weight if self.config.tie_embeddings else None
@@ -110,7 +120,7 @@ class Llama(Model):
         std, residual_std = INITIAL_STDS[self.config.initialization](self.config)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, self.norm_class.initial_weight)
             else:
                 init_normal_(parameter, name, seed, residual_std if name.endswith(RESIDUAL_PROJECTIONS) else std)
 

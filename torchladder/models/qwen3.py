@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from torch import nn
+
 from torchladder.models.attention import AttentionFunction
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.models.hf.qwen3_adapter import QWEN3_ADAPTER
-from torchladder.models.layers import RoPE
+from torchladder.models.layers import RMSNorm, RoPE
 from torchladder.models.llama import Block, Llama
 from torchladder.models.llama_config import LlamaConfig
 from torchladder.models.model import register
@@ -55,8 +57,9 @@ class Qwen3(Llama):
 
     hf_adapter: ClassVar[HFAdapter | None] = QWEN3_ADAPTER
 
-    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None) -> Block:
-        return Block(self.config, rope, attention_fn, qk_norm=self.config.norm_eps)
+    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None) -> nn.Module:
+        config = self.config
+        return Block(config, rope, attention_fn, qk_norm=lambda _: RMSNorm(config.head_size, eps=config.norm_eps))
 
     def parallel_plan(self) -> dict[str, str]:
         return super().parallel_plan() | {f"layers.*.attention.{name}": "qk_norm" for name in ("q_norm", "k_norm")}

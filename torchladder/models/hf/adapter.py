@@ -15,6 +15,9 @@ from torchladder.models.hf.config_fields import ROPE_TYPES, SHARED_TYPES, check_
 from torchladder.models.layer_types import types_of_config
 from torchladder.registry import ConfigError, unknown_name
 
+WRITTEN_VALUES = ("hidden_act", "hidden_activation", "attention_bias")
+"""Keys whose fixed value is written."""
+
 
 @dataclass(frozen=True)
 class HFMetadata:
@@ -45,9 +48,11 @@ class HFAdapter:
         defaults: key of config.json -> its value if the key is missing.
         type_defaults: ``model_type`` -> defaults that only this type has.
         fixed_values: key of config.json -> the one value that is supported; the key may be missing or null.
+        null_values: key of config.json -> the value of the field if the key is null or missing, and written as null.
         rope_scalings: ``rope_type`` -> field of the model's config -> key in the table of RoPE parameters.
         sliding_window_type: the ``model_type`` that has a sliding window in all layers; empty if none has.
         layer_types_type: the ``model_type`` whose layers may have a sliding window each; empty if none has.
+        slides: which layers slide if config.json has no ``layer_types``.
         vocab_tensors: parameters with one row per token.
     """
 
@@ -61,6 +66,8 @@ class HFAdapter:
     layer_types_type: str = ""
     vocab_tensors: tuple[str, ...] = ("embedding.weight", "head.weight")
     type_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    null_values: Mapping[str, Any] = field(default_factory=dict)
+    slides: hf_layer_types.Slides = hf_layer_types.slides_after_first_layers
 
     def hf_name(self, name: str) -> str:
         """Returns the Hugging Face name of a parameter."""
@@ -75,7 +82,7 @@ class HFAdapter:
         """Returns the window of a config.json's sliding layers in tokens, None if it has none."""
         entries = {**self._defaults(hf_config), **hf_config}
         if hf_config["model_type"] == self.layer_types_type:
-            return hf_layer_types.read_layer_types(entries)[1]
+            return hf_layer_types.read_layer_types(entries, self.slides)[1]
         window: int | None = entries.get("sliding_window")
         return window if hf_config["model_type"] == self.sliding_window_type else None
 
@@ -90,7 +97,8 @@ class HFAdapter:
             ConfigError: an entry is missing, or has another type or a value that the model does not support.
         """
         keys, defaults = self.config_keys, self._defaults(hf_config)
-        check_types(hf_config, SHARED_TYPES | {key: types[name] for name, key in keys.items()})
+        nullable = {key: types[name] | None for name, key in keys.items() if key in self.null_values}
+        check_types(hf_config, SHARED_TYPES | {key: types[name] for name, key in keys.items()} | nullable)
         for key, value in self.fixed_values.items():
             found = hf_config.get(key)
             if found is not None and (found != value or isinstance(found, bool) != isinstance(value, bool)):
@@ -99,12 +107,17 @@ class HFAdapter:
                 )
         layer_types = None
         if hf_config["model_type"] == self.layer_types_type:
-            layer_types = hf_layer_types.read_layer_types({**defaults, **hf_config})[0]
+            layer_types = hf_layer_types.read_layer_types({**defaults, **hf_config}, self.slides)[0]
         else:
             layer_type = "full_attention" if self.sliding_window(hf_config) is None else "sliding_attention"
             if others := {*(hf_config.get("layer_types") or ())} - {layer_type}:
                 raise ConfigError(f"layer_types has {min(others)!r}; all layers must be {layer_type!r}.")
         fields = {name: hf_config.get(key, defaults.get(key)) for name, key in keys.items()}
+        fields |= {
+            name: self.null_values[key]
+            for name, key in keys.items()
+            if key in self.null_values and fields[name] is None
+        }
         missing = [key for name, key in keys.items() if fields[name] is None and name not in ("head_dim", "n_kv_heads")]
         if missing:
             raise ConfigError(f"lacks {', '.join(missing)}.")
@@ -127,20 +140,22 @@ class HFAdapter:
             config = replace(config, rope_theta=metadata.rope_theta)
         model_type = next(iter(self.architectures))
         sliding: dict[str, Any] = {}
-        if metadata.window is not None or len(types_of_config(config)) > 1:
+        always = self.slides is hf_layer_types.slides_between_full_layers
+        if always or metadata.window is not None or len(types_of_config(config)) > 1:
             every = self.sliding_window_type if len(types_of_config(config)) == 1 else ""
             if not (every or self.layer_types_type):
                 raise ConfigError(f"Hugging Face's {model_type} has no sliding window ({metadata.window} tokens here).")
             model_type = every or self.layer_types_type
             sliding = {"sliding_window": metadata.window}
             if not every:
-                sliding |= hf_layer_types.write_layer_types(config, model_type, metadata.window)
+                sliding = hf_layer_types.write_layer_types(config, model_type, metadata.window, self.slides)
         if getattr(config, "logit_softcap", 0) and "logit_softcap" not in self.config_keys:
             raise ConfigError(
                 f"model.logit_softcap = {config.logit_softcap}: Hugging Face's {model_type} has no "
                 "final_logit_softcapping."
             )
         shape = {key: getattr(config, name) for name, key in self.config_keys.items()}
+        shape |= {key: None for key, value in self.null_values.items() if shape[key] == value}
         shape |= {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size}
         return {
             "architectures": [self.architectures[model_type]],
@@ -149,7 +164,7 @@ class HFAdapter:
             **self._rope_to_hf(config),
             "max_position_embeddings": metadata.seq_len,
             **sliding,
-            **{key: self.fixed_values[key] for key in ("hidden_act", "attention_bias")},
+            **{key: self.fixed_values[key] for key in WRITTEN_VALUES if key in self.fixed_values},
             **metadata.token_ids,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
