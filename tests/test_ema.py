@@ -155,7 +155,7 @@ def test_an_average_begins_and_ends_in_mid_run_with_a_warning(averaged, tmp_path
     assert all(not torch.equal(found[name], last[name]) for name in found)
     assert losses(tmp_path) == losses(averaged)
     caplog.clear()
-    run(tmp_path, *SAVING, "--training.steps", "7", "--checkpoint.accept_changes", "curriculum.ramp", code=0)
+    run(tmp_path, *SAVING, "--training.steps", "7", "--checkpoint.accept_changes", "training.steps")
     assert "the averaged weights in" in caplog.text
     assert "ema.enable continues them" in caplog.text
     assert not stored(tmp_path / "checkpoint" / "step-7")

@@ -18,7 +18,7 @@ from torchladder.models import attention
 from torchladder.models.hf import conversion, hf_config, hf_folder, hf_weights
 from torchladder.models.hf.adapter import HFMetadata
 from torchladder.models.hf.hf_folder import HFFolder
-from torchladder.models.layers import rope_angles
+from torchladder.models.rope import rope_angles
 from torchladder.registry import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -205,7 +205,7 @@ def test_linear_scaling_is_a_condensed_position():
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**again))
     with torch.device("meta"):
         condensed = models.build(SimpleNamespace(**read), seq_len=8)
-    frequencies = rope_angles(condensed.config, condensed.config.rope_theta, 2, torch.device("cpu"))[1]
+    frequencies = rope_angles(condensed.config, condensed.config.rope_theta, 2, torch.device("cpu"))[0][1]
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies)
 
 
@@ -273,7 +273,8 @@ def test_shards_hold_each_tensor_once_in_order(sizes, limit):
         ({"attention_bias": True}, "attention_bias = true: must be false"),
         ({"hidden_act": "gelu"}, 'hidden_act = "gelu": must be "silu"'),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "unknown rope_scaling.rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "of type yarn lacks original_max_position_embeddings"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "unknown rope_scaling.rope_type 'dynamic'"),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
             "'sliding_attention'; all layers must be 'full_attention'",

@@ -370,9 +370,14 @@ def test_a_run_with_types_resumes_bit_for_bit(whole, tmp_path):
 
 
 def test_a_changed_type_is_refused_at_resuming(whole, tmp_path, capsys):
-    runs.run(tmp_path, *RUN, "--job.exit_interval", "4", code=75)
+    runs.run(tmp_path, *RUN, "--job.exit_interval", "2", code=75)
     runs.run(tmp_path, *RUN, "--attention.sliding_attention.window", "32", code=2)
-    assert "attention.sliding_attention.window has changed" in capsys.readouterr().err
+    expected = (
+        "attention.sliding_attention.window was 16, is 32: at step 2 the window of sliding_attention rises from 16"
+    )
+    assert expected in capsys.readouterr().err
+    runs.run(tmp_path, *RUN, "--job.exit_interval", "4", code=75)
+    runs.run(tmp_path, *RUN, "--attention.sliding_attention.window", "32")  # a phase sets it from step 4 on
 
 
 def test_validation_evaluation_and_text_use_the_final_window_of_each_type(whole, monkeypatch):

@@ -46,6 +46,7 @@ SLIDING = [
     *("--model.n_layers", "4", "--model.layer_types", "sliding_attention", "full_attention"),
     *("--attention.sliding_attention.masks", "document", "sliding", "--attention.sliding_attention.window", "40"),
     *("--model.layer_rope_theta", "sliding_attention", "100"),
+    *("--model.attention_sinks", "sliding_attention"),
 ]
 MIXED = {
     2: {

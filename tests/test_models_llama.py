@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchladder import mask, models
 from torchladder.models import attention
-from torchladder.models.layers import RoPE, rope_angles
+from torchladder.models.rope import RoPE, rope_angles
 from torchladder.registry import ConfigError
 
 SMALL = models.LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
@@ -188,7 +188,7 @@ def test_a_model_from_meta_equals_one_made_in_place(tied):
     assert [*here.state_dict()] == [*there.state_dict()]
     assert not any("rope" in name for name in here.state_dict())
     assert torch.equal(here(tokens(), None), there(tokens(), None))
-    assert torch.equal(here.rope.cos, there.rope.cos)
+    assert torch.equal(here.ropes["full_attention"].cos, there.ropes["full_attention"].cos)
 
 
 def test_a_tied_head_is_the_embedding():
@@ -313,7 +313,7 @@ def test_documents_leak_nothing_at_all(name):
 
 def test_without_positions_order_before_a_query_does_not_matter():
     model = make(models.LlamaConfig(**{**vars(SMALL), "positional_embedding": "none", "n_layers": 1}))
-    assert model.rope is None
+    assert not model.ropes
     swapped = tokens().clone()
     swapped[:, [3, 5]] = swapped[:, [5, 3]]
     torch.testing.assert_close(model(tokens(), None)[:, 10], model(swapped, None)[:, 10])
@@ -324,13 +324,13 @@ def test_without_positions_order_before_a_query_does_not_matter():
 
 def test_rope_follows_its_formula():
     x = torch.randn(1, 20, 2, 8, generator=torch.Generator().manual_seed(0))
-    rope = RoPE(replace(SMALL, head_dim=8, rope_theta=500.0), 20)
+    rope = RoPE(replace(SMALL, head_dim=8, rope_theta=500.0), 20, "full_attention")
     torch.testing.assert_close(rope(x), rotated(x, 500.0), atol=1e-5, rtol=1e-4)
 
 
 def angles(seq_len, **changes):
     config = replace(SMALL, **changes)
-    return rope_angles(config, config.rope_theta, seq_len, torch.device("cpu"))
+    return rope_angles(config, config.rope_theta, seq_len, torch.device("cpu"))[0]
 
 
 def test_rope_scaling_slows_the_slow_rotations():
@@ -353,17 +353,17 @@ def test_positions_can_be_condensed_or_restart():
 
 def test_the_table_stays_fp32_and_moves_with_the_model():
     model = make().bfloat16()
-    assert model.rope.cos.dtype == torch.float32
-    assert torch.equal(model.rope.cos, make().rope.cos)
-    assert copy.deepcopy(model).rope is not model.rope
-    assert model.layers["1"].attention.rope is model.rope
+    assert model.ropes["full_attention"].cos.dtype == torch.float32
+    assert torch.equal(model.ropes["full_attention"].cos, make().ropes["full_attention"].cos)
+    assert copy.deepcopy(model).ropes["full_attention"] is not model.ropes["full_attention"]
+    assert model.layers["1"].attention.rope is model.ropes["full_attention"]
 
 
 def test_theta_can_change_while_a_model_lives():
     model, other = make(), make(models.LlamaConfig(**{**vars(SMALL), "rope_theta": 5000.0}))
-    before = model.rope.cos
+    before = model.ropes["full_attention"].cos
     model.set_rope_theta(other.config.rope_theta)
-    assert model.rope.cos is before
+    assert model.ropes["full_attention"].cos is before
     assert torch.equal(model(tokens(), None), other(tokens(), None))
 
 
@@ -440,3 +440,26 @@ def test_the_parallel_plan_names_every_module_that_has_parameters():
 
 def test_layers_are_named_in_order():
     assert list(make().layers) == ["0", "1"]
+
+
+def test_attention_sinks_take_weight_from_the_keys():
+    """Against the softmax with one more column; without them the model has no such parameters."""
+    torch.manual_seed(0)
+    config = replace(SMALL, attention_sinks=["full_attention"])
+    model, plain = models.Llama(config, seq_len=32), models.Llama(SMALL, seq_len=32)
+    model.init_weights(0)
+    plain.init_weights(0)
+    sinks = {name: parameter for name, parameter in model.named_parameters() if "sinks" in name}
+    assert {*sinks} == {f"layers.{number}.attention.sinks.weight" for number in range(config.n_layers)}
+    assert all(torch.equal(parameter, torch.zeros(config.n_heads)) for parameter in sinks.values())
+    assert not any("sinks" in name for name, _ in plain.named_parameters())
+    kernel = attention.build_kernel("sdpa", ["causal"], "cpu", attention_sinks=True)
+    tokens = torch.randint(config.vocab_size, (1, 9))
+    attn_mask = kernel.prepare(torch.zeros(1, 9, dtype=torch.int32), torch.device("cpu"))
+    for block in model.layers.values():
+        block.attention.attention_fn = kernel.attention
+    assert not torch.allclose(model(tokens, attn_mask), plain(tokens, attn_mask))
+    with torch.no_grad():
+        for parameter in sinks.values():
+            parameter.fill_(-1e9)
+    torch.testing.assert_close(model(tokens, attn_mask), plain(tokens, attn_mask))

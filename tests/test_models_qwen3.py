@@ -72,7 +72,8 @@ def test_queries_and_keys_are_normalised_per_head_before_they_turn():
         return x * (x.pow(2).mean(-1, keepdim=True) + SMALL.norm_eps).rsqrt() * weight
 
     q, k, v = (F.linear(x, p.weight).view(2, 16, -1, 16) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
-    q, k = model.rope(norm(q, layer.q_norm.weight)), model.rope(norm(k, layer.k_norm.weight))
+    rope = model.ropes["full_attention"]
+    q, k = rope(norm(q, layer.q_norm.weight)), rope(norm(k, layer.k_norm.weight))
     k, v = (x.repeat_interleave(2, dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(16)
     scores = scores.masked_fill(torch.ones(16, 16, dtype=torch.bool).triu(1), -torch.inf)

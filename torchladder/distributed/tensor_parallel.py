@@ -8,6 +8,7 @@ The model's ``parallel_plan`` names a style for every module that has parameters
 | ``sequence`` | replicated, a norm | sharded tokens → sharded tokens |
 | ``qk_norm`` | replicated, a norm of each head | sharded heads → sharded heads |
 | ``joint_qk_norm`` | sharded, a norm of all heads together | sharded heads → sharded heads |
+| ``sinks`` | sharded over heads | none → this rank's heads |
 | ``gather`` | has no parameters itself | first input: sharded tokens → all tokens |
 | ``colwise`` | linear, sharded over output features | all tokens → all tokens, sharded features |
 | ``rowwise`` | linear, sharded over input features | sharded features → sharded tokens |
@@ -87,6 +88,14 @@ class _JointNorm(ParallelStyle):
         return module
 
 
+class _Sinks(ParallelStyle):
+    """Shards one number per head."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _shard_parameters(module, device_mesh, Shard(0))
+        return module
+
+
 class _Embedding(RowwiseParallel):
     """Waits for the collective of its output: a compiled block gives no gradient to an async input."""
 
@@ -146,6 +155,7 @@ _STYLES: dict[str, Callable[[bool], ParallelStyle]] = {
     "sequence": lambda _: SequenceParallel(use_local_output=True),
     "qk_norm": lambda _: SequenceParallel(sequence_dim=2, use_local_output=True),
     "joint_qk_norm": lambda _: _JointNorm(),
+    "sinks": lambda _: _Sinks(),
     "gather": lambda _: _Gather(),
     "colwise": lambda _: ColwiseParallel(),
     "rowwise": lambda _: _Rowwise(output_layouts=TOKENS),

@@ -7,6 +7,7 @@ from torchladder.models.llama_config import LlamaConfig
 from torchladder.models.model import Model, ModelRegistry, register, registry
 from torchladder.models.olmo import Olmo2, Olmo2Config, Olmo3, Olmo3Config
 from torchladder.models.qwen3 import Qwen3, Qwen3Config
+from torchladder.models.smollm3 import SmolLM3, SmolLM3Config
 
 build = registry.build
 resolve = registry.resolve
@@ -25,6 +26,8 @@ __all__ = [
     "Olmo3Config",
     "Qwen3",
     "Qwen3Config",
+    "SmolLM3",
+    "SmolLM3Config",
     "build",
     "register",
     "registry",

@@ -18,10 +18,11 @@ from torchladder.models.attention import AttentionFunction
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.models.hf.gemma3_adapter import GEMMA3_ADAPTER
 from torchladder.models.layer_types import sliding_pattern
-from torchladder.models.layers import Attention, FeedForward, RMSNorm, RoPE, ZeroCenteredRMSNorm
+from torchladder.models.layers import Attention, FeedForward, RMSNorm, ZeroCenteredRMSNorm
 from torchladder.models.llama import Llama
 from torchladder.models.llama_config import LlamaConfig
 from torchladder.models.model import register
+from torchladder.models.rope import RoPE
 from torchladder.registry import require
 
 
@@ -61,7 +62,7 @@ def _gemma3(n_layers: int, dim: int, heads: tuple[int, int], ffn_dim: int, **mor
 
 
 _SMALL: dict[str, Any] = {"vocab_size": 262144}
-_LONG: dict[str, Any] = {}
+_LONG: dict[str, Any] = {"rope_condense_ratio": 8.0, "rope_scaling_layer_types": ["full_attention"]}
 _DEBUG: dict[str, Any] = {"head_dim": 32, "query_pre_attn_scalar": 32, "vocab_size": 512}
 
 # flavor: layers, dim, (query heads, key-value heads), ffn_dim
@@ -82,9 +83,10 @@ class Gemma3Block(nn.Module):
         config: the model's config.
         rope: rotary embedding of queries and keys, or None.
         attention_fn: the kernel's attention.
+        sinks: see ``Attention``.
     """
 
-    def __init__(self, config: Gemma3Config, rope: RoPE | None, attention_fn: AttentionFunction) -> None:
+    def __init__(self, config: Gemma3Config, rope: RoPE | None, attention_fn: AttentionFunction, sinks: bool) -> None:
         super().__init__()
         norm = partial(ZeroCenteredRMSNorm, eps=config.norm_eps)
         self.attention_norm = norm(config.dim)
@@ -93,6 +95,7 @@ class Gemma3Block(nn.Module):
             rope,
             attention_fn,
             qk_norm=lambda _: norm(config.head_size),
+            sinks=sinks,
             query_scale=(config.head_size / config.query_pre_attn_scalar) ** 0.5,
         )
         self.attention_post_norm = norm(config.dim)
@@ -112,8 +115,8 @@ class Gemma3(Llama):
     hf_adapter: ClassVar[HFAdapter | None] = GEMMA3_ADAPTER
     norm_class: ClassVar[type[RMSNorm]] = ZeroCenteredRMSNorm
 
-    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None) -> nn.Module:
-        return Gemma3Block(self.config, rope, attention_fn)
+    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None, sinks: bool) -> nn.Module:
+        return Gemma3Block(self.config, rope, attention_fn, sinks)
 
     def embed(self, tokens: Tensor) -> Tensor:
         x = super().embed(tokens)

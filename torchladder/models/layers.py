@@ -1,10 +1,9 @@
-"""The layers of a Llama block: RoPE, grouped-query attention, SwiGLU; and the language-model head."""
+"""The layers of a Llama block: grouped-query attention, SwiGLU; and the language-model head."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchladder.models import loss
 from torchladder.models.attention import AttentionFunction
 from torchladder.models.llama_config import LlamaConfig
+from torchladder.models.rope import RoPE
 
 
 class RMSNorm(nn.RMSNorm):
@@ -45,75 +45,21 @@ class JointRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         features = x.flatten(2).float()
-        norm = features * torch.rsqrt(features.square().mean(dim=-1, keepdim=True) + self.eps)
+        mean_square = features.square().mean(dim=-1, keepdim=True)
+        norm = features * torch.rsqrt(mean_square + cast(float, self.eps))
         return (norm * self.weight).to(x.dtype).unflatten(-1, x.shape[2:])
 
 
-class RoPE(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864) that rotates the first half of a head against the second, in fp32.
+class AttentionSinks(nn.Module):
+    """Learned attention sinks: for each query head the logit of one more key, whose value is 0 (gpt-oss)."""
 
-    All blocks share one instance. The table is recomputed whenever the module is moved or cast, so it stays fp32 in a
-    model of any dtype and is valid after ``to_empty``.
-
-    Args:
-        config: the model's config.
-        seq_len: tokens in a row; positions are 0 to ``seq_len - 1``.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, config: LlamaConfig, seq_len: int) -> None:
+    def __init__(self, n_heads: int) -> None:
         super().__init__()
-        self.position_offset: int | Tensor = 0
-        self.config = config
-        for name in ("cos", "sin"):
-            table = torch.empty(seq_len, 1, config.head_size // 2, dtype=torch.float32)
-            self.register_buffer(name, table, persistent=False)
-        self.set_theta(config.rope_theta)
+        self.weight = nn.Parameter(torch.empty(n_heads))
 
-    def set_theta(self, theta: float) -> None:
-        """Recomputes the table in place, so that a schedule of theta recompiles nothing."""
-        self.theta = theta
-        angles = rope_angles(self.config, theta, len(self.cos), self.cos.device)[:, None]  # (T, 1, K / 2)
-        self.cos.copy_(angles.cos())
-        self.sin.copy_(angles.sin())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotates the heads of ``x`` (B, T, H, K); the result has the dtype of ``x``."""
-        offset, length = self.position_offset, x.shape[1]
-        positions: slice | Tensor
-        if isinstance(offset, int):
-            positions = slice(offset, offset + length)
-        else:
-            positions = offset[:, None] + torch.arange(length, device=offset.device)  # (B, T)
-        cos, sin = self.cos[positions], self.sin[positions]  # (T, 1, K / 2), or (B, T, 1, K / 2)
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
-        super()._apply(fn, recurse)
-        self.cos, self.sin = self.cos.float(), self.sin.float()
-        self.set_theta(self.theta)
-        return self
-
-
-def rope_angles(config: LlamaConfig, theta: float, seq_len: int, device: torch.device) -> Tensor:
-    """Returns the rotation angle of each position and pair of features (T, K / 2), fp32.
-
-    Scaling by frequency: Llama 3.1 (arXiv 2407.21783); by position (``rope_condense_ratio``): arXiv 2306.15595.
-    """
-    exponent = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device) / config.head_size
-    inv_freq = 1.0 / theta**exponent
-    if config.rope_scaling_factor != 1:
-        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-        turns = config.rope_original_seq_len * inv_freq / (2 * math.pi)
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        inv_freq = inv_freq * (smooth + (1 - smooth) / config.rope_scaling_factor)
-    position = torch.arange(seq_len, dtype=torch.float32, device=device)
-    if config.rope_restart:
-        position = position % config.rope_restart
-    return torch.outer(position / config.rope_condense_ratio, inv_freq)
+    def forward(self) -> Tensor:
+        """Returns the logits (H,) of this rank's heads."""
+        return self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
 
 
 class Attention(nn.Module):
@@ -125,6 +71,7 @@ class Attention(nn.Module):
         attention_fn: the kernel's attention.
         qk_norm: makes the norm of queries, and that of keys, from the number of heads; it is applied to (B, T, H, K)
             before RoPE (arXiv 2302.05442). None for no norm.
+        sinks: whether the layer has attention sinks.
         query_scale: factor of the attention logits, besides 1 / sqrt(head_dim).
     """
 
@@ -134,6 +81,7 @@ class Attention(nn.Module):
         rope: RoPE | None,
         attention_fn: AttentionFunction,
         qk_norm: Callable[[int], nn.Module] | None = None,
+        sinks: bool = False,
         query_scale: float = 1.0,
     ) -> None:
         super().__init__()
@@ -148,6 +96,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_heads * head_dim, dim, bias=False)
         self.q_norm = None if qk_norm is None else qk_norm(config.n_heads)
         self.k_norm = None if qk_norm is None else qk_norm(config.kv_heads)
+        self.sinks = AttentionSinks(config.n_heads) if sinks else None
 
     def forward(self, x: Tensor, attn_mask: Any) -> Tensor:
         # -1 infers the number of heads, because under tensor parallelism a rank has only some of them.
@@ -160,7 +109,8 @@ class Attention(nn.Module):
             q, k = self.rope(q), self.rope(k)
         if self.query_scale != 1:
             q = q * self.query_scale
-        out = self.attention_fn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask)  # (B, H, T, K)
+        arguments = (attn_mask,) if self.sinks is None else (attn_mask, self.sinks())
+        out = self.attention_fn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *arguments)  # (B, H, T, K)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

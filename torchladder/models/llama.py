@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from torchladder.models.attention import AttentionFunction, causal_attention
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.models.hf.llama_adapter import LLAMA_ADAPTER
-from torchladder.models.layers import Attention, FeedForward, Head, RMSNorm, RoPE
+from torchladder.models.layers import Attention, FeedForward, Head, RMSNorm
 from torchladder.models.llama_config import FLAVORS, INITIAL_STDS, RESIDUAL_PROJECTIONS, LlamaConfig
 from torchladder.models.model import Model, init_normal_, register
+from torchladder.models.rope import RoPE
 
 
 class Block(nn.Module):
@@ -25,6 +25,7 @@ class Block(nn.Module):
         rope: rotary embedding of queries and keys, or None.
         attention_fn: the kernel's attention.
         qk_norm: see ``Attention``.
+        sinks: see ``Attention``.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class Block(nn.Module):
         rope: RoPE | None,
         attention_fn: AttentionFunction,
         qk_norm: Callable[[int], nn.Module] | None = None,
+        sinks: bool = False,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config, rope, attention_fn, qk_norm)
+        self.attention = Attention(config, rope, attention_fn, qk_norm, sinks)
         self.feed_forward_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
 
@@ -67,17 +69,15 @@ class Llama(Model):
         super().__init__()
         self.config = config
         self.seq_len = seq_len
-        self.rope = RoPE(config, seq_len) if config.positional_embedding == "rope" else None
-        own_theta = config.layer_rope_theta or {}
-        self.layer_ropes = nn.ModuleDict(
-            {name: RoPE(replace(config, rope_theta=theta), seq_len) for name, theta in own_theta.items()}
-        )
+        types = self.layer_types
+        roped = [name for number, name in enumerate(types) if config.has_rope(number)]
+        self.ropes = nn.ModuleDict({name: RoPE(config, seq_len, name) for name in dict.fromkeys(roped)})
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict()
-        for number, name in enumerate(self.layer_types):
+        for number, name in enumerate(types):
             own_attention = attention_fn[name] if isinstance(attention_fn, Mapping) else attention_fn
-            rope: Any = self.layer_ropes[name] if name in own_theta else self.rope
-            self.layers[str(number)] = self.make_block(own_attention, rope)
+            rope: Any = self.ropes[name] if config.has_rope(number) else None
+            self.layers[str(number)] = self.make_block(own_attention, rope, name in config.attention_sinks)
         self.norm = self.norm_class(config.dim, eps=config.norm_eps)
         self.head = Head(config)
 
@@ -85,8 +85,8 @@ class Llama(Model):
     def layer_types(self) -> list[str]:
         return self.config.expanded_layer_types
 
-    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None) -> nn.Module:
-        return Block(self.config, rope, attention_fn)
+    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None, sinks: bool) -> nn.Module:
+        return Block(self.config, rope, attention_fn, sinks=sinks)
 
     def forward(
         self, tokens: Tensor, attn_mask: Any, labels: Tensor | None = None, z_loss_multiplier: float = 0.0
@@ -119,7 +119,9 @@ class Llama(Model):
     def init_weights(self, seed: int) -> None:
         std, residual_std = INITIAL_STDS[self.config.initialization](self.config)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
+            if name.endswith("sinks.weight"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 1:
                 nn.init.constant_(parameter, self.norm_class.initial_weight)
             else:
                 init_normal_(parameter, name, seed, residual_std if name.endswith(RESIDUAL_PROJECTIONS) else std)
@@ -131,16 +133,19 @@ class Llama(Model):
         for layer, projections in (("attention", attention), ("feed_forward", feed_forward)):
             plan |= {f"layers.*.{layer}_norm": "sequence", f"layers.*.{layer}": "gather"}
             plan |= {f"layers.*.{layer}.{name}": style for name, style in projections.items()}
-        return plan
+        sinks = [number for number, name in enumerate(self.layer_types) if name in self.config.attention_sinks]
+        return plan | {f"layers.{number}.attention.sinks": "sinks" for number in sinks}
 
     def head_counts(self) -> tuple[int, ...]:
         return self.config.n_heads, self.config.kv_heads
 
     def set_rope_theta(self, theta: float) -> None:
-        if self.rope is None:
+        if not self.ropes:
             super().set_rope_theta(theta)
-        elif theta != self.rope.theta:
-            self.rope.set_theta(theta)
+        for name, rope in self.ropes.items():
+            assert isinstance(rope, RoPE)
+            if name not in (self.config.layer_rope_theta or {}) and theta != rope.theta:
+                rope.set_theta(theta)
 
     def set_position_offset(self, offset: int | Tensor) -> None:
         for module in self.modules():

@@ -16,10 +16,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torchladder.models.layer_types import expand_layer_types, types_of_config
+from torchladder.models.rope import check_rope
 from torchladder.registry import require, unknown_name
 
 
@@ -60,14 +61,32 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     """Base of the RoPE frequencies."""
 
+    partial_rotary_factor: float = 1.0
+    """Fraction of a head's features that RoPE rotates, the first ones."""
+
     rope_scaling_factor: float = 1.0
-    """Context extension over rope_original_seq_len by frequency scaling (Llama 3.1); 1 disables it."""
+    """Context extension over rope_original_seq_len by frequency scaling; 1 disables it."""
+
+    rope_scaling_type: Literal["llama3", "yarn"] = "llama3"
+    """How rope_scaling_factor scales frequencies: llama3 (Llama 3.1), or yarn (arXiv 2309.00071)."""
 
     rope_low_freq_factor: float = 1.0
-    """Frequencies with fewer turns than this in the original context are divided by rope_scaling_factor."""
+    """llama3: frequencies with fewer turns in the original context are divided by rope_scaling_factor."""
 
     rope_high_freq_factor: float = 4.0
-    """Frequencies with more turns than this in the original context are unchanged."""
+    """llama3: frequencies with more turns in the original context are unchanged."""
+
+    rope_beta_slow: float = 1.0
+    """yarn: frequencies with fewer turns in the original context are divided by rope_scaling_factor."""
+
+    rope_beta_fast: float = 32.0
+    """yarn: frequencies with more turns in the original context are unchanged."""
+
+    rope_truncate: bool = True
+    """yarn: round the bounds that follow from rope_beta_slow and rope_beta_fast to whole frequencies."""
+
+    rope_attention_factor: float | None = None
+    """yarn: factor of rotated queries and keys; default: 0.1 ln(rope_scaling_factor) + 1."""
 
     rope_original_seq_len: int = 8192
     """Tokens of the context that rope_scaling_factor extends."""
@@ -81,12 +100,24 @@ class LlamaConfig:
     logit_softcap: float = 0.0
     """Logits become logit_softcap * tanh(logits / logit_softcap), as in Gemma 2; 0: unchanged."""
 
+    attention_sinks: list[str] = field(default_factory=list)
+    """Layer types with learned attention sinks: one more logit per head in the softmax, as in gpt-oss."""
+
     layer_types: list[str] | None = None
     """Type of each layer, or a pattern that repeats: full_attention, sliding_attention, chunked_attention; default:
     full_attention. Types other than full_attention have their masks in [attention.<type>]."""
 
     layer_rope_theta: dict[str, float] | None = None
     """Base of the RoPE frequencies of a layer type, where it is not rope_theta."""
+
+    rope_scaling_layer_types: list[str] | None = None
+    """Layer types whose RoPE rope_scaling_factor and rope_condense_ratio scale; default: all."""
+
+    nope_layer_types: list[str] = field(default_factory=list)
+    """Layer types without RoPE (NoPE)."""
+
+    nope_layers: list[int] = field(default_factory=list)
+    """Numbers of the layers without RoPE, from 0."""
 
     initialization: Literal["skyladder", "tilde", "megatron", "normal"] = "skyladder"
     """Standard deviation of initial weights: by shape (skyladder, tilde) or from init_std (megatron, normal)."""
@@ -95,7 +126,7 @@ class LlamaConfig:
     """Standard deviation of initial weights for initialization = "megatron" and "normal"."""
 
     def __post_init__(self) -> None:
-        for key in ("dim", "n_layers", "n_heads", "kv_heads", "ffn_dim", "vocab_size", "rope_original_seq_len"):
+        for key in ("dim", "n_layers", "n_heads", "kv_heads", "ffn_dim", "vocab_size"):
             require(getattr(self, key) >= 1, f"model.{key} = {getattr(self, key)}: must be 1 or more.")
         require(
             self.head_dim is not None or self.dim % self.n_heads == 0,
@@ -109,42 +140,30 @@ class LlamaConfig:
             self.head_size >= 2 and self.head_size % 2 == 0,
             f"model.head_dim = {self.head_size}: must be even, because RoPE rotates pairs of features.",
         )
-        for key in ("norm_eps", "rope_theta", "rope_condense_ratio", "init_std"):
+        for key in ("norm_eps", "init_std"):
             require(getattr(self, key) > 0, f"model.{key} = {getattr(self, key)}: must be positive.")
         require(
             0 <= self.logit_softcap < math.inf,
             f"model.logit_softcap = {self.logit_softcap}: must be positive, or 0 to leave logits unchanged.",
         )
-        require(self.rope_restart >= 0, f"model.rope_restart = {self.rope_restart}: must be 0 or more.")
-        require(
-            self.rope_scaling_factor >= 1, f"model.rope_scaling_factor = {self.rope_scaling_factor}: must be 1 or more."
-        )
-        require(
-            0 < self.rope_low_freq_factor < self.rope_high_freq_factor,
-            f"model.rope_low_freq_factor = {self.rope_low_freq_factor} must be positive and below "
-            f"model.rope_high_freq_factor = {self.rope_high_freq_factor}.",
-        )
         _ = self.expanded_layer_types  # raises
-        self._check_layer_rope_theta()
+        types = types_of_config(self)
+        for name in self.attention_sinks:
+            if name not in types:
+                raise unknown_name("layer type", name, types, "model.attention_sinks")
+        check_rope(self, types)
         if self.initialization not in INITIAL_STDS:
             raise unknown_name("model.initialization", self.initialization, INITIAL_STDS)
-        if self.positional_embedding not in ("rope", "none"):
-            raise unknown_name("model.positional_embedding", self.positional_embedding, ("rope", "none"))
-
-    def _check_layer_rope_theta(self) -> None:
-        types = types_of_config(self)
-        for name, theta in (self.layer_rope_theta or {}).items():
-            key = f"model.layer_rope_theta.{name} = {theta}"
-            require(len(types) > 1, f"{key}: all layers are of one type, set model.rope_theta.")
-            if name not in types:
-                raise unknown_name("layer type", name, types, "model.layer_rope_theta")
-            require(self.positional_embedding == "rope", f"{key}: the model has no RoPE, remove it.")
-            require(theta > 0, f"{key}: must be positive.")
 
     @property
     def expanded_layer_types(self) -> list[str]:
         """The type of each layer."""
         return expand_layer_types(self.layer_types, self.n_layers)
+
+    def has_rope(self, number: int) -> bool:
+        """Returns whether a layer has RoPE."""
+        is_nope = number in self.nope_layers or self.expanded_layer_types[number] in self.nope_layer_types
+        return self.positional_embedding == "rope" and not is_nope
 
     @property
     def kv_heads(self) -> int:

@@ -62,8 +62,8 @@ class Model(nn.Module, ABC):
     def parallel_plan(self) -> dict[str, str]:
         """Returns the tensor-parallel style of each module with parameters: module path -> style.
 
-        Styles: ``embedding``, ``sequence`` (norms), ``qk_norm`` (norms per head), ``gather`` (the tokens of a module's
-        input), ``colwise``, ``rowwise``, ``lm_head``. A ``*`` in a path matches every block.
+        Styles: ``embedding``, ``sequence`` (norms), ``qk_norm`` (norms per head), ``sinks``, ``gather`` (the tokens of
+        a module's input), ``colwise``, ``rowwise``, ``lm_head``. A ``*`` in a path matches every block.
         """
 
     @abstractmethod
@@ -207,8 +207,11 @@ class ModelRegistry(Registry[Model]):
         if section.flavor:
             return replace(flavors[section.flavor], **chosen)
         for field in fields(kind):
-            given = field.name in chosen or field.default is not MISSING
-            require(given, f"model.{field.name} is required: set it, or choose a model.flavor.")
+            has_default = field.default is not MISSING or field.default_factory is not MISSING
+            require(
+                field.name in chosen or has_default,
+                f"model.{field.name} is required: set it, or choose a model.flavor.",
+            )
         return kind(**chosen)
 
     def build(self, section: Any, **runtime_args: Any) -> Model:

@@ -1,7 +1,7 @@
 """OLMo 2 (arXiv 2501.00656) and OLMo 3 (arXiv 2512.13961): Llama with norms behind attention and feed-forward.
 
-A norm of the output of each, before it is added to the residual stream, replaces the norm of its input. Queries and keys
-pass an RMSNorm over all heads together. OLMo 3 has three sliding layers to one full layer, with a window of 4,096.
+A norm of the output of each, before it is added to the residual stream, replaces the norm of its input. Queries and
+keys pass an RMSNorm over all heads together. OLMo 3 has three sliding layers to one full layer, with a window of 4,096.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torchladder.models.attention import AttentionFunction
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.models.hf.olmo_adapter import OLMO2_ADAPTER, OLMO3_ADAPTER
 from torchladder.models.layer_types import sliding_pattern
-from torchladder.models.layers import JointRMSNorm, RoPE
+from torchladder.models.layers import JointRMSNorm
 from torchladder.models.llama import Block, Llama
 from torchladder.models.llama_config import LlamaConfig
 from torchladder.models.model import register
+from torchladder.models.rope import RoPE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,14 @@ def _olmo3(n_layers: int, dim: int, heads: tuple[int, int], ffn_dim: int, **more
     )
 
 
+_YARN: dict[str, Any] = {
+    "rope_scaling_type": "yarn",
+    "rope_scaling_factor": 8.0,
+    "rope_original_seq_len": 8192,
+    "rope_attention_factor": 1.2079441541679836,
+    "rope_scaling_layer_types": ["full_attention"],
+}
+
 # flavor: layers, dim, (query heads, key-value heads), ffn_dim
 OLMO2_FLAVORS = {
     "debug": _olmo2(2, 64, (4, 2), 192, vocab_size=512),
@@ -59,8 +68,8 @@ OLMO2_FLAVORS = {
 }
 OLMO3_FLAVORS = {
     "debug": _olmo3(4, 64, (4, 2), 192, vocab_size=512),
-    "7b": _olmo3(32, 4096, (32, 32), 11008),
-    "32b": _olmo3(64, 5120, (40, 8), 27648),
+    "7b": _olmo3(32, 4096, (32, 32), 11008, **_YARN),
+    "32b": _olmo3(64, 5120, (40, 8), 27648, **_YARN),
 }
 
 
@@ -78,13 +87,11 @@ class Olmo2(Llama):
 
     hf_adapter: ClassVar[HFAdapter | None] = OLMO2_ADAPTER
 
-    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None) -> nn.Module:
-        config = self.config
-
+    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None, sinks: bool) -> nn.Module:
         def qk_norm(heads: int) -> JointRMSNorm:
-            return JointRMSNorm(heads * config.head_size, eps=config.norm_eps)
+            return JointRMSNorm(heads * self.config.head_size, eps=self.config.norm_eps)
 
-        return Olmo2Block(config, rope, attention_fn, qk_norm)
+        return Olmo2Block(self.config, rope, attention_fn, qk_norm, sinks)
 
     def parallel_plan(self) -> dict[str, str]:
         return super().parallel_plan() | {

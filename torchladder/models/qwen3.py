@@ -14,10 +14,11 @@ from torch import nn
 from torchladder.models.attention import AttentionFunction
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.models.hf.qwen3_adapter import QWEN3_ADAPTER
-from torchladder.models.layers import RMSNorm, RoPE
+from torchladder.models.layers import RMSNorm
 from torchladder.models.llama import Block, Llama
 from torchladder.models.llama_config import LlamaConfig
 from torchladder.models.model import register
+from torchladder.models.rope import RoPE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,11 @@ class Qwen3(Llama):
 
     hf_adapter: ClassVar[HFAdapter | None] = QWEN3_ADAPTER
 
-    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None) -> nn.Module:
-        config = self.config
-        return Block(config, rope, attention_fn, qk_norm=lambda _: RMSNorm(config.head_size, eps=config.norm_eps))
+    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None, sinks: bool) -> nn.Module:
+        def qk_norm(heads: int) -> RMSNorm:
+            return RMSNorm(self.config.head_size, eps=self.config.norm_eps)
+
+        return Block(self.config, rope, attention_fn, qk_norm, sinks)
 
     def parallel_plan(self) -> dict[str, str]:
         return super().parallel_plan() | {f"layers.*.attention.{name}": "qk_norm" for name in ("q_norm", "k_norm")}

@@ -62,7 +62,7 @@ class Trainer:
         self.context_shard = context_parallel.ContextShard(self.mesh, config.training.seq_len)
         self.parallel_config = parallelize_config(config)
         parallelize.check_parallelize_config(self.mesh, self.parallel_config, ranks.device)
-        self.masks = config.layer_masks
+        self.masks, model_config = config.layer_masks, models.resolve(config.model)
         self.kernels = {
             layer_type: attention.build_kernel(
                 section.kernel or config.attention.kernel,
@@ -70,6 +70,7 @@ class Trainer:
                 ranks.device,
                 tokens_per_rank=self.context_shard.tokens_per_rank if self.mesh.cp_group else None,
                 dtype=self.parallel_config.precision.compute,
+                attention_sinks=layer_type in getattr(model_config, "attention_sinks", ()),
             )
             for layer_type, section in config.layer_attention.items()
         }

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from torchladder.models.hf import hf_layer_types
-from torchladder.models.hf.config_fields import ROPE_TYPES, SHARED_TYPES, check_types
+from torchladder.models.hf import hf_layer_types, hf_rope
+from torchladder.models.hf.config_fields import SHARED_TYPES, check_types
 from torchladder.models.layer_types import types_of_config
-from torchladder.registry import ConfigError, unknown_name
+from torchladder.registry import ConfigError
+from torchladder.schedule import FULL_ATTENTION
 
 WRITTEN_VALUES = ("hidden_act", "hidden_activation", "attention_bias")
 """Keys whose fixed value is written."""
@@ -49,7 +50,8 @@ class HFAdapter:
         type_defaults: ``model_type`` -> defaults that only this type has.
         fixed_values: key of config.json -> the one value that is supported; the key may be missing or null.
         null_values: key of config.json -> the value of the field if the key is null or missing, and written as null.
-        rope_scalings: ``rope_type`` -> field of the model's config -> key in the table of RoPE parameters.
+        has_nope_layers: whether config.json says which layers have RoPE (``no_rope_layers``, SmolLM 3).
+        rope_thetas: layer type -> RoPE theta if it is missing; several if config.json has a RoPE for each layer type.
         sliding_window_type: the ``model_type`` that has a sliding window in all layers; empty if none has.
         layer_types_type: the ``model_type`` whose layers may have a sliding window each; empty if none has.
         slides: which layers slide if config.json has no ``layer_types``.
@@ -61,13 +63,14 @@ class HFAdapter:
     config_keys: Mapping[str, str]
     defaults: Mapping[str, Any]
     fixed_values: Mapping[str, Any]
-    rope_scalings: Mapping[str, Mapping[str, str]]
     sliding_window_type: str = ""
     layer_types_type: str = ""
     vocab_tensors: tuple[str, ...] = ("embedding.weight", "head.weight")
     type_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     null_values: Mapping[str, Any] = field(default_factory=dict)
     slides: hf_layer_types.Slides = hf_layer_types.slides_after_first_layers
+    has_nope_layers: bool = False
+    rope_thetas: Mapping[str, float] = field(default_factory=lambda: {FULL_ATTENTION: 10000.0})
 
     def hf_name(self, name: str) -> str:
         """Returns the Hugging Face name of a parameter."""
@@ -106,18 +109,13 @@ class HFAdapter:
                     f"{key} = {json.dumps(found)}: must be {json.dumps(value)}, others are not supported."
                 )
         layer_types = None
+        layer_type = FULL_ATTENTION if self.sliding_window(hf_config) is None else hf_layer_types.SLIDING_ATTENTION
         if hf_config["model_type"] == self.layer_types_type:
             layer_types = hf_layer_types.read_layer_types({**defaults, **hf_config}, self.slides)[0]
-        else:
-            layer_type = "full_attention" if self.sliding_window(hf_config) is None else "sliding_attention"
-            if others := {*(hf_config.get("layer_types") or ())} - {layer_type}:
-                raise ConfigError(f"layer_types has {min(others)!r}; all layers must be {layer_type!r}.")
+        elif others := {*(hf_config.get("layer_types") or ())} - {layer_type}:
+            raise ConfigError(f"layer_types has {min(others)!r}; all layers must be {layer_type!r}.")
         fields = {name: hf_config.get(key, defaults.get(key)) for name, key in keys.items()}
-        fields |= {
-            name: self.null_values[key]
-            for name, key in keys.items()
-            if key in self.null_values and fields[name] is None
-        }
+        fields |= {name: self.null_values.get(key) for name, key in keys.items() if fields[name] is None}
         missing = [key for name, key in keys.items() if fields[name] is None and name not in ("head_dim", "n_kv_heads")]
         if missing:
             raise ConfigError(f"lacks {', '.join(missing)}.")
@@ -126,7 +124,9 @@ class HFAdapter:
         if fields["head_dim"] is None:
             fields["head_dim"] = defaults.get("head_dim", fields["dim"] // max(fields["n_heads"], 1))
         mixed = {"layer_types": layer_types} if layer_types else {}
-        return {**fields, **mixed, **self._rope_from_hf(hf_config, types), "initialization": "normal"}
+        rope = hf_rope.read_rope({**defaults, **hf_config}, types, self.rope_thetas, layer_types or [layer_type])
+        nope = hf_rope.read_nope_layers({**defaults, **hf_config}) if self.has_nope_layers else {}
+        return {**fields, **mixed, **rope, **nope, "initialization": "normal"}
 
     def _defaults(self, hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**self.defaults, **self.type_defaults.get(hf_config["model_type"], {})}
@@ -154,6 +154,9 @@ class HFAdapter:
                 f"model.logit_softcap = {config.logit_softcap}: Hugging Face's {model_type} has no "
                 "final_logit_softcapping."
             )
+        for name in ("attention_sinks", *(() if self.has_nope_layers else ("nope_layers",))):
+            if getattr(config, name, None):
+                raise ConfigError(f"Hugging Face's {model_type} does not support model.{name}.")
         shape = {key: getattr(config, name) for name, key in self.config_keys.items()}
         shape |= {key: None for key, value in self.null_values.items() if shape[key] == value}
         shape |= {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size}
@@ -161,59 +164,11 @@ class HFAdapter:
             "architectures": [self.architectures[model_type]],
             "model_type": model_type,
             **shape,
-            **self._rope_to_hf(config),
+            **hf_rope.write_rope(config, model_type, len(self.rope_thetas) > 1),
+            **(hf_rope.write_nope_layers(config) if self.has_nope_layers else {}),
             "max_position_embeddings": metadata.seq_len,
             **sliding,
             **{key: self.fixed_values[key] for key in WRITTEN_VALUES if key in self.fixed_values},
-            **metadata.token_ids,
+            **{"pad_token_id": None, **metadata.token_ids},
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-
-    def _rope_from_hf(self, hf_config: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the RoPE fields: ``rope_parameters`` has all of them (transformers 5), or ``rope_scaling`` next to
-        ``rope_theta`` (transformers 4). Both must agree, since transformers reads ``rope_scaling`` alone."""
-        tables = [name for name in ("rope_scaling", "rope_parameters") if hf_config.get(name)]
-        first, *others = [self._read_rope(name, hf_config, types) for name in tables or ["rope_parameters"]]
-        if others and others[0] != first:
-            raise ConfigError(
-                "rope_scaling and rope_parameters differ: transformers ignores rope_parameters if there is a "
-                f"rope_scaling, and its rope_theta is then {first['rope_theta']:g}. Remove one of the two."
-            )
-        return first
-
-    def _read_rope(self, name: str, hf_config: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-        table = hf_config.get(name) or {}
-        check_types(table, ROPE_TYPES, name)
-        rope_type = table.get("rope_type", table.get("type", "default"))
-        theta = table.get("rope_theta", hf_config.get("rope_theta", 10000.0))
-        if theta is None:
-            raise ConfigError("rope_theta = null: must be a number.")
-        if table.get("partial_rotary_factor") not in (None, 1.0):
-            raise ConfigError(f"{name}.partial_rotary_factor = {table['partial_rotary_factor']}: must be 1.0.")
-        if nested := [key for key, value in table.items() if isinstance(value, dict)]:
-            raise ConfigError(f"{name}.{nested[0]}: RoPE parameters per type of layer are not supported.")
-        if rope_type == "default":
-            return {"rope_theta": float(theta)}
-        if rope_type not in self.rope_scalings:
-            raise unknown_name(f"{name}.rope_type", rope_type, ["default", *self.rope_scalings])
-        fields = self.rope_scalings[rope_type]
-        original = "original_max_position_embeddings"
-        if original in hf_config and original in fields.values():
-            table = {**table, original: hf_config[original]}
-        check_types(table, {key: types[field] for field, key in fields.items()}, name)
-        if missing := [key for key in fields.values() if key not in table]:
-            raise ConfigError(f"{name} of type {rope_type} lacks {', '.join(missing)}.")
-        return {"rope_theta": float(theta), **{field: table[key] for field, key in fields.items()}}
-
-    def _rope_to_hf(self, config: Any) -> dict[str, Any]:
-        scaled, condensed = config.rope_scaling_factor != 1, config.rope_condense_ratio != 1
-        if config.positional_embedding != "rope" or config.rope_restart or (scaled and condensed):
-            raise ConfigError(
-                "Hugging Face models support neither model.positional_embedding = 'none' nor model.rope_restart, nor "
-                "model.rope_scaling_factor and model.rope_condense_ratio together."
-            )
-        if not (scaled or condensed):
-            return {"rope_theta": config.rope_theta, "rope_scaling": None}
-        rope_type = "llama3" if scaled else "linear"
-        table = {key: getattr(config, name) for name, key in self.rope_scalings[rope_type].items()}
-        return {"rope_theta": config.rope_theta, "rope_scaling": {"rope_type": rope_type, **table}}

@@ -21,12 +21,13 @@ SHARED_TYPES = {
     "max_window_layers": int,
     "sliding_window_pattern": Annotated[int, Ge(1)],
     "rope_theta": float | None,
+    "rope_local_base_freq": float,
+    "no_rope_layers": list[int] | None,
+    "no_rope_layer_interval": Annotated[int, Ge(1)],
     "rope_scaling": dict[str, Any] | None,
     "rope_parameters": dict[str, Any] | None,
 }
 """Entries that all families have -> their types; those of a family have the types of its config's fields."""
-ROPE_TYPES = {"rope_type": str, "type": str, "rope_theta": float, "partial_rotary_factor": float | None}
-"""Entries of ``rope_scaling`` and ``rope_parameters`` -> their types."""
 
 
 def check_types(entries: Mapping[str, Any], types: Mapping[str, Any], table: str = "") -> None:

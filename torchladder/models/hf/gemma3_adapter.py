@@ -54,5 +54,6 @@ GEMMA3_ADAPTER = replace(
     },
     sliding_window_type="",
     layer_types_type="gemma3_text",
+    rope_thetas={"full_attention": 1000000.0, "sliding_attention": 10000.0},
     slides=slides_between_full_layers,
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from torchladder.models.hf.adapter import HFAdapter
+from torchladder.models.hf.hf_rope import ROPE_SCALINGS
 from torchladder.models.model import Model, registry
 from torchladder.registry import ConfigError, unknown_name
 
@@ -44,7 +45,7 @@ def model_section(hf_config: dict[str, Any], source: str | Path = "config.json")
         name = model_name(hf_config)
         adapter, kind = adapter_for(name), registry.config_type(name)
         fields = adapter.from_hf(hf_config, get_type_hints(kind))
-        scalings = {field: key for keys in adapter.rope_scalings.values() for field, key in keys.items()}
+        scalings = {field: key for keys in ROPE_SCALINGS.values() for field, key in keys.items()}
         keys = adapter.config_keys
         resolved = {value: keys[field] for field, value in RESOLVED.items() if field in fields and field in keys}
         entries = {**scalings, **adapter.config_keys, **resolved, "rope_theta": "rope_theta"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torchladder.models.hf.hf_rope import read_nope_layers
 from torchladder.registry import ConfigError, require
 from torchladder.schedule import FULL_ATTENTION
 
@@ -26,6 +27,11 @@ def slides_after_first_layers(entries: Mapping[str, Any], layer: int) -> bool:
 def slides_between_full_layers(entries: Mapping[str, Any], layer: int) -> bool:
     """Gemma 3, OLMo 3: every ``sliding_window_pattern``-th layer is full."""
     return (layer + 1) % entries["sliding_window_pattern"] != 0
+
+
+def slides_without_rope(entries: Mapping[str, Any], layer: int) -> bool:
+    """SmolLM 3: layers without RoPE slide if the model has a window."""
+    return _window(entries) is not None and layer in read_nope_layers(entries)["nope_layers"]
 
 
 def read_layer_types(
@@ -75,8 +81,6 @@ def write_layer_types(
         types = [SLIDING_ATTENTION] * len(types)
     if others := {*types} - {FULL_ATTENTION, SLIDING_ATTENTION}:
         raise ConfigError(f"Hugging Face's {model_type} has no {min(others)} layers.")
-    if config.layer_rope_theta:
-        raise ConfigError(f"Hugging Face's {model_type} has one RoPE theta, and model.layer_rope_theta sets others.")
     if SLIDING_ATTENTION not in types:
         return {"layer_types": types}
     require(

@@ -50,15 +50,6 @@ LLAMA_ADAPTER = HFAdapter(
         "quantization_config": None,
         "per_layer_config": None,
     },
-    rope_scalings={
-        "linear": {"rope_condense_ratio": "factor"},
-        "llama3": {
-            "rope_scaling_factor": "factor",
-            "rope_low_freq_factor": "low_freq_factor",
-            "rope_high_freq_factor": "high_freq_factor",
-            "rope_original_seq_len": "original_max_position_embeddings",
-        },
-    },
     sliding_window_type="mistral",
     layer_types_type="ministral",
 )

@@ -28,5 +28,6 @@ OLMO3_ADAPTER = replace(
     defaults={**OLMO2_ADAPTER.defaults, "sliding_window": 4096, "sliding_window_pattern": 4},
     fixed_values={**OLMO2_ADAPTER.fixed_values, "sliding_window_pattern": 4},
     layer_types_type="olmo3",
+    rope_thetas={"full_attention": 500000.0, "sliding_attention": 500000.0},
     slides=slides_between_full_layers,
 )
