@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
 
 from torchladder import mask, models
@@ -148,6 +149,22 @@ def test_text_that_is_generated_with_a_cache_is_that_of_transformers(reference):
     expected = reference.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30,
                                         do_sample=False, pad_token_id=0, eos_token_id=-1)  # fmt: skip
     assert found == [expected[0, 7:].tolist()]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "olmo3", "smollm3"])
+def test_a_run_is_exported_and_is_the_same_in_transformers(tmp_path, name):
+    argv = ["--model.name", name, "--attention.masks", "document", "--training.steps", "2", "--training.seq_len", "64",
+            "--checkpoint.enable", "--checkpoint.last_save_in_hf", "--checkpoint.export_dtype", "float32",
+            "--validation.no_enable", "--curriculum.name", "constant"]  # fmt: skip
+    if name != "smollm3":
+        argv += ["--attention.sliding_attention.masks", "document", "sliding"]
+        argv += ["--attention.sliding_attention.window", "8"]
+    runs.run(tmp_path, *argv)
+    folder = tmp_path / "checkpoint" / "step-2-hf"
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    found = logits(TrainedModel.open(tmp_path / "checkpoint" / "step-2"), text())
+    with torch.no_grad():
+        torch.testing.assert_close(found, other(text()).logits, atol=1e-5, rtol=1e-4)
 
 
 # --- config.json -----------------------------------------------------------------------------------------------------
