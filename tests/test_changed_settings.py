@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from runs import DEBUG, losses, run
 
 from torchladder import train
+from torchladder.config.attention_section import AttentionConfig
 from torchladder.curriculum import Constant, Linear
 from torchladder.optim import LRSchedulerConfig
 from torchladder.schedule import Phase, Schedule
@@ -27,7 +28,7 @@ def make(steps, window, ramp, decay_type, warmup, phases):
     rates = LRSchedulerConfig(warmup_steps=warmup, decay_type=decay_type, decay_ratio=0.25)
     config = SimpleNamespace(
         training=SimpleNamespace(steps=steps), curriculum=SimpleNamespace(**windows), optimizer=SimpleNamespace(),
-        lr_scheduler=rates, phases=phases,
+        lr_scheduler=rates, phases=phases, attention=AttentionConfig(),
     )  # fmt: skip
     return schedule_settings(config), Schedule(built, lambda step: rates.factor(step, steps), phases, steps, 256)
 

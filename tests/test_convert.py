@@ -389,7 +389,6 @@ def test_a_folder_without_a_tokenizer_converts_there_and_back(folders, tmp_path)
         (["--model.positional_embedding", "none"], "positional_embedding = 'none'"),
         (["--model.rope_restart", "8"], "model.rope_restart"),
         (["--model.logit_softcap", "30"], "logit_softcap = 30.0: Hugging Face's llama has no final_logit_softcapping"),
-        (["--model.name", "qwen3", "--attention.masks", "sliding", "--curriculum.window", "16"], "no sliding window"),
         (
             [
                 "--model.name",

@@ -112,8 +112,8 @@ def test_layers_of_two_types_save_the_same_attention_in_every_layout(folder, lay
     for key in ("attention_saved", "flops"):
         one, many = (layouts.losses(folder / name, key) for name in ("one, two types", layout))
         assert many == one
-    if "compiled" in layout:  # both types run one kernel here, so that one graph serves all blocks
-        assert int((folder / layout / "graphs").read_text()) <= 3
+    if "compiled" in layout:  # a graph for each type of block, the loss in one or two
+        assert int((folder / layout / "graphs").read_text()) <= 4
 
 
 @pytest.mark.parametrize("how", ROUNDED)

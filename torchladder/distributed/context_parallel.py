@@ -55,15 +55,17 @@ class ContextShard:
         return prepare(start[:, : self.offset + self.tokens_per_rank], device, self.offset), first_keys
 
     def wrap_attention(self, attention_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Returns a kernel's attention, ``(q, k, v, attn_mask) -> out``, over the keys of all ranks."""
+        """Returns a kernel's attention, ``(q, k, v, attn_mask[, sinks]) -> out``, over the keys of all ranks."""
         if self.group is None:
             return attention_fn
         name, rank = self.group.group_name, self.rank
 
-        def context_parallel_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: tuple[Any, Tensor]) -> Tensor:
+        def context_parallel_attention(
+            q: Tensor, k: Tensor, v: Tensor, attn_mask: tuple[Any, Tensor], *sinks: Tensor
+        ) -> Tensor:
             local_mask, first_keys = attn_mask
             keys, values = _exchange(torch.cat([k, v], dim=1), first_keys, rank, name).chunk(2, dim=1)
-            return attention_fn(q, keys, values, local_mask)
+            return attention_fn(q, keys, values, local_mask, *sinks)
 
         return context_parallel_attention
 
