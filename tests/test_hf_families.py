@@ -1,5 +1,6 @@
 """Gemma 3, OLMo 2, OLMo 3 and SmolLM 3, here and in transformers: the same logits and bits in both directions."""
 
+import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -64,14 +65,18 @@ MODELS = {
 def reference(request, tmp_path_factory):
     """A small random model of transformers in fp32, and its folder."""
     model = transformers.AutoModelForCausalLM.from_config(MODELS[request.param](), attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(1)
-    offset = 0.0 if "gemma" in request.param else 1.0
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2, generator=generator).add_(offset if "norm" in name else 0.0)
+    stir(model, request.param)
     path = tmp_path_factory.mktemp("reference")
     model.save_pretrained(path)
     return SimpleNamespace(model=model, path=path, name=request.param.split(",")[0])
+
+
+@torch.no_grad()
+def stir(model, name):
+    """Fills in random weights that are large enough for each part of a model to affect the logits."""
+    generator, offset = torch.Generator().manual_seed(1), 0.0 if "gemma" in name else 1.0
+    for key, parameter in model.named_parameters():
+        parameter.normal_(std=0.2, generator=generator).add_(offset if "norm" in key else 0.0)
 
 
 @torch.no_grad()
@@ -149,6 +154,30 @@ def test_text_that_is_generated_with_a_cache_is_that_of_transformers(reference):
     expected = reference.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30,
                                         do_sample=False, pad_token_id=0, eos_token_id=-1)  # fmt: skip
     assert found == [expected[0, 7:].tolist()]
+
+
+def test_the_text_model_of_a_model_with_images_is_read(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config={**GEMMA3, "layer_types": TYPES}, vision_config=vision, image_token_index=95, mm_tokens_per_image=4
+    )
+    model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    stir(model, "gemma3")
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    with torch.no_grad():
+        expected = model(text()).logits
+    torch.testing.assert_close(logits(TrainedModel.open(tmp_path / "hf"), text()), expected, atol=1e-5, rtol=1e-4)
+    assert convert.run(["from-hf", str(tmp_path / "hf"), "--output", str(tmp_path / "run")]) == 0
+    step = tmp_path / "run" / "checkpoint" / "step-0"
+    assert convert.run(["to-hf", str(step), "--output", str(tmp_path / "back"), "--tokenizer", "none"]) == 0
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
+    assert type(back) is transformers.Gemma3ForCausalLM
+    with torch.no_grad():
+        torch.testing.assert_close(back(text()).logits, expected, atol=1e-5, rtol=1e-4)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": 1}))
+    with pytest.raises(ConfigError, match=r"config\.json: text_config = 1: must be an object"):
+        TrainedModel.open(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("name", ["gemma3", "olmo3", "smollm3"])
