@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torchladder.inference.trained_model import TrainedModel
 from torchladder.models import attention
 from torchladder.models.hf import hf_config
+from torchladder.models.layer_types import collapse
 from torchladder.registry import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -38,11 +39,13 @@ MISSING = object()
 KEYS = [
     *SHAPE, "model_type", "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "hidden_act",
     "attention_bias", "use_sliding_window", "partial_rotary_factor", "original_max_position_embeddings",
-    "initializer_range",
+    "initializer_range", "hidden_activation", "final_logit_softcapping", "attn_logit_softcapping",
+    "query_pre_attn_scalar", "sliding_window_pattern", "rope_local_base_freq", "no_rope_layers",
+    "no_rope_layer_interval",
 ]  # fmt: skip
 VALUES = st.one_of(
     st.sampled_from([MISSING, None, "96", "linear", True, False, [], {}, ["full_attention"], 0.5, 1.0, 2.0, -1]),
-    st.sampled_from([0, 1, 2, 4, 8]),
+    st.sampled_from([0, 1, 2, 4, 8, [0, 1]]),
     st.sampled_from(TABLES),
     st.tuples(st.sampled_from(TABLES), st.sampled_from([*LLAMA3, "rope_theta"]), st.sampled_from([None, "4", 2, -1.0]))
     .map(lambda changed: {**changed[0], changed[1]: changed[2]}),
@@ -69,12 +72,13 @@ def from_folder(folder, tokens):
     trained = TrainedModel.open(folder, seq_len=T)
     kernel = attention.build_kernel("dense", trained.config.attention.masks, "cpu", training=False)
     loaded = trained.load(kernel.attention, T)
-    return loaded.model(tokens, kernel.prepare(loaded.start[None], torch.device("cpu")))
+    forms = {name: kernel.prepare(start[None], torch.device("cpu")) for name, start in loaded.starts.items()}
+    return loaded.model(tokens, collapse(forms))
 
 
 @settings(max_examples=25)
 @given(
-    model_type=st.sampled_from(["llama", "mistral", "qwen3"]),
+    model_type=st.sampled_from(["llama", "mistral", "qwen3", "gemma3_text", "olmo2", "olmo3", "smollm3"]),
     changes=st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3),
 )
 @torch.no_grad()
@@ -107,7 +111,10 @@ def test_a_changed_config_has_the_logits_of_transformers_or_is_refused(tmp_path_
         ({"rms_norm_eps": -1.0}, "rms_norm_eps = -1.0: must be positive"),
         ({"num_key_value_heads": 3}, "num_attention_heads = 4 is not a multiple of num_key_value_heads = 3"),
         ({"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "Remove one"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": LINEAR}, "rope_scaling.rope_type"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}, "rope_parameters": LINEAR},
+            "rope_scaling.rope_type",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters.full_attention"),
     ],
 )

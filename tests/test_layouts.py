@@ -59,6 +59,9 @@ MIXED = {
         "CP2 x TP2, two types": [CONTEXT, "2", TENSOR, "2", *SLIDING],
     },
 }
+WINDOW = ["--attention.sliding_attention.masks", "document", "sliding", "--attention.sliding_attention.window", "40"]
+FAMILIES = {"Gemma 3": ["--model.name", "gemma3", *WINDOW], "OLMo 3": ["--model.name", "olmo3", *WINDOW]}
+SPLIT = {f"TP2, compiled, {name}": [TENSOR, "2", *COMPILED, *argv] for name, argv in FAMILIES.items()}
 SAME = {
     "every second block recomputed": [ROWS, "2", "--activation_checkpoint.mode", "selective"],
     "compiled, by operation": [ROWS, "2", *COMPILED, *BY_OP],
@@ -78,15 +81,16 @@ if not importlib.util.find_spec("torchao"):
 def folder(tmp_path_factory):
     """The runs of every layout, and of one rank."""
     folder = tmp_path_factory.mktemp("layouts")
-    one = {"one": [], "one, two types": SLIDING}
-    for ranks, runs in ((1, one), (2, {**TWO, **SAME, **ROUNDED, **MIXED[2]}), (4, {**FOUR, **MIXED[4]})):
+    one = {"one": [], "one, two types": SLIDING, **{f"one, {name}": argv for name, argv in FAMILIES.items()}}
+    for ranks, runs in ((1, one), (2, {**TWO, **SAME, **ROUNDED, **MIXED[2], **SPLIT}), (4, {**FOUR, **MIXED[4]})):
         layouts.launch(layouts.train, ranks, folder, runs)
     return folder
 
 
-@pytest.mark.parametrize("layout", [*TWO, *FOUR, *MIXED[2], *MIXED[4]])
+@pytest.mark.parametrize("layout", [*TWO, *FOUR, *MIXED[2], *MIXED[4], *SPLIT])
 def test_the_losses_of_a_layout_are_those_of_one_rank(folder, layout):
-    reference = "one, two types" if "two types" in layout else "one"
+    model = next((name for name in ("two types", *FAMILIES) if name in layout), "")
+    reference = f"one, {model}" if model else "one"
     for key, first, later in (("loss", 1e-6, 1e-4), ("grad_norm", 1e-5, 1e-3)):
         one, many = (layouts.losses(folder / name, key) for name in (reference, layout))
         apart = {step: abs(many[step] / one[step] - 1) for step in one}

@@ -11,11 +11,17 @@ from torch.distributed.fsdp import fully_shard
 
 from torchladder import models
 from torchladder.distributed.tensor_parallel import apply_tensor_parallel
-from torchladder.models.qwen3 import Qwen3, Qwen3Config
 
 CONFIG = models.LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=50, vocab_size=67)
 TIED = models.LlamaConfig(**{**vars(CONFIG), "tie_embeddings": True})
-QWEN = Qwen3Config(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8, ffn_dim=50, vocab_size=67)
+SIZES = {"dim": 36, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 50, "vocab_size": 67}
+CASES = [
+    (models.Llama, CONFIG),
+    (models.Llama, TIED),
+    (models.Qwen3, models.Qwen3Config(**SIZES)),
+    (models.Gemma3, models.Gemma3Config(**SIZES)),
+    (models.Olmo2, models.Olmo2Config(**SIZES)),
+]
 
 
 def sharded(family, config, tensor_parallel):
@@ -39,9 +45,11 @@ def rank_main(rank, store):
     os.environ["OMP_NUM_THREADS"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
     tokens = torch.randint(67, (2, 16), generator=torch.Generator().manual_seed(0))
-    for family, config in ((models.Llama, CONFIG), (models.Llama, TIED), (Qwen3, QWEN)):
+    for family, config in CASES:
         whole = family(config, seq_len=16)
         whole.init_weights(0)
+        expected = whole(tokens, None, tokens)
+        expected.backward()
         for tensor_parallel in (False, True):
             model = sharded(family, config, tensor_parallel)
             assert model.num_parameters() == whole.num_parameters()
@@ -49,8 +57,10 @@ def rank_main(rank, store):
             for one, other in zip(model.parameters(), whole.parameters(), strict=True):
                 assert torch.equal(one.full_tensor(), other)
             loss = model(tokens, None, tokens)
-            torch.testing.assert_close(loss, whole(tokens, None, tokens))
+            torch.testing.assert_close(loss, expected)
             loss.backward()
+            for (name, one), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+                torch.testing.assert_close(one.grad.full_tensor(), other.grad, atol=1e-5, rtol=1e-4, msg=name)
     dist.destroy_process_group()
 
 

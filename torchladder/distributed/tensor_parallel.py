@@ -7,6 +7,7 @@ The model's ``parallel_plan`` names a style for every module that has parameters
 | ``embedding`` | sharded over the vocabulary | all tokens → sharded tokens |
 | ``sequence`` | replicated, a norm | sharded tokens → sharded tokens |
 | ``qk_norm`` | replicated, a norm of each head | sharded heads → sharded heads |
+| ``joint_qk_norm`` | sharded, a norm of all heads together | sharded heads → sharded heads |
 | ``sinks`` | sharded over heads | none → this rank's heads |
 | ``gather`` | has no parameters itself | first input: sharded tokens → all tokens |
 | ``colwise`` | linear, sharded over output features | all tokens → all tokens, sharded features |
@@ -37,6 +38,8 @@ from torchladder.registry import ConfigError, unknown_name
 
 TOKENS = Shard(1)
 """Sharded over the tokens of (B, T, d)."""
+HEADS = Shard(2)
+"""Sharded over the heads of (B, T, H, K)."""
 
 
 def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh, loss_parallel: bool) -> None:
@@ -66,6 +69,22 @@ class _Gather(ParallelStyle):
             return _redistribute(args[0], device_mesh, Replicate()), *args[1:]
 
         module.register_forward_pre_hook(gather)
+        return module
+
+
+class _JointNorm(ParallelStyle):
+    """Shards the weight like the heads that it scales; the norm itself computes on a tensor with all heads."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def join(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (DTensor.from_local(args[0], device_mesh, [HEADS], run_check=False),)
+
+        def split(module: nn.Module, args: tuple[Any, ...], output: DTensor) -> torch.Tensor:
+            return output.redistribute(placements=[HEADS]).to_local()
+
+        _shard_parameters(module, device_mesh, Shard(0))
+        module.register_forward_pre_hook(join)
+        module.register_forward_hook(split)
         return module
 
 
@@ -133,8 +152,9 @@ def _redistribute(x: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DT
 
 _STYLES: dict[str, Callable[[bool], ParallelStyle]] = {
     "embedding": lambda _: _Embedding(input_layouts=Replicate(), output_layouts=TOKENS),
-    "sequence": lambda _: SequenceParallel(),
+    "sequence": lambda _: SequenceParallel(use_local_output=True),
     "qk_norm": lambda _: SequenceParallel(sequence_dim=2, use_local_output=True),
+    "joint_qk_norm": lambda _: _JointNorm(),
     "sinks": lambda _: _Sinks(),
     "gather": lambda _: _Gather(),
     "colwise": lambda _: ColwiseParallel(),

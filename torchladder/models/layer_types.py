@@ -41,6 +41,11 @@ def expand_layer_types(pattern: Sequence[str] | None, n_layers: int) -> list[str
     return [*pattern] * (n_layers // size)
 
 
+def sliding_pattern(n_layers: int, every: int) -> list[str]:
+    """Returns the type of each layer if every ``every``-th is ``full_attention`` and the others slide."""
+    return [FULL_ATTENTION if number % every == 0 else "sliding_attention" for number in range(1, n_layers + 1)]
+
+
 def types_of_config(config: Any) -> list[str]:
     """Returns the types of the layers of a model's config, each once, ``full_attention`` first if there are several."""
     types = dict.fromkeys(getattr(config, "layer_types", None) or [FULL_ATTENTION])

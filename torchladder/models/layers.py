@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,32 @@ class RMSNorm(nn.RMSNorm):
     Under autocast the weight is fp32 and the input is not, which PyTorch's fused kernel does not take.
     """
 
+    initial_weight: ClassVar[float] = 1.0
+
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """RMSNorm whose factor is 1 + weight, in fp32, as in Gemma; weights begin as 0."""
+
+    initial_weight: ClassVar[float] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+class JointRMSNorm(RMSNorm):
+    """RMSNorm over the features of all heads together, (B, T, H, K), in fp32, as in OLMo 2.
+
+    Its formula is written out, so that ranks that share the heads exchange no more than one number per token.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = x.flatten(2).float()
+        mean_square = features.square().mean(dim=-1, keepdim=True)
+        norm = features * torch.rsqrt(mean_square + cast(float, self.eps))
+        return (norm * self.weight).to(x.dtype).unflatten(-1, x.shape[2:])
 
 
 class AttentionSinks(nn.Module):
@@ -44,8 +69,10 @@ class Attention(nn.Module):
         config: the model's config.
         rope: rotary embedding of queries and keys; None for no positions (NoPE).
         attention_fn: the kernel's attention.
-        qk_norm: epsilon of the RMSNorm of queries and keys per head, before RoPE (arXiv 2302.05442); None for no norm.
+        qk_norm: makes the norm of queries, and that of keys, from the number of heads; it is applied to (B, T, H, K)
+            before RoPE (arXiv 2302.05442). None for no norm.
         sinks: whether the layer has attention sinks.
+        query_scale: factor of the attention logits, besides 1 / sqrt(head_dim).
     """
 
     def __init__(
@@ -53,20 +80,22 @@ class Attention(nn.Module):
         config: LlamaConfig,
         rope: RoPE | None,
         attention_fn: AttentionFunction,
-        qk_norm: float | None = None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
         sinks: bool = False,
+        query_scale: float = 1.0,
     ) -> None:
         super().__init__()
         dim, head_dim = config.dim, config.head_size
         self.head_dim = head_dim
         self.rope = rope
         self.attention_fn = attention_fn
+        self.query_scale = query_scale
         self.q_proj = nn.Linear(dim, config.n_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(dim, config.kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(dim, config.kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_heads * head_dim, dim, bias=False)
-        self.q_norm = None if qk_norm is None else RMSNorm(head_dim, eps=qk_norm)
-        self.k_norm = None if qk_norm is None else RMSNorm(head_dim, eps=qk_norm)
+        self.q_norm = None if qk_norm is None else qk_norm(config.n_heads)
+        self.k_norm = None if qk_norm is None else qk_norm(config.kv_heads)
         self.sinks = AttentionSinks(config.n_heads) if sinks else None
 
     def forward(self, x: Tensor, attn_mask: Any) -> Tensor:
@@ -78,22 +107,25 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = self.rope(q), self.rope(k)
+        if self.query_scale != 1:
+            q = q * self.query_scale
         arguments = (attn_mask,) if self.sinks is None else (attn_mask, self.sinks())
         out = self.attention_fn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *arguments)  # (B, H, T, K)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): ``down_proj(silu(gate_proj(x)) * up_proj(x))``."""
+    """SwiGLU (arXiv 2002.05202): ``down_proj(silu(gate_proj(x)) * up_proj(x))``; or another ``activation``."""
 
-    def __init__(self, dim: int, ffn_dim: int) -> None:
+    def __init__(self, dim: int, ffn_dim: int, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
+        self.activation = activation
         self.gate_proj = nn.Linear(dim, ffn_dim, bias=False)
         self.up_proj = nn.Linear(dim, ffn_dim, bias=False)
         self.down_proj = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Head(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +33,7 @@ class Block(nn.Module):
         config: LlamaConfig,
         rope: RoPE | None,
         attention_fn: AttentionFunction,
-        qk_norm: float | None = None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
         sinks: bool = False,
     ) -> None:
         super().__init__()
@@ -58,6 +58,7 @@ class Llama(Model):
     """
 
     hf_adapter: ClassVar[HFAdapter | None] = LLAMA_ADAPTER
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
 
     def __init__(
         self,
@@ -77,14 +78,14 @@ class Llama(Model):
             own_attention = attention_fn[name] if isinstance(attention_fn, Mapping) else attention_fn
             rope: Any = self.ropes[name] if config.has_rope(number) else None
             self.layers[str(number)] = self.make_block(own_attention, rope, name in config.attention_sinks)
-        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = self.norm_class(config.dim, eps=config.norm_eps)
         self.head = Head(config)
 
     @property
     def layer_types(self) -> list[str]:
         return self.config.expanded_layer_types
 
-    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None, sinks: bool) -> Block:
+    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None, sinks: bool) -> nn.Module:
         return Block(self.config, rope, attention_fn, sinks=sinks)
 
     def forward(
@@ -104,14 +105,19 @@ class Llama(Model):
 
     def _hidden_states(self, tokens: Tensor, attn_mask: Any) -> Tensor:
         """Returns the normalized output of the last block (B, T, d)."""
-        x = self.embedding(tokens)
-        if torch.is_autocast_enabled(x.device.type):  # autocast leaves the residual stream in fp32, FSDP2 does not
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.embed(tokens)
         types = self.layer_types
         mixed = len({*types}) > 1
         for block, layer_type in zip(self.layers.values(), types, strict=True):
             x = block(x, attn_mask[layer_type] if mixed else attn_mask)
         return self.norm(x)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Returns the input of the first block (B, T, d)."""
+        x: Tensor = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # autocast leaves the residual stream in fp32, FSDP2 does not
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
 
     def _tied_weight(self) -> Tensor | None:
         return self.embedding.weight if self.config.tie_embeddings else None
@@ -122,7 +128,7 @@ class Llama(Model):
             if name.endswith("sinks.weight"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 1:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, self.norm_class.initial_weight)
             else:
                 init_normal_(parameter, name, seed, residual_std if name.endswith(RESIDUAL_PROJECTIONS) else std)
 

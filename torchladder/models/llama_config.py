@@ -185,7 +185,8 @@ INITIAL_STDS = {
 """Config -> standard deviation of all weights except norms, and of those that write to the residual stream.
 
 skyladder and tilde: arXiv 1910.05895; residual projections use GPT-NeoX's wang_init (2 / (L sqrt d)), or half of it.
-megatron: arXiv 1909.08053, as GPT-2. normal: the same for all, as Llama in Hugging Face transformers. Norms begin as 1.
+megatron: arXiv 1909.08053, as GPT-2. normal: the same for all, as Llama in Hugging Face transformers. Norms begin as
+a factor of 1.
 """
 
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")

@@ -65,8 +65,9 @@ class Model(nn.Module, ABC):
     def parallel_plan(self) -> dict[str, str]:
         """Returns the tensor-parallel style of each module with parameters: module path -> style.
 
-        Styles: ``embedding``, ``sequence`` (norms), ``qk_norm`` (norms per head), ``sinks``, ``gather`` (the tokens of
-        a module's input), ``colwise``, ``rowwise``, ``lm_head``. A ``*`` in a path matches every block.
+        Styles: ``embedding``, ``sequence`` (norms), ``qk_norm`` (norms per head), ``joint_qk_norm`` (norms
+        over all heads), ``sinks``, ``gather`` (the tokens of a module's input), ``colwise``, ``rowwise``, ``lm_head``.
+        A ``*`` in a path matches every block.
         """
 
     @abstractmethod

@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from torch import nn
+
 from torchladder.models.attention import AttentionFunction
 from torchladder.models.hf.adapter import HFAdapter
 from torchladder.models.hf.qwen3_adapter import QWEN3_ADAPTER
+from torchladder.models.layers import RMSNorm
 from torchladder.models.llama import Block, Llama
 from torchladder.models.llama_config import LlamaConfig
 from torchladder.models.model import register
@@ -55,8 +58,11 @@ class Qwen3(Llama):
 
     hf_adapter: ClassVar[HFAdapter | None] = QWEN3_ADAPTER
 
-    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None, sinks: bool) -> Block:
-        return Block(self.config, rope, attention_fn, qk_norm=self.config.norm_eps, sinks=sinks)
+    def make_block(self, attention_fn: AttentionFunction, rope: RoPE | None, sinks: bool) -> nn.Module:
+        def qk_norm(heads: int) -> RMSNorm:
+            return RMSNorm(self.config.head_size, eps=self.config.norm_eps)
+
+        return Block(self.config, rope, attention_fn, qk_norm, sinks)
 
     def parallel_plan(self) -> dict[str, str]:
         return super().parallel_plan() | {f"layers.*.attention.{name}": "qk_norm" for name in ("q_norm", "k_norm")}

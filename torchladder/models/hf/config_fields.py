@@ -19,6 +19,7 @@ SHARED_TYPES = {
     "layer_types": list[str] | None,
     "use_sliding_window": bool | None,
     "max_window_layers": int,
+    "sliding_window_pattern": Annotated[int, Ge(1)],
     "rope_theta": float | None,
     "rope_local_base_freq": float,
     "no_rope_layers": list[int] | None,

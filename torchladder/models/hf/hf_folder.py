@@ -34,6 +34,11 @@ ASSET_FILES = (
 )
 """Files of the tokenizer and of generation, copied unchanged."""
 
+TEXT_MODELS = {"gemma3": "gemma3_text"}
+"""``model_type`` of a model with images -> that of its text model."""
+TEXT_PREFIX = "language_model."
+"""Prefix of the tensors of the text model in a model with images."""
+
 MAX_SHARD_BYTES = 2 << 30
 """Maximum size of a shard: 2 GiB, unless a single tensor is larger."""
 
@@ -51,11 +56,12 @@ class StoredTensor:
 
 
 class HFFolder:
-    """A Hugging Face folder, opened for reading.
+    """A Hugging Face folder, opened for reading. Of a model with images it is the folder of its text model.
 
     Attributes:
         config: the content of config.json.
         config_file: its path, which errors name.
+        prefix: of the names of tensors in the files of weights.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -64,14 +70,25 @@ class HFFolder:
             raise ConfigError(f"{str(path)!r} is not a Hugging Face folder: it has no {HF_CONFIG_FILE}.")
         self.config_file = self.path / HF_CONFIG_FILE
         self.config = _read_json(self.config_file)
+        self.prefix = ""
+        if (model_type := self.config.get("model_type")) in TEXT_MODELS:
+            text_config = self.config.get("text_config", {})
+            if not isinstance(text_config, dict):
+                raise ConfigError(f"{self.config_file}: text_config = {json.dumps(text_config)}: must be an object.")
+            is_tied = self.config.get("tie_word_embeddings", True)
+            self.config = {**text_config, "model_type": TEXT_MODELS[model_type], "tie_word_embeddings": is_tied}
+            self.prefix = TEXT_PREFIX
         self._open: tuple[Path, Any] | None = None
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """All tensors by name, file by file."""
+        """All tensors by name, file by file, without the prefix."""
         tensors = {}
         for file in self._weight_files():
-            for name, shape, dtype in _entries(file):
+            for full_name, shape, dtype in _entries(file):
+                if not full_name.startswith(self.prefix):
+                    continue
+                name = full_name.removeprefix(self.prefix)
                 if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
                     raise ConfigError(f"{file}: {name} has the type {dtype}. Known: {', '.join(DTYPES)}.")
                 tensors[name] = StoredTensor(file, shape, dtype)
@@ -88,7 +105,7 @@ class HFFolder:
         if self._open is None or self._open[0] != file:
             self._open = None  # close first: the mapped pages of both files would count as memory
             self._open = file, _open_pickled(file) if file.suffix == ".bin" else _open_safetensors(file)
-        content = self._open[1]
+        content, name = self._open[1], self.prefix + name
         return content[name] if isinstance(content, dict) else content.get_tensor(name)
 
     def asset_files(self) -> list[Path]:

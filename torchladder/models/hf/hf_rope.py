@@ -7,7 +7,7 @@ transformers 5 has all of it in ``rope_parameters``; transformers 4 has ``rope_s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from torchladder.models.hf.config_fields import check_types
@@ -54,7 +54,7 @@ def read_rope(
     entries: Mapping[str, Any],
     types: Mapping[str, Any],
     thetas: Mapping[str, float],
-    layer_types: list[str] | None,
+    layer_types: Sequence[str],
 ) -> dict[str, Any]:
     """Returns the RoPE fields of a model's config.
 
@@ -62,7 +62,7 @@ def read_rope(
         entries: of a config.json.
         types: field of the model's config -> its type.
         thetas: layer type -> its default theta; more than one if the family has a table for each layer type.
-        layer_types: the type of each layer; None for one type.
+        layer_types: the types of the layers.
 
     Raises:
         ConfigError: parameters that are missing, have another type, are not supported or contradict each other.
@@ -71,8 +71,8 @@ def read_rope(
         return _read_shared_table(entries, types, thetas[FULL_ATTENTION])
     tables = _tables_by_type(entries, thetas)
     by_type = {name: _read_table(f"rope_parameters.{name}", table, entries, types) for name, table in tables.items()}
-    if layer_types is None:
-        return by_type[next(iter(entries.get("layer_types") or [FULL_ATTENTION]))]
+    if len({*layer_types}) == 1:
+        return by_type[layer_types[0]]
     theta = {name: fields.pop("rope_theta") for name, fields in by_type.items()}
     scaled = [name for name, fields in by_type.items() if fields]
     scalings = [by_type[name] for name in scaled]

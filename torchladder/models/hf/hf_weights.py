@@ -39,7 +39,7 @@ def load_hf_weights(model: Model, path: str | Path) -> None:
     extended = {name for name in hf_names if folder.tensors[hf_names[name]].shape != tuple(state[name].shape)}
     # The reader of shards takes every safetensors file in the folder, and no other file.
     whole = hf_names.keys() if folder.holds_other_weights else extended
-    if by_shard := {hf_names[name]: state[name] for name in hf_names if name not in whole}:
+    if by_shard := {folder.prefix + hf_names[name]: state[name] for name in hf_names if name not in whole}:
         reader = HuggingFaceStorageReader(str(folder.path))
         dcp.load(by_shard, storage_reader=reader, no_dist=not dist.is_initialized())
     for name in whole:
