@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 
 from tests.benchmarks.gpu.rows import RandomRows
-from tests.benchmarks.gpu.stepping import CUDA, DEVICE, FLASH4, clock
+from tests.benchmarks.gpu.stepping import CUDA, DEVICE, DOCUMENT_TOKENS, FLASH4, clock
 from tests.benchmarks.timing import seconds, table
 from torchladder import mask
 from torchladder.models import attention
@@ -32,7 +32,7 @@ def run() -> dict[str, Any]:
             local_batch_size=batch,
             global_batch_size=batch,
             vocab_size=2,
-            document_tokens=2000,
+            document_tokens=DOCUMENT_TOKENS,
         )
         row = torch.arange(length, dtype=torch.int32).repeat(batch, 1)
         cases = [(f"chunk {window or length:,}", mask.chunk(row, window or length), uniform) for window in WINDOWS]

@@ -21,16 +21,23 @@ from torchladder.training.trainer import Trainer
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 FLASH4 = flash4.unavailable() is None
+DOCUMENT_TOKENS = 2000
+"""Mean tokens of a document."""
 
 
 @dataclass
 class Clock:
-    """The end of measuring, by ``time.perf_counter``: what would begin after it is left out."""
+    """What is measured: what begins before ``end``, by ``time.perf_counter``, and has one of ``only`` in its name."""
 
     end: float = math.inf
+    only: tuple[str, ...] = ("",)
 
     def allows(self, what: str) -> bool:
-        """Whether there is time for one more measurement; says so where there is none."""
+        """Whether one more measurement may begin; says so where no time is left for it."""
+        return any(words in what for words in self.only) and self.has_time(what)
+
+    def has_time(self, what: str) -> bool:
+        """Whether the time is not over; says so where it is."""
         if time.perf_counter() < self.end:
             return True
         print(f"no time left: {what}")
@@ -76,7 +83,7 @@ def trainer(
 
 def settings_of(shape: Shape, folder: str, *settings: str, masks: tuple[str, ...], kernel: str) -> list[str]:
     """Returns the arguments of a training command on random rows at full context."""
-    documents = ["--data.document_tokens", "2000"] if "document" in masks else []
+    documents = ["--data.document_tokens", str(DOCUMENT_TOKENS)] if "document" in masks else []
     return [
         *("--job.dump_folder", folder, "--model.flavor", shape.flavor, "--tokenizer.name", "none"),
         *("--data.name", "random", *documents),
