@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from tests.benchmarks.gpu.stepping import (
     CUDA,
@@ -15,9 +14,9 @@ from tests.benchmarks.gpu.stepping import (
     at,
     clock,
     flops_per_step,
+    seconds_by_kernel,
     seconds_per_step,
     trainer,
-    wait,
 )
 from tests.benchmarks.timing import table
 from torchladder.metrics import get_peak_flops
@@ -62,11 +61,12 @@ def runs() -> list[Run]:
     eight = Shape("llama3-8b", 4096, 4)
     return [
         *chosen,
+        *([Run(Shape("1b", 8192, 4), "flash", windows=(0, 1000, 128))] if FLASH4 else []),
         *(Run(Shape("1b", tokens, 32768 // tokens), "flex") for tokens in (8192, 32768)),
         Run(Shape("1b", 8192, 4), "fold", settings=FLOAT8),
         Run(eight, "fold", settings=(*RECOMPUTE, *BF16_STATE)),
         Run(Shape("1b", 2048, 16), "fold"),
-        Run(Shape("120m", 8192, 8), "fold"),
+        *(Run(Shape("120m", 8192, 8), kernel, windows=(0, 1000)) for kernel in ["fold"] + ["flash"] * FLASH4),
         Run(Shape("1b", 131072, 1), "fold", settings=RECOMPUTE),
     ]
 
@@ -121,16 +121,9 @@ def _measure(run: Any, chosen: Run, window: int) -> dict[str, Any]:
 
 def split(run: Any) -> dict[str, float]:
     """Returns the share of the device's time that each part of one step takes, by the names of its kernels."""
-    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU] if CUDA else [ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
-        run.train_step()
-        wait()
     time: Counter[str] = Counter()
-    for event in profiler.key_averages():
-        # Annotations span kernels, which count by themselves.
-        on_device = event.device_type.name != "CPU" and not event.is_user_annotation if CUDA else True
-        if on_device:
-            time[_part(event.key)] += event.self_device_time_total if CUDA else event.self_cpu_time_total
+    for kernel, seconds in seconds_by_kernel(run.train_step).items():
+        time[_part(kernel)] += seconds
     whole = sum(time.values())
     return {part: time[part] / whole for part in (*PARTS, "other")}
 

@@ -4,12 +4,14 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.benchmarks.gpu import rows  # noqa: F401 - registers the loader "random"
 from torchladder import config, mask
@@ -118,6 +120,20 @@ def seconds_of(trainer: Trainer, steps: int) -> float:
         trainer.train_step()
     wait()
     return time.perf_counter() - begin
+
+
+def seconds_by_kernel(step: Callable[[], object]) -> dict[str, float]:
+    """Returns the device's time of each kernel in one step, by name; without a GPU, the time of each CPU operator."""
+    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU] if CUDA else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        step()
+        wait()
+    seconds: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        # Annotations span kernels, which count by themselves.
+        if not CUDA or (event.device_type.name != "CPU" and not event.is_user_annotation):
+            seconds[event.key] += (event.self_device_time_total if CUDA else event.self_cpu_time_total) / 1e6
+    return seconds
 
 
 def flops_per_step(trainer: Trainer, window: int) -> tuple[int, int]:
