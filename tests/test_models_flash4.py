@@ -23,17 +23,17 @@ from torchladder.models.attention import flash4, flash_mask
 from torchladder.registry import ConfigError
 
 
-def attend(qkv, seen, grad=None):
+def attend(qkv, seen, scale, grad=None):
     """Attention of flat (T, H, K) under seen (T, T), or of (N, T, H, K) under (N, T, T); or its gradients.
 
     Autograd does not record inside of an operator, so the gradients are the plain formulas.
     """
     if seen.dim() == 3:
         rows = zip(*qkv, seen, *([] if grad is None else [grad]), strict=True)
-        results = [attend(row[:3], *row[3:]) for row in rows]
+        results = [attend(row[:3], row[3], scale, *row[4:]) for row in rows]
         return torch.stack(results) if grad is None else [torch.stack(x) for x in zip(*results, strict=True)]
     q, k, v = qkv
-    heads, scale = k.shape[1], q.shape[-1] ** -0.5
+    heads = k.shape[1]
     q = q.unflatten(1, (heads, -1))  # (N * T, G, H / G, K)
     p = (torch.einsum("qghd,kgd->ghqk", q, k) * scale).masked_fill(~seen, -torch.inf).softmax(-1)
     out = torch.einsum("ghqk,kgd->qghd", p, v)
@@ -52,6 +52,7 @@ def seen_by_arguments(q, by_key, cu_seqlens_q=None, cu_seqlens_k=None, max_seqle
 ):  # fmt: skip
     """Which keys queries see, from the package's arguments."""
     assert q.stride(-1) == 1
+    assert q.shape[-1] % 32 == 0  # at other sizes the package computes wrong gradients
     assert (window_size_left, window_size_right) in ((None, None), (window_size_left, 0))
     left = -1 if window_size_left is None else window_size_left
     if mask_mod is not None:
@@ -83,7 +84,7 @@ def seen_by_arguments(q, by_key, cu_seqlens_q=None, cu_seqlens_k=None, max_seqle
 
 
 def _flash_attn_fwd(
-    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False,
+    q, k, v, softmax_scale, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False,
     window_size_left=None, window_size_right=None, mask_mod=None, aux_tensors=None, block_sparse_tensors=None,
     return_lse=False,
 ):  # fmt: skip
@@ -92,13 +93,13 @@ def _flash_attn_fwd(
         q, False, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size_left, window_size_right,
         mask_mod, aux_tensors, block_sparse_tensors,
     )  # fmt: skip
-    out = attend((q, k, v), seen).contiguous()
+    out = attend((q, k, v), seen, softmax_scale).contiguous()
     lse = out.sum(-1).movedim(-1, -2).float().contiguous()  # backward only checks that it arrives
     return out, lse, None, None, None
 
 
 def _flash_attn_bwd(
-    q, k, v, out, dout, lse, softmax_scale=None, causal=False, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+    q, k, v, out, dout, lse, softmax_scale, causal=False, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
     max_seqlen_k=None, window_size_left=None, window_size_right=None, mask_mod=None, aux_tensors=None,
     block_sparse_tensors=None,
 ):  # fmt: skip
@@ -107,7 +108,7 @@ def _flash_attn_bwd(
         q, True, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size_left, window_size_right,
         mask_mod, aux_tensors, block_sparse_tensors,
     )  # fmt: skip
-    return attend((q, k, v), seen, dout)
+    return attend((q, k, v), seen, softmax_scale, dout)
 
 
 class BlockSparseTensorsTorch(NamedTuple):
@@ -126,6 +127,7 @@ def stand_in(monkeypatch):
     """Puts the stand-in in place of the package, on a CPU."""
     monkeypatch.setattr(flash4, "_interface", lambda: PACKAGE)
     monkeypatch.setattr(flash4, "unavailable", lambda: None)
+    monkeypatch.setattr(flash4, "generation", lambda: "Hopper")
     monkeypatch.setattr(flash4, "supports", lambda q: True)
     blocks = SimpleNamespace(BlockSparseTensorsTorch=BlockSparseTensorsTorch)
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.block_sparsity"):
@@ -133,28 +135,31 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(flash_mask, "_mask_mod", lambda: lambda b, q, k, aux: (aux[0][b][q] <= k) & (k <= q))
 
 
-def assert_like_dense(name, start, heads):
-    given = inputs(*start.shape, heads)
+sizes = st.sampled_from([8, 32])
+
+
+def assert_like_dense(name, start, heads, size):
+    given = inputs(*start.shape, heads, size)
     for ours, exact in zip(run(make(name), start, *given), run(make("dense"), start, *given), strict=True):
         torch.testing.assert_close(ours, exact, atol=2e-5, rtol=1e-4)
 
 
 @settings(max_examples=40)
-@given(positions=positions(80), window=st.integers(1, 90), mix=st.sampled_from(MIXES), heads=heads)
-def test_flash_computes_all_masks(positions, window, mix, heads):
-    assert_like_dense("flash", mask.from_names(mix, positions, window), heads)
+@given(positions=positions(80), window=st.integers(1, 90), mix=st.sampled_from(MIXES), heads=heads, size=sizes)
+def test_flash_computes_all_masks(positions, window, mix, heads, size):
+    assert_like_dense("flash", mask.from_names(mix, positions, window), heads, size)
 
 
 @settings(max_examples=40)
-@given(start=starts(longest=300), heads=heads)
-def test_flash_mask_computes_any_mask(start, heads):
-    assert_like_dense("flash_mask", start, heads)
+@given(start=starts(longest=300), heads=heads, size=sizes)
+def test_flash_mask_computes_any_mask(start, heads, size):
+    assert_like_dense("flash_mask", start, heads, size)
 
 
 @settings(max_examples=40)
-@given(batch=st.integers(1, 3), length=st.integers(1, 100), window=st.integers(1, 110), heads=heads)
-def test_fold_runs_on_it(batch, length, window, heads):
-    assert_like_dense("fold", mask.chunk(torch.arange(length, dtype=torch.int32).repeat(batch, 1), window), heads)
+@given(batch=st.integers(1, 3), length=st.integers(1, 100), window=st.integers(1, 110), heads=heads, size=sizes)
+def test_fold_runs_on_it(batch, length, window, heads, size):
+    assert_like_dense("fold", mask.chunk(torch.arange(length, dtype=torch.int32).repeat(batch, 1), window), heads, size)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,7 @@ def test_the_operators_keep_their_promises(name):
     torch.library.opcheck(operator, (q, k, v, make(name).prepare(start, CPU), None))
 
 
-def test_auto_takes_it_for_documents_and_windows():
+def test_auto_takes_it_for_documents_and_windows(monkeypatch):
     for masks in (["document", "chunk"], ["sliding"], ["document", "sliding"]):
         chosen = attention.build_kernel("auto", masks, "cuda")
         assert (chosen.name, "FlashAttention 4" in chosen.reason) == ("flash", True)
@@ -184,6 +189,13 @@ def test_auto_takes_it_for_documents_and_windows():
     assert (chosen.name, "FlashAttention 4" in chosen.reason) == ("fold", True)
     assert attention.build_kernel("auto", ["document", "chunk"], "cuda", dtype=torch.float32).name == "flex"
     assert attention.build_kernel("auto", ["document"], "cuda", tokens_per_rank=128).name == "flex"
+    monkeypatch.setitem(mask.registry._components, "of a plugin", mask.causal)
+    of_a_plugin = ["document", "of a plugin"]
+    chosen = attention.build_kernel("auto", of_a_plugin, "cuda")
+    assert (chosen.name, "FlashAttention 4 computes any mask" in chosen.reason) == ("flash_mask", True)
+    assert attention.build_kernel("auto", of_a_plugin, "cuda", dtype=torch.float32).name == "flex"
+    monkeypatch.setattr(flash4, "generation", lambda: "Blackwell")
+    assert attention.build_kernel("auto", of_a_plugin, "cuda").name == "flex"
     for name in ("flash", "flash_mask"):
         with pytest.raises(ConfigError, match=r"not in float32 \(training.mixed_precision_param\)"):
             attention.build_kernel(name, ["document"], "cuda", dtype=torch.float32)

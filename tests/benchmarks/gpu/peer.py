@@ -10,6 +10,9 @@ import gc
 import importlib.util
 import sys
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -17,72 +20,112 @@ from unittest.mock import MagicMock
 import torch
 from torch import nn
 
-from tests.benchmarks.gpu.stepping import CUDA, DEVICE, FLASH4, Shape, clock, trainer, wait
+from tests.benchmarks.gpu.rows import RandomRows
+from tests.benchmarks.gpu.stepping import CUDA, DEVICE, DOCUMENT_TOKENS, FLASH4, Shape, clock, trainer
 from tests.benchmarks.timing import seconds, table
+from torchladder import models
 
 FOLDER = Path("build/peer")
 SHAPES = [Shape("1b", 8192, 4), Shape("1b", 32768, 1)] if CUDA else [Shape("debug", 256, 2)]
 EOS = 2
+US, THEM = "torchladder", "torchtitan"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One of the two, with one of its kernels."""
+
+    who: str
+    kernel: str
+    masks: tuple[str, ...]
+    shape: Shape
+
+    def __str__(self) -> str:
+        return f"torchtitan beside {self.shape}, {'+'.join(self.masks)}, {self.who} {self.kernel}"
+
+    @contextmanager
+    def step(self, layers: int | None = None) -> Iterator[Callable[[], None]]:
+        """Yields one training step, of a model of that many layers."""
+        if self.who == US:
+            few = () if layers is None else ("--model.n_layers", str(layers))
+            with trainer(self.shape, *few, masks=self.masks, kernel=self.kernel) as run:
+                yield run.train_step
+            return
+        config = models.registry.flavors("llama")[self.shape.flavor]
+        theirs = [_their_step(replace(config, n_layers=layers or config.n_layers), self)]
+        yield lambda: theirs[0]()
+        theirs.clear()  # whoever still holds the step holds no memory of the device
+        torch._dynamo.reset()
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+def contestants() -> list[Contestant]:
+    """Returns who runs beside whom, the most important first."""
+    if not CUDA:
+        return [Contestant(US, "fold", ("causal",), SHAPES[0]), Contestant(THEM, "sdpa", ("causal",), SHAPES[0])]
+    kernels = [
+        (("causal",), [(US, "fold"), (THEM, "sdpa"), (US, "flex"), (THEM, "flex")]),
+        (("document",), [(US, "flash" if FLASH4 else "varlen"), (THEM, "flex"), (US, "flex"), (THEM, "varlen")]),
+    ]
+    return [
+        Contestant(who, kernel, masks, shape)
+        for shape in SHAPES
+        for masks, of_both in kernels
+        for who, kernel in of_both
+    ]
+
+
+def is_here() -> bool:
+    """Whether torchtitan is in ``FOLDER``."""
+    return (FOLDER / "torchtitan").is_dir()
 
 
 def run() -> dict[str, Any]:
-    """Prints and returns the ratio of tokens per second, ours over theirs; empty where torchtitan is not there."""
-    if not (FOLDER / "torchtitan").is_dir():
+    """Prints and returns the ratio of tokens per second, ours over the faster of theirs; empty without torchtitan."""
+    if not is_here():
         print(f"torchtitan is not in {FOLDER}: python -m pip install --no-deps --target {FOLDER} torchtitan==0.2.2\n")
         return {}
-    results = []
-    for shape in SHAPES:
-        for masks in [("causal",), ("document",)] if CUDA else [("causal",)]:
-            if clock.allows(f"torchtitan beside {shape}, {'+'.join(masks)}"):
-                results += _beside(shape, masks)
+    speeds: dict[Contestant, float] = {}
+    for one in contestants():
+        if clock.allows(str(one)):
+            with one.step() as step:
+                taken = seconds({"step": step}, turns=3)["step"]
+            speeds[one] = one.shape.batch * one.shape.seq_len / taken
+            print(f"{one}: {speeds[one]:,.0f} tokens/s")
+    results = [
+        {
+            "shape": str(one.shape),
+            "masks": "+".join(one.masks),
+            "kernel": one.kernel,
+            "ours": speed,
+            "theirs": theirs,
+            "ratio": speed / max(theirs.values()),
+        }
+        for one, speed in speeds.items()
+        if one.who == US and (theirs := _of_them(one, speeds))
+    ]
     rows = [
-        [f"{r['shape']}, {r['masks']}, {r['kernel']}", f"{r['ours']:,.0f}", f"{r['theirs']:,.0f}", f"{r['ratio']:.2f}"]
+        [
+            f"{r['shape']}, {r['masks']}, {r['kernel']}",
+            f"{r['ours']:,.0f}",
+            ", ".join(f"{kernel} {speed:,.0f}" for kernel, speed in r["theirs"].items()),
+            f"{r['ratio']:.2f}",
+        ]
         for r in results
     ]
     table(["beside torchtitan", "tokens/s", "theirs", "ratio"], rows)
     return {"results": results}
 
 
-def _beside(shape: Shape, masks: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Measures our kernels and their two, and compares ours with the faster of theirs."""
-    tokens = shape.batch * shape.seq_len
-    ours, theirs = {}, {}
-    of_documents = "flash" if FLASH4 else "varlen"
-    kernels = ("fold" if masks == ("causal",) else of_documents, "flex") if CUDA else ("fold",)
-    for kernel in kernels:
-        with trainer(shape, masks=masks, kernel=kernel) as run:
-            ours[kernel] = tokens / seconds({"step": _timed(run.train_step)}, turns=3)["step"]
-            batch, config = next(run.loader), run.model.config
-    for kind in (("sdpa", "flex") if masks == ("causal",) else ("flex", "varlen")) if CUDA else ("sdpa",):
-        theirs[kind] = tokens / seconds({"step": _timed(_step(config, shape, kind, masks, batch))}, turns=3)["step"]
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
-    best = max(theirs, key=lambda kind: theirs[kind])
-    return [
-        {
-            "shape": str(shape),
-            "masks": "+".join(masks),
-            "kernel": kernel,
-            "ours": speed,
-            "theirs": theirs[best],
-            "their_kernel": best,
-            "all_theirs": theirs,
-            "ratio": speed / theirs[best],
-        }
-        for kernel, speed in ours.items()
-    ]
+def _of_them(ours: Contestant, speeds: dict[Contestant, float]) -> dict[str, float]:
+    """Returns the speeds of their kernels at our shape and masks."""
+    same = ((one, speed) for one, speed in speeds.items() if (one.shape, one.masks) == (ours.shape, ours.masks))
+    return {one.kernel: speed for one, speed in same if one.who == THEM}
 
 
-def _timed(step: Any) -> Any:
-    def timed() -> None:
-        step()
-        wait()
-
-    return timed
-
-
-def _step(config: Any, shape: Shape, kind: str, masks: tuple[str, ...], batch: Any) -> Any:
+def _their_step(config: Any, one: Contestant) -> Callable[[], None]:
     """Returns one training step of their model as their trainer takes it on one device."""
     theirs = _load()
     args = theirs.TransformerModelArgs(
@@ -93,9 +136,9 @@ def _step(config: Any, shape: Shape, kind: str, masks: tuple[str, ...], batch: A
         vocab_size=config.vocab_size,
         multiple_of=256 if config.dim >= 256 else 64,
         rope_theta=config.rope_theta,
-        max_seq_len=shape.seq_len,
-        attn_type=kind,
-        attn_mask_type="causal" if masks == ("causal",) else "block_causal",
+        max_seq_len=one.shape.seq_len,
+        attn_type=one.kernel,
+        attn_mask_type="causal" if one.masks == ("causal",) else "block_causal",
     )
     with DEVICE:
         model = theirs.Transformer(args)
@@ -107,6 +150,14 @@ def _step(config: Any, shape: Shape, kind: str, masks: tuple[str, ...], batch: A
             model.layers.register_module(name, torch.compile(block, fullgraph=True))
         loss_of = torch.compile(loss_of)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=CUDA)
+    batch = RandomRows(
+        seq_len=one.shape.seq_len,
+        dp_rank=0,
+        local_batch_size=one.shape.batch,
+        global_batch_size=one.shape.batch,
+        vocab_size=config.vocab_size,
+        document_tokens=DOCUMENT_TOKENS * ("document" in one.masks),
+    ).batch
     tokens, labels = batch.tokens.to(DEVICE), batch.labels.to(DEVICE)
     tokens[tokens == EOS] = EOS + 1  # their documents end with a token
     ends = (batch.positions[:, 1:] == 0).to(DEVICE)
@@ -115,7 +166,7 @@ def _step(config: Any, shape: Shape, kind: str, masks: tuple[str, ...], batch: A
 
     def step() -> None:
         optimizer.zero_grad()
-        attn_mask = model.get_attention_masks(tokens, tokenizer) if kind != "sdpa" else None
+        attn_mask = model.get_attention_masks(tokens, tokenizer) if one.kernel != "sdpa" else None
         with torch.autocast(DEVICE.type, torch.bfloat16):
             loss = loss_of(model(tokens, attn_mask), labels) / labels.numel()
         loss.backward()

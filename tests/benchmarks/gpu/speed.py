@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from tests.benchmarks.gpu.stepping import (
     CUDA,
@@ -15,9 +14,9 @@ from tests.benchmarks.gpu.stepping import (
     at,
     clock,
     flops_per_step,
+    seconds_by_kernel,
     seconds_per_step,
     trainer,
-    wait,
 )
 from tests.benchmarks.timing import table
 from torchladder.metrics import get_peak_flops
@@ -40,6 +39,14 @@ class Run:
     windows: tuple[int, ...] = (0,)
     settings: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.kernel_and_values}, {'+'.join(self.masks)}"
+
+    @property
+    def kernel_and_values(self) -> str:
+        """The kernel, and what is set to a value."""
+        return " ".join([self.kernel, *(value for value in self.settings if not value.startswith("--"))])
+
 
 def runs() -> list[Run]:
     """Returns what is measured, the most important first."""
@@ -48,16 +55,18 @@ def runs() -> list[Run]:
     of_documents = ["flash", "flash_mask", "flex"] if FLASH4 else ["varlen", "flex"]
     chosen = []
     # 32,768 tokens a step: what fits beside 18 GB of weights, gradients and optimizer state.
-    for shape in (Shape("1b", 8192, 4), Shape("1b", 32768, 1)):
-        chosen += [Run(shape, "fold", windows=(0, 2048, 128, 1000)), Run(shape, "flex")]
+    for shape, windows in ((Shape("1b", 8192, 4), (0, 2048, 1000, 128)), (Shape("1b", 32768, 1), (0, 8192, 1000))):
+        chosen += [Run(shape, "fold", windows=windows)]
         chosen += [Run(shape, kernel, DOCUMENTS) for kernel in of_documents]
     eight = Shape("llama3-8b", 4096, 4)
     return [
         *chosen,
+        *([Run(Shape("1b", 8192, 4), "flash", windows=(0, 1000, 128))] if FLASH4 else []),
+        *(Run(Shape("1b", tokens, 32768 // tokens), "flex") for tokens in (8192, 32768)),
         Run(Shape("1b", 8192, 4), "fold", settings=FLOAT8),
         Run(eight, "fold", settings=(*RECOMPUTE, *BF16_STATE)),
         Run(Shape("1b", 2048, 16), "fold"),
-        Run(Shape("120m", 8192, 8), "fold"),
+        *(Run(Shape("120m", 8192, 8), kernel, windows=(0, 1000)) for kernel in ["fold"] + ["flash"] * FLASH4),
         Run(Shape("1b", 131072, 1), "fold", settings=RECOMPUTE),
     ]
 
@@ -75,11 +84,12 @@ SHOWN = ("attention", "matmul", "loss", "optimizer", "other")
 def run() -> dict[str, Any]:
     """Prints and returns the speed of every shape, kernel and window."""
     results = []
-    for chosen in runs():
-        if clock.allows(f"speed of {chosen.shape}, {chosen.kernel}"):
-            results += _measure_all(chosen)
     head = ["model, rows", "kernel, masks", "window", "tokens/s", "MFU", "MFU PaLM", "GiB", *SHOWN]
-    table(head, [_cells(result) for result in results])
+    for chosen in runs():
+        if clock.allows(f"speed of {chosen}"):
+            measured = _measure_all(chosen)
+            table(head, [_cells(result) for result in measured])
+            results += measured
     return {"results": results}
 
 
@@ -98,7 +108,7 @@ def _measure(run: Any, chosen: Run, window: int) -> dict[str, Any]:
     return {
         "shape": str(shape),
         "batch": shape.batch,
-        "kernel": " ".join([chosen.kernel, *(name for name in chosen.settings if not name.startswith("--"))]),
+        "kernel": chosen.kernel_and_values,
         "masks": "+".join(chosen.masks),
         "window": window,
         "tokens_per_second": shape.batch * shape.seq_len / seconds,
@@ -111,16 +121,9 @@ def _measure(run: Any, chosen: Run, window: int) -> dict[str, Any]:
 
 def split(run: Any) -> dict[str, float]:
     """Returns the share of the device's time that each part of one step takes, by the names of its kernels."""
-    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU] if CUDA else [ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
-        run.train_step()
-        wait()
     time: Counter[str] = Counter()
-    for event in profiler.key_averages():
-        # Annotations span kernels, which count by themselves.
-        on_device = event.device_type.name != "CPU" and not event.is_user_annotation if CUDA else True
-        if on_device:
-            time[_part(event.key)] += event.self_device_time_total if CUDA else event.self_cpu_time_total
+    for kernel, seconds in seconds_by_kernel(run.train_step).items():
+        time[_part(kernel)] += seconds
     whole = sum(time.values())
     return {part: time[part] / whole for part in (*PARTS, "other")}
 

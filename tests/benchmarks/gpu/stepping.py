@@ -4,12 +4,14 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.benchmarks.gpu import rows  # noqa: F401 - registers the loader "random"
 from torchladder import config, mask
@@ -21,16 +23,23 @@ from torchladder.training.trainer import Trainer
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 FLASH4 = flash4.unavailable() is None
+DOCUMENT_TOKENS = 2000
+"""Mean tokens of a document."""
 
 
 @dataclass
 class Clock:
-    """The end of measuring, by ``time.perf_counter``: what would begin after it is left out."""
+    """What is measured: what begins before ``end``, by ``time.perf_counter``, and has one of ``only`` in its name."""
 
     end: float = math.inf
+    only: tuple[str, ...] = ("",)
 
     def allows(self, what: str) -> bool:
-        """Whether there is time for one more measurement; says so where there is none."""
+        """Whether one more measurement may begin; says so where no time is left for it."""
+        return any(words in what for words in self.only) and self.has_time(what)
+
+    def has_time(self, what: str) -> bool:
+        """Whether the time is not over; says so where it is."""
         if time.perf_counter() < self.end:
             return True
         print(f"no time left: {what}")
@@ -76,7 +85,7 @@ def trainer(
 
 def settings_of(shape: Shape, folder: str, *settings: str, masks: tuple[str, ...], kernel: str) -> list[str]:
     """Returns the arguments of a training command on random rows at full context."""
-    documents = ["--data.document_tokens", "2000"] if "document" in masks else []
+    documents = ["--data.document_tokens", str(DOCUMENT_TOKENS)] if "document" in masks else []
     return [
         *("--job.dump_folder", folder, "--model.flavor", shape.flavor, "--tokenizer.name", "none"),
         *("--data.name", "random", *documents),
@@ -111,6 +120,20 @@ def seconds_of(trainer: Trainer, steps: int) -> float:
         trainer.train_step()
     wait()
     return time.perf_counter() - begin
+
+
+def seconds_by_kernel(step: Callable[[], object]) -> dict[str, float]:
+    """Returns the device's time of each kernel in one step, by name; without a GPU, the time of each CPU operator."""
+    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU] if CUDA else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        step()
+        wait()
+    seconds: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        # Annotations span kernels, which count by themselves.
+        if not CUDA or (event.device_type.name != "CPU" and not event.is_user_annotation):
+            seconds[event.key] += (event.self_device_time_total if CUDA else event.self_cpu_time_total) / 1e6
+    return seconds
 
 
 def flops_per_step(trainer: Trainer, window: int) -> tuple[int, int]:

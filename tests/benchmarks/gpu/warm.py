@@ -9,41 +9,53 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from tests.benchmarks.gpu import peer
 from tests.benchmarks.gpu.speed import Run, runs
-from tests.benchmarks.gpu.stepping import CUDA, Shape, trainer
+from tests.benchmarks.gpu.stepping import CUDA, clock, trainer
 from tests.benchmarks.timing import table
 
-PROCESSES = 6 if CUDA else 1
+PROCESSES = 10 if CUDA else 1
+LAYERS = 2
 
 
 def run() -> dict[str, Any]:
-    """Prints and returns the seconds that each trainer's first step took."""
-    chosen = _distinct()
+    """Prints and returns the seconds that each first step took, with the start of its process."""
+    chosen = [index for index, one in enumerate(jobs()) if clock.allows(_describe(one))]
     with ThreadPoolExecutor(PROCESSES) as pool:
-        seconds = list(pool.map(_first_step, range(len(chosen))))
-    rows = [
-        [f"{one.shape}, {one.kernel}, {'+'.join(one.masks)}", f"{took:.1f}"]
-        for one, took in zip(chosen, seconds, strict=True)
-    ]
-    table(["compiled in parallel", "s"], rows)
-    return {"seconds": seconds}
+        seconds = list(pool.map(_first_step, chosen))
+    table(
+        ["compiled in parallel", "s"],
+        [[_describe(jobs()[index]), f"{took:.1f}"] for index, took in zip(chosen, seconds, strict=True)],
+    )
+    return {"steps": {_describe(jobs()[index]): took for index, took in zip(chosen, seconds, strict=True)}}
 
 
-def _distinct() -> list[Run]:
-    """Returns the runs of ``speed`` and those that only other parts have."""
-    others = [Run(Shape("1b", 8192, 4), kernel, ("causal",)) for kernel in ("fold", "flex")] if CUDA else []
-    return [*runs(), *others]
+def jobs() -> list[Run | peer.Contestant]:
+    """Returns what ``speed`` and ``peer`` measure."""
+    return [*runs(), *(peer.contestants() if peer.is_here() else [])]
+
+
+def _describe(job: Run | peer.Contestant) -> str:
+    return f"speed of {job}" if isinstance(job, Run) else str(job)
 
 
 def _first_step(index: int) -> float:
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", __name__, str(index)], capture_output=True, text=True)
     if done.returncode:
-        print(f"{_distinct()[index]}: {done.stderr.splitlines()[-1]}")
+        print(f"{_describe(jobs()[index])}: {done.stderr.splitlines()[-1]}")
     return time.perf_counter() - begin
 
 
-if __name__ == "__main__":
-    one = _distinct()[int(sys.argv[1])]
-    with trainer(one.shape, *one.settings, "--model.n_layers", "2", masks=one.masks, kernel=one.kernel) as made:
+def _take_step(job: Run | peer.Contestant) -> None:
+    if isinstance(job, peer.Contestant):
+        with job.step(LAYERS) as step:
+            step()
+        return
+    few = ("--model.n_layers", str(LAYERS))
+    with trainer(job.shape, *job.settings, *few, masks=job.masks, kernel=job.kernel) as made:
         made.train_step()
+
+
+if __name__ == "__main__":
+    _take_step(jobs()[int(sys.argv[1])])

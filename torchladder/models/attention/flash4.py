@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchladder.registry import require
@@ -22,7 +23,13 @@ TESTED_VERSION = "4.0.0b36"
 GPU_GENERATIONS = {9: "Hopper", 10: "Blackwell", 11: "Blackwell"}
 """Major compute capability -> name of the GPUs that FlashAttention 4 is built for."""
 DTYPES = (torch.bfloat16, torch.float16)
-MASK_ARGUMENTS = {"causal", "cu_seqlens_q", "max_seqlen_q", "window_size_left", "mask_mod", "aux_tensors"}
+ARGUMENTS = {
+    *("softmax_scale", "causal", "cu_seqlens_q", "max_seqlen_q", "window_size_left", "mask_mod", "aux_tensors"),
+    "block_sparse_tensors",
+}
+HEAD_MULTIPLE = 32
+"""Heads are padded with zeros to a multiple of this many features. At other sizes version 4.0.0b36 returns wrong
+gradients on Hopper: one kernel accumulates them in rows of a multiple of 16 features, and another reads rows of 32."""
 CAUSAL: dict[str, Any] = {"causal": True}
 """The mask of whole rows."""
 
@@ -32,10 +39,15 @@ def unavailable() -> str | None:
     """Returns why FlashAttention 4 cannot be used on the current GPU, or None if it can."""
     if not torch.cuda.is_available():
         return "no GPU is visible"
-    if (major := torch.cuda.get_device_capability()[0]) not in GPU_GENERATIONS:
-        name = torch.cuda.get_device_name()
+    if generation() is None:
+        name, (major, _) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         return f"it needs a Hopper or Blackwell GPU, and {name} has compute capability {major}.x"
     return missing()
+
+
+def generation() -> str | None:
+    """Returns the generation of the current GPU, or None if FlashAttention 4 is not built for it."""
+    return GPU_GENERATIONS.get(torch.cuda.get_device_capability()[0])
 
 
 @lru_cache
@@ -48,7 +60,7 @@ def missing() -> str | None:
     try:
         package = _interface()
         functions = package._flash_attn_fwd, package._flash_attn_bwd
-        lacking = {name for name in MASK_ARGUMENTS for f in functions if name not in inspect.signature(f).parameters}
+        lacking = {name for name in ARGUMENTS for f in functions if name not in inspect.signature(f).parameters}
     except Exception as error:  # it loads compilers and drivers, which fail in many ways
         return f"flash-attn-4 {version} cannot be imported ({type(error).__name__}: {error})"
     if lacking:
@@ -58,7 +70,7 @@ def missing() -> str | None:
 
 def supports(q: Tensor) -> bool:
     """Returns whether FlashAttention 4 computes attention of tensors like ``q``."""
-    return q.device.type == "cuda" and q.dtype in DTYPES and q.shape[-1] % 8 == 0 and unavailable() is None
+    return q.device.type == "cuda" and q.dtype in DTYPES and unavailable() is None
 
 
 def check_dtype(kernel: str, dtype: torch.dtype) -> None:
@@ -83,16 +95,25 @@ def segments(cu_seqlens: Tensor, longest: int, left: int | None) -> dict[str, An
 
 def forward(q: Tensor, k: Tensor, v: Tensor, attn_mask: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Returns the output and ``lse``; ``attn_mask`` is ``CAUSAL``, ``segments`` or other arguments of the package."""
-    out, lse, *_ = _interface()._flash_attn_fwd(q, k, v, return_lse=True, **attn_mask)
-    return out, lse
+    features = q.shape[-1]
+    out, lse, *_ = _interface()._flash_attn_fwd(
+        *map(_pad, (q, k, v)), softmax_scale=features**-0.5, return_lse=True, **attn_mask
+    )
+    return out[..., :features], lse
 
 
 def backward(
     grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, attn_mask: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v for the gradient ``grad`` of the output."""
-    dq, dk, dv, *_ = _interface()._flash_attn_bwd(*qkv, out, grad, lse, **attn_mask)
-    return dq, dk, dv
+    features = grad.shape[-1]
+    padded = map(_pad, (*qkv, out, grad))
+    dq, dk, dv, *_ = _interface()._flash_attn_bwd(*padded, lse, softmax_scale=features**-0.5, **attn_mask)
+    return dq[..., :features], dk[..., :features], dv[..., :features]
+
+
+def _pad(x: Tensor) -> Tensor:
+    return F.pad(x, (0, -x.shape[-1] % HEAD_MULTIPLE)) if x.shape[-1] % HEAD_MULTIPLE else x
 
 
 def _interface() -> Any:

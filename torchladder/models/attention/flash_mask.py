@@ -22,6 +22,14 @@ class FlashMaskKernel(AttentionKernel):
     devices = frozenset({"cuda"})
     attention_sinks = True
     saved_ops = frozenset({"torchladder::flash_mask"})
+    auto_priority = 22
+
+    @classmethod
+    def auto_reason(cls, setup: AttentionSetup) -> str | None:
+        # Measured on Hopper alone (docs/performance.md).
+        if flash4.unavailable() is not None or setup.dtype not in flash4.DTYPES or flash4.generation() != "Hopper":
+            return None
+        return f"FlashAttention 4 computes any mask ({' + '.join(setup.masks)}) from lists of blocks, faster than flex"
 
     @classmethod
     def check(cls, setup: AttentionSetup) -> None:
