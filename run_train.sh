@@ -19,6 +19,7 @@ NGPU="${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1
 NNODES="${NNODES:-1}"
 LOG_RANK="${LOG_RANK:-0}"
 MAX_RESTARTS="${MAX_RESTARTS:-0}"
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # else waiting threads keep the CPUs of a busy machine from the others
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 
 for name in NGPU NNODES MAX_RESTARTS; do

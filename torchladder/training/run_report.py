@@ -23,9 +23,10 @@ RESULTS = ("ladder.png", "metrics.jsonl", "samples.txt")
 def warn_of_busy_cpus(device: torch.device) -> None:
     """Warns of several threads on a CPU that other programs keep busy: each operation waits for its slowest thread."""
     cpus, threads, (load, *_) = os.cpu_count() or 1, torch.get_num_threads(), os.getloadavg()
-    if device.type == "cpu" and threads > 1 and load > cpus:
+    active = os.environ.get("OMP_WAIT_POLICY", "active").lower() == "active"  # waiting threads keep their CPU
+    if device.type == "cpu" and threads > 1 and load > cpus and active:
         logger.warning(
-            "this machine is busy (load %.0f on %d CPUs), and %d threads wait for one another: try OMP_NUM_THREADS=1",
+            "this machine is busy (load %.0f on %d CPUs), and %d threads wait for one another: OMP_WAIT_POLICY=passive is faster",
             load, cpus, threads,
         )  # fmt: skip
 
