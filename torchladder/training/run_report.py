@@ -25,10 +25,10 @@ def warn_of_busy_cpus(device: torch.device) -> None:
     cpus, threads, (load, *_) = os.cpu_count() or 1, torch.get_num_threads(), os.getloadavg()
     active = os.environ.get("OMP_WAIT_POLICY", "active").lower() == "active"  # waiting threads keep their CPU
     if device.type == "cpu" and threads > 1 and load > cpus and active:
+        busy = f"load {load:.0f} on {cpus} CPUs"
         logger.warning(
-            "this machine is busy (load %.0f on %d CPUs), and %d threads wait for one another: OMP_WAIT_POLICY=passive is faster",
-            load, cpus, threads,
-        )  # fmt: skip
+            "this machine is busy (%s): set OMP_WAIT_POLICY=passive, or %d threads hinder others", busy, threads
+        )
 
 
 def log_end(config: Config, finished: bool, seconds: float) -> None:
