@@ -9,7 +9,8 @@
 # LOG_RANK       local ranks whose output is shown (default: 0; for example 0,1)
 # MAX_RESTARTS   how often torchrun restarts all ranks after one has failed (default: 0)
 #
-# Exit code: 0 when training is complete, 75 when it was interrupted (run it again to resume), else that of the error.
+# Exit code: 0 when training is complete, 75 when it was interrupted (run it again to resume), 2 when settings are
+# invalid, else that of the error.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
@@ -18,10 +19,17 @@ NGPU="${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1
 NNODES="${NNODES:-1}"
 LOG_RANK="${LOG_RANK:-0}"
 MAX_RESTARTS="${MAX_RESTARTS:-0}"
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # else waiting threads keep the CPUs of a busy machine from the others
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 
+for name in NGPU NNODES MAX_RESTARTS; do
+    if ! [[ "${!name}" =~ ^[0-9]+$ ]] || { [ "$name" != MAX_RESTARTS ] && [ "${!name}" -eq 0 ]; }; then
+        echo "torchladder: $name=${!name}: must be a whole number of 1 or more (MAX_RESTARTS: 0 or more)." >&2
+        exit 2
+    fi
+done
 if [ "$NNODES" -gt 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
-    echo "NNODES=$NNODES needs RDZV_ENDPOINT=host:port, the same on every node." >&2
+    echo "torchladder: NNODES=$NNODES needs RDZV_ENDPOINT=host:port, the same on every node." >&2
     exit 2
 fi
 if [ "$NGPU" -eq 1 ] && [ "$NNODES" -eq 1 ]; then
@@ -32,7 +40,7 @@ fi
 TORCHLADDER_EXIT_FILE="$(mktemp)"
 export TORCHLADDER_EXIT_FILE
 trap '' USR1 USR2 # torchrun does not handle these signals, and would be killed together with the ranks
-"$PYTHON" -m torch.distributed.run \
+"$PYTHON" -m torchladder.distributed.launch \
     --nnodes "$NNODES" --nproc_per_node "$NGPU" --max-restarts "$MAX_RESTARTS" \
     --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \
     --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \

@@ -18,11 +18,11 @@ setup() {
     fi
     if ! command -v "$python" > /dev/null; then
         echo "torchladder: there is no program '$python'. Set PYTHON to Python 3.10 or newer." >&2
-        exit 1
+        exit 2
     fi
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         echo "torchladder needs Python 3.10 or newer; '$python' is $("$python" --version 2>&1). Set PYTHON to a newer one." >&2
-        exit 1
+        exit 2
     fi
 
     # The stamp records the installed requirements: packages are installed again only when they change.
@@ -32,12 +32,12 @@ setup() {
         [ -e "$root/.venv" ] || "$python" -m venv "$root/.venv" || {
             rm -rf "$root/.venv"
             echo "torchladder: '$python -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2
-            exit 1
+            exit 2
         }
         python="$root/.venv/bin/python"
         if ! is_venv_with_pip "$python" "$root/.venv"; then
             echo "torchladder: $root/.venv is not a virtual environment with pip. Remove it and run this again." >&2
-            exit 1
+            exit 2
         fi
         torch="$(grep '^torch==' "$root/requirements.txt")"
         install_torch "$python" "$torch"

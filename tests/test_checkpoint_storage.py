@@ -225,7 +225,7 @@ def test_a_run_resumes_bit_for_bit(url, tmp_path, shelf):
     ("folder", "words"),
     [
         ("nowhere://run", r"cannot open nowhere://run with fsspec: Protocol not known"),
-        ("s3://bucket/run", r"pip install 'torchladder\[fsspec\]'"),
+        ("s3://bucket/run", r"pip install s3fs"),
     ],
 )
 def test_a_url_that_nothing_opens(tmp_path, monkeypatch, capfd, folder, words):

@@ -91,11 +91,9 @@ def test_a_missing_file_names_the_nearest(write):
 
 
 @pytest.mark.parametrize("argv", [["--training.stepz", "3"], ["--training.steps", "three"], ["--trainig.steps", "3"]])
-def test_a_wrong_command_line_exits_with_2(argv, capsys):
-    with pytest.raises(SystemExit) as error:
+def test_a_wrong_command_line_is_an_error(argv):
+    with pytest.raises(ConfigError, match=r"training\.step.*steps|--training\.steps"):
         config.load(argv)
-    assert error.value.code == 2
-    assert "training.steps" in "".join(capsys.readouterr())
 
 
 def test_files_extend_files(write):
@@ -166,25 +164,21 @@ def test_a_plugin_beside_the_file_is_a_part_like_any_other(write, tmp_path):
     assert "Steps on each stair." in shown.stdout
 
 
-def test_tables_on_the_command_line_are_as_in_a_file(write, capsys):
+def test_tables_on_the_command_line_are_as_in_a_file(write):
     file = write('[data]\nsources = [{ name = "python-stdlib" }]\n')
     found = load(file, "--data.sources", '{ path = "a.txt", weight = 2.0 }', '{ path = "b/*.bin" }').data.sources
     assert [(source.path, source.weight) for source in found] == [("a.txt", 2.0), ("b/*.bin", 1.0)]
     for word in ('{ pth = "a.txt" }', "a.txt"):
-        with pytest.raises(SystemExit) as error:
+        with pytest.raises(ConfigError, match=word.split('"')[0].strip("{ =")):
             load(file, "--data.sources", word)
-        assert error.value.code == 2
-        assert word.split('"')[0].strip("{ =") in "".join(capsys.readouterr())
 
 
-def test_a_required_key_may_come_from_the_command_line_alone(write, capsys):
+def test_a_required_key_may_come_from_the_command_line_alone(write):
     write(PLUGIN.replace("staircase", "staircase2"), "my_second_plugin.py")
     file = write('[job]\nplugins = ["my_second_plugin"]\n[curriculum]\nname = "staircase2"\n')
     assert load(file, "--curriculum.stairs", "4", "8").curriculum.stairs == [4, 8]
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ConfigError, match=r"--curriculum\.stairs .* is required"):
         load(file)
-    assert error.value.code == 2
-    assert "curriculum.stairs" in "".join(capsys.readouterr())
 
 
 def test_help_explains_every_key(capsys):
@@ -228,15 +222,13 @@ def test_the_docs_list_every_registry():
         ("curriculum", "initial_window", 0, "1 or more."),
     ],
 )
-def test_bounds_hold_for_files_command_lines_and_plain_construction(write, capsys, section, key, value, allowed):
-    text = f"{section}.{key} = {value}: must be {allowed}"
-    message = re.escape(text)
+def test_bounds_hold_for_files_command_lines_and_plain_construction(write, section, key, value, allowed):
+    message = re.escape(f"{section}.{key} = {value}: must be {allowed}")
     name = {"curriculum": 'name = "linear"\n'}.get(section, "")
     with pytest.raises(ConfigError, match=message):
         load(write(f"[{section}]\n{name}{key} = {value}\n")).schedule(1)
-    with pytest.raises((ConfigError, SystemExit)) as error:
+    with pytest.raises(ConfigError, match=message):
         load(write(f"[{section}]\n{name}"), f"--{section}.{key}={value}").schedule(1)
-    assert text in str(error.value) + capsys.readouterr().err
     kinds = {"training": config.TrainingConfig, "samples": config.SamplesConfig}
     with pytest.raises(ConfigError, match=message):
         kinds.get(section, partial(curriculum.Linear, steps=9, seq_len=64))(**{key: value})

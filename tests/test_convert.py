@@ -483,7 +483,7 @@ def test_settings_that_contradict_the_folder_are_refused(folders, tmp_path, caps
 def test_a_run_without_a_folder_to_start_from_is_refused():
     with pytest.raises(ConfigError, match=r"model\.hf_assets_path or checkpoint\.initial_load_path"):
         config.load(["--checkpoint.enable", "--checkpoint.initial_load_in_hf"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match=r"last_save_in_hf needs checkpoint\.enable"):
         config.load(["--checkpoint.last_save_in_hf"])
     with pytest.raises(ConfigError, match=r"last_save_in_hf needs checkpoint\.enable"):
         CheckpointConfig(last_save_in_hf=True)

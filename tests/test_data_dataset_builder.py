@@ -17,6 +17,8 @@ from torchladder.data.prepare import dataset_builder, executor, merging, metadat
 from torchladder.data.prepare.document_encoder import DocumentEncoder
 from torchladder.data.prepare.executor import LocalExecutor
 from torchladder.data.prepare.tasks import PrepareConfig
+from torchladder.data.sources import held_out
+from torchladder.data.text.text_files import text
 from torchladder.data.tokenizer import ByteTokenizer
 from torchladder.registry import ConfigError
 
@@ -134,6 +136,34 @@ class Fails:
                 raise InterruptedError
             self.done += 1
             yield work(task)
+
+
+@pytest.mark.parametrize("part_bytes", [300, 100_000])
+def test_the_documents_held_out_are_those_of_a_source_of_text(prepare, folder, tmp_path, part_bytes):
+    settings = {"validation_fraction": 0.2, "part_bytes": part_bytes}
+    kept, held = (prepare(split=split, **settings) for split in ("train", "validation"))
+    documents = list(text(str(folder)).documents())
+    chosen = [document.text for document in documents if held_out(document.identity, 0.2)]
+    assert held.documents == len(chosen) == len(documents) - kept.documents > 20
+    tokens = IndexedTokens(tmp_path / "out-validation")
+    assert [ByteTokenizer().decode(ids[:-1]) for ids in map(tokens.__getitem__, range(len(chosen)))] == chosen
+
+
+def test_nothing_held_out_is_an_error(prepare, folder, tmp_path):
+    config = PrepareConfig(
+        inputs=[str(folder / "n1.txt")], output=str(tmp_path / "one"), encoder=DocumentEncoder(ByteTokenizer()),
+        validation_fraction=0.001,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"--validation-fraction 0.001 holds out no document"):
+        dataset_builder.prepare_held_out(config, LocalExecutor(1))
+    with pytest.raises(ConfigError, match=r"--validation-fraction 1\.0: must be 0 or more and below 1"):
+        PrepareConfig(inputs=["x"], output="y", encoder=config.encoder, validation_fraction=1.0)
+    prepare(validation_fraction=0.2)
+    with pytest.raises(ConfigError, match=r"other settings \(validation_fraction\)"):
+        prepare()
+    prepare(split="validation", validation_fraction=0.2)
+    with pytest.raises(ConfigError, match="held out for validation"):
+        merging.merge_datasets(str(tmp_path / "all"), [str(tmp_path / "out"), str(tmp_path / "out-validation")])
 
 
 def test_what_is_done_is_not_done_again(prepare, folder, tmp_path, capfd):

@@ -217,7 +217,7 @@ def test_damaged_parquet_is_refused(tmp_path):
 def test_parquet_names_its_extra(tmp_path, monkeypatch):
     file = table(tmp_path / "a.parquet", input_ids=[[1, 2]])
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"pip install 'torchladder\[parquet\]'"):
+    with pytest.raises(ConfigError, match=r"pip install pyarrow, of the extra torchladder\[parquet\]"):
         corpus(file, tmp_path, name="parquet")
 
 

@@ -93,6 +93,16 @@ def test_batches_have_the_shapes_of_the_contract(folder):
     assert (moved.tokens.device.type, moved.labels.device.type, moved.positions.device.type) == ("meta", "meta", "cpu")
 
 
+def test_a_source_shorter_than_a_row_is_a_warning(tmp_path, caplog):
+    with IndexedWriter(tmp_path / "short", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(20))
+    load(tmp_path, sources=[SourceConfig(path=f"{tmp_path}/short.bin")], seq_len=20)
+    assert not caplog.messages
+    load(tmp_path, sources=[SourceConfig(path=f"{tmp_path}/short.bin")], seq_len=21)
+    (said,) = caplog.messages
+    assert said.endswith("short.bin has 20 tokens, fewer than one row of 21: lower training.seq_len, or add data.")
+
+
 def test_rows_are_the_documents_in_order(folder):
     """Against a slow reading of one unshuffled source, epoch after epoch."""
     loader = load(folder, sources=[SourceConfig(path=f"{folder}/many/*.bin")], shuffle=False, local_batch_size=8)

@@ -17,12 +17,18 @@ from torchladder.data.corpus import SourceLoader
 from torchladder.data.formats.indexed import IndexedTokens
 
 # What stands in for a corpus is small, and so is all that is made of it.
-SMALL = {"32000": "400", '"small"': '"debug"'}
+SMALL = {
+    "8000": "400",
+    '"small"': '"debug"',
+    "0.01": "0.2",
+    "steps = 200 ": "steps = 8 ",
+    "warmup_steps = 20": "warmup_steps = 2",
+}
 SHORT = [
     *("--training.seq_len", "64", "--training.local_batch_size", "4", "--metrics.log_freq", "1"),
-    *("--training.mixed_precision_param", "float32"),
+    *("--training.mixed_precision_param", "float32", "--samples.max_new_tokens", "4"),
 ]
-PAGES = [ROOT / "docs" / name for name in ("data.md", "prepare.md", "mixing.md", "hub.md")]
+PAGES = [ROOT / "docs" / name for name in ("data.md", "prepare.md", "mixing.md", "hub.md", "validation.md")]
 
 
 def small(text):
@@ -56,8 +62,8 @@ def test_the_commands_lead_from_folders_to_a_run(folder, monkeypatch, capsys):
     (folder / "data" / "en" / "more.jsonl").write_text("")
     for command in [command for page in PAGES[:2] for command in shown(page)]:
         words = shlex.split(small(command))
-        if words[:3] == ["python", "-m", "torchladder.train"]:
-            assert train.main([*words[3:], *SHORT]) == 0
+        if words[:2] == ["torchladder", "train"]:
+            assert train.main([*words[2:], *SHORT]) == 0
             continue
         assert words[0] == "torchladder", command
         words = [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]  # as a shell
@@ -65,8 +71,9 @@ def test_the_commands_lead_from_folders_to_a_run(folder, monkeypatch, capsys):
         assert commands.main() == 0, command
     said = capsys.readouterr().out
     assert "0.00 to " in said  # epochs, as planned
-    assert IndexedTokens("tokens/all").num_tokens == IndexedTokens("tokens/en").num_tokens
-    steps = [json.loads(line) for line in (folder / "outputs" / "metrics.jsonl").read_text().splitlines()]
+    parts = [IndexedTokens(name).num_tokens for name in ("tokens/all", "tokens/en", "tokens/en-validation")]
+    assert parts[0] == parts[1] + parts[2] > parts[1]
+    steps = [json.loads(line) for line in (folder / "outputs" / "mine" / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["step"] > 5
 
 

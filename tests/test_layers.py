@@ -30,7 +30,8 @@ LAYERS = [
     ["config"],
     ["inference"],
     ["training"],
-    ["train", "commands"],
+    ["train"],
+    ["commands"],
     ["__main__"],
 ]
 OPTIONAL = {

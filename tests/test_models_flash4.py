@@ -217,7 +217,7 @@ def test_the_reason_why_it_is_not_used(monkeypatch):
         return installed
 
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version(name, None))
-    assert "pip install 'torchladder[fa4]'" in flash4.missing.__wrapped__()
+    assert "pip install --pre flash-attn-4" in flash4.missing.__wrapped__()
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(flash4, "_interface", lambda: PACKAGE)
     assert flash4.missing.__wrapped__() is None

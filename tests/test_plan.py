@@ -171,7 +171,7 @@ def test_steps_follow_from_epochs(pairs):
 
 
 def test_steps_and_epochs_exclude_each_other(pairs):
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="both set the run's length"):
         config.load([*pairs, "--training.steps", "5", "--training.epochs", "3"])
 
 

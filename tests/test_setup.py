@@ -53,7 +53,7 @@ def test_only_an_environment_of_its_own_with_pip_is_installed_into(tmp_path, dam
     if damage == "a link to another python":
         os.symlink(sys.executable, folder / "bin" / "python")
     result = set_up(tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr == (
         f"torchladder: {folder} is not a virtual environment with pip. Remove it and run this again.\n"
     )
@@ -74,6 +74,6 @@ def test_its_own_environment_is_used(tmp_path):
 
 def test_a_python_that_does_not_exist_is_named(tmp_path):
     result = set_up(tmp_path, PYTHON="no-such-python")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr == ("torchladder: there is no program 'no-such-python'. Set PYTHON to Python 3.10 or newer.\n")
     assert not (tmp_path / ".venv").exists()

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from torchladder import checkpoint, models, train
+from torchladder import checkpoint, config, models, train
 from torchladder.checkpoint import CHECKSUM_FILE, write_checksums
 from torchladder.config.sections import TrainingConfig
 from torchladder.registry import ConfigError
+from torchladder.training import run_report
 
 ROOT = Path(__file__).parents[1]
 DEBUG = ["--job.config_file", str(ROOT / "train_configs" / "debug.toml")]
@@ -336,12 +337,20 @@ def test_a_row_that_is_invalid_on_one_rank_ends_the_run_with_a_checkpoint(tmp_pa
     assert checkpoint.is_complete(tmp_path / "run" / "checkpoint" / "step-5")
 
 
-def test_a_run_says_at_its_end_what_it_has_left_and_what_is_next(tmp_path, caplog):
+def test_a_run_says_at_its_end_what_it_has_left_and_what_is_next(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # a shell finds the command by PATH
     logging.getLogger("torchladder").setLevel(logging.INFO)
     run(tmp_path, "--training.steps", "3", "--checkpoint.enable")
     newest = tmp_path / "checkpoint" / "step-3"
     assert f"{tmp_path} has ladder.png, metrics.jsonl, and {newest}" in caplog.text
     assert f'next        torchladder generate --checkpoint {tmp_path} --prompt "..."' in caplog.text
+    command = tmp_path / "bin" / "torchladder"
+    command.parent.mkdir()
+    command.touch()
+    monkeypatch.setattr(sys, "executable", str(command.with_name("python")))  # of an environment that is not active
+    monkeypatch.chdir(tmp_path)
+    run_report.log_end(config.load([*DEBUG, "--job.dump_folder", str(tmp_path), "--checkpoint.enable"]), True, 1.0)
+    assert "next        bin/torchladder generate" in caplog.text
     caplog.clear()
     for saving, said in (
         ((), "nothing is saved: checkpoint.enable is off"),

@@ -15,14 +15,15 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from torchladder import checkpoint
-from torchladder.config import Config, load, print_config_error
+from torchladder.config import Config, as_config_error, load, print_config_error
 from torchladder.disk_errors import naming_path
-from torchladder.distributed.ranks import destroy_distributed, init_distributed, record_error
+from torchladder.distributed.ranks import LAUNCHED, destroy_distributed, init_distributed, record_error
 from torchladder.metrics import init_logger
 from torchladder.registry import ConfigError
 from torchladder.resilience import bad_steps, interrupt, missing_ranks
 from torchladder.training.run_plan import make_plan
-from torchladder.training.run_report import log_end
+from torchladder.training.run_report import log_end, warn_of_busy_cpus
+from torchladder.training.start_checks import check_start
 from torchladder.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         with interrupt.Interrupt(config.job.max_minutes) as interruption:
             return run(config, interruption)
     except (ConfigError, OSError) as error:
-        record_error(error)
-        return print_config_error(error)
+        record_error(as_config_error(error))
+        return 2 if LAUNCHED in os.environ else print_config_error(error)  # the launcher prints one for all ranks
 
 
 def run(config: Config, interruption: interrupt.Interrupt) -> int:
@@ -45,11 +46,14 @@ def run(config: Config, interruption: interrupt.Interrupt) -> int:
     try:
         with interruption.interruptible(), naming_path(config.job.dump_folder):
             plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
+            check_start(config)
             if config.debug.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
             ranks = init_distributed(config.comm, Path(config.job.dump_folder))
             init_logger(ranks.rank)
+            if ranks.is_rank0:
+                warn_of_busy_cpus(ranks.device)
             trainer = Trainer(plan, ranks, interruption)
         finished = trainer.train()
         if ranks.is_rank0:

@@ -87,8 +87,9 @@ class CheckpointConfig:
         for key in ("create_seed_checkpoint", "last_save_in_hf"):
             if getattr(self, key) and not saving:
                 raise ConfigError(f"checkpoint.{key} needs checkpoint.enable without checkpoint.load_only.")
-        if self.initial_load_in_hf and not self.enable:
-            raise ConfigError("checkpoint.initial_load_in_hf needs checkpoint.enable.")
+        for key in ("initial_load_in_hf", "initial_load_path"):
+            if getattr(self, key) and not self.enable:
+                raise ConfigError(f"checkpoint.{key} needs checkpoint.enable; load_only loads and saves none.")
         if self.last_save_in_hf and "://" in self.folder:
             raise ConfigError(
                 f"checkpoint.last_save_in_hf writes next to the checkpoints and needs a local checkpoint.folder, not "

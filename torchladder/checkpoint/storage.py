@@ -206,7 +206,7 @@ class FsspecStorage(FsspecFileSystem, CheckpointStorage):
             self.fs, _ = url_to_fs(url, use_listings_cache=False)  # other ranks write, too
         except (ImportError, ValueError) as error:
             raise ConfigError(
-                f"cannot open {url} with fsspec: {error}. For s3:// and gs://: pip install 'torchladder[fsspec]'."
+                f"cannot open {url} with fsspec: {error}. For s3://: pip install s3fs; for gs://: pip install gcsfs."
             ) from error
 
     def list_names(self, folder: str) -> list[str]:

@@ -6,12 +6,14 @@ import platform
 import sys
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from torchladder import __version__, config
+from torchladder import __version__, config, train
 from torchladder.commands import convert, evaluate, generate, inspect, merge, plan, prepare, report, slurm, tokenizer
 from torchladder.registry import ConfigError, unknown_name
 
 COMMANDS = {
+    "train": (train, "train a model, or continue a run that was stopped"),
     "plan": (plan, "show a run's windows, tokens, FLOPs and memory before it starts"),
     "prepare": (prepare, "tokenize text files into binary token files, in parallel and resumable"),
     "tokenizer": (tokenizer, "train a tokenizer on text files"),
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, (_, description) in COMMANDS.items():
             print(f"  {name:10} {description}")
         print("\n'torchladder <command> --help' shows the options of a command.")
-        print("To train: ./run_train.sh --job.config_file FILE, or python -m torchladder.train --job.config_file FILE")
+        print("./run_train.sh takes what 'torchladder train' takes, installs first, and starts a process per GPU.")
         return 0
     if argv[0] == "--version":
         print(f"torchladder {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
@@ -42,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise unknown_name("command", argv[0], COMMANDS)
+        if argv[0] == "train":
+            train.exit_process(record(train.main)(argv[1:]) or 0)
         return COMMANDS[argv[0]][0].run(argv[1:])
     except (ConfigError, OSError) as error:
         return config.print_config_error(error)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any, get_args
 
+from torchladder import config
 from torchladder.data import tokenizer
 from torchladder.data.text.document_reader import OnError
 from torchladder.inference.weight_choice import Kind, WeightChoice
-from torchladder.registry import require
+from torchladder.registry import require, unknown_name
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -16,6 +17,28 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+class SettingsParser(CommandParser):
+    """The parser of a command that also takes the settings of a run, which the parser of training reads."""
+
+    def parse(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Returns the command's own options, and the words that are settings; ``--help`` shows both and exits.
+
+        Raises:
+            ConfigError: an option without a section that the command does not have.
+        """
+        words = [word for word in argv if word not in ("-h", "--help")]
+        arguments, rest = self.parse_known_args(words)
+        settings = rest[1:] if rest[:1] == ["--"] else rest
+        if words != argv:
+            self.print_help()
+            print("\nSettings of the run:\n", flush=True)
+            config.load([*settings, "--help"], self.prog)
+        for name in config.option_names(settings):
+            if "." not in name and name != "phases":
+                raise unknown_name("option", f"--{name.replace('_', '-')}", self._option_string_actions)
+        return arguments, settings
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchladder import config, plots
-from torchladder.commands.arguments import CommandParser, check_positive
+from torchladder.commands.arguments import SettingsParser, check_positive
 from torchladder.commands.final_context import final_context, print_final_context
 from torchladder.data.dataloader import SourceUsage
 from torchladder.distributed import fake_ranks
@@ -24,7 +24,8 @@ from torchladder.training.memory_estimate import MemoryEstimator, RankMemory, Tr
 from torchladder.training.run_plan import Plan, make_plan, summary_lines
 
 EPILOG = """
-All other options are settings of the run; they and the data are checked as when training starts.
+All other options are settings of the run, such as --job.config_file; they and the data are checked as when training
+starts.
 
 example:
   torchladder plan --job.config_file train_configs/llama1b_dm8.toml --world-size 8 --gpu-memory 80GiB
@@ -36,7 +37,7 @@ NUM_SHOWN_STEPS = 12
 
 def run(argv: list[str]) -> int:
     """Prints the plan of a run; unknown options are settings of the run."""
-    parser = CommandParser(prog="torchladder plan", description=__doc__, epilog=EPILOG)
+    parser = SettingsParser(prog="torchladder plan", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--at", default="", metavar="STEPS", help="steps whose windows to show: 0,1000,65280")
@@ -45,7 +46,7 @@ def run(argv: list[str]) -> int:
     add("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 80GiB; fail if the run needs more")
     add("--tokens-per-second", type=float, metavar="N", help="of all ranks at full context: adds the hours of the run")
     add("--gpu-hour-price", type=float, metavar="X", help="with --tokens-per-second: adds the cost of the run")
-    arguments, settings = parser.parse_known_args(argv)
+    arguments, settings = parser.parse(argv)
     check_positive(arguments, "world_size", "tokens_per_second")
     price = arguments.gpu_hour_price
     require(price is None or price > 0, f"--gpu-hour-price {price}: must be above 0.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 from torchladder.commands.arguments import (
     CommandParser,
@@ -12,7 +13,7 @@ from torchladder.commands.arguments import (
     tokenizer_from_args,
 )
 from torchladder.data.prepare import executor
-from torchladder.data.prepare.dataset_builder import prepare_dataset
+from torchladder.data.prepare.dataset_builder import prepare_dataset, prepare_held_out
 from torchladder.data.prepare.document_encoder import DocumentEncoder
 from torchladder.data.prepare.metadata import DatasetMetadata
 from torchladder.data.prepare.tasks import PrepareConfig
@@ -26,6 +27,7 @@ of workers. If the command is interrupted, even by SIGKILL, run it again: finish
 
 examples:
   torchladder prepare --input data/en 'data/de/*.jsonl.gz' --output tokens/train --tokenizer tokenizers/mine
+  torchladder prepare ... --validation-fraction 0.01          # 1% of the documents: tokens/train-validation
   torchladder prepare ... --shard $SLURM_ARRAY_TASK_ID/16     # then: torchladder merge tokens/train tokens/train-*.bin
 """
 
@@ -45,6 +47,8 @@ def run(argv: list[str]) -> int:
     add("--part-bytes", type=int, metavar="N", help="bytes of input per task (default: 4 to 64 MiB)")
     text = "fraction of the tokens that may be unknown to the tokenizer (default: %(default)s)"
     add("--max-unknown-fraction", type=float, default=MAX_UNKNOWN_FRACTION, metavar="F", help=text)
+    text = "fraction of the documents to hold out, as PREFIX-validation (default: %(default)s)"
+    add("--validation-fraction", type=float, default=0.0, metavar="F", help=text)
     add("--overwrite", action="store_true", help="replace an output that was prepared with other settings")
     arguments = parser.parse_args(argv)
     build_executor = executor.registry.get(arguments.executor)
@@ -59,14 +63,19 @@ def run(argv: list[str]) -> int:
         overwrite=arguments.overwrite,
         part_bytes=arguments.part_bytes,
         max_unknown_fraction=arguments.max_unknown_fraction,
+        validation_fraction=arguments.validation_fraction,
     )
     try:
+        if config.validation_fraction:
+            held_out = prepare_held_out(config, build_executor(workers=arguments.workers))
         done = prepare_dataset(config, build_executor(workers=arguments.workers))
     except KeyboardInterrupt:
         kept = f"finished parts are kept in {config.prefix}.parts"
         print(f"torchladder: interrupted; {kept}; run the same command again to continue", file=sys.stderr)
         return 130
     print(describe_dataset(config.prefix, done))
+    if config.validation_fraction:
+        print(describe_dataset(replace(config, split="validation").prefix, held_out))
     return 0
 
 

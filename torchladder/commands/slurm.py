@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from torchladder import config
-from torchladder.commands.arguments import CommandParser, check_positive
+from torchladder.commands.arguments import SettingsParser, check_positive
 from torchladder.registry import ConfigError, require
 from torchladder.resilience.interrupt import REQUEUE
 
@@ -51,7 +51,7 @@ exit "$code"
 
 def run(argv: list[str]) -> int:
     """Writes the script; with --submit also submits it, as a chain of --jobs jobs."""
-    parser = CommandParser(
+    parser = SettingsParser(
         prog="torchladder slurm",
         description=__doc__,
         usage="torchladder slurm [options] -- --job.config_file FILE [--section.key value ...]",
@@ -67,8 +67,7 @@ def run(argv: list[str]) -> int:
     add("--option", action="append", default=[], help="another sbatch option, such as partition=main; repeatable")
     add("--jobs", type=int, default=1, help="with --submit: length of the chain of jobs (default: %(default)s)")
     add("--submit", action="store_true", help="submit the script with sbatch")
-    arguments, rest = parser.parse_known_args(argv)
-    train_argv = rest[1:] if rest[:1] == ["--"] else rest
+    arguments, train_argv = parser.parse(argv)
     check_positive(arguments, "nodes", "gpus", "notice", "jobs")
     checkpoint = config.load(train_argv).checkpoint  # invalid settings fail now instead of in the queue
     require(

@@ -7,53 +7,34 @@ read first, then plugins are imported, then the sections are made and everything
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from torchladder.config import hf_defaults, toml_files
+from torchladder.config import command_line, hf_defaults, toml_files
 from torchladder.config.component_sections import config_type
 from torchladder.config.sections import Config
-from torchladder.config.values import check_type, cli_value, cli_values, fields, spell_flags
+from torchladder.config.values import check_type, cli_value, cli_values, fields
 from torchladder.disk_errors import describe_disk_error, find_disk_error
 from torchladder.registry import ConfigError, unknown_name
 
-RENAMED_KEYS = {
-    "data.phases": "a top-level [[phases]] (--phases on the command line)",
-    "experimental.custom_import": "job.plugins, a list of modules",
-    "phases.weights": "phases.source_weights",
-    "phases.from_share": "phases.from_fraction",
-    "resilience.norm_deviations": "resilience.sigma_factor",
-}
 
+def load(argv: list[str], prog: str = "torchladder train") -> Config:
+    """Loads the settings of a run from a command line and the file that it names; exits with 0 after ``--help``.
 
-def load(argv: list[str]) -> Config:
-    """Loads the settings of a run from a command line and the file that it names.
-
-    Exits with code 2 if the command line itself is wrong, and with 0 after ``--help``.
+    ``prog`` is what the help calls the program.
 
     Raises:
-        ConfigError: a file, section, key, value or plugin is invalid.
+        ConfigError: an option, file, section, key, value or plugin is invalid.
     """
-    _check_words(argv)
-    _refuse_renamed_keys(
-        (word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")), "the command line"
-    )
+    command_line.check_words(argv)
     file = cli_value(argv, "job.config_file")
     settings, origins = toml_files.read_settings(Path(file)) if file else ({}, {})
     defaults = _make_defaults(settings, origins, Path(file).parent if file else Path(), argv)
-    config = tyro.cli(
-        type(defaults),
-        default=defaults,
-        args=spell_flags(argv, type(defaults)),
-        prog="torchladder.train",
-        description="Trains a language model on a context-length curriculum. The command line overrides the file that "
-        "--job.config_file names.",
-        use_underscores=True,
-    )
+    config = command_line.parse(argv, defaults, prog)
     hf_defaults.check_hf_settings(config)
     return config
 
@@ -94,15 +75,19 @@ def load_text(text: str, path: str, overrides: Mapping[str, Any] | None = None) 
 
 def print_config_error(error: ConfigError | OSError) -> int:
     """Prints the message of an error and returns its exit code, 2; raises an OSError that is not about a file."""
-    if isinstance(error, OSError):
-        if find_disk_error(error) is not None:
-            error = ConfigError(describe_disk_error(error))
-        elif error.filename is not None:
-            error = ConfigError(f"{error.filename}: {error.strerror}")
-        else:
-            raise error
-    print(f"torchladder: {error}", file=sys.stderr)
+    print(f"torchladder: {as_config_error(error)}", file=sys.stderr)
     return 2
+
+
+def as_config_error(error: ConfigError | OSError) -> ConfigError:
+    """Returns an error with a message for the user; raises an OSError that is not about a file."""
+    if not isinstance(error, OSError):
+        return error
+    if find_disk_error(error) is not None:
+        return ConfigError(describe_disk_error(error))
+    if error.filename is not None:
+        return ConfigError(f"{error.filename}: {error.strerror}")
+    raise error
 
 
 def _load_settings(
@@ -128,7 +113,7 @@ def _make_defaults(
     """Returns the settings that the command line overrides; a missing required key is ``tyro.MISSING``."""
     for name, section in settings.items():
         keys = {key for table in section for key in table} if isinstance(section, list) else section
-        _refuse_renamed_keys((f"{name}.{key}" for key in keys), str(toml_files.origin(origins, name)))
+        command_line.refuse_foreign_names((f"{name}.{key}" for key in keys), str(toml_files.origin(origins, name)))
     _import_plugins(settings, argv, folder)
     hf_defaults.apply_hf_defaults(settings, origins, argv)
     kind = config_type(settings, argv)
@@ -158,29 +143,6 @@ def _make_section(kind: type, name: str, settings: dict[str, Any], origins: toml
     except ConfigError as error:
         files = {str(toml_files.origin(origins, name, key)) for key in settings}
         raise ConfigError(f"{', '.join(sorted(files)) or 'defaults'}: {error}") from None
-
-
-def _check_words(argv: list[str]) -> None:
-    """Raises ConfigError for a command line without settings, or with a file that is no value of a setting."""
-    if not argv:
-        raise ConfigError(
-            "no settings. A first run: --job.config_file train_configs/quickstart.toml; all settings: --help."
-        )
-    files = [value for value in cli_values(argv, "job.config_file") if value.endswith(".toml")]
-    stray = next((word for word in argv[:1] if not word.startswith("-")), None)
-    if stray is not None:
-        raise ConfigError(f"unexpected {stray!r}. A config file is named by --job.config_file {stray}")
-    if len(files) > 1 and sum(word.partition("=")[0] == "--job.config_file" for word in argv) == 1:
-        raise ConfigError(
-            f"--job.config_file takes one file, not {' and '.join(files)}. A file builds on another by its key "
-            "job.extends."
-        )
-
-
-def _refuse_renamed_keys(keys: Iterable[str], place: str) -> None:
-    for key in keys:
-        if key in RENAMED_KEYS:
-            raise ConfigError(f"{place}: {key} is now {RENAMED_KEYS[key]}.")
 
 
 def _import_plugins(settings: toml_files.RawSettings, argv: list[str], config_folder: Path) -> None:

@@ -19,5 +19,7 @@ def import_extra(name: str, extra: str, what: str) -> Any:
         imported = importlib.import_module(package)
         importlib.import_module(name)
     except ImportError:
-        raise ConfigError(f"{what} needs the package {package}: pip install 'torchladder[{extra}]'.") from None
+        raise ConfigError(
+            f"{what} needs the package {package}: pip install {package}, of the extra torchladder[{extra}]."
+        ) from None
     return imported

@@ -124,6 +124,12 @@ class RowLoader:
             self._source_mix.check_enough_data(until)
             for sentence in self._source_mix.sources_without_rows(until):
                 warn_once(sentence)
+        for corpus in corpora if self.split == "train" else ():
+            if 0 < corpus.num_tokens < self.seq_len:
+                warn_once(
+                    f"the source {corpus.label} has {corpus.num_tokens:,} tokens, fewer than one row of "
+                    f"{self.seq_len:,}: lower training.seq_len, or add data."
+                )
         self.num_rows = sum(packed.num_rows or 0 for packed in packings) if self.split == "validation" else None
         """Number of global rows; None if they never end."""
         self._batches: Iterator[Batch | PackedRows | ConfigError] | None = None

@@ -86,7 +86,7 @@ def convert_to_float8(model: nn.Module, config: Float8Config, sharded: bool) -> 
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        raise ConfigError("float8.enable needs torchao: pip install 'torchladder[float8]'.") from error
+        raise ConfigError("float8.enable needs the package torchao: pip install torchao.") from error
     if config.recipe_name == "tensorwise":
         recipe = Float8LinearConfig(enable_fsdp_float8_all_gather=gathers, emulate=config.emulate)
     else:

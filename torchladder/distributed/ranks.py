@@ -20,6 +20,9 @@ from torchladder.registry import check_bounds, require
 
 Number = TypeVar("Number", int, float)
 
+LAUNCHED = "TORCHLADDER_LAUNCHED"
+"""Environment variable of the ranks that ``distributed.launch`` starts: it prints the settings that they refuse."""
+
 
 @dataclass(frozen=True)
 class CommConfig:

@@ -35,6 +35,29 @@ class ConsoleHandler(logging.Handler):
         rank = f"[rank {self.rank}] " if self.rank else ""
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         style = "bold red" if record.levelno >= logging.ERROR else "yellow" if level else ""
-        message = getattr(record, "styled", None) or Text(level + self.format(record), style)
+        begin = Text.assemble((f"[{clock}] ", "dim"), rank)
+        fields: list[Text] = getattr(record, "fields", [])
+        message = level + self.format(record)
+        if console.is_terminal and "\n" not in message:  # a log file has one line per message
+            pieces = fields or [Text(word, style) for word in message.split(" ")]
+            line = wrap(begin, pieces, "  " if fields else " ", console.width)
+        else:
+            line = Text.assemble(begin, Text("  ").join(fields) if fields else Text(message, style))
         with suppress(OSError):  # a log on a full disk does not end the run
-            console.print(Text.assemble((f"[{clock}] ", "dim"), rank, message), soft_wrap=True)
+            console.print(line, soft_wrap=True)
+
+
+def wrap(begin: Text, pieces: list[Text], separator: str, width: int) -> Text:
+    """Returns ``begin`` and the pieces on as many lines as it takes; breaks only between pieces, and indents."""
+    text, indent = begin.copy(), len(begin)
+    column = indent
+    for number, piece in enumerate(pieces):
+        if column + len(separator) + len(piece) > width and column > indent:
+            text.append("\n" + " " * indent)
+            column = indent
+        elif number:
+            text.append(separator)
+            column += len(separator)
+        text.append_text(piece)
+        column += len(piece)
+    return text

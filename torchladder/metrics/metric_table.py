@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torchladder.registry import ConfigError, unknown_name
 
 Value = float | None
-"""None is null in metrics.jsonl, "n/a" on the console, and omitted in TensorBoard and W&B."""
+"""None is null in metrics.jsonl, and omitted on the console, in TensorBoard and W&B."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,7 @@ class Interval:
     tokens: int
     pairs: int
     seconds: float  # wall-clock time without pauses
+    step_seconds: float  # wall-clock time of a step without pauses, a mean that favors the last intervals
     totals: Mapping[str, float]  # tokens, flops and seconds since the start of the run
     memory_gib: float  # peak of this rank's device
     memory_fraction: float
@@ -167,9 +167,13 @@ def training_report(interval: Interval, passed: dict[str, Value], layer_windows:
         record={metric.key: values[metric.key] for metric in table if metric.jsonl} | windows,
         scalars={metric.tag: value * metric.tag_scale for metric, value in tagged}
         | {f"curriculum/{key}": window for key, window in windows.items()},
-        console=[(_FORMATTER.vformat(metric.console, (), values), metric.color) for metric in table if metric.console]
+        console=[
+            (metric.console.format(**values), metric.color)
+            for metric in table
+            if metric.console and values[metric.key] is not None
+        ]
         + [(f"{name}: {window}", "yellow") for name, window in layer_windows.items()],
-        seconds_left=(interval.run.steps - interval.step) * interval.seconds / max(interval.steps, 1),
+        seconds_left=(interval.run.steps - interval.step) * interval.step_seconds,
     )
 
 
@@ -204,11 +208,3 @@ def probe_report(step: int, scores: Mapping[str, float]) -> Report:
             for name, score in scores.items()
         ],
     )
-
-
-class _ConsoleFormatter(string.Formatter):
-    def format_field(self, value: Any, format_spec: str) -> str:
-        return "n/a" if value is None else super().format_field(value, format_spec)
-
-
-_FORMATTER = _ConsoleFormatter()

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
@@ -68,7 +68,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def rewind_jsonl(path: Path, step: int) -> dict[str, float]:
     """Deletes the records after ``step``; returns the tokens, FLOPs and seconds of the last training record kept."""
-    kept = [record for record in read_jsonl(path) if step > 0 and record["step"] <= step] if path.exists() else []
+    found = read_jsonl(path) if path.exists() else []
+    kept = [record for record in found if step > 0 and record["step"] <= step]
+    if found and step == 0:
+        logger.warning("%s: %d records of an earlier run are replaced", path, len(found))
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     partial.replace(path)
@@ -102,8 +105,7 @@ class WandBOutput:
             import wandb  # an optional package
         except ImportError:
             raise ConfigError(
-                "metrics.enable_wandb: wandb is not installed; pip install 'torchladder[wandb]', or set "
-                "--metrics.no_enable_wandb."
+                "metrics.enable_wandb needs the package wandb: pip install wandb, or set --metrics.no_enable_wandb."
             ) from None
         project = os.environ.get("WANDB_PROJECT", "torchladder")
         self.session = wandb.init(project=project, dir=str(folder), config=settings)
@@ -118,7 +120,7 @@ class WandBOutput:
 class TerminalOutput:
     """Logs a line per report; a terminal also shows a progress bar below the lines.
 
-    Without a bar, lines of training steps end with the time left at the pace of the last interval.
+    The bar, or without one the lines of training steps, have the time left.
     """
 
     name = "log"
@@ -127,19 +129,24 @@ class TerminalOutput:
         self.colors = colors
         self.bar: Progress | None = None
         if console.is_terminal and bar:
-            times = (TimeElapsedColumn(), "left", TimeRemainingColumn())
-            self.bar = Progress("step", BarColumn(bar_width=None), MofNCompleteColumn(), *times, console=console)
-            self.task = self.bar.add_task("", total=steps, completed=step)
+            left = TextColumn("{task.fields[left]}")
+            self.bar = Progress(
+                "step", BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), left, console=console
+            )
+            self.task = self.bar.add_task("", total=steps, completed=step, left="")
             self.bar.start()
 
     def write(self, report: Report) -> None:
         texts = list(report.console)
+        left = None if report.seconds_left is None else timedelta(seconds=round(report.seconds_left))
         if self.bar is not None:
             self.bar.update(self.task, completed=report.step)
-        elif report.seconds_left is not None:
-            texts.append((f"eta: {timedelta(seconds=round(report.seconds_left))}", "dim"))
-        styled = Text("  ").join([Text(text, style if self.colors else "") for text, style in texts])
-        logger.info(styled.plain, extra={"styled": styled})
+            if left is not None:
+                self.bar.update(self.task, left=f"left {left}")
+        elif left is not None:
+            texts.append((f"eta: {left}", "dim"))
+        fields = [Text(text, style if self.colors else "") for text, style in texts]
+        logger.info("  ".join(text for text, _ in texts), extra={"fields": fields})
 
     def close(self) -> None:
         if self.bar is not None:

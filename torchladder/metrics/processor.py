@@ -33,6 +33,9 @@ from torchladder.metrics.outputs import (
 )
 from torchladder.registry import check_bounds
 
+PACE_WEIGHT = 0.2
+"""Weight of the last interval in the seconds per step, from which the time left follows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
@@ -105,6 +108,8 @@ class MetricsProcessor:
             colors, bar = not config.disable_color_printing, not config.disable_progress_bar
             self.outputs.append(TerminalOutput(self.run.steps, step, colors, bar))
         self.last_step = step
+        self.reports = 0
+        self.step_seconds = 0.0
         self.tokens = self.pairs = 0
         self.last_time = time.perf_counter()
         self.start_time = self.last_time - self.totals["seconds"]
@@ -134,14 +139,17 @@ class MetricsProcessor:
         self.totals["flops"] += self.run.flops(self.tokens, self.pairs)
         self.totals["seconds"] = now - self.start_time
         memory_gib, memory_fraction = peak_memory(self.run.device)
+        seconds, steps = max(now - self.last_time, 1e-9), step - self.last_step
+        self._average_pace(seconds / max(steps, 1))
         interval = Interval(
             run=self.run,
             peak_flops=self.peak_flops,
             step=step,
-            steps=step - self.last_step,
+            steps=steps,
             tokens=self.tokens,
             pairs=self.pairs,
-            seconds=max(now - self.last_time, 1e-9),
+            seconds=seconds,
+            step_seconds=self.step_seconds,
             totals=self.totals,
             memory_gib=memory_gib,
             memory_fraction=memory_fraction,
@@ -159,6 +167,12 @@ class MetricsProcessor:
     def log_probes(self, step: int, scores: Mapping[str, float]) -> None:
         """Reports the scores of long-context probes after ``step`` steps."""
         self._write(probe_report(step, scores))
+
+    def _average_pace(self, step_seconds: float) -> None:
+        """Updates the moving average of the seconds per step; that of the first report, of cold steps, is replaced."""
+        weight = PACE_WEIGHT if self.reports > 1 else 1.0
+        self.step_seconds += weight * (step_seconds - self.step_seconds)
+        self.reports += 1
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -42,7 +42,7 @@ def batch_sizes(config: Config, dp_degree: int) -> BatchSizes:
     require(
         below == above,
         f"training.global_batch_size = {rows} is not a multiple of training.local_batch_size {micro} x "
-        f"{dp_degree} data-parallel ranks = {at_once}. Nearest: {below or above} or {above}.",
+        f"{dp_degree} data-parallel ranks = {at_once}. Nearest: {below or above} or {above if below else 2 * above}.",
     )
     return BatchSizes(rows, micro, rows // at_once, dp_degree)
 

@@ -149,6 +149,10 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
             window <= training.seq_len,
             f"validation.windows = {window}: a row has {training.seq_len} tokens (training.seq_len).",
         )
+        require(
+            any(map(mask.reads_window, config.attention.masks)),
+            f"validation.windows = {window}: none of attention.masks = {config.attention.masks} reads a window.",
+        )
     if config.validation.enable:
         probes.registry.build_all(config.validation.probes, [training.seq_len])
     folder = Path(config.job.dump_folder)
@@ -325,8 +329,14 @@ def fingerprints(plan: Plan, loader: BaseDataLoader) -> dict[str, str]:
 
 
 def _check_window_is_used(config: Config, schedule: Schedule, layer_type: str, windows: set[int]) -> None:
-    """Refuses a window that changes and that no mask of the layer type reads: it would be silently ignored."""
+    """Refuses windows that no row has, and one that changes and that no mask of the layer type reads."""
     names, seq_len = config.layer_masks[layer_type], config.training.seq_len
+    for window in windows:
+        require(
+            isinstance(window, int) and 1 <= window <= seq_len,
+            f"curriculum {config.curriculum.name!r} sets a window of {window}: must be a whole number from 1 to "
+            f"{seq_len}, the tokens of a row (training.seq_len).",
+        )
     row = torch.arange(seq_len, dtype=torch.int32)[None]
     reads = seq_len == 1 or not torch.equal(mask.from_names(names, row, 1), mask.from_names(names, row, seq_len))
     if not reads and windows != {seq_len}:

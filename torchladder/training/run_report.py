@@ -1,10 +1,15 @@
-"""What a run says at its end: where its results are, and which command is next."""
+"""What a run says beside its plan: that the CPUs are busy; at its end where its results are, and the next command."""
 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import sys
 from datetime import timedelta
 from pathlib import Path
+
+import torch
 
 from torchladder import checkpoint
 from torchladder.config import Config
@@ -13,6 +18,17 @@ logger = logging.getLogger(__name__)
 
 RESULTS = ("ladder.png", "metrics.jsonl", "samples.txt")
 """Files of a run that people look at, in its folder."""
+
+
+def warn_of_busy_cpus(device: torch.device) -> None:
+    """Warns of several threads on a CPU that other programs keep busy: each operation waits for its slowest thread."""
+    cpus, threads, (load, *_) = os.cpu_count() or 1, torch.get_num_threads(), os.getloadavg()
+    active = os.environ.get("OMP_WAIT_POLICY", "active").lower() == "active"  # waiting threads keep their CPU
+    if device.type == "cpu" and threads > 1 and load > cpus and active:
+        busy = f"load {load:.0f} on {cpus} CPUs"
+        logger.warning(
+            "this machine is busy (%s): set OMP_WAIT_POLICY=passive, or %d threads hinder others", busy, threads
+        )
 
 
 def log_end(config: Config, finished: bool, seconds: float) -> None:
@@ -35,6 +51,14 @@ def log_end(config: Config, finished: bool, seconds: float) -> None:
     duration = timedelta(seconds=round(seconds))
     logger.info("finished    in %s: %s has %s%s", duration, folder, ", ".join(left), checkpoint_text)
     if newest and config.tokenizer.name != "none":
-        logger.info('next        torchladder generate --checkpoint %s --prompt "..."', folder)
+        logger.info('next        %s generate --checkpoint %s --prompt "..."', _command(), folder)
     elif newest:
-        logger.info("next        torchladder evaluate %s --files ...", folder)
+        logger.info("next        %s evaluate %s --files ...", _command(), folder)
+
+
+def _command() -> str:
+    """Returns how a shell finds the command torchladder of this environment, which need not be active."""
+    here = Path(sys.executable).parent / "torchladder"
+    if not here.exists() or shutil.which("torchladder") == str(here):
+        return "torchladder"
+    return os.path.relpath(here) if here.is_relative_to(Path.cwd()) else str(here)

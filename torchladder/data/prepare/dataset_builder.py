@@ -34,7 +34,15 @@ from torchladder.data.prepare.tasks import (
     split_into_tasks,
 )
 from torchladder.data.prepare.text_counts import TextCounts
-from torchladder.data.text.document_reader import DocumentReader, OnError, document_location, summarize_skipped
+from torchladder.data.sources import held_out
+from torchladder.data.text.document_parsers import FileSlice
+from torchladder.data.text.document_reader import (
+    DocumentReader,
+    OnError,
+    document_location,
+    numbers_before,
+    summarize_skipped,
+)
 from torchladder.disk_errors import naming_path
 from torchladder.registry import ConfigError, require
 
@@ -73,13 +81,15 @@ class PartWriter:
     encoder: DocumentEncoder
     text_key: str
     on_error: OnError
+    validation_fraction: float
+    split: str
 
     def __call__(self, task: PrepareTask) -> PreparedPart:
         reader = DocumentReader(self.text_key, self.on_error)
         # A unique name: a worker that was given up for lost may still be writing the same part.
         name, counts = f"{task.key}-{uuid.uuid4().hex[:8]}", TextCounts()
         with IndexedWriter(self.folder / name, dtype_for(self.encoder.tokenizer.vocab_size)) as writer:
-            documents = ((part, *document) for part in task.slices for document in reader.read(part))
+            documents = self._documents(task, reader)
             for batch in batch_by_chars(documents, lambda document: document[2]):
                 texts = [text for _, _, text in batch]
                 encoded = self.encoder(texts, lambda n, batch=batch: document_location(*batch[n][:2]))  # type: ignore[misc]
@@ -102,6 +112,29 @@ class PartWriter:
         metadata.write_metadata(self.folder / task.key, prepared)
         return prepared
 
+    def _documents(self, task: PrepareTask, reader: DocumentReader) -> Iterator[tuple[FileSlice, int | None, str]]:
+        """Yields the documents of the split, each with its slice and its number there."""
+        for part, name in zip(task.slices, task.names, strict=True):
+            before = numbers_before(part) if self.validation_fraction else 0
+            for number, text in reader.read(part):
+                identity = name if number is None else f"{name}:{before + number}"
+                if held_out(identity, self.validation_fraction) == (self.split == "validation"):
+                    yield part, number, text
+
+
+def prepare_held_out(config: PrepareConfig, executor: Executor) -> DatasetMetadata:
+    """Prepares the held-out documents as PREFIX-validation; returns its metadata.
+
+    Raises:
+        ConfigError: as ``prepare_dataset``, or no document is held out.
+    """
+    done = prepare_dataset(dataclasses.replace(config, split="validation"), executor)
+    require(
+        done.documents > 0 or config.shard is not None,
+        f"--validation-fraction {config.validation_fraction:g} holds out no document of this input: raise it.",
+    )
+    return done
+
 
 def prepare_dataset(config: PrepareConfig, executor: Executor) -> DatasetMetadata:
     """Prepares a dataset, or continues an interrupted preparation; returns the dataset's metadata.
@@ -118,6 +151,8 @@ def prepare_dataset(config: PrepareConfig, executor: Executor) -> DatasetMetadat
         on_error=config.on_error,
         shard=list(config.shard) if config.shard else None,
         sources=[{"path": str(path), "bytes": path.stat().st_size} for path in files],
+        validation_fraction=config.validation_fraction,
+        split=config.split,
     )
     with _lock_parts(config.prefix) as folder:
         done = _existing_output(config.prefix, wanted, config.overwrite)
@@ -164,7 +199,9 @@ def _make_parts(
         if part and (part.on_error == config.on_error or not part.skipped):
             done[task.key] = part
     num_bytes = {task.key: task.num_bytes for task in tasks}
-    writer = PartWriter(folder, config.encoder, config.text_key, config.on_error)
+    writer = PartWriter(
+        folder, config.encoder, config.text_key, config.on_error, config.validation_fraction, config.split
+    )
     done_bytes = sum(num_bytes[key] for key in done)
     with PrepareProgress(Path(config.prefix).name, sum(num_bytes.values()), done_bytes) as progress:
         if done:

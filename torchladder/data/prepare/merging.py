@@ -118,6 +118,8 @@ def _merge_metadata(known: Sequence[DatasetMetadata]) -> DatasetMetadata:
     for about in known:
         found = about.settings()["tokenizer"]
         require(found == first, f"the inputs have different tokenizers or bos/eos tokens: {first} and {found}.")
+        same_split = about.split == known[0].split
+        require(same_split, "some inputs are held out for validation (PREFIX-validation), and others are not.")
     # All shards of a preparation list all of its sources.
     same_sources = all(about.sources == known[0].sources and about.shard for about in known)
     sources = known[0].sources if same_sources else [source for about in known for source in about.sources]

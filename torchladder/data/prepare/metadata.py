@@ -32,6 +32,8 @@ class DatasetMetadata:
         text_counts: bytes of text, tokens and unknown tokens, as in ``TextCounts``; empty if they were not counted.
         shard: [index from 0, number of shards]; None if this is the whole dataset.
         sources: ``path`` and ``bytes`` of each input file, in order.
+        validation_fraction: of the documents that is held out of ``sources``.
+        split: ``train``, the documents that are not held out, or ``validation``, those that are.
         checksums: SHA-256 of the ``bin`` and ``idx`` files.
     """
 
@@ -45,11 +47,13 @@ class DatasetMetadata:
     text_counts: dict[str, Any] = field(default_factory=dict)
     shard: list[int] | None = None
     sources: list[dict[str, Any]] = field(default_factory=list)
+    validation_fraction: float = 0.0
+    split: str = "train"
     checksums: dict[str, str] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """Returns everything that determines the tokens, by name."""
-        keys = ("dtype", "tokenizer", "text_key", "on_error", "shard", "sources")
+        keys = ("dtype", "tokenizer", "text_key", "on_error", "shard", "sources", "validation_fraction", "split")
         settings = {key: getattr(self, key) for key in keys}
         # The fingerprint identifies a tokenizer, its name on the command line does not.
         return settings | {"tokenizer": {key: value for key, value in self.tokenizer.items() if key != "name"}}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torchladder.data.formats.indexed import prefix_of
 from torchladder.data.prepare.document_encoder import DocumentEncoder
@@ -41,6 +42,8 @@ class PrepareConfig:
         overwrite: whether to replace a dataset that was prepared with other settings.
         part_bytes: bytes of input per task; None chooses by the size of the input. Does not change the output.
         max_unknown_fraction: of the tokens; more is an error. Does not change the output.
+        validation_fraction: of the documents, held out by the rule of ``data.validation_fraction``.
+        split: which documents to prepare: ``train``, without those held out, or ``validation``, only those.
     """
 
     inputs: list[str]
@@ -53,6 +56,8 @@ class PrepareConfig:
     overwrite: bool = False
     part_bytes: int | None = None
     max_unknown_fraction: float = MAX_UNKNOWN_FRACTION
+    validation_fraction: float = 0.0
+    split: Literal["train", "validation"] = "train"
 
     def __post_init__(self) -> None:
         require(bool(self.inputs) and all(self.inputs), "there is no input: name files, folders or globs.")
@@ -61,12 +66,14 @@ class PrepareConfig:
         in_range = self.part_bytes is None or self.part_bytes > 0
         require(in_range, f"--part-bytes {self.part_bytes}: must be 1 or more.")
         check_max_unknown_fraction(self.max_unknown_fraction, "--max-unknown-fraction")
+        fraction = self.validation_fraction
+        require(0 <= fraction < 1, f"--validation-fraction {fraction}: must be 0 or more and below 1.")
         DocumentReader(self.text_key, self.on_error)  # checks both
 
     @property
     def prefix(self) -> str:
-        """The output's prefix, with the shard's index if there is one."""
-        prefix = prefix_of(self.output)
+        """The output's prefix, with ``-validation`` for held-out documents and the shard's index if there is one."""
+        prefix = prefix_of(self.output) + ("-validation" if self.split == "validation" else "")
         return prefix if self.shard is None else f"{prefix}-{self.shard[0]:05}-of-{self.shard[1]:05}"
 
 
@@ -77,11 +84,13 @@ class PrepareTask:
     Attributes:
         key: hash of everything that determines the part.
         slices: of files, in order.
+        names: of each slice's file within the input, as a source of text names it.
         stamps: (size, modification time in ns) of each slice's file.
     """
 
     key: str
     slices: tuple[FileSlice, ...]
+    names: tuple[str, ...]
     stamps: tuple[tuple[int, int], ...]
 
     @property
@@ -89,16 +98,16 @@ class PrepareTask:
         return sum(part.size for part in self.slices)
 
 
-def expand_inputs(inputs: Sequence[str]) -> list[Path]:
-    """Lists the files that paths, folders and globs name, each once, the matches of each in sorted order.
+def expand_inputs(inputs: Sequence[str]) -> dict[Path, str]:
+    """Returns the files that paths, folders and globs name, each once with its name, the matches of each in order.
 
     Raises:
         ConfigError: a pattern matches no file.
     """
-    return list(match_text_files(inputs))
+    return match_text_files(inputs)
 
 
-def split_into_tasks(config: PrepareConfig, files: Sequence[Path]) -> list[PrepareTask]:
+def split_into_tasks(config: PrepareConfig, files: Mapping[Path, str]) -> list[PrepareTask]:
     """Splits files into tasks of about equal size."""
     stats = {path: path.stat() for path in files}
     total = sum(stat.st_size for stat in stats.values())
@@ -114,13 +123,16 @@ def split_into_tasks(config: PrepareConfig, files: Sequence[Path]) -> list[Prepa
             group_bytes += part.size
     encoder = config.encoder
     settings = [TASK_VERSION, encoder.tokenizer.fingerprint, encoder.special_ids, config.text_key]
+    settings += [config.split, config.validation_fraction] if config.validation_fraction else []
     tasks = []
     for group in filter(None, groups):
         stamps = tuple(file_stamp(stats[part.path]) for part in group)
         places = [(os.path.abspath(part.path), part.begin, part.end) for part in group]
-        content = [(*place, stamp) for place, stamp in zip(places, stamps, strict=True)]
+        content: list[tuple[object, ...]] = [(*place, stamp) for place, stamp in zip(places, stamps, strict=True)]
+        names = tuple(files[part.path] for part in group)
+        content += [names] if config.validation_fraction else []  # they decide which documents are held out
         key = hashlib.sha256(json.dumps([*settings, content]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        tasks.append(PrepareTask(key, tuple(group), stamps))
+        tasks.append(PrepareTask(key, tuple(group), names, stamps))
     return tasks
 
 

@@ -69,9 +69,13 @@ def document_location(file_slice: FileSlice, number: int | None) -> str:
     """Returns the file and line of a document that ``DocumentReader.read`` has numbered within a slice."""
     if number is None:
         return str(file_slice.path)
-    if format_of(file_slice.path).relative_numbers:
-        number += compression.lines_before(file_slice.path, file_slice.begin)
-    return f"{file_slice.path}:{number}"
+    return f"{file_slice.path}:{number + numbers_before(file_slice)}"
+
+
+def numbers_before(file_slice: FileSlice) -> int:
+    """Returns what to add to the numbers of documents in a slice to get those in the file."""
+    relative = format_of(file_slice.path).relative_numbers
+    return compression.lines_before(file_slice.path, file_slice.begin) if relative else 0
 
 
 def summarize_skipped(skipped: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:

@@ -32,7 +32,7 @@ class FlashKernel(VarlenKernel):
             except ImportError as error:
                 raise ConfigError(
                     f"kernel 'flash' needs the package flash-attn-4 or flash-attn. FlashAttention 4: {reason}. "
-                    "FlashAttention 2: pip install 'torchladder[flash]'. The kernels varlen and flex compute the same "
+                    "FlashAttention 2: pip install flash-attn. The kernels varlen and flex compute the same "
                     "masks without them."
                 ) from error
             self._varlen = partial(flash_attn_varlen_func, causal=True)

@@ -56,7 +56,7 @@ def missing() -> str | None:
     try:
         version = importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
-        return "the package flash-attn-4 is not installed: pip install 'torchladder[fa4]'"
+        return "the package flash-attn-4 is not installed: pip install --pre flash-attn-4"
     try:
         package = _interface()
         functions = package._flash_attn_fwd, package._flash_attn_bwd

@@ -227,5 +227,7 @@ def _safetensors(file: Path) -> ModuleType:
     try:
         import safetensors.torch
     except ImportError:
-        raise ConfigError(f"{file} needs the package safetensors: pip install 'torchladder[hf]'.") from None
+        raise ConfigError(
+            f"{file} needs the package safetensors: pip install safetensors, of the extra torchladder[hf]."
+        ) from None
     return safetensors
