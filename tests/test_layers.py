@@ -24,6 +24,7 @@ PARTS = [
 ]
 LAYERS = [
     ["registry", "disk_errors"],
+    ["batch_schedule"],
     ["mask", "schedule"],
     PARTS,
     ["config"],

@@ -149,6 +149,7 @@ def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
         "state_bytes_per_rank": plan.state_bytes,
         "optimizer_groups": [group.summary() for group in plan.optimizer_groups],
         "windows": {str(step): plan.schedule.window(step) for step in steps},
+        "global_batch_sizes": {str(first): rows for first, rows in plan.schedule.batch.stages},
     }
 
 
@@ -183,6 +184,7 @@ def _print_costs(plan: Plan, costs: dict[str, float]) -> None:
 
 def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
     """Returns the first step of each phase, its length, the settings that hold in it, and what it reads."""
+    batch = plan.schedule.batch
     starts = sorted({0, *plan.schedule.phase_steps, *(source.step for source in usage)})
     phases = []
     for step, end in zip(starts, [*starts[1:], plan.steps], strict=True):
@@ -191,7 +193,7 @@ def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
             {
                 "step": step,
                 "steps": end - step,
-                "tokens": (end - step) * plan.tokens_per_step,
+                "tokens": batch.tokens_before(end) - batch.tokens_before(step),
                 "sets": {key: value for key, value in settings.items() if value is not None},
                 "sources": [dataclasses.asdict(source) for source in usage if source.step == step],
             }
@@ -204,7 +206,7 @@ def _print_windows(plan: Plan, steps: list[int]) -> None:
     for name in ("step", "window", "tokens seen"):
         table.add_column(name, justify="right")
     for step in steps:
-        table.add_row(f"{step:,}", f"{plan.schedule.window(step):,}", f"{step * plan.tokens_per_step:,}")
+        table.add_row(f"{step:,}", f"{plan.schedule.window(step):,}", f"{plan.schedule.batch.tokens_before(step):,}")
     Console().print(table)
 
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from torchladder import checkpoint, data, mask, models
 from torchladder import config as settings
+from torchladder.batch_schedule import BatchSizeWarmup
 from torchladder.checkpoint import CHECKSUM_FILE, CONFIG_FILE, CheckpointConfig, RunState
 from torchladder.config import Config, hf_defaults, toml_files
 from torchladder.inference.weight_choice import OWN_WEIGHTS, MissingWeightsError, WeightChoice, load_weights
@@ -191,7 +192,9 @@ class TrainedModel:
         if self.run_state is not None and self.run_state.final_window is not None:
             return self.run_state.final_window
         training = replace(self.config.training, steps=max(self.config.training.steps, 1))
-        schedule = replace(self.config, training=training).schedule(tokens_per_step=1)  # no phases without a run
+        # No phases without a run; the batch does not change the window.
+        config = replace(self.config, training=training, batch_size_warmup=BatchSizeWarmup())
+        schedule = config.schedule(global_batch_size=1)
         return schedule.window(training.steps - 1)
 
     def build_tokenizer(self) -> data.Tokenizer | None:

@@ -115,7 +115,8 @@ class MetricsProcessor:
 
         Args:
             step: optimizer steps taken.
-            **values: the metrics of the table that are passed in: loss, grad_norm, lr, window; z_loss is optional.
+            **values: the metrics of the table that are passed in: loss, grad_norm, lr, window; z_loss and
+                global_batch_size are optional.
 
         Raises:
             ConfigError: a value is missing, or its name is not in the table.

@@ -35,7 +35,7 @@ class Plan:
 
     Attributes:
         config: the settings of the run, ``training.steps`` known.
-        tokens_per_step: tokens of one step over all ranks.
+        tokens_per_step: tokens of one step over all ranks, if neither warmup nor phases change the batch.
         num_parameters: trainable parameters of the model.
         flops: forward and backward FLOPs of the whole run under its windows.
         flops_full_context: the same with every row at full causal context.
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        return self.steps * self.tokens_per_step
+        return self.schedule.batch.tokens_before(self.steps)
 
     @property
     def saved(self) -> float:
@@ -101,9 +101,12 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     degrees = mesh.degrees(config.parallelism, ranks)
     batch = batch_sizes(config, degrees.dp)
     config = data_setup.with_steps(config, batch)
-    training, rows = config.training, batch.global_batch_size
-    schedule = config.schedule(tokens_per_step=rows * training.seq_len)
-    windows = Counter(map(schedule.window, range(training.steps)))  # window -> its steps
+    training = config.training
+    schedule = config.schedule(batch.global_batch_size)
+    data_setup.check_batch_schedule(config, batch, schedule.batch)
+    windows: Counter[int] = Counter()  # window -> its rows
+    for step in range(training.steps):
+        windows[schedule.window(step)] += schedule.batch(step)
     _check_window_is_used(config, schedule, set(windows))
     if config.checkpoint.last_save_in_hf:
         hf_export.check_exportable(config, schedule(training.steps - 1))
@@ -140,19 +143,20 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
 
     row = torch.arange(training.seq_len, dtype=torch.int32)[None]
     attended = sum(
-        mask.pairs(mask.from_names(config.attention.masks, row, window)) * steps for window, steps in windows.items()
+        mask.pairs(mask.from_names(config.attention.masks, row, window)) * rows for window, rows in windows.items()
     )
-    linear_flops = model.flops(rows * training.seq_len, 0)
-    attention_flops = model.flops(0, rows * mask.pairs(mask.causal(row, training.seq_len)))
+    all_rows = schedule.batch.rows_before(training.steps)
+    linear_flops = model.flops(all_rows * training.seq_len, 0)
+    attention_flops = model.flops(0, all_rows * mask.pairs(mask.causal(row, training.seq_len)))
     return Plan(
         config=config,
         schedule=schedule,
         steps=training.steps,
-        tokens_per_step=rows * training.seq_len,
+        tokens_per_step=batch.global_batch_size * training.seq_len,
         num_parameters=model.num_parameters(),
-        flops=training.steps * linear_flops + model.flops(0, rows * attended),
-        flops_full_context=training.steps * (linear_flops + attention_flops),
-        attention_flops_full_context=training.steps * attention_flops,
+        flops=linear_flops + model.flops(0, attended),
+        flops_full_context=linear_flops + attention_flops,
+        attention_flops_full_context=attention_flops,
         window_range=(min(windows), max(windows)),
         full_context_step=curriculum.full_context_step(schedule.window, training.steps, training.seq_len),
         batch=batch,
@@ -179,6 +183,7 @@ def summary_lines(plan: Plan) -> list[str]:
         f"{plan.state_bytes / 2**30:.2f} GiB of weights, gradients and optimizer state per rank",
         f"step        {batch.global_batch_size} rows x {seq_len:,} tokens = {plan.tokens_per_step:,} tokens "
         f"({ranks} x {batch.local_batch_size} rows x {batch.accumulation_steps} accumulated)",
+        *([f"batch       {plan.schedule.batch}"] if plan.schedule.batch.varies else []),
         f"run         {plan.steps:,} steps, {plan.num_tokens:,} tokens, {plan.flops:.3e} FLOPs",
         f"curriculum  {ladder}",
         f"masks       {' + '.join(config.attention.masks)}: {plan.attention_saved:.1%} of attention saved, "

@@ -171,7 +171,7 @@ class Trainer:
         """One optimizer step."""
         now = self.plan.schedule(self.step)
         self._set_rope_theta(now.rope_theta)
-        batches = self.fault_tolerance.read(self.loader, self.plan.batch.accumulation_steps)
+        batches = self.fault_tolerance.read(self.loader, self.plan.batch.micro_batches(now.global_batch_size))
         starts = [mask.from_names(self.config.attention.masks, batch.positions, now.window) for batch in batches]
         num_labels, pairs = self.fault_tolerance.sync_ranks(
             sum(batch.num_labels for batch in batches), sum(map(mask.pairs, starts)), self.plan.degrees.model_parallel
@@ -200,12 +200,14 @@ class Trainer:
         self.row = self.loader.row
         by_rows = [(batch.rows, loss["loss"]) for batch, loss in zip(batches, losses, strict=True)]
         self.bad_steps.record(StepOutcome(self.step, rows, bad, grad_norm.detach(), by_rows))
-        self.metrics.count(self.plan.tokens_per_step, pairs)
+        self.metrics.count(now.global_batch_size * self.config.training.seq_len, pairs)
         # Only steps that are reported or saved synchronize with the device.
         if self.metrics.should_log(self.step) or self.fault_tolerance.save_due(self.step):
             totals = {name: torch.stack([loss[name] for loss in losses]).sum().item() for name in losses[0]}
             means = {name: self.ranks.sum(total, self.plan.degrees.tp) for name, total in totals.items()}
             self.bad_steps.flush()
+            if self.plan.schedule.batch.varies:
+                means["global_batch_size"] = now.global_batch_size
             self.metrics.log(self.step, **means, grad_norm=grad_norm.item(), lr=lr, window=now.window)
 
     def forward_backward(self, batch: Batch, start: Tensor, num_labels: int) -> dict[str, Tensor]:
