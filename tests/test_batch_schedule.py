@@ -1,6 +1,7 @@
 """A batch that changes during a run: every step's rows, against a slow reference that plays the run step by step."""
 
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from itertools import count
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import DEBUG, lines, losses, run, start
+from runs import DEBUG, ROOT, lines, losses, run, start
 
 from torchladder import config, data, train
 from torchladder.batch_schedule import BatchSchedule, BatchSizeWarmup
@@ -349,3 +350,19 @@ def test_a_loader_that_reads_equal_steps_is_refused(monkeypatch):
     made = plan("--data.name", "equal", *WARMUP, "--batch_size_warmup.steps", "4")
     with pytest.raises(ConfigError, match="'equal' reads the same number of rows in every step"):
         build_loader(made.config, made.batch, made.schedule, tokenizer=ByteTokenizer())
+
+
+def test_the_batches_of_the_docs():
+    """Megatron's numbers as a warmup, and Seesaw's doublings where a cosine would have halved the rate."""
+    page = (ROOT / "docs" / "schedule.md").read_text()
+    blocks = [block for block in re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL) if "batch_size" in block]
+    warmup, seesaw = (config.load_text(block, "schedule.md") for block in blocks)
+    assert [rows for _, rows in warmup.batch_schedule(64).stages] == [16, 32, 48, 64]
+    schedule, steps = seesaw.schedule(128), seesaw.training.steps
+    assert schedule.batch.tokens_before(steps - 1) < 100e9 <= schedule.batch.tokens_before(steps)
+    for halvings, (first, rows) in enumerate(schedule.batch.stages):
+        fraction = schedule.batch.tokens_before(first) / 100e9
+        assert (1 + math.cos(math.pi * fraction)) / 2 == pytest.approx(2**-halvings, abs=1e-4)
+        assert rows == 128 * 2**halvings
+        if first:
+            assert schedule(first).lr_factor == pytest.approx(2 ** (-halvings / 2))

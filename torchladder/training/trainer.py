@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import platform
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Trainer:
         self.plan, self.ranks = plan, ranks
         self.folder = Path(config.job.dump_folder)
         self.step = self.row = 0
+        self.totals: Mapping[str, float] = {}  # at the checkpoint that the run continues from
         self.post_step_pending = True  # validation at step 0
         self.validated_step = -1
 
@@ -102,7 +104,7 @@ class Trainer:
             loaders = [self.loader, self.validation.loader] if self.validation else [self.loader]
             log_plan(plan, self.kernel, loaders, self.step)
             self.samples.rewind(self.step - self.post_step_pending)
-        self.metrics = MetricsProcessor(config.metrics, run_info(plan, ranks, self.model.flops), self.step)
+        self.metrics = MetricsProcessor(config.metrics, run_info(plan, ranks, self.model.flops), self.step, self.totals)
 
     def _build_model(self) -> models.Model:
         """Builds the model on meta, parallelizes it, then allocates and initializes its weights."""
@@ -146,7 +148,7 @@ class Trainer:
                         self.after_step()
                     except Rollback as rollback:
                         self.restore_progress(self.fault_tolerance.roll_back(rollback, self.loader))
-                        self.metrics.rewind(self.step)
+                        self.metrics.rewind(self.step, self.totals)
                         if self.ranks.is_rank0:
                             self.samples.rewind(self.step)
                     if self.step == first + 1:  # compiled, connected, warm
@@ -297,12 +299,13 @@ class Trainer:
             validated_step=self.validated_step,
             bad_steps=self.bad_steps.state_dict(),
             skipped_rows=self.fault_tolerance.skipped_rows,
+            totals=self.metrics.progress,
             versions={"torch": torch.__version__, "python": platform.python_version()},
         )
 
     def restore_progress(self, state: RunState) -> None:
-        """Sets step and row to those of a checkpoint."""
-        self.step, self.row = state.step, state.row
+        """Sets step, row and totals to those of a checkpoint."""
+        self.step, self.row, self.totals = state.step, state.row, state.totals
         self.post_step_pending = state.post_step_pending or self.step == 0  # metrics at step 0 are logged again
         self.validated_step = state.validated_step if self.step else -1
 
