@@ -90,6 +90,10 @@ def test_changes_are_checked_as_for_a_resumed_run(stable, tmp_path, capsys):
     assert "data.seed has changed" in said
     assert train.main([*whole, "--training.steps", "6"]) == 2
     assert "has taken 6 steps, so none of training.steps = 6 is left" in capsys.readouterr().err
+    assert train.main([word for word in whole if word not in path]) == 2
+    assert "initial_load_model_only = false: set checkpoint.initial_load_path" in capsys.readouterr().err
+    assert train.main([*whole, "--checkpoint.no_enable"]) == 2
+    assert "checkpoint.initial_load_path needs checkpoint.enable" in capsys.readouterr().err
     assert not (tmp_path / "checkpoint").exists()
 
 

@@ -170,6 +170,10 @@ class Checkpointer:
         """
         config = self.config
         if not config.enable:
+            require(
+                not config.initial_load_path,
+                "checkpoint.initial_load_path needs checkpoint.enable; checkpoint.load_only loads and never saves.",
+            )
             return None
         load_step = -1 if newest or step_folders.is_restart() else config.load_step
         if load_step == -1 and not newest and (finished := self._finished_run()):
@@ -185,7 +189,13 @@ class Checkpointer:
                 )
             self._last_step = -1 if state.post_step_pending else state.step
             return state
-        if not config.initial_load_path or config.initial_load_in_hf:  # the trainer loads Hugging Face folders
+        if config.initial_load_in_hf:  # the trainer loads Hugging Face folders
+            return None
+        if not config.initial_load_path:
+            require(
+                config.initial_load_model_only,
+                "checkpoint.initial_load_model_only = false: set checkpoint.initial_load_path to a step-N to start from.",
+            )
             return None
         path, model_only = config.initial_load_path.rstrip("/"), config.initial_load_model_only
 
