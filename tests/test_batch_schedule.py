@@ -47,7 +47,7 @@ def test_rows_are_counted_as_step_by_step(first, stages, step, rows):
     batch, sizes = BatchSchedule([(0, first), *sorted(stages.items())], seq_len=3), played(first, stages)
     assert [batch(at) for at in range(60)] == sizes
     assert batch.rows_before(step) == sum(sizes[:step])
-    assert (batch.tokens_before(step), batch.tokens(step)) == (3 * sum(sizes[:step]), 3 * sizes[step])
+    assert batch.tokens_before(step) == 3 * sum(sizes[:step])
     assert batch.rows_before(-2) == -2 * first
     before = [sum(sizes[:at]) for at in range(60)]
     if rows < before[-1]:
@@ -236,14 +236,14 @@ def test_a_plan_counts_the_tokens_of_every_step():
     assert made.num_tokens == rows * 256
     steps = [plan("--training.global_batch_size", str(made.schedule.batch(step))) for step in range(20)]
     assert made.flops_full_context == sum(one.flops_full_context // 20 for one in steps)
-    assert "batch       2 rows, 4 from step 2, 8 from step 4, 12 from step 15" in summary_lines(made)
+    assert "batch       rows: 2 from step 0, 4 from step 2, 8 from step 4, 12 from step 15" in summary_lines(made)
     plain = plan("--training.global_batch_size", "8")
     assert not [line for line in summary_lines(plain) if line.startswith("batch")]
 
 
 def test_a_long_warmup_is_described_in_one_line():
     batch = BatchSizeWarmup(initial_batch_size=1, increment=1, steps=99).schedule(100, 8)
-    assert str(batch).startswith("1 rows, 2 from step 1, 3 from step 2")
+    assert str(batch).startswith("rows: 1 from step 0, 2 from step 1, 3 from step 2")
     assert str(batch).endswith("…, 100 from step 99")
 
 

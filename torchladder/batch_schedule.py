@@ -62,18 +62,14 @@ class BatchSchedule:
         return sorted({rows for _, rows in self.stages})
 
     def __str__(self) -> str:
-        sizes = [f"{rows:,} rows" if not step else f"{rows:,} from step {step:,}" for step, rows in self.stages]
+        sizes = [f"{rows:,} from step {step:,}" for step, rows in self.stages]
         if len(sizes) > MAX_SHOWN_STAGES:
             sizes[MAX_SHOWN_STAGES - 2 : -1] = ["…"]
-        return ", ".join(sizes)
+        return f"rows: {', '.join(sizes)}"
 
     def __call__(self, step: int) -> int:
         """Returns the rows of a step."""
         return self.stages[self._stage(self._steps, step)][1]
-
-    def tokens(self, step: int) -> int:
-        """Returns the tokens of a step."""
-        return self(step) * self.seq_len
 
     def rows_before(self, step: int) -> int:
         """Returns the rows of all steps before ``step``; negative before step 0, at the first size."""

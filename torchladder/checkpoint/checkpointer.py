@@ -194,7 +194,7 @@ class Checkpointer:
         if not config.initial_load_path:
             require(
                 config.initial_load_model_only,
-                "checkpoint.initial_load_model_only = false: set checkpoint.initial_load_path to a step-N to start from.",
+                "checkpoint.initial_load_model_only = false: set checkpoint.initial_load_path to the step-N of a run.",
             )
             return None
         path, model_only = config.initial_load_path.rstrip("/"), config.initial_load_model_only

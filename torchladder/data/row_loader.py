@@ -2,8 +2,8 @@
 
 Step s trains on the global rows ``s * G .. s * G + G - 1`` (G: the global batch size; where it varies, a step begins
 after the rows of those before it). Data-parallel rank d of D takes the contiguous share that begins ``d * G / D`` rows
-later. A row is a pure function of sources, weights, seed and its
-number, so the global batch is the same for any number of ranks and workers, and one integer is enough to resume.
+later. A row is a pure function of sources, weights, seed and its number, so the global batch is the same for any number
+of ranks and workers, and one integer is enough to resume.
 """
 
 from __future__ import annotations
