@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from runs import DEBUG, losses, run
 
 from torchladder import train
+from torchladder.batch_schedule import BatchSchedule, BatchSizeWarmup
 from torchladder.config.attention_section import AttentionConfig
 from torchladder.curriculum import Constant, Linear
 from torchladder.optim import LRSchedulerConfig
-from torchladder.schedule import Phase, Schedule
+from torchladder.schedule import Phase, Schedule, change_batch
 from torchladder.training.changed_settings import compare, schedule_settings
 
 SAVING = ["--checkpoint.enable", "--checkpoint.interval", "4", "--validation.no_enable"]
@@ -28,9 +29,10 @@ def make(steps, window, ramp, decay_type, warmup, phases):
     rates = LRSchedulerConfig(warmup_steps=warmup, decay_type=decay_type, decay_ratio=0.25)
     config = SimpleNamespace(
         training=SimpleNamespace(steps=steps), curriculum=SimpleNamespace(**windows), optimizer=SimpleNamespace(),
-        lr_scheduler=rates, phases=phases, attention=AttentionConfig(),
+        lr_scheduler=rates, phases=phases, attention=AttentionConfig(), batch_size_warmup=BatchSizeWarmup(),
     )  # fmt: skip
-    return schedule_settings(config), Schedule(built, lambda step: rates.factor(step, steps), phases, steps, 256)
+    batch = change_batch(BatchSchedule.constant(4, seq_len=64), phases, steps)
+    return schedule_settings(config), Schedule(built, lambda step: rates.factor(step, steps), phases, steps, batch)
 
 
 PHASES = st.lists(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from torchladder import data, train
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.data import IGNORE_INDEX
 from torchladder.data.sources import held_out
 from torchladder.data.tokenizer import ByteTokenizer
@@ -45,7 +46,7 @@ def load(folder, tmp_path, monkeypatch):
 
     def load(**changes):
         facts = dict(seq_len=T, split="train", tokenizer=ByteTokenizer(), dp_rank=0, dp_degree=1)
-        facts |= dict(local_batch_size=2, global_batch_size=8)
+        facts |= dict(local_batch_size=2, global_batch_size=8, batch_schedule=None)
         facts |= {key: changes.pop(key) for key in list(changes) if key in facts}
         files = f"{folder}/train-*.jsonl"
         base = {"path": "json", "data_files": files, "validation_fraction": FRACTION, "shuffle_buffer": 0}
@@ -124,6 +125,20 @@ def test_resuming_reads_what_running_through_would_have(load, step):
     sought.seek(through.row)
     for ours, theirs in zip(take(through, 9), take(sought, 9), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_rows_are_those_of_whole_steps_where_the_batch_grows(load):
+    batch = BatchSchedule([(0, 4), (2, 8)])
+    through, sought, plain = load(batch_schedule=batch), load(batch_schedule=batch), load()
+    rows = []
+    for _ in range(12):
+        rows.append(through.row)
+        assert torch.equal(next(through).tokens, next(plain).tokens)
+    assert rows == [0, 0, 4, 4, *[8] * 4, *[16] * 4]
+    sought.seek(8, 2)
+    next(sought)
+    assert sought.row == 8
+    assert torch.equal(take(sought, 7)[0], take(load(), 12)[0][10:])
 
 
 def test_reading_ahead_changes_nothing(load):

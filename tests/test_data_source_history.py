@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from runs import DEBUG, losses, run
 
 from torchladder import data, train
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.data import SourceConfig
 from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.data.mixing.interleave import PhasedInterleave
@@ -79,7 +80,7 @@ def test_a_change_that_is_accepted_loses_and_repeats_no_row(first, phases, later
     (before, saved), (after, current) = build(first, phases), build(later, more)
     row = step * G
     try:
-        SourceHistory(saved, current, step, row, G).check("abc", after.counts(row), [1.0] * 3)
+        SourceHistory(saved, current, step, row, BatchSchedule.constant(G)).check("abc", after.counts(row), [1.0] * 3)
     except ConfigError:
         assert not same
         return

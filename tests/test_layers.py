@@ -25,6 +25,7 @@ PARTS = [
 ]
 LAYERS = [
     ["registry", "disk_errors"],
+    ["batch_schedule"],
     ["mask", "schedule"],
     PARTS,
     ["config"],

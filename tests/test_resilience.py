@@ -216,13 +216,15 @@ def test_stop_saves_nothing_bad(tmp_path, monkeypatch, caplog):
     assert "the loss is nan on rows 18, 19" in caplog.text
 
 
-def test_rollback_leaves_the_rows_out_and_equals_a_run_without_them(tmp_path, monkeypatch):
-    run(tmp_path / "without", *RUN, "--data.skip_rows", "16", "19", "--metrics.log_freq", "1")
+@pytest.mark.parametrize(("batch", "last"), [([], 19), (["--phases", "{ from_step = 4, global_batch_size = 8 }"], 23)])
+def test_rollback_leaves_the_rows_out_and_equals_a_run_without_them(tmp_path, monkeypatch, batch, last):
+    argv = [*RUN, *batch]
+    run(tmp_path / "without", *argv, "--data.skip_rows", "16", str(last), "--metrics.log_freq", "1")
     with monkeypatch.context() as patch:
         poison(patch)
-        run(tmp_path / "back", *RUN, "--resilience.on_bad_step", "rollback")
-        run(tmp_path / "again", *RUN, "--resilience.on_bad_step", "rollback", "--job.exit_interval", "7", code=75)
-        run(tmp_path / "again", *RUN, "--resilience.on_bad_step", "rollback")  # the rows stay out
+        run(tmp_path / "back", *argv, "--resilience.on_bad_step", "rollback")
+        run(tmp_path / "again", *argv, "--resilience.on_bad_step", "rollback", "--job.exit_interval", "7", code=75)
+        run(tmp_path / "again", *argv, "--resilience.on_bad_step", "rollback")  # the rows stay out
     without = losses(tmp_path / "without")
     for name in ("back", "again"):
         found = losses(tmp_path / name)

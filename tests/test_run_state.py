@@ -31,6 +31,7 @@ STATES = st.builds(
     validated_step=st.integers(-1, 2**63),
     bad_steps=st.dictionaries(st.text(), JSON, max_size=3),
     skipped_rows=st.lists(st.tuples(COUNT, COUNT), max_size=3),
+    totals=st.dictionaries(st.text(), COUNT | FLOAT, max_size=3),
     excluded=st.lists(st.text(), max_size=3),
     versions=TEXTS,
 )

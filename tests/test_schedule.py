@@ -6,12 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.registry import ConfigError
-from torchladder.schedule import Phase, Schedule, StepSettings
+from torchladder.schedule import Phase, Schedule, StepSettings, change_batch
 
 
-def make(phases, steps=100, tokens_per_step=100):
-    return Schedule(lambda step: step + 1, lambda step: 1 / (step + 1), phases, steps, tokens_per_step)
+def make(phases, steps=100, seq_len=100):
+    batch = change_batch(BatchSchedule.constant(1, seq_len), phases, steps)
+    return Schedule(lambda step: step + 1, lambda step: 1 / (step + 1), phases, steps, batch)
 
 
 def test_without_phases_it_is_the_curriculum_and_the_learning_rate():
@@ -34,6 +36,7 @@ settings = st.fixed_dictionaries(
         "lr_factor": st.floats(0.1, 3.0),
         "rope_theta": st.floats(1e3, 1e6),
         "source_weights": st.lists(st.integers(0, 5).map(float), min_size=2, max_size=2),
+        "global_batch_size": st.integers(1, 64),
     },
 ).filter(bool)
 
@@ -50,6 +53,7 @@ def test_each_setting_is_that_of_the_last_phase_to_set_it(phases, step):
         lr_factor=1 / (step + 1) * held.get("lr_factor", 1.0),
         rope_theta=held.get("rope_theta"),
         source_weights=held.get("source_weights"),
+        global_batch_size=held.get("global_batch_size", 1),
     )
 
 
@@ -62,6 +66,7 @@ def test_each_setting_is_that_of_the_last_phase_to_set_it(phases, step):
         ([dict(from_step=-1, window=3)], r"phases\.from_step = -1: must be 0 or more"),
         ([dict(from_fraction=1.0, window=3)], r"phases\.from_fraction = 1\.0: must be 0 or more and below 1"),
         ([dict(from_step=1, window=0)], "window = 0"),
+        ([dict(from_step=1, global_batch_size=0)], "global_batch_size = 0: must be 1 or more"),
         ([dict(from_step=1, lr_factor=0.0)], "lr_factor = 0.0"),
         ([dict(from_step=1, rope_theta=math.inf)], "rope_theta = inf"),
         ([dict(from_step=5, window=3), dict(from_step=5, window=4)], "each must begin after the one before"),

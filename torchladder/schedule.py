@@ -3,7 +3,7 @@
 A ``Schedule`` combines the curriculum (the window), the learning-rate schedule and the ``[[phases]]`` of a config. Each
 phase begins at a step, a number of tokens or a fraction of the run, and overrides settings until a later phase does.
 
-    schedule(step) -> StepSettings(window, lr_factor, rope_theta, source_weights, layer_windows)
+    schedule(step) -> StepSettings(window, lr_factor, rope_theta, source_weights, global_batch_size, layer_windows)
 
 It has no state, so a resumed run needs only the step.
 """
@@ -14,11 +14,13 @@ import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Ge, Gt, Lt
 
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.registry import check_bounds, require, unknown_name
 
 FULL_ATTENTION = "full_attention"
@@ -36,6 +38,7 @@ class StepSettings:
     lr_factor: float  # the learning rate as a fraction of its peak
     rope_theta: float | None = None  # base of the rotary embeddings; None: the model's
     source_weights: SourceWeights | None = None  # None: those of [data]
+    global_batch_size: int = 1  # rows over all ranks
     layer_windows: Mapping[str, int] = field(default_factory=dict)  # windows of the other layer types
 
     def window_of(self, layer_type: str) -> int:
@@ -47,7 +50,7 @@ class StepSettings:
         return getattr(self, setting) if setting in PHASE_SETTINGS else self.layer_windows.get(setting)
 
 
-PHASE_SETTINGS = ("window", "lr_factor", "rope_theta", "source_weights")
+PHASE_SETTINGS = ("window", "lr_factor", "rope_theta", "source_weights", "global_batch_size")
 """What a phase may set."""
 
 
@@ -80,6 +83,9 @@ class Phase:
     rope_theta: Annotated[float | None, Gt(0), Lt(math.inf)] = None
     """Base of the rotary embeddings."""
 
+    global_batch_size: Annotated[int | None, Ge(1)] = None
+    """Rows of an optimizer step over all ranks."""
+
     def __post_init__(self) -> None:
         starts = [key for key in ("from_step", "from_tokens", "from_fraction") if getattr(self, key) is not None]
         require(
@@ -87,7 +93,7 @@ class Phase:
             f"phases: a phase sets {' and '.join(starts) or 'no first step'}: set exactly one of from_step, "
             "from_tokens, from_fraction.",
         )
-        settings = (self.source_weights, self.window, self.lr_factor, self.rope_theta)
+        settings = [getattr(self, key) for key in PHASE_SETTINGS]
         require(any(value is not None for value in settings), f"phases: the phase at {self.start} changes nothing.")
         check_bounds(self, "phases")
         for name, window in self.windows.items():
@@ -107,14 +113,33 @@ class Phase:
         starts = {key: getattr(self, key) for key in ("from_step", "from_tokens", "from_fraction")}
         return next(f"{key} = {value}" for key, value in starts.items() if value is not None)
 
-    def first_step(self, steps: int, tokens_per_step: int) -> int:
-        """Returns the optimizer step at which the phase begins."""
+    def first_step(self, steps: int, batch: BatchSchedule) -> int:
+        """Returns the optimizer step at which the phase begins.
+
+        Args:
+            steps: optimizer steps of the run.
+            batch: rows of every step.
+        """
         if self.from_step is not None:
             return self.from_step
         if self.from_tokens is not None:
-            return math.ceil(self.from_tokens / tokens_per_step)
+            return batch.steps_for(Fraction(self.from_tokens, batch.seq_len))
         assert self.from_fraction is not None
         return math.ceil(round(self.from_fraction * steps, 6))  # 0.29 * 100 is 28.999999999999996
+
+
+def change_batch(batch: BatchSchedule, phases: Sequence[Phase], steps: int) -> BatchSchedule:
+    """Returns the rows of every step with those that phases set.
+
+    Args:
+        batch: rows of every step without phases.
+        phases: in the order of their first steps; one in tokens counts those of the phases before it.
+        steps: optimizer steps of the run.
+    """
+    for phase in phases:
+        if phase.global_batch_size is not None:
+            batch = batch.changed(phase.first_step(steps, batch), phase.global_batch_size)
+    return batch
 
 
 class Schedule:
@@ -125,8 +150,11 @@ class Schedule:
         lr_factor: step -> learning rate as a fraction of its peak.
         phases: overrides, in the order of their first steps.
         steps: optimizer steps of the run.
-        tokens_per_step: tokens of one optimizer step over all ranks.
+        batch: rows of every step, those that phases set included (``change_batch``).
         layer_curricula: layer type -> its curriculum, of types other than full_attention.
+
+    Attributes:
+        phase_steps: the first step of each phase.
 
     Raises:
         ConfigError: phases that share a first step, are out of order, begin after the last step, or set the window of
@@ -139,15 +167,15 @@ class Schedule:
         lr_factor: Callable[[int], float],
         phases: Sequence[Phase],
         steps: int,
-        tokens_per_step: int,
+        batch: BatchSchedule,
         layer_curricula: Mapping[str, Callable[[int], int]] | None = None,
     ) -> None:
         self.curricula = {FULL_ATTENTION: curriculum, **(layer_curricula or {})}
         self.lr_factor = lr_factor
         self.phases = list(phases)
         self.steps = steps
-        # the first step of each phase
-        self.phase_steps = [phase.first_step(steps, tokens_per_step) for phase in phases]
+        self.batch = batch
+        self.phase_steps = [phase.first_step(steps, self.batch) for phase in phases]
         for start, following in pairwise(self.phase_steps):
             require(
                 start < following,
@@ -164,6 +192,7 @@ class Schedule:
             lr_factor=self.lr_factor(step) * self.override("lr_factor", step, 1.0),
             rope_theta=self.override("rope_theta", step),
             source_weights=self.override("source_weights", step),
+            global_batch_size=self.batch(step),
             layer_windows={name: self.window(step, name) for name in self.curricula if name != FULL_ATTENTION},
         )
 
@@ -210,16 +239,17 @@ def differences(saved: Schedule, current: Schedule, step: int) -> list[Differenc
     """Returns where the schedule of a resumed run departs from the saved one: the first step for each setting.
 
     Window, learning rate and RoPE base count from ``step``, the next one, to the end of the shorter run; at least the
-    last step counts, which exports the model. Source weights count from the first step, since what has been read of a
-    source depends on all earlier weights.
+    last step counts, which exports the model. Source weights and batch sizes count from the first step, since what has
+    been read of a source depends on all earlier ones.
     """
     step = min(step, current.steps - 1)
     until = min(max(saved.steps, step + 1), current.steps)
-    phase_steps = {0, step, *saved.phase_steps, *current.phase_steps}
+    stages = (first for schedule in (saved, current) for first, _ in schedule.batch.stages)
+    phase_steps = {0, step, *saved.phase_steps, *current.phase_steps, *stages}
     found = []
     for setting in (*PHASE_SETTINGS, *(name for name in current.curricula if name != FULL_ATTENTION)):
-        begin = 0 if setting == "source_weights" else step
-        by_phase = setting in ("rope_theta", "source_weights")  # the others may change at any step
+        begin = 0 if setting in ("source_weights", "global_batch_size") else step
+        by_phase = setting in ("rope_theta", "source_weights", "global_batch_size")  # the others change at any step
         for at in sorted(at for at in phase_steps if begin <= at < until) if by_phase else range(begin, until):
             before, now = saved(at).get(setting), current(at).get(setting)
             if before != now:

@@ -18,7 +18,7 @@ from torchladder.checkpoint.run_state import RUN_STATE_FILE, RunState
 from torchladder.checkpoint.staging import ReusingStager
 from torchladder.checkpoint.step_folders import RunStateCheck
 from torchladder.checkpoint.storage import get_storage
-from torchladder.registry import ConfigError
+from torchladder.registry import ConfigError, require
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +170,10 @@ class Checkpointer:
         """
         config = self.config
         if not config.enable:
+            require(
+                not config.initial_load_path,
+                "checkpoint.initial_load_path needs checkpoint.enable; checkpoint.load_only loads and never saves.",
+            )
             return None
         load_step = -1 if newest or step_folders.is_restart() else config.load_step
         if load_step == -1 and not newest and (finished := self._finished_run()):
@@ -185,10 +189,26 @@ class Checkpointer:
                 )
             self._last_step = -1 if state.post_step_pending else state.step
             return state
-        if not config.initial_load_path or config.initial_load_in_hf:  # the trainer loads Hugging Face folders
+        if config.initial_load_in_hf:  # the trainer loads Hugging Face folders
+            return None
+        if not config.initial_load_path:
+            require(
+                config.initial_load_model_only,
+                "checkpoint.initial_load_model_only = false: set checkpoint.initial_load_path to the step-N of a run.",
+            )
             return None
         path, model_only = config.initial_load_path.rstrip("/"), config.initial_load_model_only
-        error = step_folders.find_load_error(path, None if model_only else check, self.group)
+
+        def check_branch(state: RunState, path: str) -> None:
+            step = 0 if "train_state" in config.exclude_from_loading else state.step
+            require(
+                self.total_steps is None or step < self.total_steps,
+                f"checkpoint.initial_load_path = {path!r} has taken {step:,} steps, so none of training.steps = "
+                f"{self.total_steps} is left: set more steps, counted from the start of that run.",
+            )
+            check(state, path)
+
+        error = step_folders.find_load_error(path, None if model_only else check_branch, self.group)
         if error is not None:
             raise ConfigError(f"checkpoint.initial_load_path = {path!r} is not an intact checkpoint: {error}.")
         if model_only:
@@ -218,7 +238,7 @@ class Checkpointer:
         if has_ema and not self.ema and self.group.rank == 0:
             logger.warning("the averaged weights in %s end here: ema.enable continues them", path)
         if "train_state" in excluded:
-            state = replace(state, step=0)
+            state = replace(state, step=0, totals={})
         if "dataloader" in excluded:
             state = replace(state, row=0)
         return state

@@ -33,6 +33,7 @@ class RunState:
         validated_step: the step of the last validation; -1 for none.
         bad_steps: the state of the bad-step detector.
         skipped_rows: ranges of rows, first to last, that rollbacks have removed from the run.
+        totals: tokens, FLOPs and seconds since the start of the run, as metrics count them; empty if unknown.
         excluded: ``checkpoint.exclude_from_loading`` of the run that saved this.
         versions: package -> version that saved this.
     """
@@ -51,6 +52,7 @@ class RunState:
     validated_step: int = -1
     bad_steps: dict[str, Any] = field(default_factory=dict)
     skipped_rows: list[tuple[int, int]] = field(default_factory=list)
+    totals: dict[str, int | float] = field(default_factory=dict)
     excluded: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 

@@ -159,6 +159,7 @@ def _summary(plan: Plan, steps: list[int]) -> dict[str, Any]:
         "layer_windows": {
             name: {str(step): plan.schedule.window(step, name) for step in steps} for name in _other_types(plan)
         },
+        "global_batch_sizes": {str(first): rows for first, rows in plan.schedule.batch.stages},
     }
 
 
@@ -198,6 +199,7 @@ def _other_types(plan: Plan) -> list[str]:
 
 def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
     """Returns the first step of each phase, its length, the settings that hold in it, and what it reads."""
+    batch = plan.schedule.batch
     starts = sorted({0, *plan.schedule.phase_steps, *(source.step for source in usage)})
     phases = []
     for step, end in zip(starts, [*starts[1:], plan.steps], strict=True):
@@ -209,7 +211,7 @@ def _phases(plan: Plan, usage: list[SourceUsage]) -> list[dict[str, Any]]:
             {
                 "step": step,
                 "steps": end - step,
-                "tokens": (end - step) * plan.tokens_per_step,
+                "tokens": batch.tokens_before(end) - batch.tokens_before(step),
                 "sets": {key: value for key, value in settings.items() if value is not None},
                 "sources": [dataclasses.asdict(source) for source in usage if source.step == step],
             }
@@ -224,7 +226,9 @@ def _print_windows(plan: Plan, steps: list[int]) -> None:
         table.add_column(name, justify="right")
     for step in steps:
         windows = [plan.schedule.window(step), *(plan.schedule.window(step, name) for name in others)]
-        table.add_row(f"{step:,}", *(f"{window:,}" for window in windows), f"{step * plan.tokens_per_step:,}")
+        table.add_row(
+            f"{step:,}", *(f"{window:,}" for window in windows), f"{plan.schedule.batch.tokens_before(step):,}"
+        )
     Console().print(table)
 
 

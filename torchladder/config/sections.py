@@ -11,6 +11,7 @@ import tomli_w
 from annotated_types import Ge, Gt, Le, Lt
 
 from torchladder import curriculum, models, optim, probes
+from torchladder.batch_schedule import BatchSchedule, BatchSizeWarmup
 from torchladder.checkpoint import CheckpointConfig
 from torchladder.config.attention_section import AttentionConfig, LayerAttentionConfig
 from torchladder.config.values import tables_argument
@@ -25,7 +26,7 @@ from torchladder.models.layer_types import types_of_config
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import check_bounds, require
 from torchladder.resilience.bad_steps import ResilienceConfig
-from torchladder.schedule import Phase, Schedule
+from torchladder.schedule import Phase, Schedule, change_batch
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,7 @@ class Config:
     attention: AttentionConfig
     curriculum: ComponentSection
     training: TrainingConfig
+    batch_size_warmup: BatchSizeWarmup
     optimizer: ComponentSection
     lr_scheduler: optim.LRSchedulerConfig
     ema: EMAConfig
@@ -229,7 +231,7 @@ class Config:
     comm: CommConfig
     debug: DebugConfig
     phases: Annotated[list[Phase], tables_argument(list[Phase])] = field(default_factory=list)
-    """Overrides of window, learning rate, RoPE theta and source weights from a step on; a table each, [[phases]]."""
+    """Overrides of window, learning rate, RoPE theta, source weights and batch size from a step on; [[phases]]."""
 
     @property
     def layer_attention(self) -> dict[str, AttentionConfig | LayerAttentionConfig]:
@@ -245,24 +247,50 @@ class Config:
         """Layer type -> its masks."""
         return {name: section.masks for name, section in self.layer_attention.items()}
 
-    def schedule(self, tokens_per_step: int) -> Schedule:
+    def batch_schedule(self, global_batch_size: int) -> BatchSchedule:
+        """Returns the rows of every step: those of ``[batch_size_warmup]``, and of ``[[phases]]`` over them.
+
+        Args:
+            global_batch_size: rows of one optimizer step over all ranks where neither sets another number.
+
+        Raises:
+            ConfigError: the warmup has no room below ``global_batch_size``, or the steps of the run are unknown and a
+                phase depends on them.
+        """
+        for phase in self.phases if self.training.steps == -1 else ():
+            require(
+                phase.global_batch_size is None or phase.from_fraction is None,
+                f"phases: the phase at {phase.start} sets global_batch_size, on which the steps of training.epochs "
+                "depend: set from_step or from_tokens, or training.steps.",
+            )
+        batch = self.batch_size_warmup.schedule(global_batch_size, self.training.seq_len)
+        return change_batch(batch, self.phases, self.training.steps)
+
+    def schedule(self, global_batch_size: int) -> Schedule:
         """Returns the schedule of the run; ``training.steps`` must be resolved.
 
         Args:
-            tokens_per_step: tokens of one optimizer step over all ranks.
+            global_batch_size: as in ``batch_schedule``.
 
         Raises:
-            ConfigError: a setting of the curriculum is invalid, or the phases do not fit the run.
+            ConfigError: a setting of the curriculum or of the batch is invalid, or the phases do not fit the run.
         """
+        batch = self.batch_schedule(global_batch_size)
         steps, seq_len = self.training.steps, self.training.seq_len
         windows = curriculum.registry.build(self.curriculum, steps=steps, seq_len=seq_len)
         others = {name: x for name, x in self.layer_attention.items() if isinstance(x, LayerAttentionConfig)}
+
+        def lr_factor(step: int) -> float:
+            return self.lr_scheduler.factor(step, steps) * self.lr_scheduler.batch_factor(
+                batch(step) / global_batch_size
+            )
+
         schedule = Schedule(
             windows,
-            lambda step: self.lr_scheduler.factor(step, steps),
+            lr_factor,
             self.phases,
             steps,
-            tokens_per_step,
+            batch,
             {name: x.build_curriculum(f"attention.{name}", steps, seq_len) for name, x in others.items()},
         )
         for window in (window for phase in self.phases for window in phase.windows.values()):

@@ -62,8 +62,13 @@ class BaseDataLoader(Protocol):
         """Returns this rank's next micro-batch; endless for training, finite for validation."""
         ...
 
-    def seek(self, row: int) -> None:
-        """Continues at a global row, which becomes the first one of a step."""
+    def seek(self, row: int, step: int = 0) -> None:
+        """Continues at a global row, which becomes the first one of a step.
+
+        Args:
+            row: number of the row.
+            step: which step that is; passed only if ``batch_schedule`` varies, so other loaders need no such argument.
+        """
         ...
 
     def fingerprints(self) -> dict[str, str]:
@@ -164,7 +169,8 @@ registry: Registry[BaseDataLoader] = Registry(
         "dp_rank": "this data-parallel rank",
         "dp_degree": "number of data-parallel ranks",
         "local_batch_size": "rows in a micro-batch",
-        "global_batch_size": "rows in a step, over all ranks",
+        "global_batch_size": "rows in a step, over all ranks, unless batch_schedule says otherwise",
+        "batch_schedule": "step -> rows over all ranks in training, None for global_batch_size in every step",
         "steps": "optimizer steps of the run, None if unknown",
         "check_only": "whether to check the settings and look for the files, and read nothing",
         "weight_changes": "first step of each phase of the run -> weights of the sources, None for no change",

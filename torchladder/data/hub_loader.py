@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.data.dataloader import Batch, register
 from torchladder.data.extras import import_extra
 from torchladder.data.packed_rows import BatchLayout, PackedRows, StreamedRows, preview_row
@@ -50,6 +51,7 @@ class HubLoader:
     dp_degree: int
     local_batch_size: int
     global_batch_size: int
+    batch_schedule: BatchSchedule | None = None
 
     path: str
     """Name of a dataset on the Hub, a local folder with one, or the format of data_files (json, parquet, text)."""
@@ -85,9 +87,8 @@ class HubLoader:
     """Return batches in pinned memory if there is an accelerator."""
 
     def __post_init__(self) -> None:
-        self._layout = BatchLayout(
-            self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size
-        )
+        batch = self.batch_schedule or BatchSchedule.constant(self.global_batch_size)
+        self._layout = BatchLayout(self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, batch)
         for name, minimum in {"validation_documents": 1, "shuffle_buffer": 0, "seed": 0}.items():
             value = getattr(self, name)
             require(value >= minimum, f"data.{name} = {value}: must be {minimum} or more.")
@@ -108,7 +109,7 @@ class HubLoader:
 
     @property
     def row(self) -> int:
-        return self._first_row + self._taken // self._layout.accumulation_steps * self.global_batch_size
+        return self._first_row + self._layout.batch.whole_steps(self._step, self._taken * self._layout.rows_at_once)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -121,17 +122,18 @@ class HubLoader:
         self._prefetched = self._thread.submit(self._next_batch, self._stream) if self.prefetch else None
         return batch
 
-    def seek(self, row: int) -> None:
+    def seek(self, row: int, step: int = 0) -> None:
         """Continues at a global row, a multiple of dp_degree; the next batch then reads all rows before it again."""
         valid = row >= 0 and row % self.dp_degree == 0
         require(valid, f"cannot resume at row {row}: must be a multiple of dp_degree {self.dp_degree}.")
         if self._prefetched:
             self._prefetched.exception()  # waits: only one thread may read the dataset
-        self._first_row, self._taken, self._prefetched = row, 0, None
+        self._first_row, self._step, self._taken, self._prefetched = row, step, 0, None
         layout, first_row = self._layout, row
         if self.split == "train":  # each rank has a separate stream; in validation the ranks share the rows of one
-            rows, first_row = self._layout.rows_per_rank, row // self.dp_degree
-            layout = replace(self._layout, dp_rank=0, dp_degree=1, global_batch_size=rows)
+            first_row = row // self.dp_degree
+            # A rank's micro-batches follow each other whatever the steps are.
+            layout = replace(self._layout, dp_rank=0, dp_degree=1, batch=BatchSchedule.constant(self.local_batch_size))
             if row:
                 logger.info("hub: reading the %s rows before the current one again", f"{row:,}")
         self._stream = iter(StreamedRows(self.documents, layout, first_row, self.labels_across_documents))

@@ -6,7 +6,7 @@ The cost of a micro-batch is copying it, above all between processes: a worker s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.data.dataloader import Batch
 from torchladder.data.mixing.source_mix import SourceMix
 from torchladder.data.packing.spans import EMPTY_SPANS
@@ -36,7 +37,7 @@ class BatchLayout:
         dp_rank: this data-parallel rank.
         dp_degree: number of data-parallel ranks.
         local_batch_size: rows in a micro-batch.
-        global_batch_size: rows in a step, over all ranks.
+        batch: rows in every step, over all ranks.
 
     Raises:
         ConfigError: the sizes do not divide, or a number is out of range.
@@ -46,33 +47,33 @@ class BatchLayout:
     dp_rank: int
     dp_degree: int
     local_batch_size: int
-    global_batch_size: int
+    batch: BatchSchedule
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            require(name == "dp_rank" or value >= 1, f"{name} is {value}; it must be 1 or more.")
+        sizes = {"global_batch_size": min(self.batch.sizes)}
+        for name in ("seq_len", "dp_degree", "local_batch_size"):
+            sizes[name] = getattr(self, name)
+        for name, value in sizes.items():
+            require(value >= 1, f"{name} is {value}; it must be 1 or more.")
         in_range = 0 <= self.dp_rank < self.dp_degree
         require(in_range, f"dp_rank is {self.dp_rank}; it must be from 0 to {self.dp_degree - 1}.")
-        require(
-            self.global_batch_size % (self.dp_degree * self.local_batch_size) == 0,
-            f"global_batch_size {self.global_batch_size} is not a multiple of {self.dp_degree} data-parallel ranks "
-            f"times local_batch_size {self.local_batch_size}.",
-        )
+        for rows in self.batch.sizes:
+            require(
+                rows % self.rows_at_once == 0,
+                f"global_batch_size {rows} is not a multiple of {self.dp_degree} data-parallel ranks "
+                f"times local_batch_size {self.local_batch_size}.",
+            )
 
     @property
-    def rows_per_rank(self) -> int:
-        """Rows of each rank in a step."""
-        return self.global_batch_size // self.dp_degree
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches of each rank in a step."""
-        return self.rows_per_rank // self.local_batch_size
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch over all ranks."""
+        return self.dp_degree * self.local_batch_size
 
     def micro_batches(self, step: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """Yields this rank's contiguous share of the rows of a step, one micro-batch at a time."""
-        first = self.dp_rank * self.rows_per_rank
-        for row in range(first, first + self.rows_per_rank, self.local_batch_size):
+        share = len(step) // self.dp_degree
+        first = self.dp_rank * share
+        for row in range(first, first + share, self.local_batch_size):
             yield step[row : row + self.local_batch_size]
 
 
@@ -177,19 +178,22 @@ class RankBatchSampler(Sampler[list[int]]):
         num_rows: number of global rows; the last step is completed with rows past them. None if they never end.
         first_row: first row of the first step.
         skipper: the rows that no step trains on.
+        first_step: the first step.
     """
 
     layout: BatchLayout
     num_rows: int | None = None
     first_row: int = 0
     skipper: RowSkipper = field(default_factory=RowSkipper)
+    first_step: int = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        row, count = self.first_row, self.layout.global_batch_size
+        row, step = self.first_row, self.first_step
         while self.num_rows is None or row < self.num_rows:
+            count = self.layout.batch(step)
             for rows in self.layout.micro_batches(self.skipper.take(row, count)):
                 yield list(rows)
-            row = self.skipper.advance(row, count)
+            row, step = self.skipper.advance(row, count), step + 1
 
 
 @dataclass
@@ -200,7 +204,7 @@ class StreamedRows:
 
     Attributes:
         documents: returns an iterator over (tokens of several documents back to back, length of each).
-        layout: how steps are divided over ranks and micro-batches.
+        layout: how steps are divided over ranks and micro-batches; all steps are as large as the first.
         first_row: rows of the stream to pass over.
         labels_across_documents: whether the last token of a document predicts the first one of the next.
     """
@@ -211,7 +215,7 @@ class StreamedRows:
     labels_across_documents: bool = True
 
     def __iter__(self) -> Iterator[PackedRows]:
-        seq_len, count = self.layout.seq_len, self.layout.global_batch_size
+        seq_len, count = self.layout.seq_len, self.layout.batch(0)
         rows = islice(self.rows(), self.first_row, None)
         while step := list(islice(rows, count)):
             # Completes the last step with padding, so that every rank has as many batches.

@@ -1,8 +1,9 @@
 """The loader ``rows``: mixes sources by weight, packs documents into rows, and divides each step over the ranks.
 
-Step s trains on the global rows ``s * G .. s * G + G - 1`` (G: the global batch size). Data-parallel rank d of D takes
-the contiguous share that begins at ``s * G + d * G / D``. A row is a pure function of sources, weights, seed and its
-number, so the global batch is the same for any number of ranks and workers, and one integer is enough to resume.
+Step s trains on the global rows ``s * G .. s * G + G - 1`` (G: the global batch size; where it varies, a step begins
+after the rows of those before it). Data-parallel rank d of D takes the contiguous share that begins ``d * G / D`` rows
+later. A row is a pure function of sources, weights, seed and its number, so the global batch is the same for any number
+of ranks and workers, and one integer is enough to resume.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.data import packing as packings
 from torchladder.data.corpus import Corpus, SourceLoader
 from torchladder.data.dataloader import Batch, SourceUsage, register
@@ -54,6 +56,7 @@ class RowLoader:
     dp_degree: int
     local_batch_size: int
     global_batch_size: int
+    batch_schedule: BatchSchedule | None = None
     vocab_size: int | None = None
     steps: int | None = None
     weight_changes: Mapping[int, list[float] | dict[str, float] | None] = field(default_factory=dict)
@@ -116,11 +119,11 @@ class RowLoader:
         repeats, first = [self._repeats(source) for source in self._sources], max(self.first_step, 0)
         starts = [first, *(step for step in self.weight_changes if step > first)]
         self._source_mix = SourceMix(
-            corpora, packings, repeats, interleave, starts, self.seq_len, self.global_batch_size, self.first_step
+            corpora, packings, repeats, interleave, starts, self.seq_len, self._layout.batch, self.first_step
         )
         if self.split == "train" and self.steps is not None:
-            end = self._skipper.advance(0, (self.steps - self.first_step) * self.global_batch_size)
-            until = self.first_step - (-end // self.global_batch_size)
+            end = self._skipper.advance(0, self._rows_before(self.steps))
+            until = self._layout.batch.steps_for(self._layout.batch.rows_before(self.first_step) + end)
             self._source_mix.check_enough_data(until)
             for sentence in self._source_mix.sources_without_rows(until):
                 warn_once(sentence)
@@ -137,8 +140,8 @@ class RowLoader:
 
     @property
     def row(self) -> int:
-        steps = self._taken // self._layout.accumulation_steps
-        return self._skipper.advance(self._first_row, steps * self.global_batch_size)
+        whole = self._layout.batch.whole_steps(self._step, self._taken * self._layout.rows_at_once)
+        return self._skipper.advance(self._first_row, whole)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -160,18 +163,20 @@ class RowLoader:
 
     def _restart_workers(self) -> Batch | PackedRows | ConfigError:
         """Returns the next micro-batch from new workers; a second death in a row is an error."""
-        taken = self._taken % self._layout.accumulation_steps
-        self.seek(self.row)
+        read = self._taken * self._layout.rows_at_once
+        whole = self._layout.batch.whole_steps(self._step, read)
+        taken = (read - whole) // self._layout.rows_at_once
+        self.seek(self.row, self._layout.batch.step_at(self._layout.batch.rows_before(self._step) + whole))
         self._batches = start_workers(self._data_loader())
         while self._taken < taken:  # those of this step that were read before
             next(self._batches)
             self._taken += 1
         return next(self._batches)
 
-    def seek(self, row: int) -> None:
+    def seek(self, row: int, step: int = 0) -> None:
         """Continues at a global row, which becomes the first one of a step; a negative one is a ConfigError."""
         require(row >= 0, f"there is no row {row}: rows are counted from 0.")
-        self._first_row = row
+        self._first_row, self._step = row, step
         self._taken = 0
         self._batches = None  # workers start with the first batch, not before
 
@@ -196,7 +201,7 @@ class RowLoader:
         }
 
     def resume_row(self, step: int, row: int, saved: Mapping[str, str], moved: bool) -> int:
-        history = SourceHistory(saved, self.fingerprints(), step, row, self.global_batch_size)
+        history = SourceHistory(saved, self.fingerprints(), step, row, self._layout.batch)
         if step == self.first_step:
             return 0
         history.check_first_step(moved)
@@ -243,9 +248,8 @@ class RowLoader:
     def _check_settings(self) -> None:
         """Checks everything that is known before text is tokenized, which may take a long time."""
         require(bool(self.sources), 'data.sources is empty. For a first run: sources = [{ name = "python-stdlib" }].')
-        self._layout = BatchLayout(
-            self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, self.global_batch_size
-        )
+        batch = self.batch_schedule or BatchSchedule.constant(self.global_batch_size)
+        self._layout = BatchLayout(self.seq_len, self.dp_rank, self.dp_degree, self.local_batch_size, batch)
         require(self.split in ("train", "validation"), f"split is {self.split!r}. Known: train, validation.")
         for name in ("seed", "num_workers"):
             require(getattr(self, name) >= 0, f"data.{name} = {getattr(self, name)}: must be 0 or more.")
@@ -345,10 +349,14 @@ class RowLoader:
             if weights is not None:
                 listed = zip(labels, in_order(weights, labels), strict=True)
                 kept = [weight for label, weight in listed if label not in self.exclude]
-                weights_from[max(step - self.first_step, 0) * self.global_batch_size] = kept
+                weights_from[max(self._rows_before(step), 0)] = kept
         for source, of_source in zip(self._sources, zip(*weights_from.values(), strict=True), strict=True):
             require(any(of_source), f"the source {source.title} is never read: its weight is above 0 in no phase.")
         return PhasedInterleave(list(weights_from.values()), list(weights_from))
+
+    def _rows_before(self, step: int) -> int:
+        """Returns the rows of the steps before ``step``, without skipped ones, from ``first_step`` on."""
+        return self._layout.batch.rows_before(step) - self._layout.batch.rows_before(self.first_step)
 
     def _dataset(self) -> RowDataset:
         mix = self._source_mix
@@ -361,7 +369,7 @@ class RowLoader:
             return StatefulDataLoader(
                 self._dataset(),
                 batch_size=None,  # the sampler yields whole micro-batches
-                sampler=RankBatchSampler(self._layout, self.num_rows, self._first_row, self._skipper),
+                sampler=RankBatchSampler(self._layout, self.num_rows, self._first_row, self._skipper, self._step),
                 num_workers=self.num_workers,
                 worker_init_fn=ignore_run_signals,
                 prefetch_factor=self.prefetch_factor,

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from torchladder import checkpoint, data, mask, models
 from torchladder import config as settings
+from torchladder.batch_schedule import BatchSizeWarmup
 from torchladder.checkpoint import CHECKSUM_FILE, CONFIG_FILE, CheckpointConfig, RunState
 from torchladder.config import Config, hf_defaults, toml_files
 from torchladder.inference.weight_choice import OWN_WEIGHTS, MissingWeightsError, WeightChoice, load_weights
@@ -214,8 +215,9 @@ class TrainedModel:
     @property
     def _final_settings(self) -> StepSettings:
         training = replace(self.config.training, steps=max(self.config.training.steps, 1))
-        schedule = replace(self.config, training=training).schedule(tokens_per_step=1)  # no phases without a run
-        return schedule(training.steps - 1)
+        # No phases without a run; the batch does not change the window.
+        config = replace(self.config, training=training, batch_size_warmup=BatchSizeWarmup())
+        return config.schedule(global_batch_size=1)(training.steps - 1)
 
     def build_tokenizer(self) -> data.Tokenizer | None:
         """Returns the tokenizer, None if the model has none.

@@ -101,6 +101,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric("lr", tag="lr"),
         Metric("window", tag="curriculum/window"),  # on the console with attention_saved
+        Metric("global_batch_size", tag="global_batch_size", console="batch: {global_batch_size}", optional=True),
         Metric("tokens", lambda i: i.totals["tokens"]),
         Metric("tps", lambda i: i.per_device(i.tokens), "throughput(tps)", "tps: {tps:,.0f}", "blue"),
         Metric("flops", lambda i: i.totals["flops"]),

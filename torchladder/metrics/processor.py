@@ -72,19 +72,22 @@ class MetricsProcessor:
     Args:
         config: the section ``[metrics]``.
         run: constants of the run.
-        step: optimizer steps already taken; later records of an earlier process are deleted, and totals continue.
+        step: optimizer steps already taken; later records of an earlier process are deleted.
+        totals: as ``progress`` was after that step; None continues those of the last record.
 
     Raises:
         ConfigError: W&B is enabled and not installed.
     """
 
-    def __init__(self, config: MetricsConfig, run: RunInfo, step: int = 0) -> None:
+    def __init__(
+        self, config: MetricsConfig, run: RunInfo, step: int = 0, totals: Mapping[str, float] | None = None
+    ) -> None:
         self.config = config
         self.run = run
         self.peak_flops = config.peak_flops or get_peak_flops(run.device)
         self.outputs: list[Output] = []
         self._warned: set[str] = set()
-        self.rewind(step)
+        self.rewind(step, totals)
 
     def __enter__(self) -> MetricsProcessor:
         return self
@@ -92,8 +95,8 @@ class MetricsProcessor:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def rewind(self, step: int) -> None:
-        """Deletes the reports after ``step`` and continues there."""
+    def rewind(self, step: int, totals: Mapping[str, float] | None = None) -> None:
+        """Deletes the reports after ``step`` and continues there, with ``totals`` or those of the last report."""
         self.close()
         self.totals: dict[str, float] = {"tokens": 0, "flops": 0, "seconds": 0.0}
         if self.run.rank == 0:
@@ -107,12 +110,22 @@ class MetricsProcessor:
                 self.outputs.append(TensorBoardOutput(folder / config.save_tb_folder, step))
             colors, bar = not config.disable_color_printing, not config.disable_progress_bar
             self.outputs.append(TerminalOutput(self.run.steps, step, colors, bar))
+        self.totals |= totals or {}
         self.last_step = step
         self.reports = 0
         self.step_seconds = 0.0
         self.tokens = self.pairs = 0
         self.last_time = time.perf_counter()
         self.start_time = self.last_time - self.totals["seconds"]
+
+    @property
+    def progress(self) -> dict[str, float]:
+        """Tokens, FLOPs and seconds since the start of the run, those since the last report included."""
+        return {
+            "tokens": self.totals["tokens"] + self.tokens,
+            "flops": self.totals["flops"] + self.run.flops(self.tokens, self.pairs),
+            "seconds": time.perf_counter() - self.start_time,
+        }
 
     def should_log(self, step: int) -> bool:
         """Returns whether a step, counted from 1, reports: the first, the last and every ``log_freq``-th."""
@@ -129,7 +142,8 @@ class MetricsProcessor:
         Args:
             step: optimizer steps taken.
             layer_windows: layer type -> window, of the types that are not full_attention.
-            **values: the metrics of the table that are passed in: loss, grad_norm, lr, window; z_loss is optional.
+            **values: the metrics of the table that are passed in: loss, grad_norm, lr, window; z_loss and
+                global_batch_size are optional.
 
         Raises:
             ConfigError: a value is missing, or its name is not in the table.

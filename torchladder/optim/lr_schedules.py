@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Le
@@ -77,6 +77,10 @@ class LRSchedulerConfig:
     min_lr_factor: Annotated[float, Ge(0), Le(1)] = 0.0
     """Learning rate at the end of the decay, as a fraction of the peak."""
 
+    batch_size_scaling: Literal["none", "sqrt", "seesaw"] = "none"
+    """How the learning rate follows a batch that differs from training.global_batch_size: sqrt multiplies it by the
+    square root of their ratio, seesaw divides by that (arXiv 2510.14717)."""
+
     def __post_init__(self) -> None:
         decays.get(self.decay_type)
         check_bounds(self, "lr_scheduler")
@@ -100,6 +104,10 @@ class LRSchedulerConfig:
         decay: Decay = decays.get(self.decay_type)
         # A product, so that a short run may end within its warmup.
         return min((step + 1) / max(self.warmup_steps, 1), 1.0) * decay(progress, self.min_lr_factor)
+
+    def batch_factor(self, ratio: float) -> float:
+        """Returns the factor of a step whose batch is ``ratio`` times as large as ``training.global_batch_size``."""
+        return float(ratio ** {"none": 0.0, "sqrt": 0.5, "seesaw": -0.5}[self.batch_size_scaling])
 
 
 class LRScheduler:

@@ -25,6 +25,7 @@ APPLIED = ("optimizer.", "lr_scheduler.", "phases.lr_factor")
 SECTIONS = {
     "window": ("curriculum.", "phases.window"),
     "lr_factor": ("lr_scheduler.", "phases.lr_factor"),
+    "global_batch_size": ("batch_size_warmup.", "phases.global_batch_size"),
     **{
         name: (f"attention.{name}.window", f"attention.{name}.curriculum", "phases.window")
         for name in LAYER_TYPES
@@ -41,6 +42,7 @@ TERMS = {
     "rope_theta": "RoPE base",
     "source_weights": "source weights",
     **{name: f"window of {name}" for name in LAYER_TYPES},
+    "global_batch_size": "global batch size",
 }
 
 
@@ -87,11 +89,11 @@ def check_changes(
         "the checkpoint holds only weights, no run state: load it with checkpoint.initial_load_model_only = true.",
     )
     saved, current = _with_shares(_saved_config(path)), _with_shares(plan.config)
-    schedule = current.schedule(plan.tokens_per_step)
+    schedule = current.schedule(plan.batch.global_batch_size)
     if "train_state" in set(current.checkpoint.exclude_from_loading) - set(state.excluded):
         planned = schedule  # the run starts over at step 0: what was planned does not count
     else:
-        planned = saved.schedule(int(state.fingerprints["training.global_batch_size"]) * saved.training.seq_len)
+        planned = saved.schedule(int(state.fingerprints["training.global_batch_size"]))
     # Fields that the model did not have when the checkpoint was saved had their defaults.
     model = {f"model.{key}": str(value) for key, value in dataclasses.asdict(models.resolve(saved.model)).items()}
     before, now = model | state.fingerprints | schedule_settings(saved), fingerprints | schedule_settings(current)
@@ -127,7 +129,8 @@ def compare(
     """Returns the settings that differ, with what follows for the remaining steps.
 
     What is not part of the schedule is refused. Another length of the run is refused if the next step is not as
-    planned, and any other setting of the schedule if a later step is not; ``APPLIED`` never is.
+    planned, and any other setting of the schedule if a later step is not; ``APPLIED`` never is. The batches of steps
+    that have been taken cannot change, since the rows of each step would be others.
 
     Args:
         before: setting -> value in the checkpoint.
@@ -136,7 +139,7 @@ def compare(
         schedule: that of this run.
         step: the next step.
     """
-    found, scheduled = differences(planned, schedule, step), ("curriculum.", "phases.")
+    found, scheduled = differences(planned, schedule, step), ("curriculum.", "phases.", "batch_size_warmup.")
     changes = []
     for name in now:
         if before.get(name) == now[name]:
@@ -150,14 +153,20 @@ def compare(
             refused = any(one.step <= step for one in own)
         elif name.startswith(scheduled) or name.endswith((".window", ".curriculum")):
             refused = refused and bool(own)
-        changes.append(ChangedSetting(name, before.get(name), now[name], "; ".join(effects), refused))
+        past = any(one.setting == "global_batch_size" and one.step < step for one in own)
+        past = past and name not in ("training.global_batch_size", "data.seq_len")  # these are accepted as a whole
+        if past:
+            effects.append(f"set it back, and let a phase with from_step = {step} or more change the batch")
+        changes.append(
+            ChangedSetting(name, before.get(name), now[name], "; ".join(effects), refused or past, acceptable=not past)
+        )
     return changes
 
 
 def schedule_settings(config: Config) -> dict[str, Any]:
     """Returns the settings that the schedule and the optimizer are built from, by name."""
     found: dict[str, Any] = {"training.steps": config.training.steps}
-    for section in ("curriculum", "optimizer", "lr_scheduler"):
+    for section in ("curriculum", "optimizer", "lr_scheduler", "batch_size_warmup"):
         found |= {f"{section}.{key}": value for key, value in vars(getattr(config, section)).items()}
     for name, table in config.attention.tables.items():
         found |= {f"attention.{name}.{key}": getattr(table, key) for key in ("window", "curriculum")}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchladder import data, models
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.config import Config
 from torchladder.data.dataloader import KnowsDocuments, SizedLoader, SourceUsage
 from torchladder.data.file_patterns import MissingFilesError
@@ -21,12 +22,19 @@ DEFAULT_STEPS = 10_000
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """The rows of one step: ``global_batch_size = dp_degree * local_batch_size * accumulation_steps``."""
+    """The rows of one step: ``global_batch_size = dp_degree * local_batch_size * accumulation_steps``.
+
+    A step of another size (``BatchSchedule``) differs in its micro-batches alone.
+    """
 
     global_batch_size: int
     local_batch_size: int
     accumulation_steps: int
     dp_degree: int
+
+    def micro_batches(self, rows: int) -> int:
+        """Returns the micro-batches of each rank in a step of ``rows`` rows."""
+        return rows // (self.local_batch_size * self.dp_degree)
 
 
 def batch_sizes(config: Config, dp_degree: int) -> BatchSizes:
@@ -38,13 +46,31 @@ def batch_sizes(config: Config, dp_degree: int) -> BatchSizes:
     micro, rows = config.training.local_batch_size, config.training.global_batch_size
     at_once = micro * dp_degree
     rows = at_once if rows == -1 else rows
+    _check_divides("training.global_batch_size =", rows, micro, dp_degree)
+    return BatchSizes(rows, micro, rows // at_once, dp_degree)
+
+
+def check_batch_schedule(config: Config, batch: BatchSizes, schedule: BatchSchedule) -> None:
+    """Checks that every size of the batch divides over data-parallel ranks and micro-batches.
+
+    Raises:
+        ConfigError: one does not; the message has the nearest sizes that do.
+    """
+    by_phase = {phase.global_batch_size for phase in config.phases}
+    for first, rows in schedule.stages:
+        warmup = "initial_batch_size =" if first == 0 else f"the batch from step {first:,} on,"
+        name = "phases.global_batch_size =" if rows in by_phase else f"batch_size_warmup.{warmup}"
+        _check_divides(name, rows, batch.local_batch_size, batch.dp_degree)
+
+
+def _check_divides(name: str, rows: int, local_batch_size: int, dp_degree: int) -> None:
+    at_once = local_batch_size * dp_degree
     below, above = rows // at_once * at_once, -(-rows // at_once) * at_once
     require(
         below == above,
-        f"training.global_batch_size = {rows} is not a multiple of training.local_batch_size {micro} x "
+        f"{name} {rows} is not a multiple of training.local_batch_size {local_batch_size} x "
         f"{dp_degree} data-parallel ranks = {at_once}. Nearest: {below or above} or {above if below else 2 * above}.",
     )
-    return BatchSizes(rows, micro, rows // at_once, dp_degree)
 
 
 def build_checked_tokenizer(config: Config) -> data.Tokenizer | None:
@@ -81,12 +107,19 @@ def build_loader(
         check_only: check the settings and look for the files; the loader cannot be read.
 
     Raises:
-        ConfigError: the data is missing, damaged or not enough, or the loader cannot change its weights.
+        ConfigError: the data is missing, damaged or not enough, or the loader cannot change its weights or its batch.
     """
     if tokenizer is None and not check_only:
         tokenizer = build_checked_tokenizer(config)
+    parameters = inspect.signature(data.registry.get(config.data.name)).parameters
+    rows = schedule.batch if schedule else config.batch_schedule(batch.global_batch_size)
+    if rows.varies and "batch_schedule" not in parameters:
+        raise ConfigError(
+            f"the data loader {config.data.name!r} reads the same number of rows in every step (it has no argument "
+            "batch_schedule): remove batch_size_warmup and the global_batch_size of phases."
+        )
     changes = schedule.overrides("source_weights") if schedule else {}
-    if changes and "weight_changes" not in inspect.signature(data.registry.get(config.data.name)).parameters:
+    if changes and "weight_changes" not in parameters:
         raise ConfigError(
             f"phases: source_weights: the data loader {config.data.name!r} does not mix sources; the loader rows does."
         )
@@ -101,6 +134,7 @@ def build_loader(
         dp_degree=batch.dp_degree,
         local_batch_size=batch.local_batch_size,
         global_batch_size=batch.local_batch_size * batch.dp_degree * micro_batches,
+        batch_schedule=rows if split == "train" else None,
         steps=None if config.training.steps == -1 else config.training.steps,
         check_only=check_only,
         weight_changes={step: changes.get(step) for step in schedule.phase_steps} if schedule else {},
@@ -115,6 +149,7 @@ def with_steps(config: Config, batch: BatchSizes) -> Config:
     """
     epochs, steps = config.training.epochs, config.training.steps
     if epochs is not None:
+        check_batch_schedule(config, batch, config.batch_schedule(batch.global_batch_size))
         loader = build_loader(config, batch)
         if not isinstance(loader, SizedLoader):
             raise ConfigError(f"the data loader {config.data.name!r} has no epochs: set training.steps.")

@@ -149,7 +149,10 @@ class FaultTolerance:
         row = self._resume_row(state, loader)
         if row == state.row:  # otherwise they are rows of the data before this
             self._skip([rows for rows in state.skipped_rows if rows not in self.skipped_rows], loader)
-        loader.seek(row)
+        if self.plan.schedule.batch.varies:
+            loader.seek(row, state.step)
+        else:
+            loader.seek(row)
         return replace(state, row=row)
 
     def roll_back(self, rollback: Rollback, loader: BaseDataLoader) -> RunState:

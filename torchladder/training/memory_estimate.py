@@ -109,7 +109,7 @@ class MemoryEstimator:
         logit_bytes = 12 if self.logit_softcap else 4 + 2 * itemsize
         head_gradient = 4 * self.vocab_size * self.dim // degrees.tp
         activations = self._activation_bytes(layout)
-        accumulates = self.plan.batch.global_batch_size > layout.local_batch_size * degrees.dp
+        accumulates = max(self.plan.schedule.batch.sizes) > layout.local_batch_size * degrees.dp
         return RankMemory(
             parameters=parameters,
             gradients=parameters if accumulates else max(parameters - activations, 0),
@@ -121,8 +121,8 @@ class MemoryEstimator:
         )
 
     def traffic(self) -> Traffic:
-        """Returns the bytes that a rank of the run's own layout sends in a step, under its widest window."""
-        degrees, micro_batches = self.layout.degrees, self.plan.batch.accumulation_steps
+        """Returns the bytes that a rank of the run's own layout sends in its largest step, under its widest window."""
+        degrees, micro_batches = self.layout.degrees, self.plan.batch.micro_batches(max(self.plan.schedule.batch.sizes))
         itemsize, layers = self.dtype.itemsize, len(self.block_sizes)
         all_gathers = 1 if self.keeps_gathered else 2
         n, r, t, c = degrees.dp_shard * degrees.cp, degrees.dp_replicate, degrees.tp, degrees.cp
@@ -181,7 +181,7 @@ class MemoryEstimator:
                 degrees.dp * degrees.model_parallel == ranks
                 and not any(heads % tensor for heads in self.heads)
                 and self.seq_len % (context * tensor) == 0
-                and self.plan.batch.global_batch_size % (local_batch_size * degrees.dp) == 0
+                and not any(rows % (local_batch_size * degrees.dp) for rows in self.plan.schedule.batch.sizes)
             ):
                 for ac_mode in dict.fromkeys((own.ac_mode, "op", "full")):
                     yield CandidateLayout(degrees, local_batch_size, ac_mode)

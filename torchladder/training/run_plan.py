@@ -64,7 +64,7 @@ class Plan:
 
     Attributes:
         config: the settings of the run, ``training.steps`` known.
-        tokens_per_step: tokens of one step over all ranks.
+        tokens_per_step: tokens of one step over all ranks, if neither warmup nor phases change the batch.
         num_parameters: trainable parameters of the model.
         flops: forward and backward FLOPs of the whole run under its windows.
         flops_full_context: the same with every row at full causal context.
@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        return self.steps * self.tokens_per_step
+        return self.schedule.batch.tokens_before(self.steps)
 
     @property
     def windows(self) -> dict[str, Callable[[int], int]]:
@@ -135,12 +135,13 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
     degrees = mesh.degrees(config.parallelism, ranks)
     batch = batch_sizes(config, degrees.dp)
     config = data_setup.with_steps(config, batch)
-    training, rows = config.training, batch.global_batch_size
-    schedule = config.schedule(tokens_per_step=rows * training.seq_len)
-    windows = {  # layer type -> window -> its steps
-        name: Counter(schedule.window(step, name) for step in range(training.steps)) for name in config.layer_masks
-    }
+    training = config.training
+    schedule = config.schedule(batch.global_batch_size)
+    data_setup.check_batch_schedule(config, batch, schedule.batch)
+    windows: dict[str, Counter[int]] = {name: Counter() for name in config.layer_masks}  # -> window -> its rows
     for layer_type in windows:
+        for step in range(training.steps):
+            windows[layer_type][schedule.window(step, layer_type)] += schedule.batch(step)
         _check_window_is_used(config, schedule, layer_type, set(windows[layer_type]))
     if config.checkpoint.last_save_in_hf:
         hf_export.check_exportable(config, schedule(training.steps - 1))
@@ -181,14 +182,14 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
             "whole matrices on the GPU. Set it to false, or use AdamW."
         )
 
-    layer_types = [_plan_layer_type(config, schedule, model, rows, name, windows[name]) for name in windows]
+    layer_types = [_plan_layer_type(config, schedule, model, name, windows[name]) for name in windows]
     attention_flops_full_context = sum(one.flops_full_context for one in layer_types)
-    linear_flops = training.steps * model.flops(rows * training.seq_len, 0)
+    linear_flops = model.flops(schedule.batch.tokens_before(training.steps), 0)
     return Plan(
         config=config,
         schedule=schedule,
         steps=training.steps,
-        tokens_per_step=rows * training.seq_len,
+        tokens_per_step=batch.global_batch_size * training.seq_len,
         num_parameters=model.num_parameters(),
         flops=linear_flops + sum(one.flops for one in layer_types),
         flops_full_context=linear_flops + attention_flops_full_context,
@@ -202,9 +203,9 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
 
 
 def _plan_layer_type(
-    config: Config, schedule: Schedule, model: models.Model, rows: int, layer_type: str, windows: Counter[int]
+    config: Config, schedule: Schedule, model: models.Model, layer_type: str, windows: Counter[int]
 ) -> LayerTypePlan:
-    """Plans the layers of one type; ``windows`` maps each of their windows to its number of steps."""
+    """Plans the layers of one type; ``windows`` maps each of their windows to its number of rows."""
     steps, seq_len, masks = config.training.steps, config.training.seq_len, config.layer_masks[layer_type]
     layers = Counter(model.layer_types)[layer_type]
     row = torch.arange(seq_len, dtype=torch.int32)[None]
@@ -216,8 +217,8 @@ def _plan_layer_type(
         first_window=schedule.window(0, layer_type),
         last_window=schedule.window(steps - 1, layer_type),
         window_range=(min(windows), max(windows)),
-        flops=model.flops(0, layers * rows * attended),
-        flops_full_context=steps * model.flops(0, layers * rows * mask.pairs(mask.causal(row, seq_len))),
+        flops=model.flops(0, layers * attended),
+        flops_full_context=model.flops(0, layers * windows.total() * mask.pairs(mask.causal(row, seq_len))),
     )
 
 
@@ -242,6 +243,7 @@ def summary_lines(plan: Plan) -> list[str]:
         f"{plan.state_bytes / 2**30:.2f} GiB of weights, gradients and optimizer state per rank",
         f"step        {batch.global_batch_size} rows x {seq_len:,} tokens = {plan.tokens_per_step:,} tokens "
         f"({ranks} x {batch.local_batch_size} rows x {batch.accumulation_steps} accumulated)",
+        *([f"batch       {plan.schedule.batch}"] if plan.schedule.batch.varies else []),
         f"run         {plan.steps:,} steps, {plan.num_tokens:,} tokens, {plan.flops:.3e} FLOPs",
         f"curriculum  {ladder}",
         *(_layer_type_line(one) for one in plan.layer_types if mixed),

@@ -6,6 +6,7 @@ import gc
 import logging
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,7 @@ class Trainer:
         self.plan, self.ranks = plan, ranks
         self.folder = Path(config.job.dump_folder)
         self.step = self.row = 0
+        self.totals: Mapping[str, float] = {}  # at the checkpoint that the run continues from
         self.post_step_pending = True  # validation at step 0
         self.validated_step = -1
 
@@ -114,7 +116,7 @@ class Trainer:
             loaders = [self.loader, self.validation.loader] if self.validation else [self.loader]
             log_plan(plan, self.kernels, loaders, self.step)
             self.samples.rewind(self.step - self.post_step_pending)
-        self.metrics = MetricsProcessor(config.metrics, run_info(plan, ranks, self.model), self.step)
+        self.metrics = MetricsProcessor(config.metrics, run_info(plan, ranks, self.model), self.step, self.totals)
 
     def _build_model(self) -> models.Model:
         """Builds the model on meta, parallelizes it, then allocates and initializes its weights."""
@@ -158,7 +160,7 @@ class Trainer:
                         self.after_step()
                     except Rollback as rollback:
                         self.restore_progress(self.fault_tolerance.roll_back(rollback, self.loader))
-                        self.metrics.rewind(self.step)
+                        self.metrics.rewind(self.step, self.totals)
                         if self.ranks.is_rank0:
                             self.samples.rewind(self.step)
                     if self.step == first + 1:  # compiled, connected, warm
@@ -183,7 +185,7 @@ class Trainer:
         """One optimizer step."""
         now = self.plan.schedule(self.step)
         self._set_rope_theta(now.rope_theta)
-        batches = self.fault_tolerance.read(self.loader, self.plan.batch.accumulation_steps)
+        batches = self.fault_tolerance.read(self.loader, self.plan.batch.micro_batches(now.global_batch_size))
         starts = [mask.from_types(self.masks, batch.positions, now.window_of) for batch in batches]
         num_labels, pairs = self.fault_tolerance.sync_ranks(
             sum(batch.num_labels for batch in batches),
@@ -214,12 +216,14 @@ class Trainer:
         self.row = self.loader.row
         by_rows = [(batch.rows, loss["loss"]) for batch, loss in zip(batches, losses, strict=True)]
         self.bad_steps.record(StepOutcome(self.step, rows, bad, grad_norm.detach(), by_rows))
-        self.metrics.count(self.plan.tokens_per_step, pairs)
+        self.metrics.count(now.global_batch_size * self.config.training.seq_len, pairs)
         # Only steps that are reported or saved synchronize with the device.
         if self.metrics.should_log(self.step) or self.fault_tolerance.save_due(self.step):
             totals = {name: torch.stack([loss[name] for loss in losses]).sum().item() for name in losses[0]}
             means = {name: self.ranks.sum(total, self.plan.degrees.tp) for name, total in totals.items()}
             self.bad_steps.flush()
+            if self.plan.schedule.batch.varies:
+                means["global_batch_size"] = now.global_batch_size
             self.metrics.log(
                 self.step,
                 **means,
@@ -346,12 +350,13 @@ class Trainer:
             validated_step=self.validated_step,
             bad_steps=self.bad_steps.state_dict(),
             skipped_rows=self.fault_tolerance.skipped_rows,
+            totals=self.metrics.progress,
             versions={"torch": torch.__version__, "python": platform.python_version()},
         )
 
     def restore_progress(self, state: RunState) -> None:
-        """Sets step and row to those of a checkpoint."""
-        self.step, self.row = state.step, state.row
+        """Sets step, row and totals to those of a checkpoint."""
+        self.step, self.row, self.totals = state.step, state.row, state.totals
         self.post_step_pending = state.post_step_pending or self.step == 0  # metrics at step 0 are logged again
         self.validated_step = state.validated_step if self.step else -1
 

@@ -6,10 +6,10 @@ change what comes after its row, but nothing before it: otherwise it would read 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.registry import ConfigError, require
 
 ORDER_SETTINGS = ("seed", "shuffle", "packing", "seq_len")
@@ -26,14 +26,14 @@ class SourceHistory:
         current: those of this run.
         step: optimizer steps taken.
         row: the next row of the data.
-        global_batch_size: rows in a step.
+        batch: rows in every step.
     """
 
     saved: Mapping[str, str]
     current: Mapping[str, str]
     step: int
     row: int
-    global_batch_size: int
+    batch: BatchSchedule
 
     def check_first_step(self, moved: bool) -> None:
         """Checks that the row is the one that the step reads, if the data has been placed at another step.
@@ -46,10 +46,12 @@ class SourceHistory:
         """
         if not moved and self.saved.get("first_step", "0") == self.current["first_step"]:
             return
-        begun, rest = divmod(self.row, self.global_batch_size)
-        continued = f", or {self.step - begun} to continue at row {self.row:,}" if self.row and not rest else ""
+        before = self.batch.rows_before(self.step) - self.row
+        first_step = self.batch.step_at(before)  # from which on as many rows have been read
+        exact = self.batch.rows_before(first_step) == before
+        continued = f", or {first_step} to continue at row {self.row:,}" if self.row and exact else ""
         require(
-            not rest and str(self.step - begun) == self.current["first_step"],
+            exact and str(first_step) == self.current["first_step"],
             f"data.first_step = {self.current['first_step']}, but step {self.step} reads row {self.row:,} of the data: "
             f"set data.first_step = {self.step} to begin at the first row{continued}.",
         )
@@ -72,7 +74,7 @@ class SourceHistory:
                     f"{self.current[name]}), so what was read is not the beginning of the new order."
                 )
         if _phases_before(self.saved, self.row) != _phases_before(self.current, self.row):
-            from_step = int(self.current["first_step"]) + math.ceil(self.row / self.global_batch_size)
+            from_step = self.batch.steps_for(self.batch.rows_before(int(self.current["first_step"])) + self.row)
             shares = ", ".join(f"{weight:.6g}" for weight in weights)
             phases = f" and phases: {self.saved['phases']}" if self.saved.get("phases") else ""
             raise self._error(

@@ -10,6 +10,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.data.corpus import Corpus
 from torchladder.data.dataloader import SourceUsage
 from torchladder.data.mixing.interleave import PhasedInterleave
@@ -31,7 +32,7 @@ class SourceMix:
         interleave: source of every row.
         phase_starts: first step of each phase; the first one is that of the data, or of the run if that is later.
         seq_len: tokens in a row.
-        global_batch_size: rows in a step.
+        batch: rows in every step.
         first_step: the step that reads the first rows.
     """
 
@@ -41,7 +42,7 @@ class SourceMix:
     interleave: PhasedInterleave
     phase_starts: Sequence[int]
     seq_len: int
-    global_batch_size: int
+    batch: BatchSchedule
     first_step: int = 0
 
     def check_enough_data(self, steps: int) -> None:
@@ -69,8 +70,9 @@ class SourceMix:
         Rounds up, so the last step reads into the next epoch; rounds down if a source does not repeat.
         """
         rows = Fraction(str(epochs)) * sum(packed.rows_per_epoch for packed in self.packings)
-        steps = rows / self.global_batch_size
-        return self.first_step + max(math.ceil(steps) if all(self.repeats) else math.floor(steps), 1)
+        end = self.batch.rows_before(self.first_step) + rows
+        steps = self.batch.steps_for(end) if all(self.repeats) else self.batch.step_at(math.floor(end))
+        return max(steps, self.first_step + 1)
 
     def usage(self, steps: int) -> list[SourceUsage]:
         """Returns what each phase of a run of ``steps`` steps reads of each source, phase by phase."""
@@ -98,7 +100,7 @@ class SourceMix:
 
     def sources_without_rows(self, steps: int) -> list[str]:
         """Returns a sentence on each source of which the run reads nothing, since its weight is too small."""
-        rows = (steps - self.first_step) * self.global_batch_size
+        rows = self.batch.rows_before(steps) - self.batch.rows_before(self.first_step)
         return [
             f"the source {corpus.label} gets none of the run's {rows:,} rows: its proportion is at most {share:.3g}"
             for number, corpus in enumerate(self.corpora)
@@ -114,15 +116,17 @@ class SourceMix:
             line = f"{corpus.label}: {float(proportion):.1%} of the rows, {len(corpus.lengths):,} documents"
             line += f", {corpus.num_tokens:,} tokens"
             if packed.num_rows is None and proportion:
-                steps = packed.rows_per_epoch / (proportion * self.global_batch_size)
-                line += f", an epoch every {float(steps):,.1f} steps"
+                rows = packed.rows_per_epoch / proportion
+                steps = f"{float(rows / self.batch(0)):,.1f} steps"
+                line += f", an epoch every {f'{float(rows):,.0f} rows' if self.batch.varies else steps}"
             if packed.efficiency < 1:
                 cut = float((corpus.lengths > self.seq_len).mean())
                 line += f", rows {packed.efficiency:.1%} full, {cut:.1%} of the documents cut"
             lines.append(line)
         for first, proportions in zip(self.interleave.first_rows[1:], later, strict=True):
             named = [f"{corpus.label} {float(p):.1%}" for corpus, p in zip(self.corpora, proportions, strict=True)]
-            lines.append(f"from step {self.first_step + first // self.global_batch_size:,}: {', '.join(named)}")
+            step = self.batch.step_at(self.batch.rows_before(self.first_step) + first)
+            lines.append(f"from step {step:,}: {', '.join(named)}")
         return lines
 
     def describe_epochs(self, steps: int) -> list[str]:
@@ -136,7 +140,8 @@ class SourceMix:
 
     def _rows(self, source: int, steps: int) -> int:
         """Returns the rows of a source that the first ``steps`` steps of the run read."""
-        return self.interleave.counts(max(steps - self.first_step, 0) * self.global_batch_size)[source]
+        rows = self.batch.rows_before(steps) - self.batch.rows_before(self.first_step)
+        return self.interleave.counts(max(rows, 0))[source]
 
 
 def in_order(weights: list[float] | dict[str, float], labels: Sequence[str]) -> list[float]:
