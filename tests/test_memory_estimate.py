@@ -97,8 +97,8 @@ def test_compiled_activations_on_meta_are_those_of_a_real_block(mode):
     ],
 )
 def test_the_memory_is_what_an_h200_took(argv, measured):
-    # Llama 1B, compiled, bfloat16, no recomputation, one rank: docs/performance.md. With float8 it took 45.1, of which the
-    # second half of an fp32 residual stream is 2.8.
+    # Llama 1B, compiled, bfloat16, no recomputation, one rank: docs/performance.md. With float8 it took 45.1 GiB, of
+    # which the second half of an fp32 residual stream is 2.8.
     plan = plans.make_plan(
         config.load([*LLAMA, *argv, "--training.global_batch_size", "-1", "--model.n_layers", "22", "--compile.enable"])
     )
