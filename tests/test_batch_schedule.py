@@ -256,7 +256,7 @@ def test_a_long_warmup_is_described_in_one_line():
         (["--batch_size_warmup.steps", "6", "--batch_size_warmup.increment", "3"],
          r"batch_size_warmup.the batch from step 3 on, 5 is not a multiple of .* Nearest: 4 or 6"),
         (["--batch_size_warmup.steps", "6", "--batch_size_warmup.initial_batch_size", "1"],
-         r"batch_size_warmup.initial_batch_size = 1 is not a multiple of .* Nearest: 2 or 2"),
+         r"batch_size_warmup.initial_batch_size = 1 is not a multiple of .* Nearest: 2 or 4"),
         (["--training.steps", "-1", "--training.epochs", "1",
           "--phases", "{ from_fraction = 0.5, global_batch_size = 16 }"],
          "set from_step or from_tokens, or training.steps"),

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torchladder import config, mask, models
 from torchladder.commands import evaluate
 from torchladder.commands import plan as command
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.config import SamplesConfig
 from torchladder.inference.decoding import IncrementalDecoder, generate
 from torchladder.inference.trained_model import TrainedModel
@@ -294,7 +295,8 @@ def test_a_file_sets_a_type_and_one_that_extends_it_changes_a_key(tmp_path):
 )
 def test_a_phase_holds_for_the_types_that_it_sets(phases, step):
     each = [Phase(from_step=10 * number, window=window) for number, (window,) in enumerate(phases)]
-    schedule = Schedule(lambda step: step + 1, lambda step: 1.0, each, 100, 1, {SLIDING: lambda step: 2 * step + 1})
+    batch = BatchSchedule.constant(1, seq_len=1)
+    schedule = Schedule(lambda step: step + 1, lambda step: 1.0, each, 100, batch, {SLIDING: lambda step: 2 * step + 1})
     held = {}
     for number, (window,) in enumerate(phases):
         if 10 * number <= step:

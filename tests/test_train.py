@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 DEBUG = ["--job.config_file", str(ROOT / "train_configs" / "debug.toml")]
 LINE = {
     "step", "loss", "grad_norm", "lr", "window", "tokens", "tps", "flops", "mfu", "mfu_palm", "attention_saved",
-    "memory_gib", "seconds",
+    "effective_context", "memory_gib", "seconds",
 }  # fmt: skip
 
 
