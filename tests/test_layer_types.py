@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 from torchladder import config, mask, models
+from torchladder.batch_schedule import BatchSchedule
 from torchladder.commands import evaluate
 from torchladder.commands import plan as command
-from torchladder.batch_schedule import BatchSchedule
 from torchladder.config import SamplesConfig
 from torchladder.inference.decoding import IncrementalDecoder, generate
 from torchladder.inference.trained_model import TrainedModel
