@@ -24,7 +24,8 @@ from torchladder.optim import LRSchedulerConfig
 from torchladder.registry import ConfigError
 from torchladder.schedule import Phase, Schedule, change_batch
 from torchladder.training.data_setup import build_loader
-from torchladder.training.run_plan import make_plan, summary_lines
+from torchladder.training.plan_report import summary_lines
+from torchladder.training.run_plan import make_plan
 
 STAGES = st.dictionaries(st.integers(1, 30), st.integers(1, 9), max_size=5)
 SIZES = st.integers(1, 9)

@@ -11,6 +11,7 @@ from torchladder.commands import plan as command
 from torchladder.data.formats.indexed import IndexedWriter
 from torchladder.registry import ConfigError
 from torchladder.training import run_plan as plans
+from torchladder.training.plan_report import summary_lines
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
 
@@ -49,7 +50,7 @@ def test_random_windows_are_planned_step_by_step():
     attended = sum(mask.pairs(mask.sliding(row, window)) for window in windows)
     assert plan.attention_saved == pytest.approx(1 - attended / (50 * mask.pairs(mask.causal(row, 1))))
     assert plan.layer_types[0].window_range == (min(windows), 100)
-    line = plans.summary_lines(plan)[3]
+    line = summary_lines(plan)[3]
     assert line == (
         f"curriculum  random, window {windows[0]} at step 0, then {min(windows)} to 100, "
         "100 at the last step: never the full 256"

@@ -21,7 +21,8 @@ from torchladder.registry import ConfigError, require
 from torchladder.schedule import PHASE_SETTINGS
 from torchladder.training.data_setup import data_use
 from torchladder.training.memory_estimate import MemoryEstimator, RankMemory, Traffic
-from torchladder.training.run_plan import Plan, make_plan, summary_lines
+from torchladder.training.plan_report import summary_lines
+from torchladder.training.run_plan import Plan, make_plan
 
 EPILOG = """
 All other options are settings of the run, such as --job.config_file; they and the data are checked as when training

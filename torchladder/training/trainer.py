@@ -33,7 +33,8 @@ from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training import data_setup
 from torchladder.training.fault_tolerance import FaultTolerance, InvalidRowError
 from torchladder.training.label_check import LabelCheck
-from torchladder.training.run_plan import Plan, fingerprints, log_plan, parallelize_config, run_info
+from torchladder.training.plan_report import log_plan
+from torchladder.training.run_plan import Plan, fingerprints, parallelize_config, run_info
 from torchladder.training.samples import Samples
 from torchladder.training.validation import Validation
 from torchladder.training.validation_probes import ValidationProbes
