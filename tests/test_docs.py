@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from torchladder import config
+from torchladder.training.run_plan import make_plan
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -60,6 +63,13 @@ def test_plans_are_made(page, command):
     words = shlex.split(command)
     result = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "recipe", re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), flags=re.DOTALL)
+)
+def test_recipes_make_plans(recipe):
+    assert make_plan(config.load_text(recipe, "recipes.md")).num_parameters
 
 
 def test_links_lead_somewhere():

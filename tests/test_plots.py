@@ -137,6 +137,12 @@ def test_runs_are_compared_by_tokens_time_and_flops(run, drawn):
     assert len({line.get_color() for line in tops[0].get_lines()}) == 2
 
 
+def test_what_no_run_has_recorded_has_no_column(run, drawn, capsys):
+    report.run([str(run("a", seconds=None)), str(run("b", seconds=None))])
+    assert [axes.get_xlabel() for axes in drawn[0].axes[2:]] == ["thousand tokens", "compute ($10^{9}$ FLOPs)"]
+    assert "minutes" not in capsys.readouterr().out
+
+
 def test_short_names():
     names = ["a/full/run", "a/ladder/run", "a/other", "ladder/run"]
     assert short_names(list(map(Path, names))) == ["full/run", "a/ladder/run", "other", "ladder/run"]

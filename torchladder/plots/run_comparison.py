@@ -101,7 +101,7 @@ def finals(run: ReportedRun, first: ReportedRun) -> dict[str, str]:
         "training loss": number(smooth(curves.loss)[-1]),
         "steps": f"{curves.step[-1]:,.0f}",
         "tokens": f"{curves.tokens[-1]:,.0f}",
-        "minutes": f"{curves.seconds[-1] / 60:,.1f}",
+        "minutes": number(curves.seconds[-1] / 60, ",.1f"),
         "time saved": "" if is_first else number(run.saved("seconds", first), ".1%"),
         "FLOPs": f"{curves.flops[-1]:.3e}",
         "FLOPs saved": "" if is_first else number(run.saved("flops", first), ".1%"),

@@ -120,15 +120,20 @@ def plot_run(path: Path, run: RunCurves, windows: Mapping[str, Callable[[int], i
 def compare_runs(path: Path, runs: Sequence[RunCurves]) -> None:
     """Plots several runs: loss against tokens, time and FLOPs, with the window below each.
 
+    What no run has recorded, such as the time in means over runs, has no column.
+
     Raises:
         ConfigError: there is no run, or the suffix is not .png, .svg or .pdf.
     """
     if not runs:
         raise ConfigError("no runs to compare: pass at least one.")
-    units = [unit(kind, max(getattr(run, kind)[-1] for run in runs)) for kind in UNITS]
+    kinds = [kind for kind in UNITS if any(np.isfinite(getattr(run, kind)).any() for run in runs)]
+    units = [unit(kind, max(getattr(run, kind)[-1] for run in runs)) for kind in kinds]
     with saved_figure(path, 12, 5.8) as figure:
-        tops, bottoms = figure.subplots(2, 3, sharex="col", sharey="row", height_ratios=[2.6, 1])
-        for top, bottom, kind, (label, scale) in zip(tops, bottoms, UNITS, units, strict=True):
+        tops, bottoms = figure.subplots(
+            2, len(kinds), sharex="col", sharey="row", squeeze=False, height_ratios=[2.6, 1]
+        )
+        for top, bottom, kind, (label, scale) in zip(tops, bottoms, kinds, units, strict=True):
             for color, run in zip(cycle(COLORS), runs):
                 x = getattr(run, kind) / scale
                 val = run.at_validation(kind) / scale
