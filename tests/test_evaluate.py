@@ -31,7 +31,7 @@ from torchladder.inference.evaluation.eval_files import EvalDocuments
 from torchladder.inference.evaluation.eval_jobs import EvalJob
 from torchladder.inference.evaluation.eval_slices import EvalSlices
 from torchladder.inference.evaluation.position_losses import PositionLosses, position_buckets
-from torchladder.inference.evaluation.result_table import COLUMNS, ResultTable
+from torchladder.inference.evaluation.result_table import COLUMNS, DISTANCES, EVALUATIONS, ResultTable
 from torchladder.inference.trained_model import LoadedModel, TrainedModel
 from torchladder.models.attention.dense import DenseKernel
 from torchladder.models.attention.sdpa import SdpaKernel
@@ -110,20 +110,20 @@ def tiny(tmp_path_factory):
     return config.load(["--model.flavor", "debug", *sizes, "--attention.masks", "causal"])
 
 
-def job_of(settings, documents, context, stride, path=Path("memory.bin")):
+def job_of(settings, documents, context, stride, path=Path("memory.bin"), split_by="position"):
     corpus = Corpus("memory", [Shard(documents)])
     return EvalJob(
         TrainedModel(Path(), settings, {"step": 1}),
         EvalDocuments(path, corpus, None),
         EvalSlices(context, stride),
         "",
-        True,
+        split_by,
         None,
     )
 
 
 def alone(model, start, documents, context, stride):
-    """Yields (position, loss) of each token, from the logits of the tokens before it in its slice, one at a time."""
+    """Yields (position, distance, loss) of each token, from the logits of the tokens before it in its slice."""
     for document in documents:
         scored = 1
         for begin in range(0, len(document), stride):
@@ -131,7 +131,7 @@ def alone(model, start, documents, context, stride):
                 before = torch.tensor([[token ^ (token >> 63) for token in document[begin:place]]])
                 logits = model(before, mask.dense(start[None, : place - begin])[:, None])[0, -1]
                 if document[place] >= 0:
-                    yield place - begin - 1, -logits.double().log_softmax(-1)[document[place]].item()
+                    yield place - begin - 1, place - 1, -logits.double().log_softmax(-1)[document[place]].item()
                 scored = place + 1
 
 
@@ -143,9 +143,10 @@ def alone(model, start, documents, context, stride):
     st.sampled_from(["causal", "chunk", "sliding"]),
     st.integers(1, 12),
     st.booleans(),
+    st.sampled_from(["position", "distance"]),
     st.integers(0, 100),
 )
-def test_losses_are_those_of_each_token_alone(tiny, documents, cut, budget, name, window, tied, seed):
+def test_losses_are_those_of_each_token_alone(tiny, documents, cut, budget, name, window, tied, split_by, seed):
     """Documents of no, one and many tokens, some of which are not predicted, under several masks."""
     context, stride = cut
     shape = dataclasses.replace(SHAPE, tie_embeddings=tied)
@@ -154,20 +155,24 @@ def test_losses_are_those_of_each_token_alone(tiny, documents, cut, budget, name
     slow.init_weights(seed)
     fast.load_state_dict(slow.state_dict())
     start = mask.registry.get(name)(torch.arange(context, dtype=torch.int32)[None], window)[0]
-    job = job_of(tiny, documents, context, stride)
+    job = job_of(tiny, documents, context, stride, split_by=split_by)
     read = []
     losses = eval_jobs.compute_losses(
         LoadedModel(fast, {"full_attention": start}, torch.device("cpu")), job, budget, read.append
     )
     with torch.no_grad():
         expected = list(alone(slow, start, documents, context, stride))
-    for first, last in (None, None), *position_buckets(context):
+    longest = max([2, *map(len, documents)])  # its last token predicts none
+    buckets = position_buckets(context if split_by == "position" else longest - 1)
+    assert job.row_keys == [(job.fingerprint, first) for first in (None, *(first for first, _ in buckets))]
+    for first, last in (None, None), *buckets:
         total = losses.total() if first is None else losses.total(first, last)
-        some = [loss for position, loss in expected if first is None or first <= position <= last]
+        places = [(position if split_by == "position" else distance, loss) for position, distance, loss in expected]
+        some = [loss for place, loss in places if first is None or first <= place <= last]
         assert total.tokens == len(some)
         assert total.loss == pytest.approx(sum(some), rel=1e-5, abs=1e-5)
     assert sum(read) == job.num_tokens
-    assert sum(losses.total(*one).tokens for one in position_buckets(context)) == losses.total().tokens
+    assert sum(losses.total(*one).tokens for one in buckets) == losses.total().tokens
 
 
 def test_the_default_losses_of_a_model_are_the_same(monkeypatch):
@@ -446,6 +451,49 @@ def test_csv_and_json_lines_say_the_same(root, tmp_path):
     assert len(set(shorter.values())) == 2
 
 
+def test_losses_by_distance_have_a_table_beside_the_others(root, tmp_path, capsys):
+    shutil.copytree(root / "run", tmp_path / "run")
+    for table in (tmp_path / "run").glob("*.csv"):
+        table.unlink()
+    picture = tmp_path / "distances.svg"
+    ask = [str(tmp_path / "run"), "--files", str(root / "long.txt"), "--context", "16", "--stride", "8"]
+    assert command.run([*ask, "--by-position"]) == 0
+    before = (tmp_path / "run" / "evaluation.csv").read_bytes()
+    capsys.readouterr()
+    assert command.run([*ask, "--by-distance", "--plot", str(picture)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 + 2  # a line of each checkpoint
+    assert "distance" in picture.read_text()
+    assert (tmp_path / "run" / "evaluation.csv").read_bytes() == before
+    rows = ResultTable(tmp_path / "run" / "distances.csv", DISTANCES).rows()
+    by_position = ResultTable(tmp_path / "run" / "evaluation.csv").rows()
+    for step in (1, 2):
+        whole, *parts = (row for row in rows if row["step"] == step)
+        reference = next(row for row in by_position if row["step"] == step)
+        for key in ("tokens", "documents", "fingerprint"):
+            assert whole[key] == reference[key]
+        assert whole["loss"] == pytest.approx(reference["loss"], rel=1e-9)
+        assert [row["first_distance"] for row in parts] == [0, *(1 << power for power in range(len(parts) - 1))]
+        assert parts[-1]["last_distance"] == whole["tokens"] - 1  # one document
+        assert sum(row["tokens"] for row in parts) == whole["tokens"]
+    assert command.run([*ask, "--by-distance"]) == 0
+    assert "2 of 2 evaluations are already finished" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"evaluation\.csv is not a table of losses by distance"):
+        command.run([*ask, "--by-distance", "--output", str(tmp_path / "run" / "evaluation.csv")])
+
+
+def test_in_documents_within_the_context_distance_is_position(root, tmp_path):
+    ask = [str(root / "run" / "checkpoint" / "step-2"), "--files", str(root / "val.jsonl"), "--context", "512"]
+    tables = []
+    for name, schema in ("position", EVALUATIONS), ("distance", DISTANCES):
+        output = tmp_path / f"{name}.jsonl"
+        assert command.run([*ask, f"--by-{name}", "--output", str(output)]) == 0
+        rows = ResultTable(output, schema).rows()
+        tables.append({row[f"first_{name}"]: (row["tokens"], row["loss"]) for row in rows if row["tokens"]})
+    assert tables[0].keys() == tables[1].keys()
+    for first, found in tables[1].items():
+        assert found == pytest.approx(tables[0][first], rel=1e-9)
+
+
 def test_batches_change_nothing(root, tmp_path):
     ask = {"models": ("run/checkpoint/step-2",), "files": ("long.txt", "val.jsonl")}
     options = ["--context", "24", "--by-position", "--batch-tokens"]
@@ -646,6 +694,7 @@ VAL = ["--files", "{root}/val.jsonl"]
         (["{root}/run", *VAL, "--context", "8", "4", "--stride", "5"], "from 1 to the context (4)"),
         (["{root}/run", *VAL, "--stride", "65"], "from 1 to the context (64)"),
         (["{root}/run", *VAL, "--stride", "0"], "a stride of 0"),
+        (["{root}/run", *VAL, "--by-position", "--by-distance"], "--by-position and --by-distance fill different"),
         (["{root}/run", *VAL, "--batch-tokens", "0"], "--batch-tokens 0"),
         (["{root}/run", *VAL, "--bos"], "no bos token"),
         (["{root}/run", *VAL, "--output", "{root}/a.xlsx"], "must end in .csv or .jsonl"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torchladder import models
 from torchladder.models import loss
 from torchladder.models.attention.dense import DenseKernel
-from torchladder.models.loss import cross_entropy, cross_entropy_with_z_loss
+from torchladder.models.loss import cross_entropy, cross_entropy_with_z_loss, weighted_cross_entropy
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -211,3 +211,57 @@ def test_a_model_caps_its_logits_wherever_it_makes_them():
     z_loss = 0.2 * logits.logsumexp(-1).square().sum()
     for found, expected in zip(capped(tokens, form, tokens, 0.2), (losses.sum() + z_loss, z_loss), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+# --- weights of labels -----------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(1, 40),
+    st.sampled_from([0.0, 0.5, 30.0]),
+    st.sampled_from([0.0, 1e-4, 0.1]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.integers(0, 1000),
+)
+def test_weighted_losses_are_the_formula(tokens, vocab, softcap, multiplier, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(2, tokens, 8, generator=generator).to(dtype)
+    weight = torch.randn(vocab, 8, generator=generator).to(dtype)
+    labels = torch.randint(vocab, (2, tokens), generator=generator)
+    labels[torch.rand(2, tokens, generator=generator) < 0.3] = loss.IGNORE_INDEX
+    label_weights = 2.0 ** torch.randint(-3, 6, labels.shape, generator=generator)
+
+    def each_label(hidden, weight):
+        """The formula of each label by itself, with its weight."""
+        rows = zip(hidden.flatten(0, 1), labels.flatten(), label_weights.flatten(), strict=True)
+        sums = [(*formula(row[None, None], weight, label[None], softcap, multiplier), w) for row, label, w in rows]
+        total, z_loss = sum(one * w for one, _, w in sums), sum(z for _, z, _ in sums)
+        return total, sum(one for one, _, _ in sums) - z_loss, z_loss
+
+    def results(function, kind):
+        leaves = [x.detach().to(kind).requires_grad_() for x in (hidden, weight)]
+        total, *plain = function(*leaves)
+        return total, *plain, *torch.autograd.grad(total * 0.5, leaves)
+
+    found = results(lambda h, w: weighted_cross_entropy(h, w, labels, label_weights, multiplier, softcap), dtype)
+    expected = results(each_label, torch.float64)
+    assert not found[1].requires_grad
+    assert not found[2].requires_grad
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    size = 1 + max(x.abs().max().item() for x in expected)
+    for one, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double() / size, reference / size, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.1])
+def test_weights_of_1_change_nothing_and_compile(multiplier):
+    def weighted(hidden, weight, labels):
+        return weighted_cross_entropy(hidden, weight, labels, torch.ones(labels.shape), multiplier, 2.0)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(weighted, backend="aot_eager", fullgraph=True)
+    plain = run(lambda *batch: cross_entropy_with_z_loss(*batch, multiplier or 1e-30, 2.0)[0], *inputs())
+    for function in weighted, compiled:
+        for ours, reference in zip(run(function, *inputs()), plain, strict=True):
+            torch.testing.assert_close(ours, reference)

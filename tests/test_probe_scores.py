@@ -262,6 +262,7 @@ def test_a_plot_shows_maps_of_the_last_step(root, tmp_path, monkeypatch):
         (["--probes", "copy", "--context", "512", "40"], "a context of 40 tokens is too short for the probe 'copy'"),
         (["--probes", "--stride", "4"], "--stride does not apply to --probes"),
         (["--probes", "--by-position"], "--by-position does not apply to --probes"),
+        (["--probes", "--by-distance"], "--by-distance does not apply to --probes"),
         (["--probes", "--probe-rows", "0"], "--probe-rows 0: must be 1 or more"),
         (["--probes", "--seed", "-1"], "--seed -1: must be 0 or more"),
         ([], "nothing to evaluate: name text or tokens with --files, or use --probes"),

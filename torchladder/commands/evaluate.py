@@ -22,11 +22,11 @@ from torchladder.commands.eval_progress import EvalProgress
 from torchladder.commands.eval_tables import print_losses, print_probe
 from torchladder.inference.evaluation import eval_jobs
 from torchladder.inference.evaluation.eval_files import EvalFiles, expand_paths
-from torchladder.inference.evaluation.eval_jobs import EvalJob, Job
+from torchladder.inference.evaluation.eval_jobs import EvalJob, Job, SplitBy
 from torchladder.inference.evaluation.eval_slices import EvalSlices
 from torchladder.inference.evaluation.probe_jobs import PROBES, ProbeInput, ProbeJob, default_contexts
 from torchladder.inference.evaluation.probe_scores import ProbeRun
-from torchladder.inference.evaluation.result_table import EVALUATIONS, ResultTable
+from torchladder.inference.evaluation.result_table import DISTANCES, EVALUATIONS, ResultTable
 from torchladder.inference.trained_model import TrainedModel, UnreadableCheckpointError
 from torchladder.models.attention.sdpa import SdpaKernel
 from torchladder.registry import ConfigError, require
@@ -60,6 +60,7 @@ def run(argv: list[str]) -> int:
     add("--context", nargs="+", type=int, metavar="N", help=text)
     add("--stride", type=int, metavar="N", help="tokens from one slice of a document to the next (default: --context)")
     add("--by-position", action="store_true", help="also report loss by position")
+    add("--by-distance", action="store_true", help="also report loss by distance from the document's start")
     add("--batch-tokens", type=int, default=16384, metavar="N", help="tokens per batch (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)")
     add_weight_options(parser)
@@ -70,7 +71,7 @@ def run(argv: list[str]) -> int:
     add("--check-tokenizer", action=argparse.BooleanOptionalAction, help=text)
     text = "fraction of a text's tokens that may be unknown (default: as in the run)"
     add("--max-unknown-fraction", type=float, metavar="F", help=text)
-    text = ".csv or .jsonl to add to (default: evaluation.csv or probes.csv in MODEL's run)"
+    text = ".csv or .jsonl to add to (default: evaluation.csv, distances.csv or probes.csv in MODEL's run)"
     add("--output", type=Path, metavar="FILE", help=text)
     add("--plot", type=Path, metavar="FILE", help="also plot the results (.png, .svg, .pdf)")
     arguments = parser.parse_args(argv)
@@ -91,9 +92,13 @@ def _check_mode(arguments: argparse.Namespace) -> None:
     """Raises ``ConfigError`` for options that do not fit together."""
     if arguments.probes is None:
         require(bool(arguments.files), "nothing to evaluate: name text or tokens with --files, or use --probes.")
+        require(
+            not (arguments.by_position and arguments.by_distance),
+            "--by-position and --by-distance fill different tables: evaluate once with each.",
+        )
         return
-    for name, unused in ("--stride", arguments.stride is not None), ("--by-position", arguments.by_position):
-        require(not unused, f"{name} does not apply to --probes.")
+    for name in "stride", "by_position", "by_distance":
+        require(getattr(arguments, name) in (None, False), f"--{name.replace('_', '-')} does not apply to --probes.")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -108,7 +113,9 @@ def _run(arguments: argparse.Namespace) -> int:
         readable, unreadable = TrainedModel.find_all(path, max(arguments.context or [0]) or None, choice)
         models += readable
         errors += unreadable
-    name, schema = ("evaluation.csv", EVALUATIONS) if arguments.probes is None else ("probes.csv", PROBES)
+    name, schema = ("distances.csv", DISTANCES) if arguments.by_distance else ("evaluation.csv", EVALUATIONS)
+    if arguments.probes is not None:
+        name, schema = "probes.csv", PROBES
     outputs = [arguments.output or trained.run_folder / name for trained in models]
     tables = {path: ResultTable(path, schema) for path in dict.fromkeys(outputs)}
     targets = [(trained, tables[output]) for trained, output in zip(models, outputs, strict=True)]
@@ -125,7 +132,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for error in errors:
         print(f"warning: skipped a checkpoint: {error}", file=sys.stderr)
     if arguments.probes is None:
-        print_losses([row for row in rows if row["first_position"] is None])
+        print_losses([row for row in rows if row[schema.key[-1]] is None])
     else:
         for (checkpoint, probe), group in groupby(rows, key=lambda row: (row["checkpoint"], row["probe"])):
             print_probe(f"{checkpoint}  {probe}", list(group))
@@ -142,9 +149,12 @@ def _loss_jobs(
     jobs = []
     for trained, table in targets:
         contexts = arguments.context or [min(trained.max_seq_len, trained.config.training.seq_len)]
-        options = arguments.dtype, arguments.by_position, table
+        split_by: SplitBy = "distance" if arguments.by_distance else "position" if arguments.by_position else ""
         for documents in files.open_for(trained):
-            jobs += [EvalJob(trained, documents, slices, *options) for slices in _slices(contexts, arguments.stride)]
+            jobs += [
+                EvalJob(trained, documents, slices, arguments.dtype, split_by, table)
+                for slices in _slices(contexts, arguments.stride)
+            ]
     return jobs
 
 

@@ -88,6 +88,10 @@ class TrainingConfig:
     z_loss_multiplier: Annotated[float, Ge(0), Lt(math.inf)] = 0.0
     """Adds this times logsumexp(logits)**2 to the loss of each label (z-loss), against logits that drift; 0: not."""
 
+    context_weight_exponent: Annotated[float, Ge(0), Le(4)] = 0.0
+    """Weights the loss of a label by the context that predicts it, rounded down to a power of two, to this power; the
+    mean weight of a step is 1. 0: all labels count alike."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights, gradients and optimizer state. bfloat16 halves their memory, and AdamW's small updates round to
     nothing: for measurements and short experiments."""

@@ -147,9 +147,13 @@ class Head(nn.Module):
         tied_weight: Tensor | None = None,
         z_loss_multiplier: float = 0.0,
         logits_at: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        label_weights: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         weight = self.weight if tied_weight is None else tied_weight
         assert weight is not None
+        if labels is not None and label_weights is not None:
+            terms = z_loss_multiplier, self.logit_softcap
+            return loss.weighted_cross_entropy(hidden, weight, labels, label_weights, *terms)
         if labels is not None and z_loss_multiplier:
             return loss.cross_entropy_with_z_loss(hidden, weight, labels, z_loss_multiplier, self.logit_softcap)
         if labels is not None:

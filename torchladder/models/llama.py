@@ -95,9 +95,10 @@ class Llama(Model):
         labels: Tensor | None = None,
         z_loss_multiplier: float = 0.0,
         logits_at: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        label_weights: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         hidden = self._hidden_states(tokens, attn_mask)
-        return self.head(hidden, labels, self._tied_weight(), z_loss_multiplier, logits_at)
+        return self.head(hidden, labels, self._tied_weight(), z_loss_multiplier, logits_at, label_weights)
 
     @torch.no_grad()
     def per_token_loss(self, tokens: Tensor, attn_mask: Any, labels: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, logit_softcap:
         labels: (...) int64.
         logit_softcap: s; logits become s * tanh(logits / s), as in Gemma 2 (arXiv 2408.00118). 0: they do not.
     """
-    (loss,) = _summed_loss(hidden, weight, labels, logit_softcap, 0.0)
+    (loss,) = _summed_loss(hidden, weight, labels, None, logit_softcap, 0.0)
     return loss
 
 
@@ -44,8 +44,26 @@ def cross_entropy_with_z_loss(
     The z-loss, ``z_loss_multiplier * logsumexp(logits)**2`` for each label, keeps the normalizer of the softmax near 1
     (PaLM, arXiv 2204.02311). The other arguments are those of ``cross_entropy``.
     """
-    loss, z_loss = _summed_loss(hidden, weight, labels, logit_softcap, z_loss_multiplier)
+    loss, z_loss = _summed_loss(hidden, weight, labels, None, logit_softcap, z_loss_multiplier)
     return loss, z_loss.detach()
+
+
+def weighted_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    label_weights: Tensor,
+    z_loss_multiplier: float = 0.0,
+    logit_softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the sum over labels of weight x (cross entropy + z-loss), then the cross entropy and the z-loss by
+    themselves without weights and without a gradient: three fp32 scalars.
+
+    ``label_weights`` (...) has the weight of each label. The other arguments are those of
+    ``cross_entropy_with_z_loss``; with a multiplier of 0 the z-loss is 0.
+    """
+    total, loss, z_loss = _summed_loss(hidden, weight, labels, label_weights, logit_softcap, z_loss_multiplier)
+    return total, loss.detach(), z_loss.detach()
 
 
 @torch.no_grad()
@@ -85,20 +103,34 @@ def _scaled_tanh(logits: Tensor, cap: float) -> Tensor:
 
 
 def _summed_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, logit_softcap: float, z_loss_multiplier: float
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    label_weights: Tensor | None,
+    logit_softcap: float,
+    z_loss_multiplier: float,
 ) -> tuple[Tensor, ...]:
-    """Returns the loss and, unless the multiplier is 0, the z-loss in it."""
+    """Returns the loss and, unless the multiplier is 0, the z-loss in it; with weights the weighted sum of both, the
+    cross entropy and the z-loss.
+    """
+    terms = logit_softcap, z_loss_multiplier
     if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
-        return _parallel_loss(hidden, weight, labels, logit_softcap, z_loss_multiplier)
-    return _chunked_loss(hidden, weight, labels, None, logit_softcap, z_loss_multiplier)
+        return _parallel_loss(hidden, weight, labels, label_weights, *terms)
+    return _chunked_loss(hidden, weight, labels, label_weights, None, *terms)
 
 
 def _chunked_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_shard: VocabShard | None, *terms: float
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    label_weights: Tensor | None,
+    vocab_shard: VocabShard | None,
+    *terms: float,
 ) -> tuple[Tensor, ...]:
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    label_weights = None if label_weights is None else label_weights.flatten()
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, differentiate, vocab_shard, *terms)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, label_weights, differentiate, vocab_shard, *terms)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -108,6 +140,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
+        label_weights: Tensor | None,
         differentiate: bool,
         vocab_shard: VocabShard | None,
         logit_softcap: float,
@@ -118,7 +151,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
         accumulate = torch.promote_types(dtype, torch.float32)
         head = weight.to(dtype)
-        loss = torch.zeros((), dtype=accumulate, device=hidden.device)
+        sums = () if label_weights is None else (2,)  # plain and weighted
+        loss = torch.zeros(sums, dtype=accumulate, device=hidden.device)
         z_loss = torch.zeros_like(loss) if z_loss_multiplier else None
         grad_hidden = torch.empty_like(hidden) if differentiate else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if differentiate else None
@@ -131,6 +165,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             label = labels[chunk, None] - first
             in_shard = counts & (label >= 0) & (label < len(weight))
             label = label.where(in_shard, 0)
+            row_weights = None if label_weights is None else label_weights[chunk, None].to(accumulate)  # (n, 1)
             states = hidden[chunk].to(dtype).where(counts, 0)
             logits, tanh = states @ head.t(), None  # (n, V)
             if logit_softcap:
@@ -139,9 +174,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log_p, normalizer = _log_softmax(logits, accumulate, vocab_shard)  # (n, V), (n, 1)
             del logits
             # Not in place: PyTorch 2.11 compiles an in-place sum to gradients of 0.
-            loss = loss - log_p.gather(1, label).where(in_shard, 0).sum()
+            loss = loss - _sum(log_p.gather(1, label).where(in_shard, 0), row_weights)
             if z_loss is not None:
-                z_loss = z_loss + z_loss_multiplier * normalizer.square().where(counts, 0).sum()
+                z_loss = z_loss + z_loss_multiplier * _sum(normalizer.square().where(counts, 0), row_weights)
             if grad_hidden is not None and grad_weight is not None:
                 grad_logits = log_p.exp_()
                 if z_loss is not None:
@@ -149,6 +184,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_logits.scatter_add_(1, label, -in_shard.to(accumulate))
                 if tanh is not None:
                     grad_logits *= 1 - tanh.square()
+                if row_weights is not None:
+                    grad_logits *= row_weights
                 grad_logits = grad_logits.to(dtype)
                 grad_hidden[chunk] = (grad_logits @ head).where(counts, 0)
                 if dtype == accumulate:
@@ -158,12 +195,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         loss = vocab_shard.sum(loss) if vocab_shard else loss
-        return (loss,) if z_loss is None else (loss + z_loss, z_loss)
+        if label_weights is None:
+            return (loss,) if z_loss is None else (loss + z_loss, z_loss)
+        z_loss = torch.zeros_like(loss) if z_loss is None else z_loss
+        return loss[1] + z_loss[1], loss[0].clone(), z_loss[0].clone()
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), *(None,) * 5
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), *(None,) * 6
+
+
+def _sum(terms: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns the sum of terms (n, 1); with weights (n, 1) the plain and the weighted sum (2)."""
+    return terms.sum() if weights is None else torch.cat([terms, terms * weights], dim=1).sum(0)
 
 
 def _log_softmax(logits: Tensor, dtype: torch.dtype, vocab_shard: VocabShard | None) -> tuple[Tensor, Tensor]:
@@ -201,21 +246,25 @@ class VocabShard:
         return DTensor.from_local(local, self.mesh, [Partial()], run_check=False).full_tensor().clone()
 
 
-def _parallel_loss(hidden: DTensor, weight: DTensor, labels: Tensor, *terms: float) -> tuple[Tensor, ...]:
+def _parallel_loss(
+    hidden: DTensor, weight: DTensor, labels: Tensor, label_weights: Tensor | None, *terms: float
+) -> tuple[Tensor, ...]:
     """Returns what ``_summed_loss`` does, the same on every rank that shares the head.
 
     ``hidden`` (B, T, d) is replicated to shard over the vocabulary, as ``weight`` (V, d) is then; or it is sharded by
-    tokens. ``labels`` (B, T) are the same on every rank.
+    tokens. ``labels`` (B, T) and their weights are the same on every rank.
     """
     mesh = weight.device_mesh
     if hidden.placements == (Replicate(),):
         weight = weight.redistribute(placements=[Shard(0)])
         states = hidden.to_local(grad_placements=[Partial()])  # a rank's gradient covers only its vocabulary
         vocab_shard = VocabShard(_shard_start(weight.shape[0], mesh), mesh)
-        return _chunked_loss(states, weight.to_local(), labels, vocab_shard, *terms)
+        return _chunked_loss(states, weight.to_local(), labels, label_weights, vocab_shard, *terms)
     head = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     states, first = hidden.to_local(), _shard_start(labels.shape[1], mesh)
-    local = _chunked_loss(states, head, labels[:, first : first + states.shape[1]], None, *terms)
+    mine = slice(first, first + states.shape[1])
+    label_weights = None if label_weights is None else label_weights[:, mine]
+    local = _chunked_loss(states, head, labels[:, mine], label_weights, None, *terms)
     # Clone, because FSDP2 registers its backward hook on this tensor, which must not be a view.
     return tuple(DTensor.from_local(term, mesh, [Partial()], run_check=False).full_tensor().clone() for term in local)
 

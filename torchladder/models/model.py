@@ -41,7 +41,7 @@ class Model(nn.Module, ABC):
     hf_adapter: ClassVar[HFAdapter | None] = None
 
     @abstractmethod
-    def forward(self, tokens: Tensor, attn_mask: Any, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, attn_mask: Any, labels: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         """Returns logits (B, T, V), or with labels the fp32 sum of the loss over all labels that are not -100.
 
         Args:
@@ -52,6 +52,10 @@ class Model(nn.Module, ABC):
 
         A model that supports ``training.z_loss_multiplier`` has another argument of that name, by default 0. With any
         other value it returns a pair: the sum with the z-loss added, and the z-loss by itself without a gradient.
+
+        A model that supports ``training.context_weight_exponent`` has an argument ``label_weights``, by default None:
+        (B, T), the weight of each label. With it the model returns three sums: the weighted loss with the weighted
+        z-loss added, then without weights and without a gradient the loss and the z-loss, 0 if there is none.
 
         A model that can compute few logits has an argument ``logits_at``: (B, n) int64, positions in each row; it then
         returns the logits (B, n, V) there.

@@ -18,8 +18,9 @@ Row = Mapping[str, Any]
 
 
 def plot_evaluations(path: Path, rows: Sequence[Row]) -> None:
-    """Plots the loss on files over the steps of runs, next to the loss by position at the last step, if known.
+    """Plots the loss on files over the steps of runs.
 
+    Next to it stands the loss at the last step by position, or by distance from the document's start, if known.
     If there are more curves than colors, the files of a run and a context share one curve: their mean per token.
 
     Raises:
@@ -31,30 +32,33 @@ def plot_evaluations(path: Path, rows: Sequence[Row]) -> None:
     curves = _curves(rows, per_file=True)
     if len(curves) > len(COLORS):
         curves = _curves(rows, per_file=False)
-    by_position = any(row["first_position"] is not None for row in rows)
-    with saved_figure(path, 12 if by_position else 8, 4.5) as figure:
+    place = _place(rows[0])
+    first, last = f"first_{place}", f"last_{place}"
+    is_split = any(row[first] is not None for row in rows)
+    with saved_figure(path, 12 if is_split else 8, 4.5) as figure:
         few_tokens = False
-        over_steps, *over_positions = figure.subplots(1, 1 + by_position, squeeze=False)[0]
+        over_steps, *over_positions = figure.subplots(1, 1 + is_split, squeeze=False)[0]
         for color, (label, curve) in zip(cycle(COLORS), curves.items()):
-            whole = sorted((row["step"] or 0, row["loss"]) for row in curve if row["first_position"] is None)
+            whole = sorted((row["step"] or 0, row["loss"]) for row in curve if row[first] is None)
             if curve[0]["step"] is None and whole:  # a Hugging Face folder has one loss and no step
                 over_steps.axhline(whole[0][1], color=color, linestyle=(0, (4, 3)), label=label)
             else:
                 over_steps.plot(*zip(*whole, strict=True), "o-", color=color, markersize=4, label=label)
             last_step = max(row["step"] or 0 for row in curve)
-            buckets = [row for row in curve if row["first_position"] is not None and (row["step"] or 0) == last_step]
+            buckets = [row for row in curve if row[first] is not None and (row["step"] or 0) == last_step]
             shown = [row for row in buckets if row["tokens"] >= MIN_TOKENS] or buckets
             few_tokens |= len(shown) < len(buckets)
             for axes in over_positions:
-                shown.sort(key=lambda row: row["last_position"])
-                tokens_read = [row["last_position"] + 1 for row in shown]
+                shown.sort(key=lambda row: row[last])
+                tokens_read = [row[last] + 1 for row in shown]
                 axes.plot(tokens_read, [row["loss"] for row in shown], "o-", color=color, markersize=4)
         over_steps.set(xlabel="step", ylabel="loss (nats per token)")
         plain_numbers(over_steps.xaxis)
         for axes in over_positions:
             axes.set_xscale("log", base=2)
-            axes.set(xlabel="tokens before the predicted one (at most)", ylabel="loss (nats per token)")
-            axes.set_title("by position, at the last step" + few_tokens * f" (points of {MIN_TOKENS} tokens or more)")
+            of_document = " in the document" if place == "distance" else ""
+            axes.set(xlabel=f"tokens before the predicted one{of_document} (at most)", ylabel="loss (nats per token)")
+            axes.set_title(f"by {place}, at the last step" + few_tokens * f" (points of {MIN_TOKENS} tokens or more)")
             plain_numbers(axes.xaxis)
         legend_above(figure, *over_steps.get_legend_handles_labels())
 
@@ -71,8 +75,12 @@ def _curves(rows: Sequence[Row], per_file: bool) -> dict[str, list[Row]]:
         subject = labels[row["file"]] if per_file else f"{len(files)} files"
         label = f"{subject}, context {row['context']:,}"
         label = label if len(set(runs.values())) == 1 else f"{runs[row['checkpoint']]}: {label}"
-        points.setdefault(label, {}).setdefault((row["step"], row["first_position"]), []).append(row)
+        points.setdefault(label, {}).setdefault((row["step"], row[f"first_{_place(row)}"]), []).append(row)
     return {label: [_mean_row(point) for point in curve.values()] for label, curve in points.items()}
+
+
+def _place(row: Row) -> str:
+    return "distance" if "first_distance" in row else "position"
 
 
 def _run_names(rows: Sequence[Row]) -> dict[str, str]:

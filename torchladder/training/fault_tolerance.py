@@ -56,16 +56,19 @@ class FaultTolerance:
             self._read_error = error  # every rank learns of it in sync_ranks, and all of them save
         return []
 
-    def sync_ranks(self, num_labels: int, pairs: int, model_parallel: int = 1) -> tuple[int, int]:
+    def sync_ranks(
+        self, num_labels: int, pairs: int, label_weight: float = 0.0, model_parallel: int = 1
+    ) -> tuple[int, int, float]:
         """Sums counts over all ranks and, in the same all-reduce on the CPU, lets each rank request an end or a save.
 
         Args:
             num_labels: of this rank's rows in the step.
             pairs: attended (query, key) pairs of these rows.
+            label_weight: of all these labels, if they are weighted.
             model_parallel: ranks that read the same rows.
 
         Returns:
-            Labels and pairs of the whole step.
+            Labels, pairs and label weight of the whole step.
 
         Raises:
             Interrupted: on every rank, if one should end; the step has not begun.
@@ -73,8 +76,8 @@ class FaultTolerance:
             SaveError: on every rank, if too many saves have failed.
         """
         requests = self.interrupt.requested, self.checkpointer.idle, self.checkpointer.overdue
-        labels, all_pairs, invalid, stop, settled, overdue = self.ranks.sums(
-            num_labels, pairs, self._read_error is not None, *requests
+        labels, all_pairs, weight, invalid, stop, settled, overdue = self.ranks.sums(
+            num_labels, pairs, label_weight, self._read_error is not None, *requests
         )
         if invalid:
             raise InvalidRowError(str(self._read_error or "the rows of another rank are invalid; it has printed why."))
@@ -83,7 +86,7 @@ class FaultTolerance:
         if settled == self.ranks.world_size:
             self.checkpointer.wait()  # returns at once: the save in flight has completed or failed on every rank
         self._overdue = overdue > 0
-        return round(labels / model_parallel), round(all_pairs / model_parallel)
+        return round(labels / model_parallel), round(all_pairs / model_parallel), weight / model_parallel
 
     def stop_if_requested(self) -> None:
         """Raises ``Interrupted`` on every rank if one of them should end; for work longer than a step."""

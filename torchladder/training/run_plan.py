@@ -165,9 +165,10 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         model = models.registry.build(config.model, attention_fn=None, seq_len=training.seq_len)
         for theta in schedule.overrides("rope_theta").values():
             model.set_rope_theta(theta)  # a model without rotary embeddings refuses
-    if training.z_loss_multiplier and "z_loss_multiplier" not in inspect.signature(model.forward).parameters:
-        raise ConfigError(
-            f"training.z_loss_multiplier: {type(model).__name__}.forward has no argument z_loss_multiplier: set 0."
+    for setting, argument in ("z_loss_multiplier", "z_loss_multiplier"), ("context_weight_exponent", "label_weights"):
+        require(
+            not getattr(training, setting) or argument in inspect.signature(model.forward).parameters,
+            f"training.{setting}: {type(model).__name__}.forward has no argument {argument}: set 0.",
         )
     if config.ema.enable and config.float8.enable_fsdp_float8_all_gather:
         raise ConfigError("ema.enable does not support float8.enable_fsdp_float8_all_gather: disable one of them.")

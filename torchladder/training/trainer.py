@@ -31,6 +31,7 @@ from torchladder.models.layer_types import collapse
 from torchladder.resilience.bad_steps import BadStepDetector, Rollback, StepOutcome, backward_seed
 from torchladder.resilience.interrupt import Interrupt, Interrupted
 from torchladder.training import data_setup
+from torchladder.training.context_weights import ContextWeights, LabelWeights
 from torchladder.training.fault_tolerance import FaultTolerance, InvalidRowError
 from torchladder.training.label_check import LabelCheck
 from torchladder.training.plan_report import log_plan
@@ -85,6 +86,7 @@ class Trainer:
             return data_setup.build_loader(config, plan.batch, plan.schedule, split, tokenizer, self.mesh.dp_rank)
 
         self.loader = build_loader("train")
+        self.context_weights = ContextWeights(config.training.context_weight_exponent)
         self.label_check = LabelCheck(self.loader, config.metrics.log_freq, config.training.steps, ranks.is_rank0)
         self.validation = Validation(plan, ranks, build_loader("validation")) if config.validation.enable else None
         has_probes = config.validation.enable and config.validation.probes
@@ -188,9 +190,11 @@ class Trainer:
         self._set_rope_theta(now.rope_theta)
         batches = self.fault_tolerance.read(self.loader, self.plan.batch.micro_batches(now.global_batch_size))
         starts = [mask.from_types(self.masks, batch.positions, now.window_of) for batch in batches]
-        num_labels, pairs = self.fault_tolerance.sync_ranks(
+        weights = [self.context_weights(batch.labels, start) for batch, start in zip(batches, starts, strict=True)]
+        num_labels, pairs, label_weight = self.fault_tolerance.sync_ranks(
             sum(batch.num_labels for batch in batches),
             sum(mask.layer_pairs(start, self.num_layers) for start in starts),
+            sum(weighted.total for weighted in weights if weighted),
             self.plan.degrees.model_parallel,
         )
 
@@ -198,8 +202,8 @@ class Trainer:
 
         self.optimizer.zero_grad()
         losses = [
-            self.forward_backward(batch.to(self.ranks.device), start, num_labels)
-            for batch, start in zip(batches, starts, strict=True)
+            self.forward_backward(batch.to(self.ranks.device), start, num_labels, weighted, label_weight)
+            for batch, start, weighted in zip(batches, starts, weights, strict=True)
         ]
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
@@ -234,11 +238,26 @@ class Trainer:
                 layer_windows=now.layer_windows,
             )
 
-    def forward_backward(self, batch: Batch, start: dict[str, Tensor], num_labels: int) -> dict[str, Tensor]:
+    def forward_backward(
+        self,
+        batch: Batch,
+        start: dict[str, Tensor],
+        num_labels: int,
+        weighted: LabelWeights | None = None,
+        label_weight: float = 0.0,
+    ) -> dict[str, Tensor]:
         """Accumulates the gradients of a micro-batch; returns its share of the step's mean losses per label: the cross
-        entropy as ``loss`` and, if it is enabled, ``z_loss``.
+        entropy as ``loss`` and, if it is enabled, ``z_loss``, both without weights.
         """
         multiplier = self.config.training.z_loss_multiplier
+        if weighted:
+            options: dict[str, Any] = {"z_loss_multiplier": multiplier} if multiplier else {}
+            options["label_weights"] = self.context_shard(weighted.weights.to(self.ranks.device, non_blocking=True))
+            total, loss, z_loss = self._summed_loss(batch, start, **options)
+            total = total / max(label_weight, 1)
+            total.backward(backward_seed(total))
+            means = {"loss": loss / max(num_labels, 1)}
+            return means | ({"z_loss": z_loss / max(num_labels, 1)} if multiplier else {})
         if not multiplier:
             loss = self._summed_loss(batch, start) / max(num_labels, 1)
             loss.backward(backward_seed(loss))
@@ -270,7 +289,7 @@ class Trainer:
 
     # --- forward passes -----------------------------------------------------------------------------------------------
 
-    def _summed_loss(self, batch: Batch, start: dict[str, Tensor], **options: float) -> Any:
+    def _summed_loss(self, batch: Batch, start: dict[str, Tensor], **options: Any) -> Any:
         """Returns the loss summed over the labels of this rank's tokens, under ``start`` of each layer type.
 
         ``options`` are those of the model's forward.

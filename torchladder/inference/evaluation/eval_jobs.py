@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from torchladder.registry import require
 
 FINGERPRINT_VERSION = 1
 """Increment when the results of the same weights and documents change, so that they are evaluated again."""
+
+SplitBy = Literal["", "position", "distance"]
 
 
 class Job(Protocol):
@@ -96,7 +98,7 @@ class EvalJob:
     Attributes:
         slices: how its documents are cut.
         dtype: of the weights.
-        by_position: whether to report the loss by position, too.
+        split_by: report the loss by position in the slice, or by distance from the document's start, too; or neither.
         table: receives the result.
     """
 
@@ -104,7 +106,7 @@ class EvalJob:
     documents: EvalDocuments
     slices: EvalSlices
     dtype: str
-    by_position: bool
+    split_by: SplitBy
     table: ResultTable
 
     @cached_property
@@ -149,11 +151,11 @@ class EvalJob:
 
     @property
     def row_keys(self) -> list[RowKey]:
-        """The keys of the result's rows: all positions, then each bucket."""
+        """The keys of the result's rows: all tokens, then each bucket."""
         return [(self.fingerprint, first) for first in (None, *(first for first, _ in self._buckets))]
 
     def rows(self, losses: PositionLosses) -> list[ResultRow]:
-        """Returns the rows of the result: all positions, then each bucket."""
+        """Returns the rows of the result: all tokens, then each bucket."""
         common: ResultRow = model_columns(self.trained) | {
             "file": self.subject,
             "context": self.slices.context,
@@ -164,12 +166,12 @@ class EvalJob:
             "bits_per_byte": None,
             "fingerprint": self.fingerprint,
         }
-        rows = []
+        rows, place = [], self.split_by or "position"
         for first, last in [(None, None), *self._buckets]:
             total = losses.total(first or 0, last)
             rows.append(
                 common
-                | {"first_position": first, "last_position": last, "tokens": total.tokens}
+                | {f"first_{place}": first, f"last_{place}": last, "tokens": total.tokens}
                 | {"loss": total.mean, "perplexity": total.perplexity}
                 | {"total_loss": total.loss if total.tokens else None}
             )
@@ -179,8 +181,15 @@ class EvalJob:
         return rows
 
     @property
+    def num_positions(self) -> int:
+        """Positions in a slice; of a job by distance those of the longest document that predict a token."""
+        if self.split_by != "distance":
+            return self.slices.context
+        return max(int(self.documents.corpus.lengths.max(initial=0)) - 1, 1)
+
+    @property
     def _buckets(self) -> list[tuple[int, int]]:
-        return position_buckets(self.slices.context) if self.by_position else []
+        return position_buckets(self.num_positions) if self.split_by else []
 
 
 def model_columns(trained: TrainedModel) -> ResultRow:
@@ -214,7 +223,7 @@ def finished_rows(jobs: Sequence[Job]) -> list[ResultRow]:
 def compute_losses(
     loaded: LoadedModel, job: EvalJob, batch_tokens: int, on_batch: Callable[[int], None]
 ) -> PositionLosses:
-    """Returns the losses of a job by position.
+    """Returns the losses of a job by position, or by distance.
 
     Args:
         batch_tokens: tokens in a batch, with padding.
@@ -230,7 +239,7 @@ def compute_losses(
     }
     starts = {name: start.cpu() for name, start in loaded.starts.items()}
     vocab_size = models.resolve(config.model).vocab_size
-    sums = PositionLosses(job.slices.context)
+    sums = PositionLosses(job.num_positions)
     for batch in job.slices.batches(corpus.lengths, batch_tokens):
         lengths = batch.ends - batch.begins
         rows, longest = len(lengths), int(lengths[0])
@@ -251,6 +260,11 @@ def compute_losses(
             }
         )
         losses = loaded.model.per_token_loss(tokens.to(loaded.device), attn_mask, labels.to(loaded.device))
-        sums.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), (labels != data.IGNORE_INDEX).sum(0).numpy())
+        scored = labels != data.IGNORE_INDEX
+        if job.split_by == "distance":
+            distances = batch.begins[:, None] + positions[:-1]
+            sums.add_at(distances[scored.numpy()], losses.cpu()[scored].numpy())
+        else:
+            sums.add(losses.sum(0, dtype=torch.float64).cpu().numpy(), scored.sum(0).numpy())
         on_batch(int(lengths.sum()))
     return sums

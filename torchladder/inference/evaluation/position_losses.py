@@ -1,4 +1,4 @@
-"""Adds up losses by position, so that tokens with a short and with a long context can be reported apart."""
+"""Adds up losses by position or distance, so that tokens with a short and with a long context can be reported apart."""
 
 from __future__ import annotations
 
@@ -31,20 +31,26 @@ class LossSum(NamedTuple):
 
 
 class PositionLosses:
-    """Sums of losses by position in a slice; at position p the model has read p + 1 tokens.
+    """Sums of losses by position p in a slice, where the model has read p + 1 tokens; or by distance, the position in
+    the document.
 
     Args:
-        context: number of positions.
+        size: number of positions.
     """
 
-    def __init__(self, context: int) -> None:
-        self._losses = np.zeros(context)
-        self._tokens = np.zeros(context, dtype=np.int64)
+    def __init__(self, size: int) -> None:
+        self._losses = np.zeros(size)
+        self._tokens = np.zeros(size, dtype=np.int64)
 
     def add(self, losses: np.ndarray, tokens: np.ndarray) -> None:
         """Adds the losses (positions,) and the numbers of tokens (positions,), from position 0."""
         self._losses[: len(losses)] += losses
         self._tokens[: len(tokens)] += tokens
+
+    def add_at(self, positions: np.ndarray, losses: np.ndarray) -> None:
+        """Adds the losses (n,) of tokens at positions (n,), which may repeat."""
+        np.add.at(self._losses, positions, losses)
+        np.add.at(self._tokens, positions, 1)
 
     def total(self, first: int = 0, last: int | None = None) -> LossSum:
         """Returns the sum over the positions from ``first`` to ``last``, inclusive."""
@@ -52,7 +58,7 @@ class PositionLosses:
         return LossSum(float(self._losses[positions].sum()), int(self._tokens[positions].sum()))
 
 
-def position_buckets(context: int) -> list[tuple[int, int]]:
-    """Returns the first and last position of each bucket: 0, 1, 2-3, 4-7, ..., up to ``context - 1``."""
-    firsts = [0, *(1 << power for power in range((context - 1).bit_length()))]
-    return [(first, min(max(2 * first - 1, 0), context - 1)) for first in firsts]
+def position_buckets(size: int) -> list[tuple[int, int]]:
+    """Returns the first and last position of each bucket: 0, 1, 2-3, 4-7, ..., up to ``size - 1``."""
+    firsts = [0, *(1 << power for power in range((size - 1).bit_length()))]
+    return [(first, min(max(2 * first - 1, 0), size - 1)) for first in firsts]

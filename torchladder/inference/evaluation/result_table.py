@@ -60,6 +60,13 @@ COLUMNS: dict[str, type] = {
 EVALUATIONS = TableSchema("evaluations", COLUMNS, ("fingerprint", "first_position"))
 """Losses on files; the first position is None for all positions."""
 
+DISTANCES = TableSchema(
+    "losses by distance",
+    {name.replace("_position", "_distance"): kind for name, kind in COLUMNS.items()},
+    ("fingerprint", "first_distance"),
+)
+"""Losses on files; the first distance from the document's start is None for all distances."""
+
 
 class ResultTable:
     """A file of rows; its suffix is the format.
