@@ -8,7 +8,19 @@ import sys
 import torch
 
 from torchladder import __version__, config
-from torchladder.commands import convert, evaluate, generate, inspect, merge, plan, prepare, report, slurm, tokenizer
+from torchladder.commands import (
+    convert,
+    evaluate,
+    generate,
+    import_titan,
+    inspect,
+    merge,
+    plan,
+    prepare,
+    report,
+    slurm,
+    tokenizer,
+)
 from torchladder.registry import ConfigError, unknown_name
 
 COMMANDS = {
@@ -22,6 +34,7 @@ COMMANDS = {
     "evaluate": (evaluate, "compute loss and perplexity of checkpoints on files"),
     "slurm": (slurm, "write and submit an sbatch script that saves, requeues and resumes"),
     "report": (report, "compare runs in one plot and one table"),
+    "import-titan": (import_titan, "write the config of a torchtitan v0.2.2 job file"),
 }
 """Name → module with ``run(argv) -> exit code``, and the description in ``torchladder --help``."""
 
@@ -32,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: torchladder <command> [options]\n\ncommands:")
         for name, (_, description) in COMMANDS.items():
-            print(f"  {name:10} {description}")
+            print(f"  {name:12} {description}")
         print("\n'torchladder <command> --help' shows the options of a command.")
         print("To train: ./run_train.sh --job.config_file FILE, or python -m torchladder.train --job.config_file FILE")
         return 0
