@@ -1,5 +1,6 @@
 """torchladder import-titan: every key of torchtitan v0.2.2 is imported or named, and the config it writes loads."""
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from torchladder import commands, config, models
 from torchladder.config.titan_flavors import FLAVORS, find_flavor
-from torchladder.config.titan_import import read_titan_file
+from torchladder.config.titan_import import TitanImport, read_titan_file
 from torchladder.config.titan_keys import DEFAULTS
+from torchladder.optim import LRSchedulerConfig
 
 # Section -> the keys of v0.2.2, from the dataclasses of its config; CHOICES has values other than the default.
 KEYS = {
@@ -172,7 +174,7 @@ def test_the_tables_have_every_key_and_no_other():
 
 
 @given(data=st.data())
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_key_is_imported_with_its_value_or_named(tmp_path, data):
     keys = data.draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=60, unique=True))
     flat = {key: data.draw(st.sampled_from(values(key)), label=key) for key in keys}
@@ -196,6 +198,36 @@ def test_settings_that_a_file_leaves_out_have_the_defaults_of_torchtitan(tmp_pat
     assert (loaded.checkpoint.last_save_model_only, loaded.metrics.enable_tensorboard) == (True, False)
     assert (loaded.validation.enable, loaded.data.validation_fraction) == (False, 0.0)
     assert (loaded.data.shuffle, loaded.data.bos, loaded.optimizer.decay_matrices_only) == (False, True, False)
+
+
+def lr_factor(step, total, warmup, ratio, kind, lowest):
+    """The schedule of torchtitan: warmup, plateau, decay, which ends one step after the run."""
+    warmup = min(warmup, total)
+    decay = total - warmup if ratio is None else min(round(total * ratio), total - warmup)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < total + 1 - decay:
+        return 1.0
+    progress = (step - total + decay) / decay
+    curves = {"linear": 1 - progress, "sqrt": 1 - math.sqrt(progress), "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return lowest + (1 - lowest) * curves[kind]
+
+
+@given(
+    total=st.integers(1, 50),
+    warmup=st.integers(0, 60),
+    ratio=st.none() | st.floats(0, 1),
+    kind=st.sampled_from(["linear", "sqrt", "cosine"]),
+    lowest=st.floats(0, 1),
+)
+@settings(max_examples=12, deadline=None)
+def test_every_step_has_the_learning_rate_of_torchtitan(total, warmup, ratio, kind, lowest):
+    given = {"training.steps": total, "lr_scheduler.warmup_steps": warmup, "lr_scheduler.decay_type": kind}
+    given |= {"lr_scheduler.min_lr_factor": lowest} | ({} if ratio is None else {"lr_scheduler.decay_ratio": ratio})
+    section = TitanImport(given).settings["lr_scheduler"]
+    scheduler = LRSchedulerConfig(**section)
+    for step in range(total):
+        assert scheduler.factor(step, total) == pytest.approx(lr_factor(step, total, warmup, ratio, kind, lowest))
 
 
 # Parameters of torchtitan's models, built on the meta device.
