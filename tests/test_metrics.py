@@ -12,8 +12,17 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from torchladder import metrics
-from torchladder.metrics import Metric, MetricsConfig, MetricsProcessor, RunInfo, device, metric_table, processor
+from torchladder import config, metrics
+from torchladder.metrics import (
+    Metric,
+    MetricsConfig,
+    MetricsProcessor,
+    RunInfo,
+    device,
+    metric_table,
+    output_config,
+    processor,
+)
 from torchladder.registry import ConfigError
 
 KEYS = ["step", "loss", "grad_norm", "lr", "window", "tokens", "tps", "flops", "mfu", "mfu_palm"]
@@ -317,6 +326,60 @@ def test_wandb(tmp_path, monkeypatch, clock):
     assert logged[1] == "finished"
 
 
+def test_the_run_is_named_in_wandb(tmp_path, monkeypatch):
+    init = []
+    session = SimpleNamespace(finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: init.append(settings) or session))
+    monkeypatch.setenv("WANDB_PROJECT", "ladders")
+    named = {"project": "mine", "run_name": "first", "group": "windows", "tags": ["a", "b"]}
+    make(tmp_path, config=MetricsConfig(enable_wandb=True, **named)).close()
+    assert init == [
+        {"project": "mine", "name": "first", "group": "windows", "tags": ["a", "b"], "dir": str(tmp_path), "config": {}}
+    ]
+
+
+@pytest.fixture
+def csv_output(tmp_path, monkeypatch):
+    """The output and the config of the docs, in a folder of their own."""
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    (tmp_path / "my_output.py").write_text(re.search(r"```python\n(# my_output.py.*?)```", page, flags=re.DOTALL)[1])
+    (tmp_path / "run.toml").write_text(re.search(r"```toml\n(.*?)```", page, flags=re.DOTALL)[1])
+    monkeypatch.setattr(output_config.registry, "_components", dict(output_config.registry._components))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path / "run.toml"
+    sys.modules.pop("my_output", None)
+
+
+def test_the_output_of_the_docs_has_settings(csv_output, tmp_path):
+    loaded = config.load_file(csv_output)
+    assert config.load_text(loaded.to_toml(), "config.toml").metrics == loaded.metrics
+    with make(tmp_path, config=loaded.metrics) as reporter:
+        train_step(reporter, 10, lr=0.5)
+    assert "10,lr,0.5" in (tmp_path / "run.csv").read_text().splitlines()
+    assert events(tmp_path / "tb")["lr"] == [(10, 0.5)]
+
+    argv = ["--job.config_file", str(csv_output), "--metrics.outputs", '{ name = "csv" }', '{ name = "tensorboard" }']
+    outputs = config.load(argv).metrics.chosen_outputs()
+    assert [output.name for output in outputs] == ["csv", "tensorboard"]  # the flag adds no second one
+    assert outputs[0].file == "scalars.csv"
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('{ name = "csv", fle = "a" }', "unknown key 'fle'. Did you mean 'file'"),
+        ('{ name = "csv", file = 3 }', "file = 3: must be a valid string"),
+        ('{ name = "cvs" }', "unknown metrics output 'cvs'. Did you mean 'csv'? Known: csv, tensorboard, wandb."),
+        ('{ file = "a" }', "an output needs a name. Known: csv, tensorboard, wandb."),
+    ],
+)
+def test_outputs_that_are_none(csv_output, table, message):
+    csv_output.write_text(re.sub(r"\{.*\}", table, csv_output.read_text()))
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        config.load_file(csv_output)
+    assert "run.toml: metrics.outputs" in str(error.value)
+
+
 def test_wandb_missing(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -331,7 +394,7 @@ def test_console_line(tmp_path, clock, caplog):
         train_step(reporter, 10, tokens=24_690, pairs=24_690, loss=3.65329, grad_norm=1.2, window=1)
         reporter.log_validation(10, 3.5, SEQ_LEN)
     train, validation = caplog.messages
-    assert train.startswith("step: 10  loss: 3.6533  grad_norm: 1.2000  memory: ")
+    assert train.startswith("step: 10  loss: 3.6533  grad_norm: 1.2000  lr: 1.00e-03  memory: ")
     assert train.endswith("tps: 12,345  tflops: 0.00  window: 1  saved: 88.2%  eta: 0:00:18")
     assert validation == "validate step: 10  loss: 3.5000  window: 16"
 

@@ -9,7 +9,19 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from torchladder import __version__, config, train
-from torchladder.commands import convert, evaluate, generate, inspect, merge, plan, prepare, report, slurm, tokenizer
+from torchladder.commands import (
+    convert,
+    evaluate,
+    generate,
+    import_titan,
+    inspect,
+    merge,
+    plan,
+    prepare,
+    report,
+    slurm,
+    tokenizer,
+)
 from torchladder.registry import ConfigError, unknown_name
 
 COMMANDS = {
@@ -24,6 +36,7 @@ COMMANDS = {
     "evaluate": (evaluate, "compute loss and perplexity of checkpoints on files"),
     "slurm": (slurm, "write and submit an sbatch script that saves, requeues and resumes"),
     "report": (report, "compare runs in one plot and one table"),
+    "import-titan": (import_titan, "write the config of a torchtitan v0.2.2 job file"),
 }
 """Name → module with ``run(argv) -> exit code``, and the description in ``torchladder --help``."""
 
@@ -34,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: torchladder <command> [options]\n\ncommands:")
         for name, (_, description) in COMMANDS.items():
-            print(f"  {name:10} {description}")
+            print(f"  {name:12} {description}")
         print("\n'torchladder <command> --help' shows the options of a command.")
         print("./run_train.sh takes what 'torchladder train' takes, installs first, and starts a process per GPU.")
         return 0

@@ -14,6 +14,7 @@ from torchladder import curriculum, models, optim, probes
 from torchladder.batch_schedule import BatchSchedule, BatchSizeWarmup
 from torchladder.checkpoint import CheckpointConfig
 from torchladder.config.attention_section import AttentionConfig, LayerAttentionConfig
+from torchladder.config.metrics_section import MetricsSection
 from torchladder.config.values import tables_argument
 from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
 from torchladder.distributed.float8 import Float8Config
@@ -21,7 +22,6 @@ from torchladder.distributed.mesh import ParallelismConfig
 from torchladder.distributed.parallelize import CompileConfig
 from torchladder.distributed.ranks import CommConfig
 from torchladder.ema import EMAConfig
-from torchladder.metrics import MetricsConfig
 from torchladder.models.layer_types import types_of_config
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import check_bounds, require
@@ -230,7 +230,7 @@ class Config:
     resilience: ResilienceConfig
     validation: ValidationConfig
     samples: SamplesConfig
-    metrics: MetricsConfig
+    metrics: MetricsSection
     profiling: ProfilingConfig
     comm: CommConfig
     debug: DebugConfig

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import filelock
 
 from torchladder.disk_errors import naming_path
 from torchladder.registry import ConfigError
@@ -40,7 +41,7 @@ def build_once(target: Path, build: Callable[[Path], object]) -> Path:
     except OSError as error:
         raise ConfigError(f"the cache folder {target.parent} cannot be written: {error}.") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, even if the process dies
+        filelock.lock_descriptor(lock.fileno())  # released when the file closes, even if the process dies
         if not target.exists():
             partial = target.with_name(f"{target.name}.partial")
             _remove(partial)  # left by a killed build; under the lock no other process uses it

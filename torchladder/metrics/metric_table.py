@@ -92,6 +92,7 @@ METRICS: dict[str, Metric] = {
         Metric("loss", tag="loss_metrics/global_avg_loss", console="loss: {loss:.4f}", color="green"),
         Metric("z_loss", tag="loss_metrics/z_loss", console="z_loss: {z_loss:.2e}", color="green", optional=True),
         Metric("grad_norm", tag="grad_norm", console="grad_norm: {grad_norm:.4f}", color="orange3"),
+        Metric("lr", tag="lr", console="lr: {lr:.2e}", color="orange3"),
         Metric(
             "memory_fraction",
             lambda i: i.memory_fraction,
@@ -99,7 +100,6 @@ METRICS: dict[str, Metric] = {
             color="turquoise2",
             jsonl=False,
         ),
-        Metric("lr", tag="lr"),
         Metric("window", tag="curriculum/window"),  # on the console with attention_saved
         Metric("global_batch_size", tag="global_batch_size", console="batch: {global_batch_size}", optional=True),
         Metric("tokens", lambda i: i.totals["tokens"]),

@@ -9,29 +9,20 @@ import os
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from torchladder.metrics.console import console
-from torchladder.metrics.metric_table import Report
+from torchladder.metrics.metric_table import Report, RunInfo
+from torchladder.metrics.output_config import MetricsConfig, register_output
 from torchladder.registry import ConfigError
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-
-
-class Output(Protocol):
-    """A destination of reports; ``name`` is what a warning calls it."""
-
-    name: str
-
-    def write(self, report: Report) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class JsonlOutput:
@@ -79,10 +70,12 @@ def rewind_jsonl(path: Path, step: int) -> dict[str, float]:
     return {key: trained[-1][key] for key in ("tokens", "flops", "seconds")} if trained else {}
 
 
+@register_output("tensorboard")
 class TensorBoardOutput:
     """Writes TensorBoard events; events of an earlier process after ``step`` are hidden by ``purge_step``."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, run: RunInfo, config: MetricsConfig, step: int) -> None:
+        folder = run.folder / config.save_tb_folder
         self.name = str(folder)
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
@@ -95,20 +88,23 @@ class TensorBoardOutput:
         self.writer.close()
 
 
+@register_output("wandb")
 class WandBOutput:
     """Logs to Weights & Biases, under the tags of TensorBoard."""
 
     name = "wandb"
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, run: RunInfo, config: MetricsConfig) -> None:
         try:
             import wandb  # an optional package
         except ImportError:
             raise ConfigError(
                 "metrics.enable_wandb needs the package wandb: pip install wandb, or set --metrics.no_enable_wandb."
             ) from None
-        project = os.environ.get("WANDB_PROJECT", "torchladder")
-        self.session = wandb.init(project=project, dir=str(folder), config=settings)
+        project = config.project or os.environ.get("WANDB_PROJECT", "torchladder")
+        named = {"name": config.run_name, "group": config.group, "tags": config.tags}
+        named = {key: value for key, value in named.items() if value}  # W&B's variables set the others
+        self.session = wandb.init(project=project, dir=str(run.folder), config=run.settings, **named)
 
     def write(self, report: Report) -> None:
         self.session.log(report.scalars, step=report.step)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated
-
-from annotated_types import Ge, Gt, Lt
 
 from torchladder.disk_errors import tolerating
 from torchladder.metrics.device import get_peak_flops, peak_memory
@@ -22,48 +17,11 @@ from torchladder.metrics.metric_table import (
     training_report,
     validation_report,
 )
-from torchladder.metrics.outputs import (
-    METRICS_FILE,
-    JsonlOutput,
-    Output,
-    TensorBoardOutput,
-    TerminalOutput,
-    WandBOutput,
-    rewind_jsonl,
-)
-from torchladder.registry import check_bounds
+from torchladder.metrics.output_config import MetricsConfig, Output, registry
+from torchladder.metrics.outputs import METRICS_FILE, JsonlOutput, TerminalOutput, rewind_jsonl
 
 PACE_WEIGHT = 0.2
 """Weight of the last interval in the seconds per step, from which the time left follows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricsConfig:
-    """The section ``[metrics]``."""
-
-    log_freq: Annotated[int, Ge(1)] = 10
-    """Steps between reports; the first and the last step always report."""
-
-    enable_tensorboard: bool = True
-    """Write TensorBoard events."""
-
-    save_tb_folder: str = "tb"
-    """Folder of the TensorBoard events, inside job.dump_folder."""
-
-    enable_wandb: bool = False
-    """Log to Weights & Biases, configured by its own variables (WANDB_PROJECT, WANDB_RUN_ID, ...)."""
-
-    disable_color_printing: bool = False
-    """Print the console lines without colors."""
-
-    disable_progress_bar: bool = False
-    """Print the time left in each line instead of a progress bar; only a terminal ever shows a bar."""
-
-    peak_flops: Annotated[float | None, Gt(0), Lt(math.inf)] = None
-    """Peak FLOP/s of one device, for MFU, such as 989e12; default: looked up by the device's name."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "metrics")
 
 
 class MetricsProcessor:
@@ -76,7 +34,7 @@ class MetricsProcessor:
         totals: as ``progress`` was after that step; None continues those of the last record.
 
     Raises:
-        ConfigError: W&B is enabled and not installed.
+        ConfigError: an output cannot be built, such as W&B if it is not installed.
     """
 
     def __init__(
@@ -102,12 +60,10 @@ class MetricsProcessor:
         if self.run.rank == 0:
             config, folder = self.config, self.run.folder
             folder.mkdir(parents=True, exist_ok=True)
-            if config.enable_wandb:  # first: if wandb is not installed, no file is touched
-                self.outputs.append(WandBOutput(folder, self.run.settings))
+            for output in config.chosen_outputs():  # first: if a package is not installed, no record is touched
+                self.outputs.append(registry.build(output, run=self.run, config=config, step=step))
             self.totals |= rewind_jsonl(folder / METRICS_FILE, step)
             self.outputs.append(JsonlOutput(folder / METRICS_FILE))
-            if config.enable_tensorboard:
-                self.outputs.append(TensorBoardOutput(folder / config.save_tb_folder, step))
             colors, bar = not config.disable_color_printing, not config.disable_progress_bar
             self.outputs.append(TerminalOutput(self.run.steps, step, colors, bar))
         self.totals |= totals or {}

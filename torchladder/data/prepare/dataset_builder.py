@@ -8,7 +8,6 @@ the output is the same byte for byte whatever ran the tasks.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from torchladder.data.formats.indexed import IndexedTokens, IndexedWriter, dtype_for
 from torchladder.data.prepare import merging, metadata
@@ -251,13 +252,11 @@ def _lock_parts(prefix: str) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")  # noqa: SIM115 - entered below, outside of this except
+        # Released when the file closes, also when the process dies.
+        locked = filelock.lock_descriptor(lock.fileno(), blocking=False)
     except OSError as error:
         raise ConfigError(f"the output folder {folder.parent} cannot be written: {error}.") from error
     with lock:
-        try:
-            # Released when the file closes, also when the process dies.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is preparing {prefix}; wait for it or end it.") from None
+        require(locked, f"another process is preparing {prefix}; wait for it or end it.")
         with naming_path(folder):
             yield folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import math
@@ -13,6 +12,8 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+
+import filelock
 
 from torchladder.registry import ConfigError, require, unknown_name
 
@@ -124,7 +125,7 @@ class ResultTable:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, even if the process dies
+                filelock.lock_descriptor(file.fileno())  # released when the file closes, even if the process dies
                 yield file
         except OSError as error:
             raise ConfigError(
