@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from runs import DEBUG, ROOT, lines, losses, run
 
 from torchladder import train
+from torchladder.inference.trained_model import TrainedModel
 
 SHORT = [
     *("--training.steps", "12", "--training.seq_len", "64", "--training.local_batch_size", "2"),
@@ -124,3 +126,14 @@ def test_the_recipe_of_the_docs(tmp_path, monkeypatch):
             [peak * (1 - (at / len(found)) ** 0.5) for at in range(len(found))]
         )
         assert stable[steps]["lr"] == peak
+
+
+def test_a_run_with_phases_in_tokens_is_read_after_it(tmp_path):
+    """Its last settings follow from its batch: with another, the phase would begin after the last step."""
+    folder = tmp_path / "run"
+    phases = ["--phases", "{ from_tokens = 1024, lr_factor = 0.5 }"]
+    run(folder, "--training.steps", "4", "--checkpoint.enable", "--validation.no_enable", *phases)
+    trained = TrainedModel.open(folder / "checkpoint" / "step-4")
+    assert trained.final_layer_windows == trained.layer_windows == {}
+    old = replace(trained, run_state=replace(trained.run_state, final_window=None, window=None))
+    assert old.final_window == trained.final_window

@@ -297,3 +297,29 @@ def test_the_plan_in_hours_money_and_disk(capsys):
     assert "for at most 2 at a time" in shown
     with pytest.raises(ConfigError, match="--gpu-hour-price needs --tokens-per-second"):
         command.run([*argv, "--gpu-hour-price", "2"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lr_scheduler.batch_size_scaling", "sqrt"], "batch_size_scaling = 'sqrt': the batch does not change"),
+        (["--ema.enable", "--ema.start_step", "20"], "ema.start_step = 20: the run has 20 steps"),
+        (["--validation.no_enable", "--validation.probes", "needle"], "validation.probes needs validation.enable"),
+        (
+            ["--batch_size_warmup.initial_batch_size", "4", "--batch_size_warmup.steps", "20"]
+            + ["--training.global_batch_size", "8"],
+            "the last batch begins at step 20, but the run has 20 steps",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(argv, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plans.make_plan(load("debug", *argv))
+
+
+def test_the_memory_of_a_model_with_sinks_is_estimated(capsys):
+    assert (
+        command.run(["--job.config_file", str(CONFIGS / "debug.toml"), "--model.attention_sinks", "full_attention"])
+        == 0
+    )
+    assert "memory" in capsys.readouterr().out

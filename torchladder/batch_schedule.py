@@ -130,7 +130,7 @@ class BatchSizeWarmup:
             return
         require(
             (self.steps is None) != (self.tokens is None),
-            "batch_size_warmup: the length of the warmup is set by exactly one of steps and tokens.",
+            "the length of the warmup is set by exactly one of steps and tokens.",
         )
 
     def schedule(self, global_batch_size: int, seq_len: int) -> BatchSchedule:

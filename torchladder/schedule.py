@@ -94,7 +94,9 @@ class Phase:
             "from_tokens, from_fraction.",
         )
         settings = [getattr(self, key) for key in PHASE_SETTINGS]
-        require(any(value is not None for value in settings), f"phases: the phase at {self.start} changes nothing.")
+        require(
+            any(value not in (None, {}) for value in settings), f"phases: the phase at {self.start} changes nothing."
+        )
         check_bounds(self, "phases")
         for name, window in self.windows.items():
             place = f"window.{name}" if isinstance(self.window, dict) else "window"

@@ -118,10 +118,8 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     hf_export.export_checkpoint(trained, output, metadata, files, dtype, vocab_size)
     print(f"{output}: {HF_CONFIG_FILE}, weights, {', '.join(files) or 'no tokenizer (add one with --tokenizer)'}")
-    full = trained.window >= config.training.seq_len  # then chunk is causal
-    masks = {name for names in config.layer_masks.values() for name in names}
-    for mask in sorted(masks - {"causal", "sliding", *(["chunk"] if full else [])}):
-        print(f"Hugging Face has no mask {mask!r}: the exported model attends to all tokens before each token.")
+    for line in hf_export.lost_masks(config, trained.window, trained.layer_windows):
+        print(line)
     return 0
 
 

@@ -13,7 +13,7 @@ from torchladder import curriculum, mask
 from torchladder.config.values import build_component, table_argument
 from torchladder.models import attention
 from torchladder.models.layer_types import LAYER_TYPES
-from torchladder.registry import ConfigError, check_bounds, require
+from torchladder.registry import ConfigError, check_bounds, require, unknown_name
 from torchladder.schedule import FULL_ATTENTION
 
 
@@ -41,7 +41,7 @@ class LayerAttentionConfig:
         """Raises ``ConfigError`` for the table ``key`` if its settings do not fit together."""
         check_bounds(self, key)
         require(bool(self.masks), f'{key} has no masks: set {key}.masks, such as ["sliding"] or ["causal"].')
-        _check_names(self.masks, self.kernel or "auto")
+        _check_names(self.masks, self.kernel or "auto", key)
         both = self.window is not None and self.curriculum is not None
         require(not both, f"{key}.window and {key}.curriculum both set the window: remove one.")
         reads = any(mask.reads_window(name) for name in self.masks)
@@ -80,7 +80,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.masks), 'attention.masks is empty: set a mask; "causal" is plain causal attention.')
-        _check_names(self.masks, self.kernel)
+        _check_names(self.masks, self.kernel, "attention")
         for name, table in self.tables.items():
             table.check(f"attention.{name}")
 
@@ -115,8 +115,9 @@ class AttentionConfig:
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in unset}
 
 
-def _check_names(masks: list[str], kernel: str) -> None:
+def _check_names(masks: list[str], kernel: str, key: str) -> None:
     for name in masks:
-        mask.registry.get(name)
-    if kernel != "auto":
-        attention.registry.get(kernel)
+        if name not in mask.registry.names():
+            raise unknown_name("mask", name, mask.registry.names(), f"{key}.masks")
+    if kernel != "auto" and kernel not in attention.registry.names():
+        raise unknown_name("kernel", kernel, ["auto", *attention.registry.names()], f"{key}.kernel")

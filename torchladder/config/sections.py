@@ -26,7 +26,7 @@ from torchladder.models.layer_types import types_of_config
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import check_bounds, require
 from torchladder.resilience.bad_steps import ResilienceConfig
-from torchladder.schedule import Phase, Schedule, change_batch
+from torchladder.schedule import FULL_ATTENTION, Phase, Schedule, change_batch
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ class Config:
             batch,
             {name: x.build_curriculum(f"attention.{name}", steps, seq_len) for name, x in others.items()},
         )
-        for window in (window for phase in self.phases for window in phase.windows.values()):
+        for window in (phase.windows.get(FULL_ATTENTION, 1) for phase in self.phases):
             require(window <= seq_len, f"phases: window = {window}: a row has {seq_len} tokens (training.seq_len).")
         return schedule
 

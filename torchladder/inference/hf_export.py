@@ -57,6 +57,18 @@ def hf_metadata(
     return HFMetadata(seq_len, window=window if slides else None, rope_theta=rope_theta, token_ids=token_ids)
 
 
+def lost_masks(config: Config, window: int, layer_windows: Mapping[str, int]) -> list[str]:
+    """Returns a line on the masks of each layer type that Hugging Face does not have, under the windows of a step."""
+    lines, mixed = [], len(config.layer_masks) > 1
+    for layer_type, masks in config.layer_masks.items():
+        is_full = layer_windows.get(layer_type, window) >= config.training.seq_len  # then chunk is causal
+        if lost := {*masks} - {"causal", "sliding", *(["chunk"] if is_full else [])}:
+            subject = f"the {layer_type} layers of the exported model attend" if mixed else "the exported model attends"
+            reach = "all tokens of their window" if "sliding" in masks else "all tokens before each token"
+            lines.append(f"Hugging Face has no mask {' or '.join(map(repr, sorted(lost)))}: {subject} to {reach}.")
+    return lines
+
+
 def check_exportable(config: Config, final: StepSettings) -> None:
     """Raises ``ConfigError`` if Hugging Face has no such model, or a package is missing that its export needs."""
     model = config.model
@@ -175,6 +187,8 @@ class FinalHFExport:
         if config.checkpoint.last_save_in_hf:  # at the start of the run: its warnings come in time
             self.tokenizer_files, token_ids = hf_tokenizer.export_tokenizer(tokenizer, tokenizer_files)
             self.metadata = hf_metadata(config, token_ids, final.window, final.rope_theta, final.layer_windows)
+            for line in lost_masks(config, final.window, final.layer_windows):
+                logger.warning("checkpoint.last_save_in_hf: %s", line)
         self.dtype = getattr(torch, config.checkpoint.export_dtype)
 
     def write(self, model: Model, is_writer: bool) -> None:

@@ -210,14 +210,17 @@ class TrainedModel:
     def final_layer_windows(self) -> Mapping[str, int]:
         """As ``final_window``, of each further layer type."""
         known = self.run_state.final_layer_windows if self.run_state is not None else {}
-        return known or self._final_settings.layer_windows
+        return known or (self._final_settings.layer_windows if self.config.attention.tables else {})
 
     @property
     def _final_settings(self) -> StepSettings:
         training = replace(self.config.training, steps=max(self.config.training.steps, 1))
-        # No phases without a run; the batch does not change the window.
-        config = replace(self.config, training=training, batch_size_warmup=BatchSizeWarmup())
-        return config.schedule(global_batch_size=1)(training.steps - 1)
+        config = replace(self.config, training=training)
+        fingerprints = self.run_state.fingerprints if self.run_state is not None else {}
+        rows = int(fingerprints.get("training.global_batch_size", 0))
+        if not rows:  # not saved by a run, which alone has phases and a changing batch
+            config, rows = replace(config, batch_size_warmup=BatchSizeWarmup()), 1
+        return config.schedule(rows)(training.steps - 1)
 
     def build_tokenizer(self) -> data.Tokenizer | None:
         """Returns the tokenizer, None if the model has none.

@@ -78,7 +78,7 @@ class RoPE(nn.Module):
 
 def rotary_dim(config: Any) -> int:
     """Returns the number of features of a head that are rotated."""
-    return int(config.head_size * config.partial_rotary_factor)
+    return round(config.head_size * config.partial_rotary_factor)
 
 
 def rope_angles(
@@ -137,10 +137,20 @@ def check_rope(config: Any, types: Sequence[str]) -> None:
             0 < getattr(config, low) < getattr(config, high),
             f"model.{low} = {getattr(config, low)} must be positive and below model.{high} = {getattr(config, high)}.",
         )
+    is_scaled = config.rope_scaling_factor != 1
+    require(
+        is_scaled or config.rope_scaling_type == "llama3",
+        f"model.rope_scaling_type = {config.rope_scaling_type!r} scales nothing: set model.rope_scaling_factor.",
+    )
+    require(
+        is_scaled or config.rope_condense_ratio != 1 or config.rope_scaling_layer_types is None,
+        "model.rope_scaling_layer_types scales nothing: set model.rope_scaling_factor or model.rope_condense_ratio.",
+    )
     factor = config.rope_attention_factor
     require(factor is None or factor > 0, f"model.rope_attention_factor = {factor}: must be positive.")
     require(
-        0 < config.partial_rotary_factor <= 1 and rotary_dim(config) >= 2 and rotary_dim(config) % 2 == 0,
+        0 < config.partial_rotary_factor <= 1
+        and config.head_size * config.partial_rotary_factor in range(2, config.head_size + 1, 2),
         f"model.partial_rotary_factor = {config.partial_rotary_factor}: must rotate an even number of a head's "
         f"{config.head_size} features, 2 or more.",
     )

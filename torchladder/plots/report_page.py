@@ -93,11 +93,15 @@ def _headline(group: Sequence[ReportedRun], first: Sequence[ReportedRun]) -> str
         side = "higher" if difference > 0 else "lower"
         parts.append(f"ends {abs(difference):.3f} nats {side} than {_group_name(first)}")
     costs = []
+    tokens = _mean([run.curves.tokens[-1] for run in group]) / first[0].curves.tokens[-1]
+    if abs(tokens - 1) >= 0.0005:
+        parts.append(f"after {tokens:.0%} of its tokens")
     for kind, noun, less in (("flops", "FLOPs", "fewer"), ("seconds", "time", "less")):
         saved = _mean([run.saved(kind, first[0]) for run in group])
         amount = f"{abs(saved):.1%} {less if saved > 0 else 'more'}" if abs(saved) >= 0.0005 else "the same"
         costs += [f"{amount} {noun}"] if np.isfinite(saved) else []
-    parts += [f"with {' and '.join(costs)}"] if costs else []
+    same = " at equal tokens" if abs(tokens - 1) >= 0.0005 else ""
+    parts += [f"with {' and '.join(costs)}{same}"] if costs else []
     reach = _mean([run.cost_to_reach(loss, "flops") for run in group]) / first[0].curves.flops[-1]
     if difference < 0 and reach < 1:
         parts.append(f"and reaches that loss with {reach:.0%} of the FLOPs")

@@ -56,10 +56,13 @@ def check_batch_schedule(config: Config, batch: BatchSizes, schedule: BatchSched
     Raises:
         ConfigError: one does not; the message has the nearest sizes that do.
     """
-    by_phase = {phase.global_batch_size for phase in config.phases}
+    warmup = config.batch_size_warmup.schedule(batch.global_batch_size, schedule.seq_len)
     for first, rows in schedule.stages:
-        warmup = "initial_batch_size =" if first == 0 else f"the batch from step {first:,} on,"
-        name = "phases.global_batch_size =" if rows in by_phase else f"batch_size_warmup.{warmup}"
+        name = "batch_size_warmup.initial_batch_size ="
+        if (first, rows) not in warmup.stages:
+            name = "phases.global_batch_size ="
+        elif first:
+            name = f"batch_size_warmup: the batch from step {first:,} on ="
         _check_divides(name, rows, batch.local_batch_size, batch.dp_degree)
 
 

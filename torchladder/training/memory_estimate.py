@@ -217,12 +217,12 @@ class MemoryEstimator:
             return self._block_bytes[key]
         kv_bytes = 0
 
-        def attention_fn(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+        def attention_fn(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, *sinks: Tensor) -> Tensor:
             nonlocal kv_bytes
             kv_bytes = 2 * k.nbytes
             if degrees.cp > 1:  # the last rank receives the keys of the whole row
                 k, v = (x.new_empty(*x.shape[:2], self.seq_len, x.shape[3]) for x in (k, v))
-            return SdpaKernel.attention(q, k, v, attn_mask)
+            return SdpaKernel.attention(q, k, v, attn_mask, *sinks)
 
         model = self._build_meta_model(attention_fn).to(self.dtype)
         if degrees.tp > 1:

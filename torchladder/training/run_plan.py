@@ -153,6 +153,7 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
             any(map(mask.reads_window, config.attention.masks)),
             f"validation.windows = {window}: none of attention.masks = {config.attention.masks} reads a window.",
         )
+    _check_has_effect(config, schedule)
     if config.validation.enable:
         probes.registry.build_all(config.validation.probes, [training.seq_len])
     folder = Path(config.job.dump_folder)
@@ -263,6 +264,29 @@ def fingerprints(plan: Plan, loader: BaseDataLoader) -> dict[str, str]:
         settings[f"attention.{layer_type}"] = {"masks": table.masks}
     named = {f"{name}.{key}": str(value) for name, keys in settings.items() for key, value in keys.items()}
     return named | {f"data.{name}": value for name, value in loader.fingerprints().items()}
+
+
+def _check_has_effect(config: Config, schedule: Schedule) -> None:
+    """Refuses settings that would be silently ignored in this run."""
+    steps, last = config.training.steps, schedule.batch.stages[-1][0]
+    scaling = config.lr_scheduler.batch_size_scaling
+    require(
+        schedule.batch.varies or scaling == "none",
+        f"lr_scheduler.batch_size_scaling = {scaling!r}: the batch does not change, set [batch_size_warmup] or "
+        "phases.global_batch_size.",
+    )
+    require(
+        config.batch_size_warmup.initial_batch_size is None or last < steps,
+        f"batch_size_warmup: the last batch begins at step {last:,}, but the run has {steps:,} steps.",
+    )
+    require(
+        not config.ema.enable or config.ema.start_step < steps,
+        f"ema.start_step = {config.ema.start_step}: the run has {steps:,} steps.",
+    )
+    require(
+        config.validation.enable or not config.validation.probes,
+        "validation.probes needs validation.enable: enable it, or remove the probes.",
+    )
 
 
 def _check_window_is_used(config: Config, schedule: Schedule, layer_type: str, windows: set[int]) -> None:

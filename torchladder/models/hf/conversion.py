@@ -86,8 +86,10 @@ def checkpoint_to_hf(
     shapes = _tensor_shapes(name, vars(config))
     adapter = hf_config.adapter_for(name)
     _check_shapes(checkpoint, shapes, {key: tuple(stored[key].size) for key in stored}, adapter.vocab_tensors)
-    names = {adapter.hf_name(key): key for key in shapes}
     dtypes = {key: dtype or stored[key].properties.dtype for key in shapes}
+    most_common = max(dtypes.values(), key=[*dtypes.values()].count)
+    hf_entries = adapter.to_hf(config, metadata, most_common)  # refuses what Hugging Face's model does not have
+    names = {adapter.hf_name(key): key for key in shapes}
 
     def read_tensor(hf_name: str) -> Tensor:
         key = names[hf_name]
@@ -100,8 +102,7 @@ def checkpoint_to_hf(
         return mean[: shapes[key][0]].to(dtypes[key])
 
     sizes = {hf_name: torch.Size(shapes[key]).numel() * dtypes[key].itemsize for hf_name, key in names.items()}
-    most_common = max(dtypes.values(), key=[*dtypes.values()].count)
-    write_hf_folder(path, adapter.to_hf(config, metadata, most_common), sizes, read_tensor)
+    write_hf_folder(path, hf_entries, sizes, read_tensor)
 
 
 class _StreamingPlanner(DefaultSavePlanner):
