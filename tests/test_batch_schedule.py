@@ -255,7 +255,7 @@ def test_a_long_warmup_is_described_in_one_line():
          r"phases.global_batch_size = 7 is not a multiple of training.local_batch_size 1 x 2 data-parallel ranks = 2. "
          "Nearest: 6 or 8"),
         (["--batch_size_warmup.steps", "6", "--batch_size_warmup.increment", "3"],
-         r"batch_size_warmup.the batch from step 3 on, 5 is not a multiple of .* Nearest: 4 or 6"),
+         r"batch_size_warmup: the batch from step 3 on = 5 is not a multiple of .* Nearest: 4 or 6"),
         (["--batch_size_warmup.steps", "6", "--batch_size_warmup.initial_batch_size", "1"],
          r"batch_size_warmup.initial_batch_size = 1 is not a multiple of .* Nearest: 2 or 4"),
         (["--training.steps", "-1", "--training.epochs", "1",

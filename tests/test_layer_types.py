@@ -248,7 +248,8 @@ def plan(*argv):
             [*TYPES, *SLIDES, "--phases", "{ from_step = 1, window = { sliding_attention = 0 } }"],
             "sliding_attention = 0",
         ),
-        ([*TYPES, *SLIDES, "--phases", "{ from_step = 1, window = { sliding_attention = 999 } }"], "window = 999"),
+        ([*TYPES, *SLIDES, "--phases", "{ from_step = 1, window = { full_attention = 999 } }"], "window = 999"),
+        ([*TYPES, *SLIDES, "--phases", "{ from_step = 1, window = {} }"], "changes nothing"),
         (
             [*TYPES, *NOTHING, "--phases", "{ from_step = 1, window = { sliding_attention = 4 } }"],
             "phases set a window, but none of attention.sliding_attention.masks",

@@ -100,11 +100,20 @@ def test_a_layer_without_rope_does_not_know_positions():
         ({"rope_attention_factor": 0.0}, "model.rope_attention_factor = 0.0: must be positive"),
         ({"partial_rotary_factor": 0.4}, "model.partial_rotary_factor = 0.4: must rotate an even number of a head's 8"),
         ({"partial_rotary_factor": 1.5}, "model.partial_rotary_factor = 1.5"),
+        ({"partial_rotary_factor": 0.3}, "model.partial_rotary_factor = 0.3"),
+        (
+            {"rope_scaling_type": "yarn"},
+            "model.rope_scaling_type = 'yarn' scales nothing: set model.rope_scaling_factor",
+        ),
+        (
+            {"layer_types": [FULL, SLIDING], "rope_scaling_layer_types": [FULL]},
+            "model.rope_scaling_layer_types scales nothing",
+        ),
         ({"nope_layers": [4]}, "model.nope_layers has 4: layers are numbered from 0 to 3"),
         ({"nope_layers": [0], "positional_embedding": "none"}, "model.nope_layers: the model has no RoPE, remove it"),
         ({"nope_layer_types": [FULL]}, "model.nope_layer_types has full_attention, but all layers are of one type"),
         (
-            {"layer_types": [FULL, SLIDING], "rope_scaling_layer_types": ["full"]},
+            {"layer_types": [FULL, SLIDING], "rope_scaling_layer_types": ["full"], "rope_condense_ratio": 2.0},
             "unknown layer type 'full' in model.rope_scaling_layer_types",
         ),
         ({"attention_sinks": ["sliding_attention"]}, "unknown layer type 'sliding_attention' in model.attention_sinks"),

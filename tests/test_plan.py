@@ -306,8 +306,10 @@ def test_the_plan_in_hours_money_and_disk(capsys):
         (["--ema.enable", "--ema.start_step", "20"], "ema.start_step = 20: the run has 20 steps"),
         (["--validation.no_enable", "--validation.probes", "needle"], "validation.probes needs validation.enable"),
         (
-            ["--batch_size_warmup.initial_batch_size", "4", "--batch_size_warmup.steps", "20"]
-            + ["--training.global_batch_size", "8"],
+            [
+                *("--batch_size_warmup.initial_batch_size", "4", "--batch_size_warmup.steps", "20"),
+                *("--training.global_batch_size", "8"),
+            ],
             "the last batch begins at step 20, but the run has 20 steps",
         ),
     ],

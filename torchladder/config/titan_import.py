@@ -131,6 +131,8 @@ class TitanImport:
             data["shuffle_buffer"] = 0
             if workers:
                 self.missing["training.dataloader.num_workers"] = "the loader hub reads in a thread, data.prefetch"
+            elif "training.dataloader.num_workers" in self.given:
+                self.unneeded.append("training.dataloader.num_workers")
         else:
             data |= {
                 "name": "rows",
