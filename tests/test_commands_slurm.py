@@ -95,7 +95,10 @@ def test_help_lists_every_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["torchladder", "--help"])
     assert commands.main() == 0
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert " ".join(shown) == "plan prepare tokenizer inspect merge convert generate evaluate slurm report"
+    assert (
+        " ".join(shown)
+        == "train plan prepare tokenizer inspect merge convert generate evaluate slurm report import-titan"
+    )
 
 
 def test_an_unknown_command_is_answered_with_the_nearest(monkeypatch, capsys):

@@ -21,7 +21,9 @@ transformers = pytest.importorskip("transformers")
 tiktoken = pytest.importorskip("tiktoken")
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-TEXTS = [page.read_text() for page in PAGES] + ["你好 Привет é 🙂"] * 9
+TEXTS = [page.read_text() for page in PAGES] + [
+    "你好 Привет é 🙂"
+] * 40  # so many that the characters are in every vocabulary
 SPM = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 OWN = {
     "bpe": {"kind": "bpe", "special_tokens": ["<pad>", "<|mine|>"]},

@@ -211,7 +211,7 @@ def test_a_kernel_refuses_what_it_cannot_do(monkeypatch):
     refused = [
         ("fold", ["document"], "cpu", "does not support the mask 'document', only causal, chunk"),
         ("varlen", ["causal"], "cpu", "runs on cuda, not on cpu"),
-        ("flash", ["causal"], "cuda", r"torchladder\[flash\]"),
+        ("flash", ["causal"], "cuda", r"pip install flash-attn"),
         ("flex", ["causal"], "cpu", "cannot train on a CPU"),
         ("flexx", ["causal"], "cpu", "Did you mean 'flex'"),
         ("sdpa", ["chunks"], "cpu", "Did you mean 'chunk'"),

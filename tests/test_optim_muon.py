@@ -56,7 +56,7 @@ def test_newton_schulz_is_the_polynomial_of_the_singular_values(rows, columns, s
     expected = u @ torch.diag(s) @ v
     found = newton_schulz(matrix, COEFFICIENTS, steps)
     assert found.dtype == torch.bfloat16
-    assert (found.double() - expected).norm() <= 0.06 * expected.norm() + 0.02
+    assert (found.double() - expected).norm() <= 0.08 * expected.norm() + 0.02
 
 
 def test_every_direction_of_an_update_is_about_equally_long():

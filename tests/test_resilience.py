@@ -194,8 +194,8 @@ BAD = 18
 def poison(monkeypatch, row: int = BAD) -> None:
     forward_backward = trainer.Trainer.forward_backward
 
-    def poisoned(self, batch, start, num_labels):
-        losses = forward_backward(self, batch, start, num_labels)
+    def poisoned(self, batch, *arguments):
+        losses = forward_backward(self, batch, *arguments)
         if row in batch.rows:
             next(self.model.parameters()).grad += torch.nan
             losses["loss"] = losses["loss"] * torch.nan

@@ -75,7 +75,7 @@ def test_evaluations_of_other_weights_are_other_rows(root, tmp_path):
     assert labels == each
     curves = evaluation_curves._curves(rows, per_file=True)
     runs = [label.partition(": ")[0].rpartition("/")[2] for label in curves]
-    assert runs == ["checkpoint", "checkpoint (ema)", "checkpoint (mean of 2)", "checkpoint (ema, mean of 3)"]
+    assert runs == ["averaged", "averaged (ema)", "averaged (mean of 2)", "averaged (ema, mean of 3)"]
     assert len({row["fingerprint"] for row in rows}) == len({row["loss"] for row in rows}) == len(rows)
 
 
