@@ -263,6 +263,12 @@ def test_settings_that_do_not_fit_are_refused_by_name(argv, message, capsys):
     assert re.search(message, " ".join(re.sub(r"[│╭╮╰╯─]", " ", shown).split())), shown
 
 
+def test_a_sliding_window_may_exceed_the_row():
+    made = plan(*TYPES, *SLIDES[:3], "--attention.sliding_attention.window", "4096")
+    assert made.schedule.window(0, SLIDING) == 4096
+    assert made.layer_types[1].saved == 0.0
+
+
 def test_a_file_sets_a_type_and_one_that_extends_it_changes_a_key(tmp_path):
     (tmp_path / "base.toml").write_text(
         '[model]\nflavor = "debug"\nlayer_types = ["sliding_attention", "full_attention"]\n'

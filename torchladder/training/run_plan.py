@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from torchladder.registry import ConfigError, require
 from torchladder.schedule import Schedule
 from torchladder.training import data_setup
 from torchladder.training.data_setup import BatchSizes, batch_sizes
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -292,15 +289,18 @@ def _check_has_effect(config: Config, schedule: Schedule) -> None:
 def _check_window_is_used(config: Config, schedule: Schedule, layer_type: str, windows: set[int]) -> None:
     """Refuses windows that no row has, and one that changes and that no mask of the layer type reads."""
     names, seq_len = config.layer_masks[layer_type], config.training.seq_len
+    is_full = config.layer_attention[layer_type] is config.attention
+    source = f"curriculum {config.curriculum.name!r}" if is_full else f"[attention.{layer_type}]"
     for window in windows:
+        # That of a further layer type may exceed the row, which is then seen whole.
         require(
-            isinstance(window, int) and 1 <= window <= seq_len,
-            f"curriculum {config.curriculum.name!r} sets a window of {window}: must be a whole number from 1 to "
-            f"{seq_len}, the tokens of a row (training.seq_len).",
+            isinstance(window, int) and window >= 1 and (window <= seq_len or not is_full),
+            f"{source} sets a window of {window}: must be a whole number from 1 to {seq_len}, the tokens of a row "
+            "(training.seq_len).",
         )
     row = torch.arange(seq_len, dtype=torch.int32)[None]
     reads = seq_len == 1 or not torch.equal(mask.from_names(names, row, 1), mask.from_names(names, row, seq_len))
     if not reads and windows != {seq_len}:
-        subject = "phases set" if schedule.overrides("window") else f"curriculum {config.curriculum.name!r} sets"
-        key = "attention" if names is config.attention.masks else f"attention.{layer_type}"
+        subject = "phases set" if schedule.overrides("window") else f"{source} sets"
+        key = "attention" if is_full else f"attention.{layer_type}"
         raise ConfigError(f"{subject} a window, but none of {key}.masks = {names} reads it. Add 'chunk' or 'sliding'.")
