@@ -1,9 +1,9 @@
-"""The device mesh: data (replicate, shard), context and tensor parallelism."""
+"""The device mesh: pipeline, data (replicate, shard), context and tensor parallelism."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import astuple, dataclass, field
+from typing import Annotated, Literal
 
 from annotated_types import Ge
 from torch.distributed import ProcessGroup
@@ -37,6 +37,27 @@ class ParallelismConfig:
     context_parallel_degree: Annotated[int, Ge(1)] = 1
     """Ranks over which each row is sharded: a rank holds a slice of its tokens and receives the keys it attends to."""
 
+    pipeline_parallel_degree: Annotated[int, Ge(1)] = 1
+    """Ranks over which the layers are divided into stages."""
+
+    pipeline_parallel_schedule: Literal["1F1B", "GPipe", "Interleaved1F1B", "ZBVZeroBubble"] = "1F1B"
+    """Order of the forward and backward passes of the micro-batches; the last two have several stages per rank."""
+
+    pipeline_parallel_microbatch_size: Annotated[int, Ge(1)] = 1
+    """Rows of a micro-batch in the pipeline; divides training.local_batch_size."""
+
+    pipeline_parallel_layers_per_stage: Annotated[int, Ge(1)] | None = None
+    """Layers of a stage, embedding and head counted by the next two settings; None: one or two stages per rank."""
+
+    pipeline_parallel_first_stage_less_layers: Annotated[int, Ge(0)] = 1
+    """Layers that the first stage has less than the others, because it has the embedding."""
+
+    pipeline_parallel_last_stage_less_layers: Annotated[int, Ge(0)] = 1
+    """Layers that the last stage has less than the others, because it has the head and the loss."""
+
+    pipeline_parallel_split_points: list[str] = field(default_factory=list)
+    """Layers at which a stage begins, such as layers.4 layers.8; empty: as the settings above say."""
+
     def __post_init__(self) -> None:
         check_bounds(self, "parallelism")
         reshard = self.fsdp_reshard_after_forward
@@ -53,12 +74,13 @@ class ParallelismConfig:
 
 @dataclass(frozen=True)
 class Degrees:
-    """The resolved degrees. Consecutive ranks differ in ``tp`` first, then cp, dp_shard, dp_replicate."""
+    """The resolved degrees. Consecutive ranks differ in ``tp`` first, then cp, dp_shard, dp_replicate, pp."""
 
     dp_replicate: int
     dp_shard: int
     cp: int
     tp: int
+    pp: int = 1
 
     @property
     def dp(self) -> int:
@@ -67,11 +89,12 @@ class Degrees:
 
     @property
     def model_parallel(self) -> int:
-        """Ranks that read the same rows: cp × tp."""
-        return self.cp * self.tp
+        """Ranks that read the same rows: pp × cp × tp."""
+        return self.pp * self.cp * self.tp
 
     def __str__(self) -> str:
-        return f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x cp {self.cp} x tp {self.tp}"
+        pipeline = f"pp {self.pp} x " if self.pp > 1 else ""
+        return f"{pipeline}dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x cp {self.cp} x tp {self.tp}"
 
 
 @dataclass(frozen=True)
@@ -84,33 +107,38 @@ class Mesh:
             single rank.
         tp_mesh: the tensor-parallel ranks of this rank; None without tensor parallelism.
         cp_group: the context-parallel ranks of this rank; None without context parallelism.
+        pp_group: the pipeline-parallel ranks of this rank; None without pipeline parallelism.
         dp_rank: which rows this rank reads, 0 to ``degrees.dp - 1``.
         cp_rank: which slice of each row, 0 to ``degrees.cp - 1``.
+        pp_rank: which stages of the model, 0 to ``degrees.pp - 1``.
     """
 
     degrees: Degrees
     fsdp_mesh: DeviceMesh | None = None
     tp_mesh: DeviceMesh | None = None
     cp_group: ProcessGroup | None = None
+    pp_group: ProcessGroup | None = None
     dp_rank: int = 0
     cp_rank: int = 0
+    pp_rank: int = 0
 
 
 def degrees(config: ParallelismConfig, ranks: int) -> Degrees:
     """Returns the degrees for a number of ranks, which their product must equal."""
     keys = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel")
+    keys += ("pipeline_parallel",) if config.pipeline_parallel_degree > 1 else ()
     given = {f"{key}_degree": getattr(config, f"{key}_degree") for key in keys}
-    replicate, shard, context, tensor = given.values()
-    if shard == -1 and ranks % (replicate * context * tensor) == 0:
-        shard = ranks // (replicate * context * tensor)
-    if replicate * shard * context * tensor != ranks:
+    replicate, shard, context, tensor, pipeline = (*given.values(), 1)[:5]
+    if shard == -1 and ranks % (replicate * context * tensor * pipeline) == 0:
+        shard = ranks // (replicate * context * tensor * pipeline)
+    if replicate * shard * context * tensor * pipeline != ranks:
         product = " x ".join(f"{key} {value}" for key, value in given.items())
         fitting = [_fitting_values(key, given, ranks) for key in given]
         raise ConfigError(
             f"parallelism: {product} does not equal the {ranks} ranks of this run. "
             f"Change one degree: {'; '.join(filter(None, fitting)) or 'none fits, change two'}."
         )
-    return Degrees(replicate, shard, context, tensor)
+    return Degrees(replicate, shard, context, tensor, pipeline)
 
 
 def _fitting_values(key: str, given: dict[str, int], ranks: int) -> str:
@@ -150,24 +178,26 @@ def check_degrees(config: ParallelismConfig, heads: tuple[int, ...], seq_len: in
 
 def build(degrees: Degrees, rank: int, device_type: str) -> Mesh:
     """Returns the mesh of ``rank``; a collective call."""
-    dp_replicate, dp_shard, cp, tp = degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp
+    dp_replicate, dp_shard, cp, tp, pp = astuple(degrees)
     if degrees.dp * degrees.model_parallel == 1:
         return Mesh(degrees)
     # Context-parallel ranks have gradients of different tokens, so FSDP shards over them like over data-parallel ranks.
-    sizes = {"replicate": dp_replicate, "shard": dp_shard * cp, "tensor": tp}
+    sizes = {"pipeline": pp, "replicate": dp_replicate, "shard": dp_shard * cp, "tensor": tp}
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
     ranks = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if tp > 1:
         ranks["shard", "tensor"]._flatten()  # one all-reduce over both for the norm of the gradients
     group = None
     if cp > 1:
-        sizes = {"data": degrees.dp, "context": cp, "tensor": tp}
+        sizes = {"data": pp * degrees.dp, "context": cp, "tensor": tp}
         group = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)).get_group("context")
     return Mesh(
         degrees,
         fsdp_mesh=ranks["replicate", "shard"] if dp_replicate > 1 else ranks["shard"],
         tp_mesh=ranks["tensor"] if tp > 1 else None,
         cp_group=group,
-        dp_rank=rank // degrees.model_parallel,
+        pp_group=ranks["pipeline"].get_group() if pp > 1 else None,
+        dp_rank=rank // (cp * tp) % degrees.dp,
         cp_rank=rank // tp % cp,
+        pp_rank=rank // (degrees.dp * cp * tp),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -16,6 +16,8 @@ from torchladder.distributed import float8, tensor_parallel
 from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig, apply_activation_checkpoint
 from torchladder.distributed.float8 import Float8Config
 from torchladder.distributed.mesh import Mesh, ParallelismConfig
+from torchladder.distributed.pipeline import Stage, build_stages
+from torchladder.distributed.pipeline_layout import PipelineLayout
 from torchladder.registry import require, unknown_name
 
 
@@ -85,16 +87,25 @@ def check_parallelize_config(mesh: Mesh, config: ParallelizeConfig, device: torc
 
 
 def parallelize_model(
-    model: nn.Module, plan: dict[str, str], mesh: Mesh, config: ParallelizeConfig, saved_ops: Collection[str]
-) -> None:
+    model: nn.Module,
+    plan: dict[str, str],
+    mesh: Mesh,
+    config: ParallelizeConfig,
+    saved_ops: Collection[str],
+    layout: PipelineLayout | None = None,
+) -> dict[int, Stage]:
     """Applies all parallelisms to a model, in place. Its blocks are ``model.layers``, name → block.
 
     Args:
-        model: on the meta device or not.
+        model: on the meta device or not; in a pipeline without the blocks of other ranks.
         plan: the model's ``parallel_plan``.
         mesh: the device mesh.
         config: what to apply, checked by ``check_parallelize_config``.
         saved_ops: the kernel's operators whose results selective activation checkpointing by op saves.
+        layout: of the pipeline.
+
+    Returns:
+        The stages of this rank by number; none without a pipeline.
     """
     layers = model.layers
     assert isinstance(layers, nn.ModuleDict)
@@ -113,8 +124,15 @@ def parallelize_model(
         for path, style in plan.items():
             if style == "lm_head":
                 model.get_submodule(path).compile(backend=compile.backend, fullgraph=True)
-    if mesh.fsdp_mesh is not None:
+    stages = build_stages(model, layout, mesh.pp_rank) if layout else {}
+    if mesh.fsdp_mesh is not None and not stages:
         _apply_fsdp(model, list(layers.values()), mesh.fsdp_mesh, config)
+    for number, stage in stages.items():
+        assert layout is not None
+        assert mesh.fsdp_mesh is not None
+        others = [child for name, child in stage.model.named_children() if name != "layers" and [*child.parameters()]]
+        _apply_fsdp(stage, [layers[name] for name in layout.stages[number]], mesh.fsdp_mesh, config, others)
+    return stages
 
 
 def materialize(model: nn.Module, device: torch.device, offload: bool) -> None:
@@ -125,8 +143,17 @@ def materialize(model: nn.Module, device: torch.device, offload: bool) -> None:
             module.to(device)
 
 
-def _apply_fsdp(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: ParallelizeConfig) -> None:
-    """Applies FSDP2 to each block; the parameters of a block are gathered while the previous one computes."""
+def _apply_fsdp(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    config: ParallelizeConfig,
+    others: Sequence[nn.Module] = (),
+) -> None:
+    """Applies FSDP2 to each block; the parameters of a block are gathered while the previous one computes.
+
+    ``others`` are modules beside the blocks to shard by themselves, not as parts of ``model``.
+    """
     precision = config.precision
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -135,7 +162,7 @@ def _apply_fsdp(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, con
     if config.offload:
         options["offload_policy"] = CPUOffloadPolicy()
     reshard = config.parallelism.fsdp_reshard_after_forward != "never"
-    for block in blocks:
+    for block in (*others, *blocks):
         fully_shard(block, reshard_after_forward=reshard, **options)
     fully_shard(model, **options)
     for block, following in pairwise(blocks):

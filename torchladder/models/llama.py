@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torchladder.models.layers import Attention, FeedForward, Head, RMSNorm
 from torchladder.models.llama_config import FLAVORS, INITIAL_STDS, RESIDUAL_PROJECTIONS, LlamaConfig
 from torchladder.models.model import Model, init_normal_, register
 from torchladder.models.rope import RoPE
+from torchladder.registry import ConfigError
 
 
 class Block(nn.Module):
@@ -98,6 +99,8 @@ class Llama(Model):
         label_weights: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         hidden = self._hidden_states(tokens, attn_mask)
+        if self.head is None:  # a stage of a pipeline, not the last
+            return hidden
         return self.head(hidden, labels, self._tied_weight(), z_loss_multiplier, logits_at, label_weights)
 
     @torch.no_grad()
@@ -106,12 +109,12 @@ class Llama(Model):
 
     def _hidden_states(self, tokens: Tensor, attn_mask: Any) -> Tensor:
         """Returns the normalized output of the last block (B, T, d)."""
-        x = self.embed(tokens)
+        x = tokens if self.embedding is None else self.embed(tokens)
         types = self.layer_types
         mixed = len({*types}) > 1
-        for block, layer_type in zip(self.layers.values(), types, strict=True):
-            x = block(x, attn_mask[layer_type] if mixed else attn_mask)
-        return self.norm(x)
+        for number, block in self.layers.items():
+            x = block(x, attn_mask[types[int(number)]] if mixed else attn_mask)
+        return x if self.norm is None else self.norm(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns the input of the first block (B, T, d)."""
@@ -133,14 +136,28 @@ class Llama(Model):
             else:
                 init_normal_(parameter, name, seed, residual_std if name.endswith(RESIDUAL_PROJECTIONS) else std)
 
+    def keep_stage(self, layers: Collection[str], first: bool, last: bool) -> None:
+        if self.config.tie_embeddings:
+            raise ConfigError(
+                "model.tie_embeddings: not with pipeline parallelism (parallelism.pipeline_parallel_degree), because "
+                "the embedding and the head are on different stages. Set it to false, or use other parallelisms."
+            )
+        self.layers = nn.ModuleDict({name: self.layers[name] for name in layers})
+        if not first:
+            self.embedding = None
+        if not last:
+            self.norm = self.head = None
+
     def parallel_plan(self) -> dict[str, str]:
         attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
         feed_forward = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-        plan = {"embedding": "embedding", "norm": "sequence", "head": "lm_head"}
+        plan = {} if self.embedding is None else {"embedding": "embedding"}
+        plan |= {} if self.head is None else {"norm": "sequence", "head": "lm_head"}
         for layer, projections in (("attention", attention), ("feed_forward", feed_forward)):
             plan |= {f"layers.*.{layer}_norm": "sequence", f"layers.*.{layer}": "gather"}
             plan |= {f"layers.*.{layer}.{name}": style for name, style in projections.items()}
-        sinks = [number for number, name in enumerate(self.layer_types) if name in self.config.attention_sinks]
+        types = self.layer_types
+        sinks = [number for number in self.layers if types[int(number)] in self.config.attention_sinks]
         return plan | {f"layers.{number}.attention.sinks": "sinks" for number in sinks}
 
     def head_counts(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any, ClassVar, get_type_hints
 
@@ -101,6 +101,22 @@ class Model(nn.Module, ABC):
         raise ConfigError(
             f"{type(self).__name__} does not implement set_position_offset, which context parallelism "
             "(parallelism.context_parallel_degree) and decoding with a KV cache need."
+        )
+
+    def keep_stage(self, layers: Collection[str], first: bool, last: bool) -> None:
+        """Removes what is not on a stage of a pipeline; called before the model has weights.
+
+        Afterwards ``forward`` takes the output of the block before (B, T, d) instead of tokens unless ``first``, and
+        returns that of its last block instead of logits or a loss unless ``last``.
+
+        Args:
+            layers: names of the blocks to keep.
+            first: keep the embedding.
+            last: keep what follows the last block, norm and head.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} does not implement keep_stage, which pipeline parallelism "
+            "(parallelism.pipeline_parallel_degree) needs."
         )
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from torchladder.config import Config
 from torchladder.data.dataloader import BaseDataLoader
 from torchladder.distributed import mesh
 from torchladder.distributed.parallelize import ParallelizeConfig, Precision
+from torchladder.distributed.pipeline_layout import PipelineLayout, pipeline_layout
 from torchladder.distributed.ranks import Ranks
 from torchladder.inference import hf_export
 from torchladder.metrics import RunInfo
@@ -68,6 +69,8 @@ class Plan:
         full_context_step: the first step from which the window stays the whole row; None if the last window is shorter.
         layer_types: the attention of each layer type, full_attention first.
         optimizer_groups: the optimizer's parameter groups; none for a plugin that does not report them.
+        model: the whole model, on the meta device.
+        pipeline: the stages of the model; None without pipeline parallelism.
     """
 
     config: Config
@@ -83,6 +86,8 @@ class Plan:
     batch: BatchSizes
     degrees: mesh.Degrees
     optimizer_groups: list[optim.ParameterGroup]
+    model: models.Model
+    pipeline: PipelineLayout | None = None
 
     @property
     def moments(self) -> int:
@@ -197,6 +202,8 @@ def make_plan(config: Config, ranks: int = 1) -> Plan:
         batch=batch,
         degrees=degrees,
         optimizer_groups=groups,
+        model=model,
+        pipeline=_plan_pipeline(config, model, batch),
     )
 
 
@@ -220,14 +227,41 @@ def _plan_layer_type(
     )
 
 
-def run_info(plan: Plan, ranks: Ranks, model: models.Model) -> RunInfo:
+def _plan_pipeline(config: Config, model: models.Model, batch: BatchSizes) -> PipelineLayout | None:
+    """Divides the model into the stages of a pipeline.
+
+    Raises:
+        ConfigError: it cannot be divided so, or a setting does not work in a pipeline.
+    """
+    layout = pipeline_layout(config.parallelism, list(model.layers), batch.local_batch_size)
+    if layout is None:
+        return None
+    key = f"parallelism.pipeline_parallel_schedule = {layout.schedule!r}"
+    if layout.schedule == "ZBVZeroBubble":
+        advice = "which needs the graph of a backward pass twice. Use another schedule, or"
+        require(not config.compile.compiles("model"), f"compile.enable: not with {key}, {advice} compile only the loss.")
+        require(
+            config.activation_checkpoint.mode == "none",
+            f"activation_checkpoint.mode = {config.activation_checkpoint.mode!r}: not with {key}, {advice} none.",
+        )
+        require(
+            config.parallelism.fsdp_reshard_after_forward == "never",
+            f"{key} needs parallelism.fsdp_reshard_after_forward = 'never'.",
+        )
+    with torch.device("meta"):
+        stage = models.registry.build(config.model, attention_fn=None, seq_len=config.training.seq_len)
+    stage.keep_stage(layout.stages[0], first=True, last=False)  # a model without stages refuses
+    return layout
+
+
+def run_info(plan: Plan, ranks: Ranks) -> RunInfo:
     """Returns what the metrics report about a run."""
     return RunInfo(
         folder=Path(plan.config.job.dump_folder),
         steps=plan.steps,
         seq_len=plan.config.training.seq_len,
-        flops=model.flops,
-        layers=len(model.layer_types),
+        flops=plan.model.flops,
+        layers=len(plan.model.layer_types),
         device=ranks.device,
         rank=ranks.rank,
         ranks=ranks.world_size,

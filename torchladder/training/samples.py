@@ -27,7 +27,7 @@ class Samples:
     """Completes the prompts, on all ranks alike, and appends the texts to samples.txt.
 
     Args:
-        logits: tokens (1, T) int64 on the CPU -> logits (1, T, V).
+        logits: tokens (1, T) int64 on the CPU, position -> logits (1, V) of the token after it.
         multiple_of: divides the length of a row (tensor-parallel ranks share its tokens).
 
     Raises:
@@ -38,7 +38,7 @@ class Samples:
         self,
         config: Config,
         tokenizer: data.Tokenizer | None,
-        logits: Callable[[Tensor], Tensor],
+        logits: Callable[[Tensor, int], Tensor],
         multiple_of: int = 1,
     ) -> None:
         self.config, self.tokenizer, self.logits = config, tokenizer, logits
@@ -79,4 +79,4 @@ class Samples:
         length = min(padded, self.config.training.seq_len)
         length = -(-length // self.multiple_of) * self.multiple_of
         tokens = F.pad(torch.tensor([row]), (0, length - len(row)))  # causal: padding changes nothing before it
-        return self.logits(tokens)[:, len(row) - 1]
+        return self.logits(tokens, len(row) - 1)

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torchladder import mask, models, optim, plots, profiling
 from torchladder.checkpoint import Checkpointer, RunState
 from torchladder.data import BaseDataLoader, Batch
 from torchladder.disk_errors import tolerating
 from torchladder.distributed import context_parallel, float8, mesh, parallelize
+from torchladder.distributed.pipeline import MicroBatch, Pipeline, clip_grad_norm_
 from torchladder.distributed.ranks import Ranks
 from torchladder.ema import WeightEMA
 from torchladder.inference import hf_export
@@ -91,9 +91,9 @@ class Trainer:
         self.validation = Validation(plan, ranks, build_loader("validation")) if config.validation.enable else None
         has_probes = config.validation.enable and config.validation.probes
         self.probes = ValidationProbes(plan, ranks, self.mesh, tokenizer) if has_probes else None
-        self.samples = Samples(config, tokenizer, self._logits, plan.degrees.tp)
+        self.samples = Samples(config, tokenizer, self._next_logits, plan.degrees.tp)
 
-        self.model = self._build_model()
+        self.model, self.pipeline = self._build_model()
         self.num_layers = Counter(self.model.layer_types)
         self.optimizer = optim.build(config.optimizer, self.model)
         if after_step := float8.post_optimizer_hook(self.model, config.float8):
@@ -119,23 +119,36 @@ class Trainer:
             loaders = [self.loader, self.validation.loader] if self.validation else [self.loader]
             log_plan(plan, self.kernels, loaders, self.step)
             self.samples.rewind(self.step - self.post_step_pending)
-        self.metrics = MetricsProcessor(config.metrics, run_info(plan, ranks, self.model), self.step, self.totals)
+        self.metrics = MetricsProcessor(config.metrics, run_info(plan, ranks), self.step, self.totals)
 
-    def _build_model(self) -> models.Model:
-        """Builds the model on meta, parallelizes it, then allocates and initializes its weights."""
-        config, training = self.config, self.config.training
+    def _build_model(self) -> tuple[models.Model, Pipeline | None]:
+        """Builds the model on meta, parallelizes it, then allocates and initializes its weights.
+
+        In a pipeline the model has only the blocks of this rank.
+        """
+        config, training, layout = self.config, self.config.training, self.plan.pipeline
         with torch.device("meta"):
             wrap = self.context_shard.wrap_attention
             attention_fn = collapse({name: wrap(kernel.attention) for name, kernel in self.kernels.items()})
             model = models.registry.build(config.model, attention_fn=attention_fn, seq_len=training.seq_len)
+        if layout:
+            stages = layout.stages_of(self.mesh.pp_rank)
+            last = len(layout.stages) - 1
+            model.keep_stage(layout.layers_of(self.mesh.pp_rank), first=0 in stages, last=last in stages)
         model.to(getattr(torch, training.dtype))
         if self.mesh.cp_group:
             model.set_position_offset(self.context_shard.offset)
         saved_ops = frozenset[str]().union(*(kernel.saved_ops for kernel in self.kernels.values()))
-        parallelize.parallelize_model(model, model.parallel_plan(), self.mesh, self.parallel_config, saved_ops)
+        arguments = model.parallel_plan(), self.mesh, self.parallel_config, saved_ops, layout
+        stages = parallelize.parallelize_model(model, *arguments)
         parallelize.materialize(model, self.ranks.device, training.enable_cpu_offload)
         model.init_weights(config.debug.seed)
-        return model
+        if layout is None or self.mesh.pp_group is None:
+            return model, None
+        dtype, dim = self.parallel_config.precision.compute, self.plan.model.config.dim
+        return model, Pipeline(
+            layout, stages, self.mesh.pp_group, self.ranks.device, dtype, dim, self.mesh.degrees.tp
+        )
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -205,8 +218,8 @@ class Trainer:
             self.forward_backward(batch.to(self.ranks.device), start, num_labels, weighted, label_weight)
             for batch, start, weighted in zip(batches, starts, weights, strict=True)
         ]
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
-        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        parameters = list(self.model.parameters())
+        grad_norm = clip_grad_norm_(parameters, self.config.training.max_norm, self.mesh.pp_group)
 
         bad = self.bad_steps.check(grad_norm)  # 0 or 1, on the device
         self.checkpointer.wait_for_staging()  # an asynchronous save has its own copy of the weights from here on
@@ -249,22 +262,31 @@ class Trainer:
         """Accumulates the gradients of a micro-batch; returns its share of the step's mean losses per label: the cross
         entropy as ``loss`` and, if it is enabled, ``z_loss``, both without weights.
         """
-        multiplier = self.config.training.z_loss_multiplier
+        multiplier, labels = self.config.training.z_loss_multiplier, max(num_labels, 1)
+        options: dict[str, Any] = {"z_loss_multiplier": multiplier} if multiplier else {}
         if weighted:
-            options: dict[str, Any] = {"z_loss_multiplier": multiplier} if multiplier else {}
             options["label_weights"] = self.context_shard(weighted.weights.to(self.ranks.device, non_blocking=True))
-            total, loss, z_loss = self._summed_loss(batch, start, **options)
-            total = total / max(label_weight, 1)
-            total.backward(backward_seed(total))
-            means = {"loss": loss / max(num_labels, 1)}
-            return means | ({"z_loss": z_loss / max(num_labels, 1)} if multiplier else {})
-        if not multiplier:
-            loss = self._summed_loss(batch, start) / max(num_labels, 1)
-            loss.backward(backward_seed(loss))
-            return {"loss": loss.detach()}
-        loss, z_loss = (x / max(num_labels, 1) for x in self._summed_loss(batch, start, z_loss_multiplier=multiplier))
-        loss.backward(backward_seed(loss))
-        return {"loss": loss.detach() - z_loss, "z_loss": z_loss}
+
+        def mean_losses(sums: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            """Returns the loss to differentiate, and what to report."""
+            if weighted:
+                total, loss, z_loss = sums
+                means = {"loss": loss / labels} | ({"z_loss": z_loss / labels} if multiplier else {})
+                return total / max(label_weight, 1), means
+            if multiplier:
+                total, z_loss = (x / labels for x in sums)
+                return total, {"loss": total.detach() - z_loss, "z_loss": z_loss}
+            total = sums / labels
+            return total, {"loss": total.detach()}
+
+        if self.pipeline:
+            reported = self.pipeline.forward_backward(self._micro_batches(batch, start, options), mean_losses)
+            names = ["loss", "z_loss"] if multiplier else ["loss"]
+            zero = torch.zeros((), device=self.ranks.device)  # on ranks without the last stage
+            return {name: sum((means[name] for means in reported), zero) for name in names}
+        total, means = mean_losses(self._summed_loss(batch, start, **options))
+        total.backward(backward_seed(total))
+        return means
 
     def after_step(self) -> None:
         """Validates, samples and saves a checkpoint, each if it is due."""
@@ -281,7 +303,7 @@ class Trainer:
             if self.fault_tolerance.save_due(step):
                 self.fault_tolerance.save(self.state())
             if last and config.checkpoint.last_save_in_hf:
-                self.final_export.write(self.model, self.ranks.is_rank0)
+                self._export()
             if step % config.training.gc_freq == 0:
                 gc.collect(1)
         if step and not last and config.job.exit_interval and step % config.job.exit_interval == 0:
@@ -294,25 +316,50 @@ class Trainer:
 
         ``options`` are those of the model's forward.
         """
+        if self.pipeline:
+            losses = self.pipeline.forward(self._micro_batches(batch, start, options))
+            return sum(losses, torch.zeros((), device=self.ranks.device))
         attn_mask = self._prepare_mask(start)
         with self._precision():
             return self.model(self.context_shard(batch.tokens), attn_mask, self.context_shard(batch.labels), **options)
+
+    def _micro_batches(self, batch: Batch, start: dict[str, Tensor], options: dict[str, Any]) -> list[MicroBatch]:
+        """Divides the rows of a batch over micro-batches of the pipeline, each with its own mask."""
+        tokens, labels = self.context_shard(batch.tokens), self.context_shard(batch.labels)
+        size = self.config.parallelism.pipeline_parallel_microbatch_size
+        parts = [slice(first, first + size) for first in range(0, len(tokens), size)]
+        return [
+            MicroBatch(
+                tokens[rows],
+                self._prepare_mask({name: whole[rows] for name, whole in start.items()}),
+                labels[rows],
+                {name: value[rows] if isinstance(value, Tensor) else value for name, value in options.items()},
+            )
+            for rows in parts
+        ]
 
     def _prepare_mask(self, start: dict[str, Tensor]) -> Any:
         """Returns the attention mask of the model, prepared once per layer type."""
         prepare, device = self.context_shard.prepare_mask, self.ranks.device
         return collapse({name: prepare(kernel.prepare, start[name], device) for name, kernel in self.kernels.items()})
 
-    def _logits(self, tokens: Tensor) -> Tensor:
-        """Returns the logits (1, T, V) of one row under plain causal attention, other layer types under their masks."""
+    def _next_logits(self, tokens: Tensor, position: int) -> Tensor:
+        """Returns the logits (1, V) of the token after ``position`` in a row (1, T) under plain causal attention, other
+        layer types under their masks.
+        """
         self.fault_tolerance.stop_if_requested()
         positions = torch.arange(tokens.shape[1], dtype=torch.int32)[None]
         final = self.plan.schedule(self.plan.steps - 1)
         start = mask.from_types(self.masks, positions, final.window_of)
         start[next(iter(start))] = torch.zeros(tokens.shape, dtype=torch.int32)
-        attn_mask = self._prepare_mask(start)
+        attn_mask, tokens = self._prepare_mask(start), tokens.to(self.ranks.device)
+        if self.pipeline:
+            at = torch.tensor([[position]], device=self.ranks.device)
+            logits = self.pipeline.forward([MicroBatch(tokens, attn_mask, options={"logits_at": at})])
+            shape = 1, self.plan.model.config.vocab_size
+            return self.pipeline.broadcast(logits[0][:, 0].float() if logits else None, shape, torch.float32)
         with self._precision():
-            return self.model(tokens.to(self.ranks.device), attn_mask)
+            return self.model(tokens, attn_mask)[:, position]
 
     def _logits_at(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the logits (B, n, V) at positions (B, n) of rows of one document, and which of them this rank has."""
@@ -320,15 +367,29 @@ class Trainer:
         final = replace(self.plan.schedule(self.plan.steps - 1), window=tokens.shape[1])
         attn_mask = self._prepare_mask(mask.from_types(self.masks, row, final.window_of))
         local, last = positions - self.context_shard.offset, self.context_shard.tokens_per_rank - 1
-        inputs = self.context_shard(tokens).to(self.ranks.device), attn_mask, local.clamp(0, last).to(self.ranks.device)
+        mine, at = local == local.clamp(0, last), local.clamp(0, last).to(self.ranks.device)
+        tokens = self.context_shard(tokens).to(self.ranks.device)
+        if self.pipeline:
+            outputs = self.pipeline.forward([MicroBatch(tokens, attn_mask, options={"logits_at": at})])
+            logits = outputs[0] if outputs else torch.zeros(*at.shape, self.plan.model.config.vocab_size)
+            return logits, (mine & bool(outputs)).to(self.ranks.device)
         with self._precision():
-            return self.model.logits_at(*inputs), (local == local.clamp(0, last)).to(self.ranks.device)
+            return self.model.logits_at(tokens, attn_mask, at), mine.to(self.ranks.device)
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Computes in the run's dtype; FSDP2 casts by itself."""
         dtype = self.parallel_config.precision.compute
         single = self.mesh.fsdp_mesh is None and dtype != torch.float32
         return torch.autocast(self.ranks.device.type, dtype) if single else nullcontext()
+
+    def _export(self) -> None:
+        """Saves the model as a Hugging Face folder beside the last checkpoint."""
+        if self.pipeline is None:
+            self.final_export.write(self.model, self.ranks.is_rank0)
+            return
+        if self.ranks.is_rank0:  # no rank has the whole model, but the checkpoint does
+            self.final_export.convert()
+        self.ranks.barrier()
 
     def _validate(self) -> None:
         """Logs the validation losses, of all windows, and the scores of probes; if interrupted, nothing."""
