@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -130,8 +130,7 @@ def parallelize_model(
     for number, stage in stages.items():
         assert layout is not None
         assert mesh.fsdp_mesh is not None
-        others = [child for name, child in stage.model.named_children() if name != "layers" and [*child.parameters()]]
-        _apply_fsdp(stage, [layers[name] for name in layout.stages[number]], mesh.fsdp_mesh, config, others)
+        _apply_fsdp(stage, [layers[name] for name in layout.stages[number]], mesh.fsdp_mesh, config)
     return stages
 
 
@@ -143,17 +142,8 @@ def materialize(model: nn.Module, device: torch.device, offload: bool) -> None:
             module.to(device)
 
 
-def _apply_fsdp(
-    model: nn.Module,
-    blocks: list[nn.Module],
-    mesh: DeviceMesh,
-    config: ParallelizeConfig,
-    others: Sequence[nn.Module] = (),
-) -> None:
-    """Applies FSDP2 to each block; the parameters of a block are gathered while the previous one computes.
-
-    ``others`` are modules beside the blocks to shard by themselves, not as parts of ``model``.
-    """
+def _apply_fsdp(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: ParallelizeConfig) -> None:
+    """Applies FSDP2 to each block; the parameters of a block are gathered while the previous one computes."""
     precision = config.precision
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -162,7 +152,7 @@ def _apply_fsdp(
     if config.offload:
         options["offload_policy"] = CPUOffloadPolicy()
     reshard = config.parallelism.fsdp_reshard_after_forward != "never"
-    for block in (*others, *blocks):
+    for block in blocks:
         fully_shard(block, reshard_after_forward=reshard, **options)
     fully_shard(model, **options)
     for block, following in pairwise(blocks):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
 
@@ -159,6 +160,9 @@ class Pipeline:
                     sends.append((dist.isend(x, group=self.group, group_dst=self.layout.rank_of(after)), x))
         for work, _ in sends:
             work.wait()
+        for stage in self.stages.values():
+            if isinstance(stage, FSDPModule):
+                stage.reshard()  # FSDP2 leaves that to the backward pass
         return outputs
 
     def broadcast(self, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
