@@ -448,7 +448,7 @@ class Trainer:
             self.restore_progress(state)
         elif self.config.checkpoint.initial_load_in_hf:
             path = self.config.checkpoint.initial_load_path or self.config.model.hf_assets_path
-            hf_weights.load_hf_weights(self.model, path)
+            hf_weights.load_hf_weights(self.model, path, self.plan.model if self.pipeline else None)
             logger.info("loaded the weights of %s", path)
         if state is None and self.ema:
             self.ema.restart()

@@ -25,9 +25,10 @@ Shape = tuple[int, ...]
 
 
 @torch.no_grad()
-def load_hf_weights(model: Model, path: str | Path) -> None:
+def load_hf_weights(model: Model, path: str | Path, whole: Model | None = None) -> None:
     """Loads the weights of a folder into a model, whole or sharded; each rank reads its own shard.
 
+    ``whole`` is the same model with all blocks, such as one on the meta device, if ``model`` is a stage of a pipeline.
     If the model's vocabulary is larger than the folder's, the additional rows become the mean of the others. Raises
     ``ConfigError`` if the folder holds another model.
     """
@@ -35,14 +36,16 @@ def load_hf_weights(model: Model, path: str | Path) -> None:
     section = hf_config.model_section(folder.config, folder.config_file)
     hf_config.check_compatible(section, model.config, str(folder.config_file))
     state: dict[str, Any] = get_model_state_dict(model)  # names without wrappers
-    hf_names = match_tensors(folder, adapter_for(model), {name: tuple(tensor.shape) for name, tensor in state.items()})
+    tensors = dict(whole.named_parameters()) if whole else state
+    hf_names = match_tensors(folder, adapter_for(model), {name: tuple(x.shape) for name, x in tensors.items()})
+    hf_names = {name: hf_name for name, hf_name in hf_names.items() if name in state}
     extended = {name for name in hf_names if folder.tensors[hf_names[name]].shape != tuple(state[name].shape)}
     # The reader of shards takes every safetensors file in the folder, and no other file.
-    whole = hf_names.keys() if folder.holds_other_weights else extended
-    if by_shard := {folder.prefix + hf_names[name]: state[name] for name in hf_names if name not in whole}:
+    read_whole = hf_names.keys() if folder.holds_other_weights else extended
+    if by_shard := {folder.prefix + hf_names[name]: state[name] for name in hf_names if name not in read_whole}:
         reader = HuggingFaceStorageReader(str(folder.path))
         dcp.load(by_shard, storage_reader=reader, no_dist=not dist.is_initialized())
-    for name in whole:
+    for name in read_whole:
         parameter, values = state[name], folder.read_tensor(hf_names[name])
         values = extend_rows(values, len(parameter)) if name in extended else values
         values = values.to(parameter.device, parameter.dtype)
