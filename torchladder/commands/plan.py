@@ -19,10 +19,12 @@ from torchladder.data.dataloader import SourceUsage
 from torchladder.distributed import fake_ranks
 from torchladder.registry import ConfigError, require
 from torchladder.schedule import PHASE_SETTINGS
+from torchladder.training import layout_search
 from torchladder.training.data_setup import data_use
-from torchladder.training.memory_estimate import MemoryEstimator, RankMemory, Traffic
+from torchladder.training.memory_estimate import MemoryEstimator, RankMemory
 from torchladder.training.plan_report import summary_lines
 from torchladder.training.run_plan import Plan, make_plan
+from torchladder.training.traffic_estimate import Traffic, estimate_traffic
 
 EPILOG = """
 All other options are settings of the run, such as --job.config_file; they and the data are checked as when training
@@ -100,14 +102,14 @@ def _estimate_memory(plan: Plan, ranks: int, limit: str | None) -> tuple[RankMem
     max_bytes = _parse_bytes(limit) if limit else None
     with fake_ranks.fake_process_group(ranks):
         estimator = MemoryEstimator(plan)
-        memory, traffic = estimator.memory(), estimator.traffic()
+        memory, traffic = estimator.memory(), estimate_traffic(estimator)
         if max_bytes is None or memory.total <= max_bytes:
             return memory, traffic
-        fitting = estimator.find_fitting(max_bytes)
+        fitting = layout_search.find_fitting(estimator, max_bytes)
     lines = [f"a rank needs {_gib(memory.total)}, more than --gpu-memory {limit}: {_breakdown(memory)}."]
     lines.append("Nearest layouts that fit:" if fitting else f"No layout of {ranks} ranks fits: use more ranks.")
     for layout, needed in fitting:
-        settings = " ".join(f"--{key} {value}" for key, value in estimator.changes(layout).items())
+        settings = " ".join(f"--{key} {value}" for key, value in layout_search.changes(estimator, layout).items())
         lines.append(f"  {_gib(needed.total)} with {settings}")
     raise ConfigError("\n".join(lines))
 
