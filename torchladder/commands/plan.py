@@ -15,6 +15,7 @@ from rich.table import Table
 from torchladder import config, plots
 from torchladder.commands.arguments import SettingsParser, check_positive
 from torchladder.commands.final_context import final_context, print_final_context
+from torchladder.commands.pipeline_table import pipeline_summary, plot_schedule, print_pipeline
 from torchladder.data.dataloader import SourceUsage
 from torchladder.distributed import fake_ranks
 from torchladder.registry import ConfigError, require
@@ -45,6 +46,7 @@ def run(argv: list[str]) -> int:
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--at", default="", metavar="STEPS", help="steps whose windows to show: 0,1000,65280")
     add("--plot", type=Path, metavar="FILE", help="plot the windows over the run (.png, .svg, .pdf)")
+    add("--plot-pipeline", type=Path, metavar="FILE", help="plot the schedule of the pipeline (.png, .svg, .pdf)")
     add("--world-size", type=int, default=1, metavar="N", help="number of ranks; they need not exist (default: 1)")
     add("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 80GiB; fail if the run needs more")
     add("--tokens-per-second", type=float, metavar="N", help="of all ranks at full context: adds the hours of the run")
@@ -58,7 +60,10 @@ def run(argv: list[str]) -> int:
         "--gpu-hour-price needs --tokens-per-second, from which the hours follow.",
     )
     plan = make_plan(config.load(settings), arguments.world_size)
-    memory, traffic = _estimate_memory(plan, arguments.world_size, arguments.gpu_memory)
+    by_stage, traffic = _estimate_memory(plan, arguments.world_size, arguments.gpu_memory)
+    memory, pipeline = max(by_stage, key=lambda memory: memory.total), pipeline_summary(plan, by_stage)
+    if arguments.plot_pipeline:
+        plot_schedule(arguments.plot_pipeline, plan)
     steps = _shown_steps(arguments.at, plan.steps)
     reads = data_use(plan.config, plan.batch, plan.schedule)
     phases, context = _phases(plan, reads.usage), final_context(plan, reads)
@@ -75,26 +80,31 @@ def run(argv: list[str]) -> int:
             "memory_per_rank": dataclasses.asdict(memory),
             "sent_per_rank_and_step": dataclasses.asdict(traffic),
         }
-        print(json.dumps(_summary(plan, steps) | {"phases": phases, "final_context": context} | bytes_per_rank | costs))
+        print(
+            json.dumps(
+                _summary(plan, steps) | pipeline | {"phases": phases, "final_context": context} | bytes_per_rank | costs
+            )
+        )
         return 0
     print("\n".join(summary_lines(plan)))
     print(f"attention   {plan.attention_share:.1%} of the FLOPs at full context")
     print(f"ranks       {arguments.world_size:,}: {plan.degrees}")
     print(f"memory      {_gib(memory.total)} per rank: {_breakdown(memory)}")
     print(f"sent        {_gib(sum(dataclasses.astuple(traffic)))} per rank and step: {_breakdown(traffic)}")
+    print_pipeline(pipeline)
     _print_costs(plan, costs)
     _print_windows(plan, steps)
     _print_phases(phases)
     print_final_context(context)
     if reads.unknown:
         print(f"data        epochs not counted: {reads.unknown}")
-    if arguments.plot:
-        print(f"wrote {arguments.plot}")
+    for path in filter(None, (arguments.plot, arguments.plot_pipeline)):
+        print(f"wrote {path}")
     return 0
 
 
-def _estimate_memory(plan: Plan, ranks: int, limit: str | None) -> tuple[RankMemory, Traffic]:
-    """Shards the model on a fake process group; returns the bytes that a rank holds, and sends per step.
+def _estimate_memory(plan: Plan, ranks: int, limit: str | None) -> tuple[list[RankMemory], Traffic]:
+    """Shards the model on a fake process group; returns the bytes that a rank of each stage holds, and sends per step.
 
     Raises:
         ConfigError: a rank holds more than the limit; the message lists the nearest layouts that fit.
@@ -102,9 +112,10 @@ def _estimate_memory(plan: Plan, ranks: int, limit: str | None) -> tuple[RankMem
     max_bytes = _parse_bytes(limit) if limit else None
     with fake_ranks.fake_process_group(ranks):
         estimator = MemoryEstimator(plan)
-        memory, traffic = estimator.memory(), estimate_traffic(estimator)
+        by_stage, traffic = estimator.memory_of_stages(), estimate_traffic(estimator)
+        memory = max(by_stage, key=lambda memory: memory.total)
         if max_bytes is None or memory.total <= max_bytes:
-            return memory, traffic
+            return by_stage, traffic
         fitting = layout_search.find_fitting(estimator, max_bytes)
     lines = [f"a rank needs {_gib(memory.total)}, more than --gpu-memory {limit}: {_breakdown(memory)}."]
     lines.append("Nearest layouts that fit:" if fitting else f"No layout of {ranks} ranks fits: use more ranks.")

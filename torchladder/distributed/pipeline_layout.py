@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
 from torchladder.distributed.mesh import ParallelismConfig
 from torchladder.registry import ConfigError, require, unknown_name
+
+SINGLE_STAGE_SCHEDULES = ("1F1B", "GPipe")
 
 STAGES_PER_RANK = {"1F1B": range(1, 2), "GPipe": range(1, 2), "Interleaved1F1B": range(2, 100), "ZBVZeroBubble": [2]}
 """Schedule -> numbers of stages that a rank may have."""
@@ -72,10 +73,25 @@ class PipelineLayout:
     @cached_property
     def _order(self) -> list[list[tuple[int, str, int]]]:
         """(stage, kind, micro-batch) of each rank's passes, in the order in which it runs them."""
-        kind = schedules.get_schedule_class(self.schedule)
-        ranks = get_schedule_ops(kind, self.degree, self.num_micro_batches, len(self.stages) // self.degree)
+        count = self.num_micro_batches
+        if self.schedule in SINGLE_STAGE_SCHEDULES:
+            # PyTorch keeps no list of these: a rank runs ahead by as many micro-batches as stages follow, or by all.
+            ahead = [
+                min(count, self.degree - rank) if self.schedule == "1F1B" else count for rank in range(self.degree)
+            ]
+            return [
+                [(rank, FORWARD, i) for i in range(ahead[rank])]
+                + [
+                    (rank, kind, i + shift)
+                    for i in range(count)
+                    for kind, shift in ((BACKWARD, 0), (FORWARD, ahead[rank]))
+                    if i + shift < count
+                ]
+                for rank in range(self.degree)
+            ]
+        ranks = get_schedule_ops(self.schedule, self.degree, count, len(self.stages) // self.degree)
         return [
-            [(one.stage_index, one.computation_type.value, one.microbatch_index or 0) for one in rank if one]
+            [(one.stage_index, one.computation_type.value, one.microbatch_index) for one in rank if one]
             for rank in ranks
         ]
 
@@ -91,12 +107,14 @@ class PipelineLayout:
         timeline: list[list[Pass]] = [[] for _ in self._order]
         waiting = [list(reversed(order)) for order in self._order]
         while any(waiting):
+            done = len(ends)
             for rank, left in enumerate(waiting):
                 while left and (ready := self._ready(left[-1], ends)) is not None:
                     stage, kind, micro_batch = one = left.pop()
                     begin = max(ready, timeline[rank][-1].end if timeline[rank] else 0.0)
                     ends[one] = begin + costs[stage] * (2 if kind == BACKWARD else 1)
                     timeline[rank].append(Pass(stage, kind, micro_batch, begin, ends[one]))
+            assert len(ends) > done, f"{self}: the passes wait for each other"
         return timeline
 
     def _ready(self, one: tuple[int, str, int], ends: dict[tuple[int, str, int], float]) -> float | None:
@@ -126,9 +144,7 @@ class PipelineLayout:
         return most
 
 
-def pipeline_layout(
-    config: ParallelismConfig, layers: Sequence[str], local_batch_size: int
-) -> PipelineLayout | None:
+def pipeline_layout(config: ParallelismConfig, layers: Sequence[str], local_batch_size: int) -> PipelineLayout | None:
     """Returns the stages of a model; None without pipeline parallelism.
 
     Args:

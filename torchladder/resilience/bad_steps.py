@@ -190,7 +190,7 @@ class BadStepDetector:
 
 
 def backward_seed(loss: Tensor) -> Tensor:
-    """Returns the gradient to start backward with: 1, or NaN if the loss is not finite.
+    """Returns the factor of the loss in backward: 1, or NaN if the loss is not finite.
 
     So a bad loss reaches every gradient and, through the reduction over ranks, every rank, without another collective.
     """

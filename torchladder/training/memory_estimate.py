@@ -153,7 +153,9 @@ class MemoryEstimator:
 
     def _rank_memory(self, layout: CandidateLayout, share: RankShare, shards: int | None) -> RankMemory:
         degrees, itemsize = layout.degrees, self.dtype.itemsize
-        parameters = shards or self.state_dtype.itemsize * share.parameters // (degrees.dp_shard * degrees.cp * degrees.tp)
+        parameters = shards or self.state_dtype.itemsize * share.parameters // (
+            degrees.dp_shard * degrees.cp * degrees.tp
+        )
         blocks, largest = sum(share.block_sizes), max(share.block_sizes)
         if degrees.dp * degrees.model_parallel == 1:
             # Autocast keeps the weights that it casts.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchladder.data.dataloader import BaseDataLoader, TracksSources
 from torchladder.models.attention import AttentionKernel
+from torchladder.training.pipeline_plan import pipeline_lines
 from torchladder.training.run_plan import LayerTypePlan, Plan
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def summary_lines(plan: Plan) -> list[str]:
         f"{plan.state_bytes / 2**30:.2f} GiB of weights, gradients and optimizer state per rank",
         f"step        {batch.global_batch_size} rows x {seq_len:,} tokens = {plan.tokens_per_step:,} tokens "
         f"({ranks} x {batch.local_batch_size} rows x {batch.accumulation_steps} accumulated)",
+        *pipeline_lines(plan),
         *([f"batch       {plan.schedule.batch}"] if plan.schedule.batch.varies else []),
         f"run         {plan.steps:,} steps, {plan.num_tokens:,} tokens, {plan.flops:.3e} FLOPs",
         f"curriculum  {ladder}",

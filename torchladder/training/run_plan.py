@@ -17,6 +17,7 @@ from torchladder.config import Config
 from torchladder.data.dataloader import BaseDataLoader
 from torchladder.distributed import mesh
 from torchladder.distributed.parallelize import ParallelizeConfig, Precision
+from torchladder.distributed.pipeline import build_stages
 from torchladder.distributed.pipeline_layout import PipelineLayout, pipeline_layout
 from torchladder.distributed.ranks import Ranks
 from torchladder.inference import hf_export
@@ -96,7 +97,7 @@ class Plan:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights, gradients and optimizer state on one rank."""
+        """Bytes of weights, gradients and optimizer state on one rank, in a pipeline on average."""
         itemsize = getattr(torch, self.config.training.dtype).itemsize
         weights_and_gradients = 2 * self.num_parameters
         shards = self.degrees.dp_shard * self.degrees.model_parallel
@@ -236,10 +237,13 @@ def _plan_pipeline(config: Config, model: models.Model, batch: BatchSizes) -> Pi
     layout = pipeline_layout(config.parallelism, list(model.layers), batch.local_batch_size)
     if layout is None:
         return None
+    build_stages(model, layout, rank=0)  # a model without stages refuses
     key = f"parallelism.pipeline_parallel_schedule = {layout.schedule!r}"
     if layout.schedule == "ZBVZeroBubble":
         advice = "which needs the graph of a backward pass twice. Use another schedule, or"
-        require(not config.compile.compiles("model"), f"compile.enable: not with {key}, {advice} compile only the loss.")
+        require(
+            not config.compile.compiles("model"), f"compile.enable: not with {key}, {advice} compile only the loss."
+        )
         require(
             config.activation_checkpoint.mode == "none",
             f"activation_checkpoint.mode = {config.activation_checkpoint.mode!r}: not with {key}, {advice} none.",
@@ -248,9 +252,6 @@ def _plan_pipeline(config: Config, model: models.Model, batch: BatchSizes) -> Pi
             config.parallelism.fsdp_reshard_after_forward == "never",
             f"{key} needs parallelism.fsdp_reshard_after_forward = 'never'.",
         )
-    with torch.device("meta"):
-        stage = models.registry.build(config.model, attention_fn=None, seq_len=config.training.seq_len)
-    stage.keep_stage(layout.stages[0], first=True, last=False)  # a model without stages refuses
     return layout
 
 

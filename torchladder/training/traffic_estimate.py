@@ -47,7 +47,11 @@ def estimate_traffic(estimator: MemoryEstimator) -> Traffic:
         + 2 * matrices * (n - 1) // n,
         replicate=passes * 2 * estimator.reduce_bytes * parameters // n * (r - 1) // r + matrices * (r - 1) // r,
         tensor=passes * collectives * hidden * (t - 1) // t + 2 * matrices * (t - 1) // t,
-        context=passes * 2 * kv_bytes * _max_sent_keys(plan, estimator.seq_len, c) // (estimator.seq_len // c)
+        context=passes
+        * 2
+        * kv_bytes
+        * _max_sent_keys(plan, estimator.seq_len, c)
+        // (estimator.seq_len // c)
         // degrees.pp,
         pipeline=passes * hidden // t * _max_neighbors(plan),
     )

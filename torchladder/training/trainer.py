@@ -146,9 +146,7 @@ class Trainer:
         if layout is None or self.mesh.pp_group is None:
             return model, None
         dtype, dim = self.parallel_config.precision.compute, self.plan.model.config.dim
-        return model, Pipeline(
-            layout, stages, self.mesh.pp_group, self.ranks.device, dtype, dim, self.mesh.degrees.tp
-        )
+        return model, Pipeline(layout, stages, self.mesh.pp_group, self.ranks.device, dtype, dim, self.mesh.degrees.tp)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -271,13 +269,15 @@ class Trainer:
             """Returns the loss to differentiate, and what to report."""
             if weighted:
                 total, loss, z_loss = sums
+                total = total / max(label_weight, 1)
                 means = {"loss": loss / labels} | ({"z_loss": z_loss / labels} if multiplier else {})
-                return total / max(label_weight, 1), means
-            if multiplier:
+            elif multiplier:
                 total, z_loss = (x / labels for x in sums)
-                return total, {"loss": total.detach() - z_loss, "z_loss": z_loss}
-            total = sums / labels
-            return total, {"loss": total.detach()}
+                means = {"loss": total.detach() - z_loss, "z_loss": z_loss}
+            else:
+                total = sums / labels
+                means = {"loss": total.detach()}
+            return total * backward_seed(total), means
 
         if self.pipeline:
             reported = self.pipeline.forward_backward(self._micro_batches(batch, start, options), mean_losses)
@@ -285,7 +285,7 @@ class Trainer:
             zero = torch.zeros((), device=self.ranks.device)  # on ranks without the last stage
             return {name: sum((means[name] for means in reported), zero) for name in names}
         total, means = mean_losses(self._summed_loss(batch, start, **options))
-        total.backward(backward_seed(total))
+        total.backward()
         return means
 
     def after_step(self) -> None:
