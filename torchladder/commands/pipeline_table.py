@@ -16,7 +16,7 @@ from torchladder.training.run_plan import Plan
 
 
 def pipeline_summary(plan: Plan, memory: list[RankMemory]) -> dict[str, Any]:
-    """Returns the stages and the memory of each pipeline rank, and the idle time of schedules; {} without a pipeline."""
+    """Returns stages and memory of each pipeline rank, and the idle time of schedules; {} without a pipeline."""
     layout = plan.pipeline
     if layout is None:
         return {}

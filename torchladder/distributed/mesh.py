@@ -125,8 +125,8 @@ class Mesh:
 
 def degrees(config: ParallelismConfig, ranks: int) -> Degrees:
     """Returns the degrees for a number of ranks, which their product must equal."""
-    keys = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel")
-    keys += ("pipeline_parallel",) if config.pipeline_parallel_degree > 1 else ()
+    keys = ["data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel"]
+    keys += ["pipeline_parallel"] if config.pipeline_parallel_degree > 1 else []
     given = {f"{key}_degree": getattr(config, f"{key}_degree") for key in keys}
     replicate, shard, context, tensor, pipeline = (*given.values(), 1)[:5]
     if shard == -1 and ranks % (replicate * context * tensor * pipeline) == 0:

@@ -72,7 +72,7 @@ class Stage(nn.Module):
 
 
 def build_stages(model: Any, layout: PipelineLayout, rank: int) -> dict[int, Stage]:
-    """Returns the stages of a pipeline rank by number; they share their blocks with ``model``, which has all of them."""
+    """Returns the stages of a pipeline rank by number; they share their blocks with ``model``."""
     last = len(layout.stages) - 1
     stages = {}
     for number in layout.stages_of(rank):
@@ -196,7 +196,7 @@ class Pipeline:
         schedule = schedules.get_schedule_class(self.layout.schedule)
         single = issubclass(schedule, schedules.PipelineScheduleSingle)
         return schedule(
-            stages[0] if single else stages,  # type: ignore[arg-type]
+            stages[0] if single else stages,
             self.layout.num_micro_batches,
             loss_fn=lambda loss, _: loss,
             scale_grads=False,

@@ -1,6 +1,6 @@
 """The layout of a pipeline: which layers each stage has, which rank each stage, and how long ranks wait for others.
 
-A model is cut into stages of consecutive layers; the first one has the embedding, too, and the last one the head and the
+A model is cut into stages of consecutive layers; the first stage also has the embedding, the last one the head and the
 loss. Rows are cut into micro-batches, and a schedule says in which order each rank takes them through its stages.
 """
 
@@ -65,6 +65,11 @@ class PipelineLayout:
         """Returns the names of the layers on a pipeline rank, in the order of the model."""
         return [name for stage in self.stages_of(rank) for name in self.stages[stage]]
 
+    def part_of(self, rank: int) -> tuple[list[str], bool, bool]:
+        """Returns the layers of a pipeline rank, whether it has the embedding, and whether it has the head."""
+        stages = self.stages_of(rank)
+        return self.layers_of(rank), 0 in stages, len(self.stages) - 1 in stages
+
     @property
     def last_rank(self) -> int:
         """The pipeline rank that has the head and the loss."""
@@ -75,23 +80,17 @@ class PipelineLayout:
         """(stage, kind, micro-batch) of each rank's passes, in the order in which it runs them."""
         count = self.num_micro_batches
         if self.schedule in SINGLE_STAGE_SCHEDULES:
-            # PyTorch keeps no list of these: a rank runs ahead by as many micro-batches as stages follow, or by all.
-            ahead = [
-                min(count, self.degree - rank) if self.schedule == "1F1B" else count for rank in range(self.degree)
-            ]
-            return [
-                [(rank, FORWARD, i) for i in range(ahead[rank])]
-                + [
-                    (rank, kind, i + shift)
-                    for i in range(count)
-                    for kind, shift in ((BACKWARD, 0), (FORWARD, ahead[rank]))
-                    if i + shift < count
-                ]
-                for rank in range(self.degree)
-            ]
+            order = []
+            for rank in range(self.degree):  # which runs ahead of the last stage by the stages between, or by all
+                ahead = min(count, self.degree - rank) if self.schedule == "1F1B" else count
+                passes = [(rank, FORWARD, i) for i in range(ahead)]
+                for i in range(count):
+                    passes += [(rank, BACKWARD, i)] + ([(rank, FORWARD, i + ahead)] if i + ahead < count else [])
+                order.append(passes)
+            return order
         ranks = get_schedule_ops(self.schedule, self.degree, count, len(self.stages) // self.degree)
         return [
-            [(one.stage_index, one.computation_type.value, one.microbatch_index) for one in rank if one]
+            [(one.stage_index, one.computation_type.value, one.microbatch_index or 0) for one in rank if one]
             for rank in ranks
         ]
 

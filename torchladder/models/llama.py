@@ -73,14 +73,14 @@ class Llama(Model):
         types = self.layer_types
         roped = [name for number, name in enumerate(types) if config.has_rope(number)]
         self.ropes = nn.ModuleDict({name: RoPE(config, seq_len, name) for name in dict.fromkeys(roped)})
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding: nn.Embedding | None = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict()
         for number, name in enumerate(types):
             own_attention = attention_fn[name] if isinstance(attention_fn, Mapping) else attention_fn
             rope: Any = self.ropes[name] if config.has_rope(number) else None
             self.layers[str(number)] = self.make_block(own_attention, rope, name in config.attention_sinks)
-        self.norm = self.norm_class(config.dim, eps=config.norm_eps)
-        self.head = Head(config)
+        self.norm: RMSNorm | None = self.norm_class(config.dim, eps=config.norm_eps)
+        self.head: Head | None = Head(config)
 
     @property
     def layer_types(self) -> list[str]:
@@ -105,6 +105,7 @@ class Llama(Model):
 
     @torch.no_grad()
     def per_token_loss(self, tokens: Tensor, attn_mask: Any, labels: Tensor) -> Tensor:
+        assert self.head is not None
         return self.head.per_token_loss(self._hidden_states(tokens, attn_mask), labels, self._tied_weight())
 
     def _hidden_states(self, tokens: Tensor, attn_mask: Any) -> Tensor:
@@ -118,13 +119,17 @@ class Llama(Model):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns the input of the first block (B, T, d)."""
+        assert self.embedding is not None
         x: Tensor = self.embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):  # autocast leaves the residual stream in fp32, FSDP2 does not
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
     def _tied_weight(self) -> Tensor | None:
-        return self.embedding.weight if self.config.tie_embeddings else None
+        if not self.config.tie_embeddings:
+            return None
+        assert self.embedding is not None
+        return self.embedding.weight
 
     def init_weights(self, seed: int) -> None:
         std, residual_std = INITIAL_STDS[self.config.initialization](self.config)

@@ -20,7 +20,7 @@ KINDS = {
 """Kind of a pass -> its name and color."""
 
 
-class Pass(Protocol):
+class TimedPass(Protocol):
     """A pass of one stage over one micro-batch, from ``begin`` to ``end``."""
 
     @property
@@ -35,7 +35,7 @@ class Pass(Protocol):
     def end(self) -> float: ...
 
 
-def plot_pipelines(path: Path, timelines: Mapping[str, Sequence[Sequence[Pass]]], degree: int) -> None:
+def plot_pipelines(path: Path, timelines: Mapping[str, Sequence[Sequence[TimedPass]]], degree: int) -> None:
     """Plots a panel for each timeline, title -> passes of each rank: a row per rank, a bar per pass.
 
     A bar has the number of its micro-batch; a rank's second stage is paler.
@@ -54,7 +54,7 @@ def plot_pipelines(path: Path, timelines: Mapping[str, Sequence[Sequence[Pass]]]
         legend_above(figure, shown, [str(patch.get_label()) for patch in shown])
 
 
-def _draw(axes: Axes, timeline: Sequence[Sequence[Pass]], longest: float) -> None:
+def _draw(axes: Axes, timeline: Sequence[Sequence[TimedPass]], longest: float) -> None:
     for rank, passes in enumerate(timeline):
         first = min((one.stage for one in passes), default=0)
         for one in passes:

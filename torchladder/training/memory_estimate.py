@@ -248,8 +248,7 @@ class MemoryEstimator:
         """Returns the bytes of a rank's parameters in the run's own layout."""
         model, stages = self._build_meta_model().to(self.state_dtype), self.plan.pipeline
         if stages:
-            numbers = stages.stages_of(pp_rank)
-            model.keep_stage(stages.layers_of(pp_rank), 0 in numbers, len(stages.stages) - 1 in numbers)
+            model.keep_stage(*stages.part_of(pp_rank))
         parallelism = replace(self.config.parallelism, enable_async_tensor_parallel=False)
         ranks = replace(mesh.build(self.layout.degrees, 0, "cpu"), pp_rank=pp_rank)
         config = ParallelizeConfig(parallelism)

@@ -36,7 +36,7 @@ def idle_by_schedule(plan: Plan) -> dict[str, float]:
         if schedule != own.schedule:
             other = replace(
                 parallelism,
-                pipeline_parallel_schedule=schedule,
+                pipeline_parallel_schedule=schedule,  # type: ignore[arg-type]
                 pipeline_parallel_split_points=[],
                 pipeline_parallel_layers_per_stage=None,
             )

@@ -132,9 +132,7 @@ class Trainer:
             attention_fn = collapse({name: wrap(kernel.attention) for name, kernel in self.kernels.items()})
             model = models.registry.build(config.model, attention_fn=attention_fn, seq_len=training.seq_len)
         if layout:
-            stages = layout.stages_of(self.mesh.pp_rank)
-            last = len(layout.stages) - 1
-            model.keep_stage(layout.layers_of(self.mesh.pp_rank), first=0 in stages, last=last in stages)
+            model.keep_stage(*layout.part_of(self.mesh.pp_rank))
         model.to(getattr(torch, training.dtype))
         if self.mesh.cp_group:
             model.set_position_offset(self.context_shard.offset)
