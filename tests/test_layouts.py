@@ -23,6 +23,8 @@ REPLICATE = "--parallelism.data_parallel_replicate_degree"
 CONTEXT = "--parallelism.context_parallel_degree"
 TENSOR = "--parallelism.tensor_parallel_degree"
 ROWS = "--training.local_batch_size"
+PIPELINE, SCHEDULE = "--parallelism.pipeline_parallel_degree", "--parallelism.pipeline_parallel_schedule"
+GATHERED_ONCE = ["--parallelism.fsdp_reshard_after_forward", "never"]
 SAVING = ["--checkpoint.enable", "--checkpoint.interval", "10"]
 
 TWO = {
@@ -53,10 +55,29 @@ MIXED = {
         "FSDP2, two types, compiled, by operation": [ROWS, "2", *SLIDING, *COMPILED, *BY_OP],
         "TP2, two types": [TENSOR, "2", *SLIDING],
         "CP2, two types, compiled": [CONTEXT, "2", *SLIDING, *COMPILED],
+        "PP2, two types, compiled": [PIPELINE, "2", *SLIDING, *COMPILED, *BY_OP],
+        "PP2 GPipe, two types": [
+            PIPELINE,
+            "2",
+            SCHEDULE,
+            "GPipe",
+            ROWS,
+            "2",
+            "--training.global_batch_size",
+            "4",
+            *SLIDING,
+        ],
+        "PP2 interleaved, two types": [PIPELINE, "2", SCHEDULE, "Interleaved1F1B", *SLIDING],
+        "PP2 ZBV, two types": [PIPELINE, "2", SCHEDULE, "ZBVZeroBubble", *GATHERED_ONCE, *SLIDING],
     },
     4: {
         "TP2 x FSDP2, two types": [ROWS, "2", TENSOR, "2", *SLIDING],
         "CP2 x TP2, two types": [CONTEXT, "2", TENSOR, "2", *SLIDING],
+        "PP2 x FSDP2, two types": [PIPELINE, "2", ROWS, "2", *SLIDING],
+        "PP2 interleaved x TP2, two types": [PIPELINE, "2", SCHEDULE, "Interleaved1F1B", TENSOR, "2", *SLIDING],
+        "PP2 ZBV x FSDP2, two types": [PIPELINE, "2", SCHEDULE, "ZBVZeroBubble", *GATHERED_ONCE, ROWS, "2", *SLIDING],
+        "PP2 x CP2, two types": [PIPELINE, "2", CONTEXT, "2", *SLIDING],
+        "PP4, two types": [PIPELINE, "4", *SLIDING],
     },
 }
 WINDOW = ["--attention.sliding_attention.masks", "document", "sliding", "--attention.sliding_attention.window", "40"]

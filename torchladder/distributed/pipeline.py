@@ -160,9 +160,9 @@ class Pipeline:
                     sends.append((dist.isend(x, group=self.group, group_dst=self.layout.rank_of(after)), x))
         for work, _ in sends:
             work.wait()
-        for stage in self.stages.values():
-            if isinstance(stage, FSDPModule):
-                stage.reshard()  # FSDP2 leaves that to the backward pass
+        for module in (module for stage in self.stages.values() for module in stage.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()  # FSDP2 leaves that to the backward pass
         return outputs
 
     def broadcast(self, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
