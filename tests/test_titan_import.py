@@ -327,8 +327,7 @@ def test_the_shipped_config_of_llama3_8b(tmp_path, capsys):
     (tmp_path / "old.toml").write_text(LLAMA3_8B)
     assert commands.main(shlex.split(f"import-titan {tmp_path}/old.toml --output {tmp_path}/new.toml")) == 0
     errors = capsys.readouterr().err
-    assert "without a counterpart: parallelism.pipeline_parallel_degree." in errors
-    assert "17 of 18 keys imported, 0 named above, 1 at torchtitan's default" in errors
+    assert "18 of 18 keys imported, 0 named above, 0 at torchtitan's default" in errors
     loaded = config.load_file(tmp_path / "new.toml")
     assert (loaded.model.flavor, loaded.model.rope_scaling_factor) == ("llama3-8b", 8.0)
     assert (loaded.data.name, loaded.data.path, loaded.data.config) == ("hub", "allenai/c4", "en")
@@ -340,9 +339,10 @@ def test_the_shipped_config_of_llama3_405b(tmp_path, capsys):
     (tmp_path / "old.toml").write_text(LLAMA3_405B)
     assert commands.main(["import-titan", f"{tmp_path}/old.toml"]) == 0
     text, errors = capsys.readouterr()
-    assert "parallelism.pipeline_parallel_degree = 2: no pipeline parallelism" in errors
-    assert "# parallelism.pipeline_parallel_degree = 2: no pipeline parallelism" in text
+    assert "16 of 16 keys imported, 0 named above" in errors
     loaded = config.load_text(text, "new.toml")
+    pipeline = loaded.parallelism.pipeline_parallel_degree, loaded.parallelism.pipeline_parallel_schedule
+    assert (*pipeline, loaded.parallelism.fsdp_reshard_after_forward) == (2, "1F1B", "never")
     assert loaded.float8.enable
     assert loaded.float8.precompute_float8_dynamic_scale_for_fsdp
     assert (loaded.parallelism.tensor_parallel_degree, loaded.parallelism.enable_async_tensor_parallel) == (8, True)
@@ -401,3 +401,29 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     shown = "".join(f"    {line}\n" for line in capsys.readouterr().err.splitlines())
     assert f"\n\n{shown}\n" in page
     config.load_file(Path("run.toml"))
+
+
+def test_a_pipeline(tmp_path, capsys):
+    def imported(*lines):
+        head = "[training]\nsteps = 10\n[parallelism]\n"
+        (tmp_path / "old.toml").write_text(head + "\n".join(f"{line}" for line in lines))
+        assert commands.main(["import-titan", f"{tmp_path}/old.toml"]) == 0
+        text, errors = capsys.readouterr()
+        return config.load_text(text, "new.toml").parallelism, errors
+
+    fqns = (
+        'module_fqns_per_model_part = [["tok_embeddings", "layers.0"], ["layers.1", "layers.2"], ["layers.3", "norm"]]'
+    )
+    degree = "pipeline_parallel_degree = 3"
+    found, errors = imported(degree, fqns, 'pipeline_parallel_schedule = "interleaved1f1b"')
+    assert found.pipeline_parallel_split_points == ["layers.1", "layers.3"]
+    assert found.pipeline_parallel_schedule == "Interleaved1F1B"
+    assert "4 of 4 keys imported" in errors
+    found, errors = imported(
+        degree, 'pipeline_parallel_schedule = "DualPipeV"', "pipeline_parallel_microbatch_size = 2"
+    )
+    assert (found.pipeline_parallel_schedule, found.pipeline_parallel_microbatch_size) == ("1F1B", 2)
+    assert "pipeline_parallel_schedule = 'DualPipeV': no such schedule; 1F1B, GPipe, Interleaved1F1B, ZBVZero" in errors
+    found, errors = imported("pipeline_parallel_layers_per_stage = 2", "pipeline_parallel_microbatch_size = 1")
+    assert found.pipeline_parallel_layers_per_stage is None
+    assert "pipeline_parallel_layers_per_stage = 2: has no effect without pipeline parallelism" in errors

@@ -17,9 +17,11 @@ from torchladder.config.titan_keys import (
     MISSING,
     OPTIONAL,
     OUR_DEFAULTS,
+    PIPELINE,
     SAME,
 )
 from torchladder.config.toml_files import parse_settings
+from torchladder.distributed.pipeline_layout import STAGES_PER_RANK
 from torchladder.registry import require
 
 OWN_SECTIONS = {"attention", "curriculum", "data", "tokenizer"}
@@ -57,6 +59,7 @@ class TitanImport:
         self._import_data()
         self._import_validation_data()
         self._import_parallelism()
+        self._import_pipeline()
         self._import_float8()
         self._import_checkpoint()
         for key, value in self.given.items():
@@ -176,7 +179,8 @@ class TitanImport:
 
     def _import_parallelism(self) -> None:
         reshard = self["parallelism.fsdp_reshard_after_forward"]
-        self._set("parallelism.fsdp_reshard_after_forward", "always" if reshard == "default" else reshard)
+        default = "always" if self["parallelism.pipeline_parallel_degree"] == 1 else "never"
+        self._set("parallelism.fsdp_reshard_after_forward", default if reshard == "default" else reshard)
         asynchronous, degree = (
             self["parallelism.enable_async_tensor_parallel"],
             self["parallelism.tensor_parallel_degree"],
@@ -192,6 +196,31 @@ class TitanImport:
             if self["activation_checkpoint.selective_ac_option"] != "op":
                 self.missing["activation_checkpoint.selective_ac_option"] = "has no effect in the mode memory_budget"
         self._set("activation_checkpoint.mode", "selective" if mode == "memory_budget" else mode)
+
+    def _import_pipeline(self) -> None:
+        if self["parallelism.pipeline_parallel_degree"] == 1:
+            for key in PIPELINE.keys() & self.given.keys():
+                if self[key] == PIPELINE[key]:
+                    self.unneeded.append(key)
+                else:
+                    self.missing[key] = "has no effect without pipeline parallelism"
+            return
+        for key in ("pipeline_parallel_degree", *(key.partition(".")[2] for key in list(PIPELINE)[1:-1])):
+            self._set(f"parallelism.{key}", self[f"parallelism.{key}"])
+        key = "parallelism.pipeline_parallel_schedule"
+        known = {name.lower(): name for name in STAGES_PER_RANK}
+        schedule = known.get(str(self[key]).lower())
+        if schedule is None:
+            self.missing[key] = f"no such schedule; {', '.join(known.values())} are"
+        self._set(key, schedule or PIPELINE[key])
+        key, parts = "parallelism.module_fqns_per_model_part", self["parallelism.module_fqns_per_model_part"]
+        points = [next((name for name in part if name.startswith("layers.")), "") for part in (parts or [])[1:]]
+        if points and all(points):
+            self._set("parallelism.pipeline_parallel_split_points", points)
+            if self.settings["parallelism"].pop("pipeline_parallel_layers_per_stage", None) is not None:
+                self.missing["parallelism.pipeline_parallel_layers_per_stage"] = f"{key} takes precedence"
+        elif parts:
+            self.missing[key] = "each stage begins with a layer, parallelism.pipeline_parallel_split_points"
 
     def _import_float8(self) -> None:
         keys = [key for key in CONVERTED if key.startswith(FLOAT8)]

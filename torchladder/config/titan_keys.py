@@ -81,6 +81,16 @@ SAME: dict[str, dict[str, Any]] = {
 OUR_DEFAULTS = {"job.description", "comm.train_timeout_seconds", "activation_checkpoint.preserve_rng_state"}
 """Keys that change no result: where the file does not set them, the default of this package stays."""
 
+PIPELINE: dict[str, Any] = {
+    "parallelism.pipeline_parallel_schedule": "1F1B",
+    "parallelism.pipeline_parallel_microbatch_size": 1,
+    "parallelism.pipeline_parallel_layers_per_stage": None,
+    "parallelism.pipeline_parallel_first_stage_less_layers": 1,
+    "parallelism.pipeline_parallel_last_stage_less_layers": 1,
+    "parallelism.module_fqns_per_model_part": None,
+}
+"""Key -> torchtitan's default, of the keys that have an effect only with pipeline parallelism."""
+
 CONVERTED: dict[str, Any] = {
     "model.name": "llama3",
     "model.flavor": "debugmodel",
@@ -96,6 +106,8 @@ CONVERTED: dict[str, Any] = {
     "training.dataloader.pin_memory": False,
     "parallelism.fsdp_reshard_after_forward": "default",
     "parallelism.enable_async_tensor_parallel": False,
+    "parallelism.pipeline_parallel_degree": 1,
+    **PIPELINE,
     "checkpoint.initial_load_path": None,
     "checkpoint.initial_load_in_hf": False,
     "checkpoint.last_save_in_hf": False,
@@ -114,7 +126,6 @@ CONVERTED: dict[str, Any] = {
 }
 """Key -> torchtitan's default, of the keys whose name or value differs here: see ``titan_import``."""
 
-_PIPELINE = "no pipeline parallelism: FSDP, tensor and context parallelism share the model, [parallelism]"
 _EXPERTS = "no mixture-of-experts model"
 _MX = "no MXFP8: [float8] has the recipes tensorwise, rowwise and rowwise_with_gw_hp"
 _PER_REPLICA = "no torchft: [resilience] and checkpoints restart the whole run"
@@ -132,15 +143,11 @@ MISSING: dict[str, tuple[Any, str]] = {
     ),
     "training.gc_debug": (False, "training.gc_freq is the only setting of the garbage collector"),
     "training.dataloader.persistent_workers": (False, "workers live as long as the run, data.num_workers"),
-    "parallelism.pipeline_parallel_degree": (1, _PIPELINE),
-    "parallelism.module_fqns_per_model_part": (None, _PIPELINE),
-    "parallelism.pipeline_parallel_first_stage_less_layers": (1, _PIPELINE),
-    "parallelism.pipeline_parallel_last_stage_less_layers": (1, _PIPELINE),
-    "parallelism.pipeline_parallel_layers_per_stage": (None, _PIPELINE),
-    "parallelism.pipeline_parallel_schedule": ("1F1B", _PIPELINE),
-    "parallelism.pipeline_parallel_schedule_csv": ("", _PIPELINE),
-    "parallelism.pipeline_parallel_microbatch_size": (1, _PIPELINE),
-    "parallelism.pipeline_parallel_expert_parallel_overlap": (True, _PIPELINE),
+    "parallelism.pipeline_parallel_schedule_csv": (
+        "",
+        "a schedule is one of PyTorch's, parallelism.pipeline_parallel_schedule",
+    ),
+    "parallelism.pipeline_parallel_expert_parallel_overlap": (True, _EXPERTS),
     "parallelism.context_parallel_load_balancer": (
         "headtail",
         "a rank's tokens are one slice of the row, parallelism.context_parallel_degree",
@@ -200,6 +207,7 @@ OPTIONAL: dict[str, type] = {
     **{"training.dataloader.prefetch_factor": int, "quantize.linear.float8.recipe_name": str},
     **{"model.tokenizer_path": str, "checkpoint.initial_load_path": str},
     **{"training.dataset_path": str, "validation.dataset_path": str},
+    **{"parallelism.pipeline_parallel_layers_per_stage": int, "parallelism.module_fqns_per_model_part": list},
 }
 """Type of the keys above whose default is None."""
 

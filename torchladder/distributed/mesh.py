@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import Annotated, Literal
 
 from annotated_types import Ge
@@ -65,6 +65,12 @@ class ParallelismConfig:
             reshard in ("always", "never"),
             f"parallelism.fsdp_reshard_after_forward = {reshard!r}: must be 'always' or 'never'."
             + (" Use 'always', which is the same." if reshard == "default" else ""),
+        )
+        unused = [field.name for field in fields(self) if field.name.startswith("pipeline_parallel_")]
+        unused = [name for name in unused if getattr(self, name) != getattr(type(self), name, [])]
+        require(
+            self.pipeline_parallel_degree > 1 or not unused,
+            f"parallelism.{', parallelism.'.join(unused)} needs a pipeline_parallel_degree of 2 or more.",
         )
         require(
             not self.enable_async_tensor_parallel or self.tensor_parallel_degree > 1,
