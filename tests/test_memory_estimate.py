@@ -182,3 +182,64 @@ def test_muon_keeps_one_number_per_weight_of_a_matrix_and_exchanges_it_in_bfloat
     assert made.plan.state_bytes - muon.plan.state_bytes == 4 * matrices // 2  # a rank's shard in fp32
     assert memory.optimizer - muon_memory.optimizer == 4 * matrices // 2
     assert muon_sent.shard - sent.shard == 2 * (2 * matrices // 2) // 2  # half of the shard in bf16, there and back
+
+
+PIPELINE = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "4"]
+
+
+def test_the_ranks_of_a_pipeline(tmp_path, capsys):
+    picture = tmp_path / "schedule.png"
+    argv = [*LLAMA, "--model.n_layers", "8", *PIPELINE, "--training.global_batch_size", "16"]
+    assert command.run([*argv, "--world-size", "8", "--json", "--plot-pipeline", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    found = json.loads(capsys.readouterr().out)
+    first, last = found["pipeline"]["ranks"]
+    block, vocabulary = (WEIGHTS - 2 * 32_000 * 2048 - 2048) // 4, 32_000 * 2048
+    assert (first["parameters"], last["parameters"]) == (4 * block + vocabulary, 4 * block + vocabulary + 2048)
+    assert (first["layers"], last["stages"]) == (["0", "1", "2", "3"], [1])
+    assert (first["micro_batches_in_flight"], last["micro_batches_in_flight"]) == (2, 1)
+    # The first stage has no head: it waits for the second.
+    idle = found["pipeline"]["idle"]
+    assert idle["1F1B"] == pytest.approx(idle["GPipe"])
+    assert idle["1F1B"] > 1 / 5
+    assert list(idle) == ["1F1B", "GPipe", "Interleaved1F1B", "ZBVZeroBubble"]
+    memory = found["memory_per_rank"]
+    assert sum(memory.values()) == max(first["memory"], last["memory"])
+    assert memory["parameters"] == pytest.approx(4 * last["parameters"] / 4, rel=0.01)  # fp32, sharded over 4
+    # The output of a stage in bfloat16, of 4 rows, one way.
+    assert found["sent_per_rank_and_step"]["pipeline"] == 4 * 8192 * 2048 * 2
+    assert command.run([*argv, "--world-size", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "2 stages of 4, 4 layers on 2 ranks, 1F1B over 4 micro-batches of 1 row: " in text
+    assert re.search(r"\n +1 +1 +4 to 7 +[\d,]+ +1 +[\d.]+ GiB", text)
+    with pytest.raises(ConfigError, match=r"--plot-pipeline: the run has no pipeline"):
+        command.run([*LLAMA, "--plot-pipeline", str(picture)])
+
+
+def test_more_ranks_in_a_pipeline_need_less_memory():
+    memory = [
+        estimate(8, *PIPELINE, "--parallelism.pipeline_parallel_degree", degree)[1].total for degree in ("2", "4")
+    ]
+    assert memory == sorted(memory, reverse=True)
+    by_schedule = [
+        estimate(8, *PIPELINE, "--parallelism.pipeline_parallel_schedule", schedule)[1].activations
+        for schedule in ("1F1B", "GPipe")
+    ]
+    assert by_schedule[1] > 1.5 * by_schedule[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--model.tie_embeddings", "True"], "model.tie_embeddings: not with pipeline parallelism"),
+        (["--training.local_batch_size", "1"], "does not take 1 micro-batch .* Set training.local_batch_size to 2 or 3"),
+        (["--parallelism.pipeline_parallel_degree", "3"], "Change one degree: .*pipeline_parallel_degree 1 or 2 or 4 or 8"),
+        (["--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble", "--compile.no_enable"], "needs .*fsdp_reshard_after_forward = 'never'"),
+        (["--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble"], "compile.enable: not with"),
+        (["--parallelism.pipeline_parallel_degree", "1", "--parallelism.pipeline_parallel_schedule", "GPipe"],
+         "pipeline_parallel_schedule needs a pipeline_parallel_degree of 2 or more"),
+    ],
+)  # fmt: skip
+def test_a_pipeline_that_cannot_be_is_refused(argv, words):
+    with pytest.raises(ConfigError, match=words):
+        plans.make_plan(config.load([*LLAMA, *PIPELINE, "--training.global_batch_size", "16", *argv]), 8)
