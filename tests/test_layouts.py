@@ -68,7 +68,7 @@ MIXED = {
             *SLIDING,
         ],
         "PP2 interleaved, two types": [PIPELINE, "2", SCHEDULE, "Interleaved1F1B", *SLIDING],
-        "PP2 ZBV, two types": [PIPELINE, "2", SCHEDULE, "ZBVZeroBubble", *GATHERED_ONCE, *SLIDING],
+        "PP2 ZBV, two types": [PIPELINE, "2", SCHEDULE, "ZBVZeroBubble", *GATHERED_ONCE, *BY_OP, *SLIDING],
     },
     4: {
         "TP2 x FSDP2, two types": [ROWS, "2", TENSOR, "2", *SLIDING],

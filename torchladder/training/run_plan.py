@@ -240,13 +240,10 @@ def _plan_pipeline(config: Config, model: models.Model, batch: BatchSizes) -> Pi
     build_stages(model, layout, rank=0)  # a model without stages refuses
     key = f"parallelism.pipeline_parallel_schedule = {layout.schedule!r}"
     if layout.schedule == "ZBVZeroBubble":
-        advice = "which needs the graph of a backward pass twice. Use another schedule, or"
         require(
-            not config.compile.compiles("model"), f"compile.enable: not with {key}, {advice} compile only the loss."
-        )
-        require(
-            config.activation_checkpoint.mode == "none",
-            f"activation_checkpoint.mode = {config.activation_checkpoint.mode!r}: not with {key}, {advice} none.",
+            not config.compile.compiles("model"),
+            f"compile.enable: not with {key}, which divides the backward pass of a block. Use another schedule, or "
+            "compile.components = ['loss'].",
         )
         require(
             config.parallelism.fsdp_reshard_after_forward == "never",
