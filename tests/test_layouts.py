@@ -40,6 +40,7 @@ FOUR = {
     "CP2 x TP2": [CONTEXT, "2", TENSOR, "2"],
 }
 
+RECOMPUTED = ["--activation_checkpoint.mode", "full"]
 BY_OP = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"]
 COMPILED = ["--compile.enable", "--compile.backend", "aot_eager", "--compile.components", "model", "loss"]
 FLOAT8 = ["--float8.enable", "--float8.emulate", "--training.steps", "3"]
@@ -68,7 +69,7 @@ MIXED = {
             *SLIDING,
         ],
         "PP2 interleaved, two types": [PIPELINE, "2", SCHEDULE, "Interleaved1F1B", *SLIDING],
-        "PP2 ZBV, two types": [PIPELINE, "2", SCHEDULE, "ZBVZeroBubble", *GATHERED_ONCE, *BY_OP, *SLIDING],
+        "PP2 ZBV, two types": [PIPELINE, "2", SCHEDULE, "ZBVZeroBubble", *GATHERED_ONCE, *RECOMPUTED, *SLIDING],
     },
     4: {
         "TP2 x FSDP2, two types": [ROWS, "2", TENSOR, "2", *SLIDING],

@@ -239,6 +239,11 @@ ZBV = ["--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble"]
         ([PIPELINE[0], "3"], "Change one degree: .*pipeline_parallel_degree 1 or 2 or 4 or 8"),
         ([*ZBV, "--compile.no_enable"], "needs parallelism.fsdp_reshard_after_forward = 'never'"),
         (ZBV, "compile.enable: not with parallelism.pipeline_parallel_schedule = 'ZBVZeroBubble'"),
+        (
+            [*ZBV, "--compile.no_enable", "--activation_checkpoint.mode", "selective"]
+            + ["--activation_checkpoint.selective_ac_option", "op"],
+            "selective_ac_option = 'op': not with parallelism.pipeline_parallel_schedule",
+        ),
         ([PIPELINE[0], "1", *ZBV], "pipeline_parallel_schedule needs a pipeline_parallel_degree of 2 or more"),
     ],
 )

@@ -246,6 +246,11 @@ def _plan_pipeline(config: Config, model: models.Model, batch: BatchSizes) -> Pi
             "compile.components = ['loss'].",
         )
         require(
+            not config.activation_checkpoint.by_op,
+            f"activation_checkpoint.selective_ac_option = 'op': not with {key}, which divides the backward pass of a "
+            "block. Use another schedule, or the mode full.",
+        )
+        require(
             config.parallelism.fsdp_reshard_after_forward == "never",
             f"{key} needs parallelism.fsdp_reshard_after_forward = 'never'.",
         )
