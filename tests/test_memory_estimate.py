@@ -229,6 +229,8 @@ def test_more_ranks_in_a_pipeline_need_less_memory():
 
 
 ZBV = ["--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble"]
+BY_OP = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"]
+BY_OP += ["--compile.no_enable"]
 
 
 @pytest.mark.parametrize(
@@ -239,11 +241,7 @@ ZBV = ["--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble"]
         ([PIPELINE[0], "3"], "Change one degree: .*pipeline_parallel_degree 1 or 2 or 4 or 8"),
         ([*ZBV, "--compile.no_enable"], "needs parallelism.fsdp_reshard_after_forward = 'never'"),
         (ZBV, "compile.enable: not with parallelism.pipeline_parallel_schedule = 'ZBVZeroBubble'"),
-        (
-            [*ZBV, "--compile.no_enable", "--activation_checkpoint.mode", "selective"]
-            + ["--activation_checkpoint.selective_ac_option", "op"],
-            "selective_ac_option = 'op': not with parallelism.pipeline_parallel_schedule",
-        ),
+        ([*ZBV, *BY_OP], "selective_ac_option = 'op': not with parallelism.pipeline_parallel_schedule"),
         ([PIPELINE[0], "1", *ZBV], "pipeline_parallel_schedule needs a pipeline_parallel_degree of 2 or more"),
     ],
 )
