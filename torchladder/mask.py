@@ -2,7 +2,7 @@
 
 ``start[b, i]`` is the first key that query ``i`` of row ``b`` may attend to: query ``q`` sees key ``k`` iff
 ``start[b, q] <= k <= q``. Along a row ``start`` never decreases, and ``start[b, i] <= i``. An elementwise maximum
-preserves both properties, so masks compose by ``max``:
+preserves both properties, so masks compose by ``max``::
 
     start = from_names(["document", "chunk"], positions, window)  # max(document(...), chunk(...))
 
@@ -176,7 +176,7 @@ def block_mask(start: Tensor, block_size: int = BLOCK_TOKENS, query_offset: int 
 
     Equals ``create_block_mask`` of the same mask for any length, with O((T / block_size)²) memory instead of O(T²).
     ``start`` never decreases, so two numbers per query block are enough. For ``start = 0 0 0 0 0 0 3 3`` and blocks of
-    2 tokens (``P`` partial, computed with the mask; ``F`` full, computed without it):
+    2 tokens (``P`` partial, computed with the mask; ``F`` full, computed without it)::
 
         key block       0  1  2  3
         query block 0   P           first_kv = 0, first_full = 0

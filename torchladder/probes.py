@@ -1,13 +1,13 @@
 """Long-context probes: rows that end with a question whose answer stands earlier in the row.
 
-A row is filler in which a *cue* and the *answer* that follows it occur twice, the second time at the row's end:
+A row is filler in which a *cue* and the *answer* that follows it occur twice, the second time at the row's end::
 
     filler ... cue answer ... filler ... cue answer
                first occurrence          second occurrence
 
 A model that uses its context predicts the second answer from the first one, however far away it is. A row is a pure
 function of the probe, the seed, the context, the place of the first occurrence, its own number, and the tokens that
-rows are made of. A plugin registers a probe under a name:
+rows are made of. A plugin registers a probe under a name::
 
     @probes.register("mine")
     class Mine(Probe): ...

@@ -1,7 +1,7 @@
 """The settings that change during a run, as one pure function of the optimizer step.
 
 A ``Schedule`` combines the curriculum (the window), the learning-rate schedule and the ``[[phases]]`` of a config. Each
-phase begins at a step, a number of tokens or a fraction of the run, and overrides settings until a later phase does.
+phase begins at a step, a number of tokens or a fraction of the run, and overrides settings until a later phase does::
 
     schedule(step) -> StepSettings(window, lr_factor, rope_theta, source_weights, global_batch_size, layer_windows)
 
@@ -34,12 +34,12 @@ SourceWeights = list[float] | dict[str, float]
 class StepSettings:
     """The settings of one optimizer step."""
 
-    window: int  # tokens a query may attend to, including itself; of the full_attention layers if there are others
-    lr_factor: float  # the learning rate as a fraction of its peak
-    rope_theta: float | None = None  # base of the rotary embeddings; None: the model's
-    source_weights: SourceWeights | None = None  # None: those of [data]
-    global_batch_size: int = 1  # rows over all ranks
-    layer_windows: Mapping[str, int] = field(default_factory=dict)  # windows of the other layer types
+    window: int  #: tokens a query may attend to, including itself; of the full_attention layers if there are others
+    lr_factor: float  #: the learning rate as a fraction of its peak
+    rope_theta: float | None = None  #: base of the rotary embeddings; None: the model's
+    source_weights: SourceWeights | None = None  #: None: those of [data]
+    global_batch_size: int = 1  #: rows over all ranks
+    layer_windows: Mapping[str, int] = field(default_factory=dict)  #: windows of the other layer types
 
     def window_of(self, layer_type: str) -> int:
         """Returns the window of a layer type."""

@@ -32,16 +32,25 @@ logger = logging.getLogger(__name__)
 def main(argv: list[str] | None = None) -> int:
     """Runs training; returns the exit code: 0 finished, 75 interrupted, 1 failed, 2 invalid settings."""
     try:
-        config = load(sys.argv[1:] if argv is None else argv)
-        with interrupt.Interrupt(config.job.max_minutes) as interruption:
-            return run(config, interruption)
+        return run(load(sys.argv[1:] if argv is None else argv))
     except (ConfigError, OSError) as error:
         record_error(as_config_error(error))
         return 2 if LAUNCHED in os.environ else print_config_error(error)  # the launcher prints one for all ranks
 
 
-def run(config: Config, interruption: interrupt.Interrupt) -> int:
-    """Trains, unless the run has finished already; returns the exit code."""
+def run(config: Config) -> int:
+    """Trains in this process, unless the run has finished already; returns the exit code, as ``main`` does.
+
+    A signal or ``job.max_minutes`` ends the run early.
+
+    Raises:
+        ConfigError: settings that do not fit together, or input that is missing.
+    """
+    with interrupt.Interrupt(config.job.max_minutes) as interruption:
+        return _run(config, interruption)
+
+
+def _run(config: Config, interruption: interrupt.Interrupt) -> int:
     begin = time.monotonic()
     try:
         with interruption.interruptible(), naming_path(config.job.dump_folder):

@@ -49,7 +49,9 @@ class TextSource(Protocol):
     @property
     def name(self) -> str: ...
 
-    def documents(self) -> Iterator[Document]: ...
+    def documents(self) -> Iterator[Document]:
+        """Yields every document, in the same order each time."""
+        ...
 
     def size(self) -> int:
         """Returns the bytes that ``documents`` reads."""

@@ -19,15 +19,15 @@ Value = float | None
 class RunInfo:
     """Constants of a run that reporting needs."""
 
-    folder: Path  # directory of metrics.jsonl, created if missing
-    steps: int  # optimizer steps of the whole run
-    seq_len: int  # tokens in a row
-    flops: Callable[[int, int], int]  # (tokens, pairs) -> FLOPs of the model's forward and backward pass
-    layers: int = 1  # pairs are summed over them
+    folder: Path  #: directory of metrics.jsonl, created if missing
+    steps: int  #: optimizer steps of the whole run
+    seq_len: int  #: tokens in a row
+    flops: Callable[[int, int], int]  #: (tokens, pairs) -> FLOPs of the model's forward and backward pass
+    layers: int = 1  #: pairs are summed over them
     device: torch.device
-    rank: int = 0  # only rank 0 reports
+    rank: int = 0  #: only rank 0 reports
     ranks: int = 1
-    settings: dict[str, Any] = field(default_factory=dict)  # the run's config, as Weights & Biases shows it
+    settings: dict[str, Any] = field(default_factory=dict)  #: the run's config, as Weights & Biases shows it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +38,15 @@ class Interval:
     """
 
     run: RunInfo
-    peak_flops: float | None  # FLOP/s of one device
-    step: int  # optimizer steps since the start of the run
-    steps: int  # optimizer steps since the previous report
+    peak_flops: float | None  #: FLOP/s of one device
+    step: int  #: optimizer steps since the start of the run
+    steps: int  #: optimizer steps since the previous report
     tokens: int
     pairs: int
-    seconds: float  # wall-clock time without pauses
-    step_seconds: float  # wall-clock time of a step without pauses, a mean that favors the last intervals
-    totals: Mapping[str, float]  # tokens, flops and seconds since the start of the run
-    memory_gib: float  # peak of this rank's device
+    seconds: float  #: wall-clock time without pauses
+    step_seconds: float  #: wall-clock time of a step without pauses, a mean that favors the last intervals
+    totals: Mapping[str, float]  #: tokens, flops and seconds since the start of the run
+    memory_gib: float  #: peak of this rank's device
     memory_fraction: float
 
     def per_device(self, amount: float) -> float:
@@ -75,14 +75,14 @@ class Interval:
 class Metric:
     """A number that training steps report."""
 
-    key: str  # name in metrics.jsonl
-    compute: Callable[[Interval], Value] | None = None  # None: the caller passes it, MetricsProcessor.log(key=value)
-    tag: str = ""  # name in TensorBoard and W&B; empty: not there
-    console: str = ""  # format string over the values of all metrics, such as "loss: {loss:.4f}"; empty: not there
-    color: str = ""  # of the console text, a rich style
-    tag_scale: float = 1  # factor of the value in TensorBoard and W&B
-    jsonl: bool = True  # whether metrics.jsonl has it
-    optional: bool = False  # whether outputs omit it in reports that do not pass it
+    key: str  #: name in metrics.jsonl
+    compute: Callable[[Interval], Value] | None = None  #: None: the caller passes it, MetricsProcessor.log(key=value)
+    tag: str = ""  #: name in TensorBoard and W&B; empty: not there
+    console: str = ""  #: format string over the values of all metrics, such as "loss: {loss:.4f}"; empty: not there
+    color: str = ""  #: of the console text, a rich style
+    tag_scale: float = 1  #: factor of the value in TensorBoard and W&B
+    jsonl: bool = True  #: whether metrics.jsonl has it
+    optional: bool = False  #: whether outputs omit it in reports that do not pass it
 
 
 METRICS: dict[str, Metric] = {
@@ -140,10 +140,10 @@ class Report:
     """One report, as each output shows it."""
 
     step: int
-    record: dict[str, Value]  # a line of metrics.jsonl
-    scalars: dict[str, float]  # TensorBoard and W&B: tag → value
-    console: list[tuple[str, str]]  # texts with their colors
-    seconds_left: float | None = None  # estimated time until the last step
+    record: dict[str, Value]  #: a line of metrics.jsonl
+    scalars: dict[str, float]  #: TensorBoard and W&B: tag → value
+    console: list[tuple[str, str]]  #: texts with their colors
+    seconds_left: float | None = None  #: estimated time until the last step
 
 
 def training_report(interval: Interval, passed: dict[str, Value], layer_windows: Mapping[str, int]) -> Report:

@@ -20,9 +20,13 @@ class Output(Protocol):
 
     name: str
 
-    def write(self, report: Report) -> None: ...
+    def write(self, report: Report) -> None:
+        """Shows a report."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the output; called once, also if the run fails."""
+        ...
 
 
 registry: Registry[Output] = Registry(

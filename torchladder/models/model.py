@@ -1,7 +1,7 @@
 """The model contract, and the registry of models by name and flavor.
 
 The section ``[model]`` selects a model and a flavor, and can override any field of the flavor's config. A model
-registers with its flavors:
+registers with its flavors::
 
     @models.register("llama", flavors={"debug": LlamaConfig(dim=64, ...), "1b": LlamaConfig(dim=2048, ...)})
     class Llama(Model):
