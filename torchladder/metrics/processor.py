@@ -127,12 +127,14 @@ class MetricsProcessor:
         self._write(training_report(interval, values, layer_windows or {}))
         self.last_step, self.last_time, self.tokens, self.pairs = step, now, 0, 0
 
-    def log_validation(self, step: int, loss: float, window: int, ema_loss: float | None = None) -> None:
+    def log_validation(
+        self, step: int, loss: float, window: int, ema_loss: float | None = None, masks: str = ""
+    ) -> None:
         """Reports a validation loss after ``step`` steps, and that of the averaged weights, if there are any.
 
-        Each query sees ``window`` tokens.
+        Each query sees ``window`` tokens, under ``masks`` if they are not those of the run.
         """
-        self._write(validation_report(step, loss, window, self.run.seq_len, ema_loss))
+        self._write(validation_report(step, loss, window, self.run.seq_len, ema_loss, masks))
 
     def log_probes(self, step: int, scores: Mapping[str, float]) -> None:
         """Reports the scores of long-context probes after ``step`` steps."""
