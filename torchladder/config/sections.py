@@ -177,6 +177,12 @@ class SamplesConfig:
     temperature: Annotated[float, Ge(0)] = 0.8
     """Sampling temperature; 0: greedy decoding."""
 
+    top_k: Annotated[int, Ge(0)] = 0
+    """Sample from this many of the likeliest tokens; 0: from all."""
+
+    repetition_penalty: Annotated[float, Gt(0), Lt(math.inf)] = 1.0
+    """Divides the logits of tokens that are in the prompt or the text already, multiplies negative ones; 1: not."""
+
     top_p: Annotated[float, Gt(0), Le(1)] = 0.95
     """Nucleus sampling: sample from the smallest set of tokens with this total probability."""
 
