@@ -27,6 +27,7 @@ class RunInfo:
     device: torch.device
     rank: int = 0  # only rank 0 reports
     ranks: int = 1
+    machines: int = 1
     settings: dict[str, Any] = field(default_factory=dict)  # the run's config, as Weights & Biases shows it
 
 
@@ -119,6 +120,8 @@ METRICS: dict[str, Metric] = {
         Metric("effective_context", lambda i: i.effective_context(), "curriculum/effective_context"),
         Metric("memory_gib", lambda i: i.memory_gib, "memory/max_reserved(GiB)"),
         Metric("seconds", lambda i: i.totals["seconds"]),
+        Metric("energy_kwh", tag="energy/kwh", console="energy: {energy_kwh:.4g}kWh", color="cyan", optional=True),
+        Metric("co2_kg", tag="energy/co2_kg", optional=True),
     )
 }
 """All metrics by key, in the order of metrics.jsonl and of the console line; tags are torchtitan's where it has one."""

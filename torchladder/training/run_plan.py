@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -231,6 +232,7 @@ def run_info(plan: Plan, ranks: Ranks, model: models.Model) -> RunInfo:
         device=ranks.device,
         rank=ranks.rank,
         ranks=ranks.world_size,
+        machines=ranks.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)),
         settings=dataclasses.asdict(plan.config),
     )
 
