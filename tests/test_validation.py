@@ -3,7 +3,7 @@
 import pytest
 import runs
 
-from torchladder import config, train
+from torchladder import config, plots, train
 from torchladder.registry import ConfigError
 from torchladder.training.run_plan import make_plan
 
@@ -18,7 +18,8 @@ def records(found, key):
     return {line["step"]: line[key] for line in found if key in line}
 
 
-def test_other_masks_are_one_more_loss_and_change_nothing_else(tmp_path, caplog):
+def test_other_masks_are_one_more_loss_and_change_nothing_else(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(plots, "plot_run", lambda *_: None)  # the picture at the end takes longest
     (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{i} and {i * i}"}}\n' for i in range(400)))
     data = ["--data.sources", f"{{ path = '{tmp_path}/text.jsonl' }}", "--data.validation_fraction", "0.5"]
     short = [*SHORT, *data, "--data.cache_folder", str(tmp_path / "cache")]
