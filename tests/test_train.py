@@ -349,7 +349,7 @@ def test_a_run_says_at_its_end_what_it_has_left_and_what_is_next(tmp_path, caplo
     command.touch()
     monkeypatch.setattr(sys, "executable", str(command.with_name("python")))  # of an environment that is not active
     monkeypatch.chdir(tmp_path)
-    run_report.log_end(config.load([*DEBUG, "--job.dump_folder", str(tmp_path), "--checkpoint.enable"]), True, 1.0)
+    run_report.log_end(config.load([*DEBUG, "--job.dump_folder", str(tmp_path), "--checkpoint.enable"]), True, 1.0, {})
     assert "next        bin/torchladder generate" in caplog.text
     caplog.clear()
     for saving, said in (

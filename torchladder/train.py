@@ -66,7 +66,7 @@ def _run(config: Config, interruption: interrupt.Interrupt) -> int:
             trainer = Trainer(plan, ranks, interruption)
         finished = trainer.train()
         if ranks.is_rank0:
-            log_end(config, finished, time.monotonic() - begin)
+            log_end(config, finished, time.monotonic() - begin, trainer.metrics.totals)
         return interrupt.FINISHED if finished else interrupt.REQUEUE
     except interrupt.Interrupted as reason:
         logger.warning("ending before the first step: %s", reason)

@@ -18,6 +18,7 @@ from torchladder.config import hf_defaults
 from torchladder.data import tokenizer
 from torchladder.data.tokenizer import hf_tokenizer
 from torchladder.inference import hf_export
+from torchladder.inference.hub_upload import HubRepository
 from torchladder.inference.trained_model import TOKENIZER_FOLDER, TrainedModel
 from torchladder.models.hf import conversion, hf_config
 from torchladder.models.hf.hf_folder import HF_CONFIG_FILE, HFFolder
@@ -52,6 +53,8 @@ def run(argv: list[str]) -> int:
     add("--seq-len", type=int, metavar="N", help="max_position_embeddings (default: training.seq_len)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: as saved)")
     add("--tokenizer", metavar="T", help="tokenizer file or folder, or none (default: the run's)")
+    add("--push-to-hub", metavar="REPO", help="also upload the folder to this model repository on the Hugging Face Hub")
+    add("--private", action="store_true", help="with --push-to-hub: a new repository is private")
     add_weight_options(to_hf)
     for command in (from_hf, to_hf):
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
@@ -104,6 +107,7 @@ def _run_settings(source: HFFolder, output: Path, vocab_size: int | None) -> dic
 
 def _to_hf(arguments: argparse.Namespace) -> int:
     source, output, vocab_size = arguments.source, arguments.output, arguments.vocab_size
+    require(arguments.push_to_hub is not None or not arguments.private, "--private needs --push-to-hub REPO.")
     require(checkpoint.is_complete(source), f"{str(source)!r} is not a complete checkpoint (step-N).")
     trained = TrainedModel.open(source, choice=weights_from_args(arguments))
     config = trained.config
@@ -116,10 +120,13 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     metadata = hf_export.hf_metadata(config, token_ids, trained.window, trained.rope_theta, trained.layer_windows)
     metadata = replace(metadata, seq_len=arguments.seq_len or metadata.seq_len)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    repository = HubRepository(arguments.push_to_hub, arguments.private) if arguments.push_to_hub is not None else None
     hf_export.export_checkpoint(trained, output, metadata, files, dtype, vocab_size)
     print(f"{output}: {HF_CONFIG_FILE}, weights, {', '.join(files) or 'no tokenizer (add one with --tokenizer)'}")
     for line in hf_export.lost_masks(config, trained.window, trained.layer_windows):
         print(line)
+    if repository:
+        print(f"uploaded: {repository.upload(output)}")
     return 0
 
 

@@ -27,16 +27,18 @@ def run(argv: list[str]) -> int:
     add("--prompt", nargs="+", required=True, metavar="TEXT", help="texts to continue")
     add("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="default: %(default)s")
     add("--temperature", type=float, default=defaults.temperature, help="0 is greedy (default: %(default)s)")
+    add("--top-k", type=int, default=defaults.top_k, metavar="K", help="likeliest tokens; 0: all (default: 0)")
     add("--top-p", type=float, default=defaults.top_p, help="nucleus sampling (default: %(default)s)")
+    penalty = defaults.repetition_penalty
+    add("--repetition-penalty", type=float, default=penalty, help="of tokens in the text (default: 1, none)")
     add("--seed", type=int, default=0, help="seed of each prompt's sampling (default: %(default)s)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts per batch (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)")
     add_weight_options(parser)
     arguments = parser.parse_args(argv)
     check_positive(arguments, "batch_size")
-    samples = SamplesConfig(
-        max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, top_p=arguments.top_p
-    )
+    options = "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"
+    samples = SamplesConfig(**{name: getattr(arguments, name) for name in options})
     trained = TrainedModel.open(arguments.checkpoint, choice=weights_from_args(arguments))
     tokenizer = trained.build_tokenizer()
     if tokenizer is None:

@@ -25,7 +25,7 @@ examples:
 The first run is what the others are compared with. A page needs: pip install 'torchladder[report]'
 """
 
-COLUMNS = ("validation loss", "difference", "tokens", "minutes", "time saved", "FLOPs", "FLOPs saved")
+COLUMNS = ("validation loss", "difference", "tokens", "minutes", "time saved", "FLOPs", "FLOPs saved", "kWh", "kg CO2")
 """What the printed table has of the values that a page shows."""
 
 

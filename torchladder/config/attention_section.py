@@ -115,9 +115,14 @@ class AttentionConfig:
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in unset}
 
 
-def _check_names(masks: list[str], kernel: str, key: str) -> None:
+def check_mask_names(masks: list[str], key: str) -> None:
+    """Raises ``ConfigError`` for the section ``key`` if one of its masks is not registered."""
     for name in masks:
         if name not in mask.registry.names():
             raise unknown_name("mask", name, mask.registry.names(), f"{key}.masks")
+
+
+def _check_names(masks: list[str], kernel: str, key: str) -> None:
+    check_mask_names(masks, key)
     if kernel != "auto" and kernel not in attention.registry.names():
         raise unknown_name("kernel", kernel, ["auto", *attention.registry.names()], f"{key}.kernel")

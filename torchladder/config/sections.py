@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from annotated_types import Ge, Gt, Le, Lt
 
-from torchladder import curriculum, models, optim, probes
+from torchladder import curriculum, mask, models, optim, probes
 from torchladder.batch_schedule import BatchSchedule, BatchSizeWarmup
 from torchladder.checkpoint import CheckpointConfig
-from torchladder.config.attention_section import AttentionConfig, LayerAttentionConfig
+from torchladder.config.attention_section import AttentionConfig, LayerAttentionConfig, check_mask_names
 from torchladder.config.metrics_section import MetricsSection
 from torchladder.config.values import tables_argument
 from torchladder.distributed.activation_checkpoint import ActivationCheckpointConfig
@@ -24,7 +24,7 @@ from torchladder.distributed.ranks import CommConfig
 from torchladder.ema import EMAConfig
 from torchladder.models.layer_types import types_of_config
 from torchladder.profiling import ProfilingConfig
-from torchladder.registry import check_bounds, require
+from torchladder.registry import ConfigError, check_bounds, require
 from torchladder.resilience.bad_steps import ResilienceConfig
 from torchladder.schedule import FULL_ATTENTION, Phase, Schedule, change_batch
 
@@ -138,6 +138,10 @@ class ValidationConfig:
     windows: list[int] = field(default_factory=list)
     """Windows to validate at in addition to the full context."""
 
+    masks: list[str] = field(default_factory=list)
+    """Masks of one more validation at full context, in place of attention.masks and combined as they are; none: only
+    under attention.masks."""
+
     probes: list[str] = field(default_factory=list)
     """Long-context probes to measure in full rows at each validation: needle, copy, repeat, or a plugin's."""
 
@@ -149,6 +153,12 @@ class ValidationConfig:
         require(self.steps != 0, "validation.steps = 0: must be 1 or more, or -1; validation.enable turns it off.")
         require(all(w >= 1 for w in self.windows), f"validation.windows = {self.windows}: must be 1 or more.")
         probes.registry.build_all(self.probes, [])  # refuses unknown names
+        check_mask_names(self.masks, "validation")
+        for name in filter(mask.reads_window, self.masks):
+            raise ConfigError(
+                f"validation.masks = {self.masks}: {name!r} reads a window, and these masks are measured at full "
+                "context: remove it. validation.windows measures windows under attention.masks."
+            )
 
 
 @dataclass(frozen=True)
@@ -166,6 +176,12 @@ class SamplesConfig:
 
     temperature: Annotated[float, Ge(0)] = 0.8
     """Sampling temperature; 0: greedy decoding."""
+
+    top_k: Annotated[int, Ge(0)] = 0
+    """Sample from this many of the likeliest tokens; 0: from all."""
+
+    repetition_penalty: Annotated[float, Gt(0), Lt(math.inf)] = 1.0
+    """Divides the logits of tokens that are in the prompt or the text already, multiplies negative ones; 1: not."""
 
     top_p: Annotated[float, Gt(0), Le(1)] = 0.95
     """Nucleus sampling: sample from the smallest set of tokens with this total probability."""
@@ -250,6 +266,12 @@ class Config:
     def layer_masks(self) -> dict[str, list[str]]:
         """Layer type -> its masks."""
         return {name: section.masks for name, section in self.layer_attention.items()}
+
+    @property
+    def validation_layer_masks(self) -> dict[str, list[str]]:
+        """Layer type -> its masks under ``validation.masks``, which replace ``attention.masks``; empty without them."""
+        full, masks = next(iter(self.layer_masks)), self.validation.masks
+        return {**self.layer_masks, full: masks} if masks else {}
 
     def batch_schedule(self, global_batch_size: int) -> BatchSchedule:
         """Returns the rows of every step: those of ``[batch_size_warmup]``, and of ``[[phases]]`` over them.

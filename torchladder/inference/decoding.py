@@ -30,7 +30,7 @@ def generate(
     Args:
         next_logits: the model. It always receives all rows, finished ones too.
         prompts: token ids, at least one each.
-        config: number of new tokens, temperature and top-p.
+        config: number of new tokens, and how they are sampled.
         max_len: maximum tokens that the model reads: the last ones of longer texts.
         seed: of each prompt's generator, which is on the CPU so that all ranks sample the same tokens.
         eos: the token that ends a text.
@@ -43,7 +43,7 @@ def generate(
     unfinished = list(range(len(prompts)))
     for _ in range(config.max_new_tokens):
         logits = next_logits([text[-max_len:] for text in texts]).float().cpu()
-        tokens = {i: sample_token(logits[i], config.temperature, config.top_p, generators[i]) for i in unfinished}
+        tokens = {i: sample_token(logits[i], texts[i], config, generators[i]) for i in unfinished}
         unfinished = [i for i in unfinished if tokens[i] != eos]
         for i in unfinished:
             texts[i].append(tokens[i])
@@ -52,16 +52,26 @@ def generate(
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def sample_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Samples a token from logits (V,) by nucleus sampling (arXiv 1904.09751); temperature 0 is greedy.
+def sample_token(logits: Tensor, text: Sequence[int], config: SamplesConfig, generator: torch.Generator) -> int:
+    """Samples a token from logits (V,) after ``text``; temperature 0 is greedy.
 
-    The nucleus is the smallest set of the likeliest tokens whose probabilities reach ``top_p``: of 0.5, 0.3, 0.15 and
-    0.05 with ``top_p = 0.6`` the first two, as 0.5 precedes the second and 0.8 the third.
+    In this order, as in transformers: the repetition penalty (arXiv 1909.05858) lowers the logits of all tokens of
+    ``text``, the temperature divides, top-k keeps the likeliest tokens (arXiv 1805.04833), and of those top-p keeps the
+    nucleus (arXiv 1904.09751), the smallest set whose probabilities reach ``top_p``: of 0.5, 0.3, 0.15 and 0.05 with
+    ``top_p = 0.6`` the first two, as 0.5 precedes the second and 0.8 the third.
     """
-    if temperature == 0:
+    if config.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(text)), dtype=torch.long)
+        score, penalty = logits[seen], config.repetition_penalty
+        logits = logits.index_copy(0, seen, torch.where(score < 0, score * penalty, score / penalty))
+    if config.temperature == 0:
         return int(logits.argmax())
-    probabilities, tokens = (logits / temperature).softmax(-1).sort(descending=True)
-    outside = probabilities.cumsum(-1) - probabilities >= top_p  # never the first token: 0 precedes it
+    logits = logits / config.temperature
+    if config.top_k:
+        least = logits.topk(min(config.top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities, tokens = logits.softmax(-1).sort(descending=True)
+    outside = probabilities.cumsum(-1) - probabilities >= config.top_p  # never the first token: 0 precedes it
     choice = torch.multinomial(probabilities.masked_fill(outside, 0.0), 1, generator=generator)
     return int(tokens[choice])
 

@@ -27,6 +27,7 @@ class RunInfo:
     device: torch.device
     rank: int = 0  #: only rank 0 reports
     ranks: int = 1
+    machines: int = 1
     settings: dict[str, Any] = field(default_factory=dict)  #: the run's config, as Weights & Biases shows it
 
 
@@ -119,6 +120,8 @@ METRICS: dict[str, Metric] = {
         Metric("effective_context", lambda i: i.effective_context(), "curriculum/effective_context"),
         Metric("memory_gib", lambda i: i.memory_gib, "memory/max_reserved(GiB)"),
         Metric("seconds", lambda i: i.totals["seconds"]),
+        Metric("energy_kwh", tag="energy/kwh", console="energy: {energy_kwh:.4g}kWh", color="cyan", optional=True),
+        Metric("co2_kg", tag="energy/co2_kg", optional=True),
     )
 }
 """All metrics by key, in the order of metrics.jsonl and of the console line; tags are torchtitan's where it has one."""
@@ -178,20 +181,26 @@ def training_report(interval: Interval, passed: dict[str, Value], layer_windows:
     )
 
 
-def validation_report(step: int, loss: float, window: int, seq_len: int, ema_loss: float | None = None) -> Report:
+def validation_report(
+    step: int, loss: float, window: int, seq_len: int, ema_loss: float | None = None, masks: str = ""
+) -> Report:
     """Returns the report of a validation loss under a window, and of that of the averaged weights, if there are any.
 
-    The full row's has torchtitan's tag.
+    The full row's has torchtitan's tag; ``masks`` other than the run's are part of every name.
     """
+    key = f"validation_loss_{masks}" if masks else "validation_loss"
     tag = "global_avg_loss" if window == seq_len else f"loss_at_window_{window}"
+    tag = f"loss_under_{masks}" if masks else tag
     report = Report(
         step,
-        record={"step": step, "validation_loss": loss, "window": window},
+        record={"step": step, key: loss, "window": window},
         scalars={f"validation_metrics/{tag}": loss},
         console=[(f"validate step: {step:2}  loss: {loss:.4f}", "green"), (f"window: {window}", "yellow")],
     )
+    if masks:
+        report.console.append((f"masks: {masks}", "yellow"))
     if ema_loss is not None:
-        report.record["ema_validation_loss"] = ema_loss
+        report.record[f"ema_{key}"] = ema_loss
         report.scalars[f"validation_metrics/ema_{tag}"] = ema_loss
         report.console.insert(1, (f"ema_loss: {ema_loss:.4f}", "green"))
     return report

@@ -108,6 +108,10 @@ class MetricsConfig:
     peak_flops: Annotated[float | None, Gt(0), Lt(math.inf)] = None
     """Peak FLOP/s of one device, for MFU, such as 989e12; default: looked up by the device's name."""
 
+    energy_country: str = ""
+    """Reports energy and CO2 of the run, on the electricity of this country: three letters of ISO 3166, such as BRA or
+    DEU (needs codecarbon); default: neither."""
+
     def __post_init__(self) -> None:
         check_bounds(self, "metrics")
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from torchladder.metrics.console import console
+from torchladder.metrics.energy import ENERGY_KEYS
 from torchladder.metrics.metric_table import Report, RunInfo
 from torchladder.metrics.output_config import MetricsConfig, register_output
 from torchladder.registry import ConfigError
@@ -58,7 +59,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind_jsonl(path: Path, step: int) -> dict[str, float]:
-    """Deletes the records after ``step``; returns the tokens, FLOPs and seconds of the last training record kept."""
+    """Deletes the records after ``step``; returns the totals of the last training record kept."""
     found = read_jsonl(path) if path.exists() else []
     kept = [record for record in found if step > 0 and record["step"] <= step]
     if found and step == 0:
@@ -67,7 +68,8 @@ def rewind_jsonl(path: Path, step: int) -> dict[str, float]:
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     partial.replace(path)
     trained = [record for record in kept if "loss" in record]
-    return {key: trained[-1][key] for key in ("tokens", "flops", "seconds")} if trained else {}
+    last = trained[-1] if trained else {}
+    return {key: last[key] for key in ("tokens", "flops", "seconds", *ENERGY_KEYS) if key in last}
 
 
 @register_output("tensorboard")

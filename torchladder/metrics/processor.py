@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torchladder.disk_errors import tolerating
 from torchladder.metrics.device import get_peak_flops, peak_memory
+from torchladder.metrics.energy import EnergyMeter
 from torchladder.metrics.metric_table import (
     Interval,
     Report,
@@ -45,6 +46,8 @@ class MetricsProcessor:
         self.peak_flops = config.peak_flops or get_peak_flops(run.device)
         self.outputs: list[Output] = []
         self._warned: set[str] = set()
+        measures = config.energy_country and run.rank == 0
+        self.energy = EnergyMeter(config.energy_country, run.machines) if measures else None
         self.rewind(step, totals)
 
     def __enter__(self) -> MetricsProcessor:
@@ -55,7 +58,7 @@ class MetricsProcessor:
 
     def rewind(self, step: int, totals: Mapping[str, float] | None = None) -> None:
         """Deletes the reports after ``step`` and continues there, with ``totals`` or those of the last report."""
-        self.close()
+        self._close_outputs()
         self.totals: dict[str, float] = {"tokens": 0, "flops": 0, "seconds": 0.0}
         if self.run.rank == 0:
             config, folder = self.config, self.run.folder
@@ -67,6 +70,8 @@ class MetricsProcessor:
             colors, bar = not config.disable_color_printing, not config.disable_progress_bar
             self.outputs.append(TerminalOutput(self.run.steps, step, colors, bar))
         self.totals |= totals or {}
+        if self.energy:
+            self.energy.restart(self.totals)
         self.last_step = step
         self.reports = 0
         self.step_seconds = 0.0
@@ -76,8 +81,10 @@ class MetricsProcessor:
 
     @property
     def progress(self) -> dict[str, float]:
-        """Tokens, FLOPs and seconds since the start of the run, those since the last report included."""
+        """Tokens, FLOPs, seconds and energy since the start of the run, those since the last report included."""
+        energy = self.energy.totals(measure_now=True) if self.energy else {}
         return {
+            **(self.totals | energy),
             "tokens": self.totals["tokens"] + self.tokens,
             "flops": self.totals["flops"] + self.run.flops(self.tokens, self.pairs),
             "seconds": time.perf_counter() - self.start_time,
@@ -108,6 +115,8 @@ class MetricsProcessor:
         self.totals["tokens"] += self.tokens
         self.totals["flops"] += self.run.flops(self.tokens, self.pairs)
         self.totals["seconds"] = now - self.start_time
+        energy = self.energy.totals(measure_now=step == self.run.steps) if self.energy else {}
+        self.totals |= energy
         memory_gib, memory_fraction = peak_memory(self.run.device)
         seconds, steps = max(now - self.last_time, 1e-9), step - self.last_step
         self._average_pace(seconds / max(steps, 1))
@@ -124,15 +133,17 @@ class MetricsProcessor:
             memory_gib=memory_gib,
             memory_fraction=memory_fraction,
         )
-        self._write(training_report(interval, values, layer_windows or {}))
+        self._write(training_report(interval, {**values, **energy}, layer_windows or {}))
         self.last_step, self.last_time, self.tokens, self.pairs = step, now, 0, 0
 
-    def log_validation(self, step: int, loss: float, window: int, ema_loss: float | None = None) -> None:
+    def log_validation(
+        self, step: int, loss: float, window: int, ema_loss: float | None = None, masks: str = ""
+    ) -> None:
         """Reports a validation loss after ``step`` steps, and that of the averaged weights, if there are any.
 
-        Each query sees ``window`` tokens.
+        Each query sees ``window`` tokens, under ``masks`` if they are not those of the run.
         """
-        self._write(validation_report(step, loss, window, self.run.seq_len, ema_loss))
+        self._write(validation_report(step, loss, window, self.run.seq_len, ema_loss, masks))
 
     def log_probes(self, step: int, scores: Mapping[str, float]) -> None:
         """Reports the scores of long-context probes after ``step`` steps."""
@@ -154,7 +165,12 @@ class MetricsProcessor:
             self.last_time += time.perf_counter() - begin
 
     def close(self) -> None:
-        """Closes every output; may be called twice."""
+        """Closes every output and ends the measurement of energy; may be called twice."""
+        self._close_outputs()
+        if self.energy:
+            self.energy.close()
+
+    def _close_outputs(self) -> None:
         for output in self.outputs:
             with tolerating(output.name, self._warned):
                 output.close()

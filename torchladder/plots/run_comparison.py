@@ -106,6 +106,8 @@ def finals(run: ReportedRun, first: ReportedRun) -> dict[str, str]:
         "FLOPs": f"{curves.flops[-1]:.3e}",
         "FLOPs saved": "" if is_first else number(run.saved("flops", first), ".1%"),
         "FLOPs to the first run's loss": f"{reach:.3e}{share}" if np.isfinite(reach) else "",
+        "kWh": number(run.column("energy_kwh")[-1], ".4g"),
+        "kg CO2": number(run.column("co2_kg")[-1], ".4g"),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -268,6 +269,7 @@ def run_info(plan: Plan, ranks: Ranks) -> RunInfo:
         device=ranks.device,
         rank=ranks.rank,
         ranks=ranks.world_size,
+        machines=ranks.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)),
         settings=dataclasses.asdict(plan.config),
     )
 
@@ -317,9 +319,19 @@ def _check_has_effect(config: Config, schedule: Schedule) -> None:
         not config.ema.enable or config.ema.start_step < steps,
         f"ema.start_step = {config.ema.start_step}: the run has {steps:,} steps.",
     )
+    for key in "probes", "masks":
+        require(
+            config.validation.enable or not getattr(config.validation, key),
+            f"validation.{key} needs validation.enable: enable it, or remove the {key}.",
+        )
+    run, other = (
+        {x for x in masks if not mask.reads_window(x)} | {"causal"}
+        for masks in (config.attention.masks, config.validation.masks)
+    )
     require(
-        config.validation.enable or not config.validation.probes,
-        "validation.probes needs validation.enable: enable it, or remove the probes.",
+        not config.validation.masks or run != other,
+        f"validation.masks = {config.validation.masks}: at full context attention.masks = {config.attention.masks} are "
+        "the same, and validated already: remove validation.masks.",
     )
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,12 +32,13 @@ def warn_of_busy_cpus(device: torch.device) -> None:
         )
 
 
-def log_end(config: Config, finished: bool, seconds: float) -> None:
+def log_end(config: Config, finished: bool, seconds: float, totals: Mapping[str, float]) -> None:
     """Logs what a run has left behind.
 
     Args:
         finished: whether it took all its steps; otherwise it was interrupted.
         seconds: since the process began.
+        totals: of the run; energy and CO2 are logged if it measured them.
     """
     folder = Path(config.job.dump_folder)
     checkpoints = config.checkpoint.folder_in(folder)
@@ -50,6 +52,9 @@ def log_end(config: Config, finished: bool, seconds: float) -> None:
     checkpoint_text = f", and {newest}" if newest else ""
     duration = timedelta(seconds=round(seconds))
     logger.info("finished    in %s: %s has %s%s", duration, folder, ", ".join(left), checkpoint_text)
+    if config.metrics.energy_country and "energy_kwh" in totals:
+        energy = totals["energy_kwh"], totals["co2_kg"]
+        logger.info("energy      %.4g kWh, %.4g kg of CO2 equivalents (estimated)", *energy)
     if newest and config.tokenizer.name != "none":
         logger.info('next        %s generate --checkpoint %s --prompt "..."', _command(), folder)
     elif newest:

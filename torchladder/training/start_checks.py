@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from torchladder import checkpoint
+from torchladder import checkpoint, metrics
 from torchladder.config import Config
 from torchladder.registry import require
 
@@ -14,6 +14,8 @@ def check_start(config: Config) -> None:
     """Raises ``ConfigError`` if the run would end, or overwrite another one, when its data has been read."""
     wandb = not config.metrics.enable_wandb or importlib.util.find_spec("wandb") is not None
     require(wandb, "metrics.enable_wandb needs the package wandb: pip install wandb, or --metrics.no_enable_wandb.")
+    if config.metrics.energy_country:
+        metrics.check_energy_country(config.metrics.energy_country)
     _check_folder(config)
     _check_initial_checkpoint(config)
 

@@ -72,7 +72,7 @@ class Trainer:
         self.kernels = {
             layer_type: attention.build_kernel(
                 section.kernel or config.attention.kernel,
-                section.masks,
+                [*dict.fromkeys(section.masks + config.validation_layer_masks.get(layer_type, []))],
                 ranks.device,
                 tokens_per_rank=self.context_shard.tokens_per_rank if self.mesh.cp_group else None,
                 dtype=self.parallel_config.precision.compute,
@@ -390,7 +390,7 @@ class Trainer:
         self.ranks.barrier()
 
     def _validate(self) -> None:
-        """Logs the validation losses, of all windows, and the scores of probes; if interrupted, nothing."""
+        """Logs the validation losses, of all windows and masks, and the scores of probes; if interrupted, nothing."""
         if self.validation is not None:
             arguments = self._summed_loss, self.fault_tolerance.stop_if_requested
             losses, ema_losses, scores = self.validation.losses(*arguments), {}, self._probe_scores()
@@ -399,8 +399,8 @@ class Trainer:
                 with self.ema.in_model():
                     ema_losses = self.validation.losses(*arguments)
                     scores |= {f"ema_{name}": score for name, score in self._probe_scores().items()}
-            for window, loss in losses.items():
-                self.metrics.log_validation(self.step, loss, window, ema_losses.get(window))
+            for (window, masks), loss in losses.items():
+                self.metrics.log_validation(self.step, loss, window, ema_losses.get((window, masks)), masks)
             if scores:
                 self.metrics.log_probes(self.step, scores)
 
