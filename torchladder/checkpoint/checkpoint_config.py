@@ -52,7 +52,7 @@ class CheckpointConfig:
     """Load only the weights from initial_load_path, not optimizer, step and row."""
 
     initial_load_in_hf: bool = False
-    """Start from a Hugging Face folder: initial_load_path if set, else model.hf_assets_path."""
+    """Start from a Hugging Face folder or a lit-gpt .pth: initial_load_path if set, else model.hf_assets_path."""
 
     exclude_from_loading: list[str] = field(default_factory=list)
     """What not to load from a checkpoint of another run: optimizer, dataloader (the row), train_state (the step)."""

@@ -1,4 +1,4 @@
-"""Shows the documents, lengths and a sample of a .bin/.idx dataset, and verifies its checksums."""
+"""Shows the documents, lengths and a sample of a .bin/.idx dataset, and verifies its checksums; or a row of a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from torchladder.commands import inspect_row
 from torchladder.commands.arguments import CommandParser, add_tokenizer_options, tokenizer_from_args
 from torchladder.data import document_lengths, tokenizer
 from torchladder.data.formats.indexed import IndexedTokens
@@ -25,13 +26,16 @@ MAX_BAR_CHARS = 40
 EPILOG = """
 The exit code is 1 if a file differs from its checksum.
 
-example:
+examples:
   torchladder inspect tokens/train --document 7
+  torchladder inspect outputs/mine --row 1000         (a row as a run reads it: torchladder inspect --row 0 --help)
 """
 
 
 def run(argv: list[str]) -> int:
-    """Prints a summary of a dataset; returns 1 if a checksum differs."""
+    """Prints a summary of a dataset, or with ``--row`` a row of a run; returns 1 if a checksum differs."""
+    if any(word == "--row" or word.startswith("--row=") for word in argv):
+        return inspect_row.run(argv)
     parser = CommandParser(prog="torchladder inspect", description=__doc__, epilog=EPILOG)
     parser.add_argument("prefix", metavar="PREFIX", help="prefix of the dataset, or either of its files")
     add_tokenizer_options(parser, required=False)

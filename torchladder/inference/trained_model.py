@@ -22,7 +22,7 @@ from torchladder.config import Config, hf_defaults, toml_files
 from torchladder.inference.weight_choice import OWN_WEIGHTS, MissingWeightsError, WeightChoice, load_weights
 from torchladder.models import AttentionFunction, Model
 from torchladder.models.hf import hf_weights
-from torchladder.models.hf.hf_folder import HFFolder, is_hf_folder
+from torchladder.models.hf.hf_folder import HFFolder, is_hf_folder, lit_gpt_hint
 from torchladder.registry import ConfigError, require
 from torchladder.schedule import StepSettings
 
@@ -95,7 +95,7 @@ class TrainedModel:
             if steps := _checkpoints(path):
                 return cls.open(steps[-1], choice=choice)
             known = "a complete checkpoint (step-N), a run with one, nor a Hugging Face folder"
-            raise ConfigError(f"{str(path)!r} is neither {known}.")
+            raise ConfigError(f"{str(path)!r} is neither {known}.{lit_gpt_hint(path)}")
         choice.require_default(path)
         overrides: dict[str, Any] = {"model.hf_assets_path": str(path)}
         if seq_len is not None:
@@ -143,7 +143,7 @@ class TrainedModel:
             except (OSError, ValueError, KeyError) as error:  # damaged, or deleted by a run in progress
                 errors.append(UnreadableCheckpointError(f"{folder} cannot be read: {error}"))
         known = "a run with a complete checkpoint, a complete checkpoint (step-N) or a Hugging Face folder"
-        require(bool(found or errors), f"{str(path)!r} is not {known}.")
+        require(bool(found or errors), f"{str(path)!r} is not {known}.{lit_gpt_hint(path)}")
         return found, errors
 
     @classmethod

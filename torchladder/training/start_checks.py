@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from torchladder import checkpoint, metrics
+import torch
+
+from torchladder import checkpoint, metrics, models
 from torchladder.config import Config
+from torchladder.models.hf import hf_weights
+from torchladder.models.hf.lit_gpt import is_lit_gpt_file
 from torchladder.registry import require
 
 
@@ -38,6 +42,10 @@ def _check_initial_checkpoint(config: Config) -> None:
     section = config.checkpoint
     path = section.initial_load_path.rstrip("/")
     own = section.enable and checkpoint.complete_steps(section.folder_in(config.job.dump_folder))
+    if section.initial_load_in_hf and not own:
+        with torch.device("meta"):
+            model = models.registry.build(config.model, attention_fn=None, seq_len=1)
+        hf_weights.match_weights(model, path or config.model.hf_assets_path)
     if not path or section.initial_load_in_hf or own or checkpoint.is_complete(path):
         return
     inside = [folder for folder in (path, f"{path}/checkpoint") if checkpoint.complete_steps(folder)]
@@ -46,4 +54,6 @@ def _check_initial_checkpoint(config: Config) -> None:
         hint = f"did you mean {inside[0]}/step-{checkpoint.complete_steps(inside[0])[-1]}?"
     elif Path(path, "config.json").exists():
         hint = "it is a Hugging Face folder: set checkpoint.initial_load_in_hf = true."
+    elif is_lit_gpt_file(path):
+        hint = "it is a lit-gpt file: set checkpoint.initial_load_in_hf = true."
     require(False, f"checkpoint.initial_load_path = {path!r} is not a complete checkpoint; {hint}")

@@ -42,6 +42,9 @@ TEXT_PREFIX = "language_model."
 MAX_SHARD_BYTES = 2 << 30
 """Maximum size of a shard: 2 GiB, unless a single tensor is larger."""
 
+LIT_GPT_SUFFIX = ".pth"
+"""Suffix of a lit-gpt checkpoint: weights without the settings of their model."""
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights by their name in safetensors."""
 
@@ -67,7 +70,8 @@ class HFFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         if not is_hf_folder(self.path):
-            raise ConfigError(f"{str(path)!r} is not a Hugging Face folder: it has no {HF_CONFIG_FILE}.")
+            hint = lit_gpt_hint(self.path)
+            raise ConfigError(f"{str(path)!r} is not a Hugging Face folder: it has no {HF_CONFIG_FILE}.{hint}")
         self.config_file = self.path / HF_CONFIG_FILE
         self.config = _read_json(self.config_file)
         self.prefix = ""
@@ -89,9 +93,7 @@ class HFFolder:
                 if not full_name.startswith(self.prefix):
                     continue
                 name = full_name.removeprefix(self.prefix)
-                if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
-                    raise ConfigError(f"{file}: {name} has the type {dtype}. Known: {', '.join(DTYPES)}.")
-                tensors[name] = StoredTensor(file, shape, dtype)
+                tensors[name] = StoredTensor(file, shape, check_dtype(file, name, dtype))
         return tensors
 
     @property
@@ -104,7 +106,7 @@ class HFFolder:
         file = self.tensors[name].file
         if self._open is None or self._open[0] != file:
             self._open = None  # close first: the mapped pages of both files would count as memory
-            self._open = file, _open_pickled(file) if file.suffix == ".bin" else _open_safetensors(file)
+            self._open = file, read_pickled(file) if file.suffix == ".bin" else _open_safetensors(file)
         content, name = self._open[1], self.prefix + name
         return content[name] if isinstance(content, dict) else content.get_tensor(name)
 
@@ -133,6 +135,39 @@ class HFFolder:
 def is_hf_folder(path: Path) -> bool:
     """Whether a folder has a config.json."""
     return (path / HF_CONFIG_FILE).is_file()
+
+
+def lit_gpt_hint(path: Path) -> str:
+    """Returns how a lit-gpt checkpoint becomes a model for evaluation, generation and conversion; else nothing."""
+    if path.suffix != LIT_GPT_SUFFIX:
+        return ""
+    return (
+        " A lit-gpt file has no settings of its model: write it as step 0 of a run, with "
+        f"--checkpoint.initial_load_in_hf --checkpoint.initial_load_path {path} --checkpoint.create_seed_checkpoint."
+    )
+
+
+def read_pickled(file: Path, key: str = "") -> dict[str, Tensor]:
+    """Returns the tensors by name that ``torch.save`` wrote, or those under ``key`` if it wrote more than tensors.
+
+    No code in the file is run, and tensors are mapped where possible.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # torch raises no narrower type
+        raise ConfigError(f"{file} is damaged or holds more than tensors ({type(error).__name__}).") from None
+    if isinstance(content, dict):
+        content = content.get(key, content)
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ConfigError(f"{file} does not hold tensors by name.")
+    return content
+
+
+def check_dtype(file: Path, name: str, dtype: torch.dtype | str) -> torch.dtype:
+    """Returns the type of a tensor if it is one of weights, else raises ``ConfigError``."""
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
+        raise ConfigError(f"{file}: {name} has the type {dtype}. Known: {', '.join(DTYPES)}.")
+    return dtype
 
 
 def write_hf_folder(
@@ -196,23 +231,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _entries(file: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype | str]]:
     """Yields the name, the shape and the type of each tensor in a file of weights."""
     if file.suffix == ".bin":
-        yield from ((name, tuple(tensor.shape), tensor.dtype) for name, tensor in _open_pickled(file).items())
+        yield from ((name, tuple(tensor.shape), tensor.dtype) for name, tensor in read_pickled(file).items())
         return
     with _open_safetensors(file) as content:
         for name in content.keys():  # noqa: SIM118 - not a dict
             tensor = content.get_slice(name)
             yield name, tuple(tensor.get_shape()), DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
-
-
-def _open_pickled(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file that ``torch.save`` wrote; without running its code, and mapped where possible."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # torch raises no narrower type
-        raise ConfigError(f"{file} is damaged or holds more than tensors ({type(error).__name__}).") from None
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise ConfigError(f"{file} does not hold tensors by name.")
-    return content
 
 
 def _open_safetensors(file: Path) -> Any:

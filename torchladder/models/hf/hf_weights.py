@@ -1,4 +1,4 @@
-"""Loads a model's weights from a Hugging Face folder and saves them to one, also while ranks share the model."""
+"""Loads a model's weights from a Hugging Face folder or a lit-gpt file and saves them to a folder, also on ranks."""
 
 from __future__ import annotations
 
@@ -18,31 +18,46 @@ from torchladder.models.hf import hf_config
 from torchladder.models.hf.adapter import HFAdapter, HFMetadata
 from torchladder.models.hf.hf_config import adapter_for
 from torchladder.models.hf.hf_folder import HFFolder, write_hf_folder
+from torchladder.models.hf.lit_gpt import LitGptFile, is_lit_gpt_file
 from torchladder.models.model import Model
 from torchladder.registry import ConfigError
 
 Shape = tuple[int, ...]
 
 
+def match_weights(model: Model, path: str | Path) -> tuple[HFFolder | LitGptFile, dict[str, str]]:
+    """Returns the folder, or the lit-gpt file, and parameter name -> tensor name; the model may be on meta.
+
+    Raises ``ConfigError`` if the path holds another model.
+    """
+    source: HFFolder | LitGptFile
+    if is_lit_gpt_file(path):
+        source = LitGptFile(path, model.config)
+    else:
+        source = HFFolder(path)
+        section = hf_config.model_section(source.config, source.config_file)
+        hf_config.check_compatible(section, model.config, str(source.config_file))
+    state: dict[str, Any] = get_model_state_dict(model)  # names without wrappers
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return source, match_tensors(source, adapter_for(model), shapes)
+
+
 @torch.no_grad()
 def load_hf_weights(model: Model, path: str | Path, whole: Model | None = None) -> None:
-    """Loads the weights of a folder into a model, whole or sharded; each rank reads its own shard.
+    """Loads the weights of a folder or lit-gpt file into a model, whole or sharded; each rank reads its own shard.
 
     ``whole`` is the same model with all blocks, such as one on the meta device, if ``model`` is a stage of a pipeline.
-    If the model's vocabulary is larger than the folder's, the additional rows become the mean of the others. Raises
-    ``ConfigError`` if the folder holds another model.
+    If the model's vocabulary is larger than the stored one, the additional rows become the mean of the others. Raises
+    ``ConfigError`` if the path holds another model.
     """
-    folder = HFFolder(path)
-    section = hf_config.model_section(folder.config, folder.config_file)
-    hf_config.check_compatible(section, model.config, str(folder.config_file))
-    state: dict[str, Any] = get_model_state_dict(model)  # names without wrappers
-    tensors = dict(whole.named_parameters()) if whole else state
-    hf_names = match_tensors(folder, adapter_for(model), {name: tuple(x.shape) for name, x in tensors.items()})
+    folder, hf_names = match_weights(whole or model, path)
+    state: dict[str, Any] = get_model_state_dict(model)
     hf_names = {name: hf_name for name, hf_name in hf_names.items() if name in state}
     extended = {name for name in hf_names if folder.tensors[hf_names[name]].shape != tuple(state[name].shape)}
     # The reader of shards takes every safetensors file in the folder, and no other file.
-    read_whole = hf_names.keys() if folder.holds_other_weights else extended
-    if by_shard := {folder.prefix + hf_names[name]: state[name] for name in hf_names if name not in read_whole}:
+    read_whole = extended if isinstance(folder, HFFolder) and not folder.holds_other_weights else hf_names.keys()
+    prefix = folder.prefix if isinstance(folder, HFFolder) else ""
+    if by_shard := {prefix + hf_names[name]: state[name] for name in hf_names if name not in read_whole}:
         reader = HuggingFaceStorageReader(str(folder.path))
         dcp.load(by_shard, storage_reader=reader, no_dist=not dist.is_initialized())
     for name in read_whole:
@@ -83,7 +98,7 @@ def extend_rows(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
 
 
-def match_tensors(folder: HFFolder, adapter: HFAdapter, shapes: Mapping[str, Shape]) -> dict[str, str]:
+def match_tensors(folder: HFFolder | LitGptFile, adapter: HFAdapter, shapes: Mapping[str, Shape]) -> dict[str, str]:
     """Returns parameter name -> tensor name in the folder.
 
     Raises ``ConfigError`` if a tensor is missing, unexpected, or not of its parameter's shape (``shapes``); parameters
