@@ -205,7 +205,8 @@ class Trainer:
             self.forward_backward(batch.to(self.ranks.device), start, num_labels, weighted, label_weight)
             for batch, start, weighted in zip(batches, starts, weights, strict=True)
         ]
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
+        max_norm = now.max_norm or self.config.training.max_norm
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
         bad = self.bad_steps.check(grad_norm)  # 0 or 1, on the device
