@@ -213,3 +213,72 @@ def test_training_refuses(here, extra, message):
     with pytest.raises(ConfigError, match=message):
         tokenizer.run([*["train", "--input", "data", "--text-key", "body", "--output", "tok"], *extra.split()])
     assert not (here / "tok").exists()
+
+
+PER_FILE = ["--text-key", "body", "--tokenizer", "bytes", "--workers", "1", "--output", "tokens", "--per-file"]
+
+
+def test_each_file_becomes_a_pair(here, capsys):
+    words = ["--input", "data", *PER_FILE, "--validation-fraction", "0.2"]
+    assert prepare.run(words) == 0
+    names = sorted(path.relative_to(here / "tokens").as_posix() for path in here.glob("tokens/**/*.bin"))
+    of_files = [f"{language}/{number}" for language in ("de", "en") for number in (0, 1)]
+    assert names == [f"{name}{split}.bin" for name in of_files for split in ("-validation", "")]
+    assert capsys.readouterr().out.count("documents") == 8
+    together = [word for word in words if word != "--per-file"]
+    assert prepare.run([*together, "--output", "whole"]) == 0  # holds out the same documents
+    counts = [len(IndexedTokens(f"tokens/{name}-validation")) for name in of_files]
+    assert sum(counts) == len(IndexedTokens("whole-validation")) > 0
+    written = (here / "tokens/en/1.bin").stat().st_mtime_ns
+    (here / "tokens/de/0.json").unlink()  # as if the command had been killed before it
+    (here / "tokens/de/0.idx").unlink()
+    assert prepare.run(words) == 0
+    assert (here / "tokens/en/1.bin").stat().st_mtime_ns == written
+    assert (here / "tokens/de/0.json").exists()
+
+
+def test_shards_of_pairs_are_files(here):
+    for number in range(3):
+        assert prepare.run(["--input", "data", *PER_FILE, "--shard", f"{number}/3"]) == 0
+        assert len(list(here.glob("tokens/**/*.bin"))) == [2, 3, 4][number]
+
+
+def test_two_files_of_one_pair_are_refused(here):
+    words = ["--input", "data/en", "data/de", *PER_FILE]
+    with pytest.raises(ConfigError, match=r"would both become tokens/0\.bin: name the folder that contains both"):
+        prepare.run(words)
+    (here / "tokens").write_text("")
+    with pytest.raises(ConfigError, match="--output tokens is a file"):
+        prepare.run(words)
+
+
+def test_documents_without_an_eos_get_it(here, capsys):
+    with IndexedWriter(here / "pair", np.dtype(np.uint16)) as writer:
+        for document in ([5, 6], [7, 2], [], [2], [9]):
+            writer.add(document)
+    assert merge.run(["ended", "pair.bin", "--append-eos", "2"]) == 0
+    ended = IndexedTokens("ended")
+    assert [ended[number].tolist() for number in range(5)] == [[5, 6, 2], [7, 2], [], [2], [9, 2]]
+    assert "eos: 2" in capsys.readouterr().out
+    assert inspect.run(["ended"]) == 0
+    assert "tokenizer: unknown" in capsys.readouterr().out
+    assert merge.run(["again", "ended", "--append-eos", "2"]) == 0
+    assert (here / "again.bin").read_bytes() == (here / "ended.bin").read_bytes()
+    prepared("--no-eos", output="none")
+    assert merge.run(["some", "none", "--append-eos", "256"]) == 0
+    prepared(output="all")
+    assert (here / "some.bin").read_bytes() == (here / "all.bin").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("eos", "message"),
+    [
+        ("-1", "must be the id of a token"),
+        ("257", "their tokenizer has 257 tokens"),
+        ("7", "already end with the token"),
+    ],
+)
+def test_an_eos_that_cannot_be(here, eos, message):
+    prepared(*([] if eos == "7" else ["--no-eos"]))
+    with pytest.raises(ConfigError, match=message):
+        merge.run(["ended", "tokens/all", f"--append-eos={eos}"])

@@ -45,6 +45,26 @@ def test_a_chain_is_submitted(cluster):
     assert subprocess.run(["bash", "-n", "job.sbatch"]).returncode == 0
 
 
+def test_a_command_runs_after_each_job_of_the_chain(cluster):
+    options = ["--option", "partition=main", "--option", "exclusive", "--then-option", "time=01:00:00"]
+    then = ["--then", "echo 'a b' > result", *options]
+    assert slurm.run(["--jobs", "2", "--submit", *then, "--", *RUN]) == 0
+    assert (cluster / "sbatch").read_text().splitlines() == [
+        "--parsable job.sbatch",
+        "--parsable --dependency=afterany:101 job-then.sbatch",
+        "--parsable --dependency=afterany:101 job.sbatch",
+        "--parsable --dependency=afterany:103 job-then.sbatch",
+    ]
+    script = (cluster / "job-then.sbatch").read_text()
+    assert [line for line in script.splitlines() if line.startswith("#SBATCH")] == [
+        *("#SBATCH --job-name=torchladder-then", "#SBATCH --nodes=1", "#SBATCH --gpus-per-node=1"),
+        *("#SBATCH --time=01:00:00", "#SBATCH --output=torchladder-then-%j.log", "#SBATCH --partition=main"),
+        "#SBATCH --exclusive",
+    ]
+    assert subprocess.run(["./job-then.sbatch"]).returncode == 0
+    assert (cluster / "result").read_text() == "a b\n"
+
+
 @pytest.mark.parametrize(("ends", "code", "requeued"), [(75, 0, True), (0, 0, False), (1, 1, False)])
 def test_only_an_interrupted_run_is_requeued(cluster, ends, code, requeued):
     slurm.run(["--nodes", "2", "--gpus", "4", "--", *RUN, "--job.description", "two words"])
@@ -62,6 +82,9 @@ def test_only_an_interrupted_run_is_requeued(cluster, ends, code, requeued):
     ("argv", "words"),
     [
         (["--nodes", "0", "--", *RUN], "--nodes 0: must be 1 or more"),
+        (["--then", " ", "--", *RUN], "--then is empty"),
+        (["--then", "echo 'a", "--", *RUN], "--then: bash cannot parse"),
+        (["--then-option", "time=1:00:00", "--", *RUN], "--then-option needs --then"),
         (["--", *DEBUG], r"resumes from a checkpoint; set --checkpoint\.enable"),
         (["--jobs", "2", "--", *RUN, "--checkpoint.load_step", "4"], "load_step"),
         (["--", *RUN, "--job.config_file", "nowhere.toml"], "nowhere.toml"),
@@ -97,7 +120,8 @@ def test_help_lists_every_command(monkeypatch, capsys):
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert (
         " ".join(shown)
-        == "train plan prepare tokenizer inspect merge convert generate evaluate slurm report import-titan"
+        == "train plan prepare tokenizer inspect merge convert generate evaluate slurm report import-titan "
+        "import-mixture"
     )
 
 

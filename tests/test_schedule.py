@@ -34,6 +34,7 @@ settings = st.fixed_dictionaries(
     optional={
         "window": st.integers(1, 50),
         "lr_factor": st.floats(0.1, 3.0),
+        "max_norm": st.floats(0.1, 3.0),
         "rope_theta": st.floats(1e3, 1e6),
         "source_weights": st.lists(st.integers(0, 5).map(float), min_size=2, max_size=2),
         "global_batch_size": st.integers(1, 64),
@@ -51,6 +52,7 @@ def test_each_setting_is_that_of_the_last_phase_to_set_it(phases, step):
     assert schedule(step) == StepSettings(
         window=held.get("window", step + 1),
         lr_factor=1 / (step + 1) * held.get("lr_factor", 1.0),
+        max_norm=held.get("max_norm"),
         rope_theta=held.get("rope_theta"),
         source_weights=held.get("source_weights"),
         global_batch_size=held.get("global_batch_size", 1),
@@ -68,6 +70,7 @@ def test_each_setting_is_that_of_the_last_phase_to_set_it(phases, step):
         ([dict(from_step=1, window=0)], "window = 0"),
         ([dict(from_step=1, global_batch_size=0)], "global_batch_size = 0: must be 1 or more"),
         ([dict(from_step=1, lr_factor=0.0)], "lr_factor = 0.0"),
+        ([dict(from_step=1, max_norm=0.0)], r"phases\.max_norm = 0\.0: must be above 0"),
         ([dict(from_step=1, rope_theta=math.inf)], "rope_theta = inf"),
         ([dict(from_step=5, window=3), dict(from_step=5, window=4)], "each must begin after the one before"),
         ([dict(from_step=7, window=3), dict(from_step=5, window=4)], "steps 7 and 5"),

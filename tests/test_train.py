@@ -293,12 +293,19 @@ def test_phases_set_theta_window_and_rate_and_survive_a_resume(whole, tmp_path):
     assert [0.5 * line["lr"] for line in full if "loss" in line][5:] == rates[5:]
 
 
+def test_a_phase_clips_gradients_from_its_first_step_on(whole, tmp_path):
+    clipped, plain = losses(run(tmp_path, "--phases", "{ from_step = 2, max_norm = 1e-9 }")), losses(lines(whole))
+    assert [clipped[step] for step in (1, 2, 3)] == [plain[step] for step in (1, 2, 3)]  # of the weights before a step
+    assert all(clipped[step] != plain[step] for step in plain if step > 3)
+
+
 def test_other_phases_are_another_run(tmp_path, capsys):
     saving = ["--checkpoint.enable", "--training.steps", "2", "--checkpoint.interval", "2"]
     run(tmp_path, *saving, *PHASES[:2])
     for changed, word in (
         (["--phases", "{ from_step = 0, rope_theta = 6000.0 }"], "phases.rope_theta"),
         ([*PHASES[:2], "{ from_step = 1, window = 9 }"], "phases.window"),
+        ([*PHASES[:2], "{ from_step = 1, max_norm = 0.5 }"], "phases.max_norm"),
     ):
         assert train.main([*DEBUG, "--job.dump_folder", str(tmp_path), *saving, *changed]) == 2
         assert word in capsys.readouterr().err

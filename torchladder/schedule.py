@@ -3,7 +3,7 @@
 A ``Schedule`` combines the curriculum (the window), the learning-rate schedule and the ``[[phases]]`` of a config. Each
 phase begins at a step, a number of tokens or a fraction of the run, and overrides settings until a later phase does::
 
-    schedule(step) -> StepSettings(window, lr_factor, rope_theta, source_weights, global_batch_size, layer_windows)
+    schedule(step) -> StepSettings(window, lr_factor, max_norm, rope_theta, source_weights, global_batch_size, ...)
 
 It has no state, so a resumed run needs only the step.
 """
@@ -36,6 +36,7 @@ class StepSettings:
 
     window: int  #: tokens a query may attend to, including itself; of the full_attention layers if there are others
     lr_factor: float  #: the learning rate as a fraction of its peak
+    max_norm: float | None = None  #: gradients are clipped to this global norm; None: training.max_norm
     rope_theta: float | None = None  #: base of the rotary embeddings; None: the model's
     source_weights: SourceWeights | None = None  #: None: those of [data]
     global_batch_size: int = 1  #: rows over all ranks
@@ -50,7 +51,7 @@ class StepSettings:
         return getattr(self, setting) if setting in PHASE_SETTINGS else self.layer_windows.get(setting)
 
 
-PHASE_SETTINGS = ("window", "lr_factor", "rope_theta", "source_weights", "global_batch_size")
+PHASE_SETTINGS = ("window", "lr_factor", "max_norm", "rope_theta", "source_weights", "global_batch_size")
 """What a phase may set."""
 
 
@@ -79,6 +80,9 @@ class Phase:
 
     lr_factor: Annotated[float | None, Gt(0), Lt(math.inf)] = None
     """Multiplies the learning rate of [lr_scheduler]."""
+
+    max_norm: Annotated[float | None, Gt(0)] = None
+    """Gradients are clipped to this global norm; replaces training.max_norm."""
 
     rope_theta: Annotated[float | None, Gt(0), Lt(math.inf)] = None
     """Base of the rotary embeddings."""
@@ -192,6 +196,7 @@ class Schedule:
         return StepSettings(
             window=self.window(step),
             lr_factor=self.lr_factor(step) * self.override("lr_factor", step, 1.0),
+            max_norm=self.override("max_norm", step),
             rope_theta=self.override("rope_theta", step),
             source_weights=self.override("source_weights", step),
             global_batch_size=self.batch(step),
@@ -240,9 +245,9 @@ class Difference(NamedTuple):
 def differences(saved: Schedule, current: Schedule, step: int) -> list[Difference]:
     """Returns where the schedule of a resumed run departs from the saved one: the first step for each setting.
 
-    Window, learning rate and RoPE base count from ``step``, the next one, to the end of the shorter run; at least the
-    last step counts, which exports the model. Source weights and batch sizes count from the first step, since what has
-    been read of a source depends on all earlier ones.
+    Window, learning rate, clipping and RoPE base count from ``step``, the next one, to the end of the shorter run; at
+    least the last step counts, which exports the model. Source weights and batch sizes count from the first step, since
+    what has been read of a source depends on all earlier ones.
     """
     step = min(step, current.steps - 1)
     until = min(max(saved.steps, step + 1), current.steps)
@@ -251,7 +256,7 @@ def differences(saved: Schedule, current: Schedule, step: int) -> list[Differenc
     found = []
     for setting in (*PHASE_SETTINGS, *(name for name in current.curricula if name != FULL_ATTENTION)):
         begin = 0 if setting in ("source_weights", "global_batch_size") else step
-        by_phase = setting in ("rope_theta", "source_weights", "global_batch_size")  # the others change at any step
+        by_phase = setting not in ("window", "lr_factor", *current.curricula)  # these change at any step
         for at in sorted(at for at in phase_steps if begin <= at < until) if by_phase else range(begin, until):
             before, now = saved(at).get(setting), current(at).get(setting)
             if before != now:

@@ -13,6 +13,7 @@ from torchladder.commands import (
     convert,
     evaluate,
     generate,
+    import_mixture,
     import_titan,
     inspect,
     merge,
@@ -37,6 +38,7 @@ COMMANDS = {
     "slurm": (slurm, "write and submit an sbatch script that saves, requeues and resumes"),
     "report": (report, "compare runs in one plot and one table"),
     "import-titan": (import_titan, "write the config of a torchtitan v0.2.2 job file"),
+    "import-mixture": (import_mixture, "write the mixture of ALLaM's JSON files as settings"),
 }
 """Name → module with ``run(argv) -> exit code``, and the description in ``torchladder --help``."""
 
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: torchladder <command> [options]\n\ncommands:")
         for name, (_, description) in COMMANDS.items():
-            print(f"  {name:12} {description}")
+            print(f"  {name:14} {description}")
         print("\n'torchladder <command> --help' shows the options of a command.")
         print("./run_train.sh takes what 'torchladder train' takes, installs first, and starts a process per GPU.")
         return 0

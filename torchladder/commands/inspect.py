@@ -109,7 +109,7 @@ def _print_summary(dataset: IndexedTokens, about: DatasetMetadata | None) -> Non
         mean = dataset.num_tokens / len(dataset)
         print(f"document lengths: {low:,} to {high:,} tokens, median {median:,}, mean {mean:,.1f}")
     if about:
-        if known := about.tokenizer:
+        if "fingerprint" in (known := about.tokenizer):
             print(f"tokenizer: {known.get('name')}, {known.get('vocab_size'):,} tokens, {known.get('fingerprint')}")
             print(f"added to each document: bos {known.get('bos')}, eos {known.get('eos')}")
         else:

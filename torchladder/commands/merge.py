@@ -12,6 +12,7 @@ Datasets are merged in the order given, shards by their number. All must have th
 
 example:
   torchladder merge tokens/train tokens/train-*.bin
+  torchladder merge tokens/ended tokens/megatron.bin --append-eos 2
 """
 
 
@@ -20,9 +21,11 @@ def run(argv: list[str]) -> int:
     parser = CommandParser(prog="torchladder merge", description=__doc__, epilog=EPILOG)
     parser.add_argument("output", metavar="OUTPUT", help="prefix of the dataset to write")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="prefixes of datasets, or their .bin files")
+    text = "append the token ID to each document that does not end with it"
+    parser.add_argument("--append-eos", type=int, metavar="ID", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     arguments = parser.parse_args(argv)
     inputs = list(dict.fromkeys(map(prefix_of, arguments.inputs)))
-    merged = merge_datasets(arguments.output, inputs, arguments.overwrite)
+    merged = merge_datasets(arguments.output, inputs, arguments.overwrite, arguments.append_eos)
     print(describe_dataset(prefix_of(arguments.output), merged))
     return 0

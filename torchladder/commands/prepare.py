@@ -16,6 +16,7 @@ from torchladder.data.prepare import executor
 from torchladder.data.prepare.dataset_builder import prepare_dataset, prepare_held_out
 from torchladder.data.prepare.document_encoder import DocumentEncoder
 from torchladder.data.prepare.metadata import DatasetMetadata
+from torchladder.data.prepare.per_file import prepare_each
 from torchladder.data.prepare.tasks import PrepareConfig
 from torchladder.data.prepare.text_counts import MAX_UNKNOWN_FRACTION, TextCounts
 from torchladder.registry import ConfigError
@@ -27,6 +28,7 @@ of workers. If the command is interrupted, even by SIGKILL, run it again: finish
 
 examples:
   torchladder prepare --input data/en 'data/de/*.jsonl.gz' --output tokens/train --tokenizer tokenizers/mine
+  torchladder prepare ... --output tokens --per-file          # data/en/a.jsonl: tokens/a.bin, .idx and .json
   torchladder prepare ... --validation-fraction 0.01          # 1% of the documents: tokens/train-validation
   torchladder prepare ... --shard $SLURM_ARRAY_TASK_ID/16     # then: torchladder merge tokens/train tokens/train-*.bin
 """
@@ -43,6 +45,8 @@ def run(argv: list[str]) -> int:
     add("--eos", action=flag, default=True, help="end each document with the tokenizer's eos token")
     add("--workers", type=int, metavar="N", help="number of worker processes (default: one per CPU)")
     add("--executor", default="local", metavar="NAME", help="local: this machine (default); ray: a Ray cluster")
+    text = "write a pair for each input file; --output is their folder, and --shard I/N takes every Nth file"
+    add("--per-file", action="store_true", help=text)
     add("--shard", metavar="I/N", help="prepare shard I of N, counted from 0, as PREFIX-I-of-N")
     add("--part-bytes", type=int, metavar="N", help="bytes of input per task (default: 4 to 64 MiB)")
     text = "fraction of the tokens that may be unknown to the tokenizer (default: %(default)s)"
@@ -66,11 +70,15 @@ def run(argv: list[str]) -> int:
         validation_fraction=arguments.validation_fraction,
     )
     try:
+        if arguments.per_file:
+            for prefix, done in prepare_each(config, build_executor(workers=arguments.workers)):
+                print(describe_dataset(prefix, done), flush=True)
+            return 0
         if config.validation_fraction:
             held_out = prepare_held_out(config, build_executor(workers=arguments.workers))
         done = prepare_dataset(config, build_executor(workers=arguments.workers))
     except KeyboardInterrupt:
-        kept = f"finished parts are kept in {config.prefix}.parts"
+        kept = f"finished parts are kept in {f'{config.output}/*' if arguments.per_file else config.prefix}.parts"
         print(f"torchladder: interrupted; {kept}; run the same command again to continue", file=sys.stderr)
         return 130
     print(describe_dataset(config.prefix, done))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,10 @@ example:
 
   submits three jobs of 24 hours, each starting when the previous one has ended. Arguments after -- go to
   ./run_train.sh; they are checked before the script is written, and checkpoints must be enabled.
+
+  torchladder slurm --jobs 3 --then 'torchladder evaluate outputs/run --files val.jsonl' --submit -- ...
+
+  also submits the command after each of the jobs, whether it has succeeded or not: one node, one GPU.
 """
 
 SCRIPT = """\
@@ -48,6 +53,13 @@ fi
 exit "$code"
 """
 
+THEN_SCRIPT = """\
+#!/usr/bin/env bash
+{options}
+set -euo pipefail
+{command}
+"""
+
 
 def run(argv: list[str]) -> int:
     """Writes the script; with --submit also submits it, as a chain of --jobs jobs."""
@@ -66,8 +78,13 @@ def run(argv: list[str]) -> int:
     add("--notice", type=int, default=300, help="seconds before the time limit to save at (default: %(default)s)")
     add("--option", action="append", default=[], help="another sbatch option, such as partition=main; repeatable")
     add("--jobs", type=int, default=1, help="with --submit: length of the chain of jobs (default: %(default)s)")
+    add("--then", metavar="CMD", help="shell command to run as another job after each job of the chain")
+    text = "sbatch option of the --then jobs (default: nodes=1, gpus-per-node=1, --time and --option); repeatable"
+    add("--then-option", action="append", default=[], help=text)
     add("--submit", action="store_true", help="submit the script with sbatch")
     arguments, train_argv = parser.parse(argv)
+    require(arguments.then is not None or not arguments.then_option, "--then-option needs --then.")
+    _check_shell_command(arguments.then)
     check_positive(arguments, "nodes", "gpus", "notice", "jobs")
     checkpoint = config.load(train_argv).checkpoint  # invalid settings fail now instead of in the queue
     require(
@@ -78,30 +95,78 @@ def run(argv: list[str]) -> int:
         checkpoint.load_step == -1 or arguments.jobs == 1,
         "checkpoint.load_step: every job of the chain would restart from that step; remove it.",
     )
-    script = SCRIPT.format(
+    scripts = {arguments.output: _train_script(arguments, train_argv)}
+    if arguments.then is not None:
+        scripts[_then_path(arguments.output)] = _then_script(arguments)
+    for path, script in scripts.items():
+        path.write_text(script)
+        path.chmod(0o755)
+        print(f"wrote {path}")
+    if arguments.submit:
+        submit_jobs(*scripts, jobs=arguments.jobs)
+    return 0
+
+
+def _train_script(arguments: argparse.Namespace, train_argv: list[str]) -> str:
+    return SCRIPT.format(
         **vars(arguments),
         options="".join(f"#SBATCH --{option}\n" for option in arguments.option),
         train_argv=shlex.join(train_argv),
         requeue_code=REQUEUE,
     )
-    arguments.output.write_text(script)
-    arguments.output.chmod(0o755)
-    print(f"wrote {arguments.output}")
-    if arguments.submit:
-        submit_jobs(arguments.output, arguments.jobs)
-    return 0
 
 
-def submit_jobs(script: Path, jobs: int) -> list[str]:
-    """Submits a script ``jobs`` times, each job depending on the end of the previous one; returns the job ids."""
+def _check_shell_command(command: str | None) -> None:
+    """Refuses a command that is empty, or that bash cannot parse."""
+    require(command is None or bool(command.strip()), "--then is empty: name a command.")
+    if command is not None:
+        parsed = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
+        require(parsed.returncode == 0, f"--then: bash cannot parse this command: {parsed.stderr.strip()}")
+
+
+def _then_path(script: Path) -> Path:
+    return script.with_name(f"{script.stem}-then{script.suffix}")
+
+
+def _then_script(arguments: argparse.Namespace) -> str:
+    """Returns the script of the jobs that run after those of the chain; later options replace earlier ones."""
+    name = f"{arguments.name}-then"
+    options = {"job-name": name, "nodes": "1", "gpus-per-node": "1", "time": arguments.time, "output": f"{name}-%j.log"}
+    for option in (*arguments.option, *arguments.then_option):
+        key, _, value = option.partition("=")
+        options[key] = value
+    lines = [f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in options.items()]
+    return THEN_SCRIPT.format(options="\n".join(lines), command=arguments.then)
+
+
+def submit_jobs(script: Path, then: Path | None = None, *, jobs: int) -> list[str]:
+    """Submits a chain of jobs, each depending on the end of the previous one; returns their ids.
+
+    Args:
+        script: of the jobs.
+        then: the script to submit once for each job, to run after it whether it has succeeded or not: a job that waits
+            for the success of one that fails never starts.
+        jobs: length of the chain.
+
+    Raises:
+        ConfigError: there is no sbatch, or it fails.
+    """
     if shutil.which("sbatch") is None:
         raise ConfigError(f"--submit: sbatch is not on PATH. {script} is written; submit it on a Slurm login node.")
     ids: list[str] = []
     for _ in range(jobs):
-        after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
-        result = subprocess.run(["sbatch", "--parsable", *after, str(script)], capture_output=True, text=True)
-        if result.returncode:
-            raise ConfigError(f"sbatch failed: {result.stderr.strip()}")
-        ids.append(result.stdout.strip().split(";")[0])
-        print(f"submitted {ids[-1]}{f', after {ids[-2]}' if after else ''}")
+        ids.append(_submit(script, ids[-1] if ids else None))
+        if then:
+            _submit(then, ids[-1])
     return ids
+
+
+def _submit(script: Path, previous: str | None) -> str:
+    """Submits a job that starts when the previous one has ended; returns its id."""
+    after = [f"--dependency=afterany:{previous}"] if previous else []
+    result = subprocess.run(["sbatch", "--parsable", *after, str(script)], capture_output=True, text=True)
+    if result.returncode:
+        raise ConfigError(f"sbatch failed: {result.stderr.strip()}")
+    submitted = result.stdout.strip().split(";")[0]
+    print(f"submitted {submitted}{f', {script} after {previous}' if previous else ''}")
+    return submitted

@@ -251,7 +251,7 @@ class Config:
     comm: CommConfig
     debug: DebugConfig
     phases: Annotated[list[Phase], tables_argument(list[Phase])] = field(default_factory=list)
-    """Overrides of window, learning rate, RoPE theta, source weights and batch size from a step on; [[phases]]."""
+    """Overrides of window, learning rate, clipping, RoPE theta, source weights and batch size from a step on."""
 
     @property
     def layer_attention(self) -> dict[str, AttentionConfig | LayerAttentionConfig]:

@@ -39,6 +39,7 @@ SHARED = ("training.steps", "training.global_batch_size", "data.seq_len")
 
 TERMS = {
     "lr_factor": "learning-rate factor",
+    "max_norm": "maximum gradient norm",
     "rope_theta": "RoPE base",
     "source_weights": "source weights",
     **{name: f"window of {name}" for name in LAYER_TYPES},

@@ -214,8 +214,8 @@ class Trainer:
             self.forward_backward(batch.to(self.ranks.device), start, num_labels, weighted, label_weight)
             for batch, start, weighted in zip(batches, starts, weights, strict=True)
         ]
-        parameters = list(self.model.parameters())
-        grad_norm = clip_grad_norm_(parameters, self.config.training.max_norm, self.mesh.pp_group)
+        max_norm = now.max_norm or self.config.training.max_norm
+        grad_norm = clip_grad_norm_(list(self.model.parameters()), max_norm, self.mesh.pp_group)
 
         bad = self.bad_steps.check(grad_norm)  # 0 or 1, on the device
         self.checkpointer.wait_for_staging()  # an asynchronous save has its own copy of the weights from here on

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,13 +137,20 @@ def prepare_held_out(config: PrepareConfig, executor: Executor) -> DatasetMetada
     return done
 
 
-def prepare_dataset(config: PrepareConfig, executor: Executor) -> DatasetMetadata:
+def prepare_dataset(
+    config: PrepareConfig, executor: Executor, files: Mapping[Path, str] | None = None
+) -> DatasetMetadata:
     """Prepares a dataset, or continues an interrupted preparation; returns the dataset's metadata.
+
+    Args:
+        config: what to tokenize, and how.
+        executor: runs the tasks.
+        files: some of the files of the input, each with its name there; None for all.
 
     Raises:
         ConfigError: an input cannot be read, the output has other settings, or another process is preparing it.
     """
-    files, tokenizer = expand_inputs(config.inputs), config.encoder.tokenizer
+    files, tokenizer = expand_inputs(config.inputs) if files is None else files, config.encoder.tokenizer
     name_and_ids = {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
     wanted = DatasetMetadata(
         dtype=str(dtype_for(tokenizer.vocab_size)),

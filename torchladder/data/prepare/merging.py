@@ -17,13 +17,16 @@ COPY_TOKENS = 1 << 24
 """Tokens that are copied at once, rounded to whole documents."""
 
 
-def write_merged(output: str, datasets: Iterable[IndexedTokens], about: DatasetMetadata) -> DatasetMetadata:
+def write_merged(
+    output: str, datasets: Iterable[IndexedTokens], about: DatasetMetadata, eos: int | None = None
+) -> DatasetMetadata:
     """Writes the documents of all datasets, and then the metadata; returns it with its counts and checksums.
 
     Args:
         output: prefix of the dataset to write.
         datasets: what to merge, in order.
         about: dtype, settings and sources of the output.
+        eos: the token to append to each document that does not end with it; None to append nothing.
 
     Raises:
         ConfigError: a dataset stores tokens as another dtype.
@@ -36,12 +39,31 @@ def write_merged(output: str, datasets: Iterable[IndexedTokens], about: DatasetM
                 "merge datasets of one dtype.",
             )
             for tokens, lengths in _document_batches(dataset):
+                tokens, lengths = (tokens, lengths) if eos is None else append_eos(tokens, lengths, eos)
                 writer.extend(tokens, lengths)
         metadata.metadata_path(output).unlink(missing_ok=True)  # it describes the dataset that is being replaced
     counts = len(writer.lengths), sum(writer.lengths)
     merged = dataclasses.replace(about, documents=counts[0], tokens=counts[1], checksums=writer.checksums)
     metadata.write_metadata(output, merged)
     return merged
+
+
+def append_eos(tokens: np.ndarray, lengths: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns documents with an eos at the end of each that had another token there; empty ones remain empty.
+
+    Args:
+        tokens: (tokens,) of the documents back to back.
+        lengths: (documents,) tokens in each.
+        eos: the token.
+
+    Raises:
+        ConfigError: the type of the tokens cannot store it.
+    """
+    require(eos <= np.iinfo(tokens.dtype).max, f"--append-eos {eos}: the tokens are stored as {tokens.dtype}.")
+    ends = np.cumsum(lengths)
+    lacks = lengths > 0
+    lacks[lacks] = tokens[ends[lacks] - 1] != eos
+    return np.insert(tokens, ends[lacks], eos), lengths + lacks
 
 
 def _document_batches(dataset: IndexedTokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -62,7 +84,9 @@ def _document_batches(dataset: IndexedTokens) -> Iterator[tuple[np.ndarray, np.n
         first = until
 
 
-def merge_datasets(output: str, inputs: Sequence[str], overwrite: bool = False) -> DatasetMetadata:
+def merge_datasets(
+    output: str, inputs: Sequence[str], overwrite: bool = False, eos: int | None = None
+) -> DatasetMetadata:
     """Merges datasets into one, and returns its metadata.
 
     Shards of one ``torchladder prepare --shard`` are sorted first. Merged, they equal the unsharded output byte for
@@ -72,10 +96,13 @@ def merge_datasets(output: str, inputs: Sequence[str], overwrite: bool = False) 
         output: prefix of the dataset to write.
         inputs: prefixes of datasets, or either of their files.
         overwrite: whether to replace an existing output.
+        eos: the token to append to each document that does not end with it; None to append nothing.
 
     Raises:
-        ConfigError: an input is missing, damaged or named twice, or the inputs do not belong together.
+        ConfigError: an input is missing, damaged or named twice, the inputs do not belong together, or their tokenizer
+            has another eos.
     """
+    require(eos is None or eos >= 0, f"--append-eos {eos}: must be the id of a token, 0 or more.")
     prefixes = [prefix_of(name) for name in inputs]
     target = prefix_of(output)
     different = len({target, *prefixes}) == 1 + len(prefixes)
@@ -91,7 +118,17 @@ def merge_datasets(output: str, inputs: Sequence[str], overwrite: bool = False) 
         corrupt = about and metadata.find_corrupt_file(dataset.prefix, about.checksums)
         require(not corrupt, f"{corrupt} is damaged: it differs from its checksum in {dataset.prefix}.json.")
     merged = merged or DatasetMetadata(dtype=datasets[0][0].dtype.name)
-    return write_merged(output, [dataset for dataset, _ in datasets], merged)
+    if eos is not None:
+        merged = _with_eos(merged, eos)
+    return write_merged(output, [dataset for dataset, _ in datasets], merged, eos)
+
+
+def _with_eos(about: DatasetMetadata, eos: int) -> DatasetMetadata:
+    """Returns the metadata of documents that end with an eos; raises ConfigError if it is not their tokenizer's."""
+    ends, size = about.tokenizer.get("eos"), about.tokenizer.get("vocab_size")
+    require(ends in (None, eos), f"--append-eos {eos}: the documents already end with the token {ends}.")
+    require(size is None or eos < size, f"--append-eos {eos}: their tokenizer has {size} tokens.")
+    return dataclasses.replace(about, tokenizer=about.tokenizer | {"eos": eos})
 
 
 Datasets = list[tuple[IndexedTokens, DatasetMetadata | None]]
