@@ -295,7 +295,7 @@ def test_the_plan_in_hours_money_and_disk(capsys):
     shown = capsys.readouterr().out
     assert f"time        {told['hours']:,.1f} hours" in shown
     assert "for at most 2 at a time" in shown
-    with pytest.raises(ConfigError, match="--gpu-hour-price needs --tokens-per-second"):
+    with pytest.raises(ConfigError, match="--gpu-hour-price needs --tokens-per-second or --measure"):
         command.run([*argv, "--gpu-hour-price", "2"])
 
 

@@ -14,9 +14,13 @@ from torchladder.inference.evaluation.result_table import ResultRow
 
 
 class EvalProgress:
-    """Prints a line per result and shows a progress bar; in a log, a line every ``interval`` seconds instead of it."""
+    """Prints a line per result and shows a progress bar; in a log, a line every ``interval`` seconds instead of it.
 
-    def __init__(self, jobs: Sequence[Job], interval: float = 30.0) -> None:
+    Args:
+        unit: what the jobs count: tokens, or the requests of tasks.
+    """
+
+    def __init__(self, jobs: Sequence[Job], interval: float = 30.0, unit: str = "tokens") -> None:
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -28,6 +32,7 @@ class EvalProgress:
             disable=not self._console.is_terminal,
         )
         self._remaining, self._read, self._interval = sum(job.num_tokens for job in jobs), 0, interval
+        self._unit = unit
         self._task = self._bar.add_task("", total=self._remaining, rate="")
         self._start = self._last_log = time.monotonic()
 
@@ -48,7 +53,7 @@ class EvalProgress:
         self._bar.update(self._task, advance=tokens, rate=self._rate())
         if not self._console.is_terminal and time.monotonic() - self._last_log > self._interval:
             seconds = (time.monotonic() - self._start) * self._remaining / self._read
-            self.log(f"{self._current}: {self._remaining:,} tokens left, {self._rate()}, {seconds:.0f} s left")
+            self.log(f"{self._current}: {self._remaining:,} {self._unit} left, {self._rate()}, {seconds:.0f} s left")
 
     def skip(self, jobs: Sequence[Job]) -> None:
         tokens = sum(job.num_tokens for job in jobs)
@@ -64,4 +69,4 @@ class EvalProgress:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _rate(self) -> str:
-        return f"{self._read / max(time.monotonic() - self._start, 1e-9):,.0f} tokens/s"
+        return f"{self._read / max(time.monotonic() - self._start, 1e-9):,.0f} {self._unit}/s"

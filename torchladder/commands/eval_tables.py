@@ -27,6 +27,23 @@ def print_losses(rows: Sequence[ResultRow]) -> None:
     _print(table)
 
 
+def print_tasks(rows: Sequence[ResultRow]) -> None:
+    """Prints each metric of each task with its standard error."""
+    table = Table(box=None)
+    for name in ("checkpoint", "task"):
+        table.add_column(name, overflow="fold")
+    for name in ("metric", "filter"):
+        table.add_column(name)
+    for name in ("documents", "shots", "value", "stderr"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        texts = [Text(row[name]) for name in ("checkpoint", "task", "metric", "filter")]
+        counts = ["" if row[name] is None else f"{row[name]:,}" for name in ("documents", "num_fewshot")]
+        figures = ["" if row[name] is None else f"{row[name]:.4f}" for name in ("value", "stderr")]
+        table.add_row(*texts, *counts, *figures)
+    _print(table)
+
+
 def print_probe(title: str, rows: Sequence[ResultRow]) -> None:
     """Prints accuracy and loss by depth or distance (down) and context (across), then the mean first loss."""
     by_depth = rows[0]["depth"] is not None

@@ -1,4 +1,4 @@
-"""Measures loss on files, or long-context probes, for all checkpoints of runs; finished evaluations are skipped."""
+"""Measures loss on files, probes or lm-eval tasks for all checkpoints of runs; finished evaluations are skipped."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from torchladder.commands.arguments import (
     weights_from_args,
 )
 from torchladder.commands.eval_progress import EvalProgress
-from torchladder.commands.eval_tables import print_losses, print_probe
+from torchladder.commands.eval_tables import print_losses, print_probe, print_tasks
 from torchladder.inference.evaluation import eval_jobs
 from torchladder.inference.evaluation.eval_files import EvalFiles, expand_paths
 from torchladder.inference.evaluation.eval_jobs import EvalJob, Job, SplitBy
 from torchladder.inference.evaluation.eval_slices import EvalSlices
+from torchladder.inference.evaluation.harness_jobs import TASKS, HarnessJob
+from torchladder.inference.evaluation.harness_tasks import load_tasks
 from torchladder.inference.evaluation.probe_jobs import PROBES, ProbeInput, ProbeJob, default_contexts
 from torchladder.inference.evaluation.probe_scores import ProbeRun
 from torchladder.inference.evaluation.result_table import DISTANCES, EVALUATIONS, ResultTable
@@ -38,6 +40,8 @@ examples:
   torchladder evaluate outputs/run models/exported --files val --context 512 2048 --stride 256 --output results.csv
   torchladder evaluate outputs/run --probes needle copy --context 512 2048 --plot probes.png
       measures recall over long distances and adds the results to outputs/run/probes.csv
+  torchladder evaluate outputs/run --tasks hellaswag,piqa my_task.yaml --limit 500
+      evaluates tasks of the lm-evaluation-harness and adds the results to outputs/run/tasks.csv
 
 files: .txt, .md and .py are one document each, .jsonl and .json have one per line, .csv and .parquet one per row; each
 may be compressed (.gz, .zst, .bz2, .xz). Token files are .bin (with .idx beside it) or .parquet.
@@ -55,6 +59,11 @@ def run(argv: list[str]) -> int:
     text = f"instead of losses on files, measure probes (default: all): {', '.join(probes.registry.names())}"
     add("--probes", nargs="*", metavar="NAME", help=text)
     add("--probe-rows", type=int, default=16, metavar="N", help="rows per depth or distance (default: %(default)s)")
+    text = "instead of losses on files, tasks of the lm-evaluation-harness: names, globs or .yaml files"
+    add("--tasks", nargs="+", metavar="TASK", help=text)
+    add("--num-fewshot", type=int, metavar="N", help="examples before each question of --tasks (default: the task's)")
+    text = "documents of each task, or a fraction of them below 1 (default: all)"
+    add("--limit", type=float, metavar="N", help=text)
     add("--seed", type=int, default=0, metavar="N", help="of the rows of probes (default: %(default)s)")
     text = "maximum tokens read at once (default: training.seq_len; for probes a quarter, a half and all of it)"
     add("--context", nargs="+", type=int, metavar="N", help=text)
@@ -71,7 +80,7 @@ def run(argv: list[str]) -> int:
     add("--check-tokenizer", action=argparse.BooleanOptionalAction, help=text)
     text = "fraction of a text's tokens that may be unknown (default: as in the run)"
     add("--max-unknown-fraction", type=float, metavar="F", help=text)
-    text = ".csv or .jsonl to add to (default: evaluation.csv, distances.csv or probes.csv in MODEL's run)"
+    text = ".csv or .jsonl to add to (default: evaluation.csv, distances.csv, probes.csv or tasks.csv in MODEL's run)"
     add("--output", type=Path, metavar="FILE", help=text)
     add("--plot", type=Path, metavar="FILE", help="also plot the results (.png, .svg, .pdf)")
     arguments = parser.parse_args(argv)
@@ -90,8 +99,20 @@ def run(argv: list[str]) -> int:
 
 def _check_mode(arguments: argparse.Namespace) -> None:
     """Raises ``ConfigError`` for options that do not fit together."""
+    if arguments.tasks is not None:
+        for name in "files", "probes", "stride", "by_position", "by_distance", "plot", "text_key":
+            require(getattr(arguments, name) in (None, False), f"--{name.replace('_', '-')} does not apply to --tasks.")
+        shots, limit = arguments.num_fewshot, arguments.limit
+        require(shots is None or shots >= 0, f"--num-fewshot {shots}: must be 0 or more.")
+        if limit is not None:
+            counts = 0 < limit < 1 or (limit >= 1 and limit.is_integer())
+            require(counts, f"--limit {limit:g}: must be a number of documents, or a fraction between 0 and 1.")
+        return
+    for name in "num_fewshot", "limit":
+        require(getattr(arguments, name) is None, f"--{name.replace('_', '-')} applies only to --tasks.")
     if arguments.probes is None:
-        require(bool(arguments.files), "nothing to evaluate: name text or tokens with --files, or use --probes.")
+        text = "nothing to evaluate: name text or tokens with --files, or use --probes or --tasks."
+        require(bool(arguments.files), text)
         require(
             not (arguments.by_position and arguments.by_distance),
             "--by-position and --by-distance fill different tables: evaluate once with each.",
@@ -116,22 +137,30 @@ def _run(arguments: argparse.Namespace) -> int:
     name, schema = ("distances.csv", DISTANCES) if arguments.by_distance else ("evaluation.csv", EVALUATIONS)
     if arguments.probes is not None:
         name, schema = "probes.csv", PROBES
+    if arguments.tasks is not None:
+        name, schema = "tasks.csv", TASKS
     outputs = [arguments.output or trained.run_folder / name for trained in models]
     tables = {path: ResultTable(path, schema) for path in dict.fromkeys(outputs)}
     targets = [(trained, tables[output]) for trained, output in zip(models, outputs, strict=True)]
     jobs: Sequence[Job]
-    if arguments.probes is None:
+    if arguments.tasks is not None:
+        jobs = _task_jobs(arguments, targets)
+    elif arguments.probes is None:
         assert files is not None
         jobs = _loss_jobs(arguments, files, targets)
     else:
         jobs = _probe_jobs(arguments, files, targets)
-    errors += _evaluate(jobs, arguments.batch_tokens)
+    errors += _evaluate(jobs, arguments.batch_tokens, "tokens" if arguments.tasks is None else "requests")
     rows = eval_jobs.finished_rows(jobs)
     if errors and not rows:
         raise errors[0]
     for error in errors:
         print(f"warning: skipped a checkpoint: {error}", file=sys.stderr)
-    if arguments.probes is None:
+    if arguments.tasks is not None:
+        finished = {row["fingerprint"] for row in rows}
+        rows = [row for table in tables.values() for row in table.rows() if row["fingerprint"] in finished]
+        print_tasks(rows)  # the scores of groups, too
+    elif arguments.probes is None:
         print_losses([row for row in rows if row[schema.key[-1]] is None])
     else:
         for (checkpoint, probe), group in groupby(rows, key=lambda row: (row["checkpoint"], row["probe"])):
@@ -182,14 +211,26 @@ def _probe_jobs(
     return jobs
 
 
+def _task_jobs(arguments: argparse.Namespace, targets: Sequence[tuple[TrainedModel, ResultTable]]) -> list[HarnessJob]:
+    names = [name for words in arguments.tasks for name in words.split(",") if name]
+    require(bool(names), "--tasks: name at least one task.")
+    tasks = load_tasks(names, arguments.num_fewshot, arguments.limit)
+    return [
+        HarnessJob(trained, task, context, arguments.bos, arguments.dtype, table)
+        for trained, table in targets
+        for task in tasks
+        for context in dict.fromkeys(arguments.context or [min(trained.max_seq_len, trained.config.training.seq_len)])
+    ]
+
+
 def _slices(contexts: Sequence[int], stride: int | None) -> list[EvalSlices]:
     return [EvalSlices(context, context if stride is None else stride) for context in dict.fromkeys(contexts)]
 
 
-def _evaluate(jobs: Sequence[Job], batch_tokens: int) -> list[UnreadableCheckpointError]:
+def _evaluate(jobs: Sequence[Job], batch_tokens: int, unit: str) -> list[UnreadableCheckpointError]:
     """Runs the unfinished jobs; returns the errors of unreadable checkpoints."""
     remaining, errors = eval_jobs.unfinished(jobs), []
-    with EvalProgress(remaining) as progress:
+    with EvalProgress(remaining, unit=unit) as progress:
         if len(remaining) < len(jobs):
             progress.log(f"{len(jobs) - len(remaining)} of {len(jobs)} evaluations are already finished")
         for line in _notices(remaining):

@@ -22,6 +22,7 @@ from torchladder.registry import ConfigError, require
 from torchladder.schedule import PHASE_SETTINGS
 from torchladder.training import layout_search
 from torchladder.training.data_setup import data_use
+from torchladder.training.measured_speed import measure_speed
 from torchladder.training.memory_estimate import MemoryEstimator, RankMemory
 from torchladder.training.plan_report import summary_lines
 from torchladder.training.run_plan import Plan, make_plan
@@ -50,15 +51,19 @@ def run(argv: list[str]) -> int:
     add("--world-size", type=int, default=1, metavar="N", help="number of ranks; they need not exist (default: 1)")
     add("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 80GiB; fail if the run needs more")
     add("--tokens-per-second", type=float, metavar="N", help="of all ranks at full context: adds the hours of the run")
-    add("--gpu-hour-price", type=float, metavar="X", help="with --tokens-per-second: adds the cost of the run")
+    add("--measure", action="store_true", help="time a few steps on this machine instead of --tokens-per-second")
+    text = "with --tokens-per-second or --measure: adds the cost of the run"
+    add("--gpu-hour-price", type=float, metavar="X", help=text)
     arguments, settings = parser.parse(argv)
     check_positive(arguments, "world_size", "tokens_per_second")
     price = arguments.gpu_hour_price
     require(price is None or price > 0, f"--gpu-hour-price {price}: must be above 0.")
     require(
-        price is None or arguments.tokens_per_second is not None,
-        "--gpu-hour-price needs --tokens-per-second, from which the hours follow.",
+        price is None or arguments.measure or arguments.tokens_per_second is not None,
+        "--gpu-hour-price needs --tokens-per-second or --measure, from which the hours follow.",
     )
+    is_known = arguments.measure and arguments.tokens_per_second is not None
+    require(not is_known, "--measure and --tokens-per-second are two sources of one number: pass one of them.")
     plan = make_plan(config.load(settings), arguments.world_size)
     by_stage, traffic = _estimate_memory(plan, arguments.world_size, arguments.gpu_memory)
     memory, pipeline = max(by_stage, key=lambda memory: memory.total), pipeline_summary(plan, by_stage)
@@ -67,7 +72,9 @@ def run(argv: list[str]) -> int:
     steps = _shown_steps(arguments.at, plan.steps)
     reads = data_use(plan.config, plan.batch, plan.schedule)
     phases, context = _phases(plan, reads.usage), final_context(plan, reads)
-    costs = _costs(plan, arguments.world_size, arguments.tokens_per_second, price)
+    measured = measure_speed(plan, arguments.world_size) if arguments.measure else None
+    speed = measured.full_context_tokens_per_second(plan) if measured else arguments.tokens_per_second
+    costs = _costs(plan, arguments.world_size, speed, price)
     if arguments.plot:
         ladders = [
             plots.Ladder(one.layer_type, one.layers, one.masks, plan.windows[one.layer_type])
@@ -80,11 +87,9 @@ def run(argv: list[str]) -> int:
             "memory_per_rank": dataclasses.asdict(memory),
             "sent_per_rank_and_step": dataclasses.asdict(traffic),
         }
-        print(
-            json.dumps(
-                _summary(plan, steps) | pipeline | {"phases": phases, "final_context": context} | bytes_per_rank | costs
-            )
-        )
+        found = {"phases": phases, "final_context": context} | pipeline
+        found |= {"measured": dataclasses.asdict(measured)} if measured else {}
+        print(json.dumps(_summary(plan, steps) | found | bytes_per_rank | costs))
         return 0
     print("\n".join(summary_lines(plan)))
     print(f"attention   {plan.attention_share:.1%} of the FLOPs at full context")
@@ -92,6 +97,8 @@ def run(argv: list[str]) -> int:
     print(f"memory      {_gib(memory.total)} per rank: {_breakdown(memory)}")
     print(f"sent        {_gib(sum(dataclasses.astuple(traffic)))} per rank and step: {_breakdown(traffic)}")
     print_pipeline(pipeline)
+    if measured:
+        print(f"measured    {measured.line()}")
     _print_costs(plan, costs)
     _print_windows(plan, steps)
     _print_phases(phases)

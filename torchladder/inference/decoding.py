@@ -24,6 +24,7 @@ def generate(
     max_len: int,
     seed: int,
     eos: int | None = None,
+    is_finished: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continues prompts as a batch; each text is the same as if its prompt were alone.
 
@@ -34,6 +35,7 @@ def generate(
         max_len: maximum tokens that the model reads: the last ones of longer texts.
         seed: of each prompt's generator, which is on the CPU so that all ranks sample the same tokens.
         eos: the token that ends a text.
+        is_finished: called with the new tokens of a text, whether it ends with the last of them.
 
     Returns:
         The new token ids of each prompt, without ``eos``.
@@ -47,6 +49,8 @@ def generate(
         unfinished = [i for i in unfinished if tokens[i] != eos]
         for i in unfinished:
             texts[i].append(tokens[i])
+        if is_finished:
+            unfinished = [i for i in unfinished if not is_finished(texts[i][len(prompts[i]) :])]
         if not unfinished:
             break
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
@@ -77,10 +81,15 @@ def sample_token(logits: Tensor, text: Sequence[int], config: SamplesConfig, gen
 
 
 class IncrementalDecoder:
-    """Returns next-token logits; reuses the KV cache for rows that grew by one token."""
+    """Returns next-token logits; reuses the KV cache for rows that grew by one token.
 
-    def __init__(self, trained: TrainedModel, dtype: torch.dtype = torch.float32) -> None:
-        self.seq_len = trained.config.training.seq_len
+    Args:
+        dtype: of the weights.
+        seq_len: tokens in the longest row; the run's rows if it is None.
+    """
+
+    def __init__(self, trained: TrainedModel, dtype: torch.dtype = torch.float32, seq_len: int | None = None) -> None:
+        self.seq_len = seq_len or trained.config.training.seq_len
         self._caches = {name: kv_cache.KVCache() for name in trained.config.layer_masks}
         attention_fn = collapse({name: cache.attention for name, cache in self._caches.items()})
         self._loaded = trained.load(attention_fn, self.seq_len, dtype)

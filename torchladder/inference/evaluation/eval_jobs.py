@@ -61,7 +61,7 @@ class Job(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model reads in all."""
+        """Tokens that the model reads in all; of a task the requests."""
         ...
 
     @property
