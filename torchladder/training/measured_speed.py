@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torchladder.checkpoint import CheckpointConfig
 from torchladder.config import Config, SamplesConfig
+from torchladder.config.metrics_section import MetricsSection
 from torchladder.distributed.ranks import destroy_distributed, init_distributed
-from torchladder.metrics import MetricsConfig
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import require
 from torchladder.training.run_plan import Plan
@@ -101,7 +101,7 @@ def _without_outputs(config: Config, folder: str) -> Config:
         config,
         job=replace(config.job, dump_folder=folder, description="", print_config=False),
         checkpoint=CheckpointConfig(),  # neither resumes nor reads weights, whose values do not matter here
-        metrics=MetricsConfig(enable_tensorboard=False, disable_progress_bar=True),
+        metrics=MetricsSection(enable_tensorboard=False, disable_progress_bar=True),
         profiling=ProfilingConfig(),
         samples=SamplesConfig(),
         validation=replace(config.validation, enable=False),
