@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -141,8 +142,13 @@ class Registry(Generic[T]):
 def parameter_docs(component: Callable[..., Any]) -> dict[str, str]:
     """Returns the description of each parameter, from the docstrings of a component and its base classes."""
     objects = reversed(component.__mro__[:-1]) if inspect.isclass(component) else [component]
-    params = [param for documented in objects for param in parse_from_object(documented).params]
-    return {param.arg_name: param.description or "" for param in params}
+    return {name: text for documented in objects for name, text in _own_parameter_docs(documented).items()}
+
+
+@functools.cache
+def _own_parameter_docs(component: Callable[..., Any]) -> dict[str, str]:
+    """Returns those in the component's own docstrings, which are parsed from its source."""
+    return {param.arg_name: param.description or "" for param in parse_from_object(component).params}
 
 
 def _qualified_name(component: Callable[..., Any]) -> str:

@@ -116,6 +116,7 @@ def parse(argv: list[str], defaults: T, prog: str) -> T:
                 description="Trains a language model on a context-length curriculum. The command line overrides the "
                 "file that --job.config_file names.",
                 use_underscores=True,
+                config=(tyro.conf.HelptextFromCommentsOff,),  # help is in docstrings; the search for others is slow
             )
     except SystemExit as end:
         if not end.code:
