@@ -39,6 +39,7 @@ OPTIONAL = {
     "flash_attn",
     "cutlass",  # comes with flash-attn-4
     "wandb",
+    "trackio",
     "lm_eval",
     "matplotlib",
     "pyarrow",

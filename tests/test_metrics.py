@@ -17,6 +17,7 @@ from torchladder.metrics import (
     Metric,
     MetricsConfig,
     MetricsProcessor,
+    OutputConfig,
     RunInfo,
     device,
     metric_table,
@@ -24,6 +25,7 @@ from torchladder.metrics import (
     processor,
 )
 from torchladder.registry import ConfigError
+from torchladder.training import start_checks
 
 KEYS = ["step", "loss", "grad_norm", "lr", "window", "tokens", "tps", "flops", "mfu", "mfu_palm"]
 KEYS += ["attention_saved", "effective_context", "memory_gib", "seconds"]
@@ -369,8 +371,11 @@ def test_the_output_of_the_docs_has_settings(csv_output, tmp_path):
     [
         ('{ name = "csv", fle = "a" }', "unknown key 'fle'. Did you mean 'file'"),
         ('{ name = "csv", file = 3 }', "file = 3: must be a valid string"),
-        ('{ name = "cvs" }', "unknown metrics output 'cvs'. Did you mean 'csv'? Known: csv, tensorboard, wandb."),
-        ('{ file = "a" }', "an output needs a name. Known: csv, tensorboard, wandb."),
+        (
+            '{ name = "cvs" }',
+            "unknown metrics output 'cvs'. Did you mean 'csv'? Known: csv, tensorboard, trackio, wandb.",
+        ),
+        ('{ file = "a" }', "an output needs a name. Known: csv, tensorboard, trackio, wandb."),
     ],
 )
 def test_outputs_that_are_none(csv_output, table, message):
@@ -386,6 +391,35 @@ def test_wandb_missing(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="pip install wandb"):
         make(tmp_path, config=MetricsConfig(enable_wandb=True))
     assert len(records(tmp_path)) == 1
+
+
+def test_trackio_continues_the_run_that_resumes(tmp_path, monkeypatch):
+    trackio = pytest.importorskip("trackio")
+    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "db")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "db")
+    named = MetricsConfig(
+        project="mine", run_name="first", group="windows", tags=["a"], outputs=[OutputConfig(name="trackio")]
+    )
+    for step in 10, 20, 10:  # the last one is another run from its start
+        with make(tmp_path / "run", config=named, step=step - 10, settings={"lr": 1, "folder": Path("x")}) as reporter:
+            train_step(reporter, step)
+    storage = sys.modules["trackio.sqlite_storage"].SQLiteStorage
+    logs = [storage.get_logs("mine", run.name, run_id=run.id) for run in trackio.Api().runs("mine")]
+    assert [[record["step"] for record in log] for log in logs] == [[10, 20], [10]]
+    assert logs[0][0]["loss_metrics/global_avg_loss"] == 2.0
+    first = trackio.Api().runs("mine")[0]
+    assert (first.name, first.config["_Group"]) == ("first", "windows")
+    assert (first.config["tags"], first.config["lr"], first.config["folder"]) == (["a"], 1, "x")
+
+
+def test_trackio_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    outputs = [OutputConfig(name="trackio")]
+    with pytest.raises(ConfigError, match=r"needs the package trackio: pip install 'torchladder\[trackio\]'"):
+        make(tmp_path, config=MetricsConfig(outputs=outputs))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs the package trackio"):  # before the data is read
+        start_checks.check_start(config.load(["--metrics.outputs", '{ name = "trackio" }']))
 
 
 def test_console_line(tmp_path, clock, caplog):

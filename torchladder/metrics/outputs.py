@@ -1,4 +1,4 @@
-"""Outputs of reports: metrics.jsonl, TensorBoard, Weights & Biases and the terminal."""
+"""Outputs of reports: metrics.jsonl, TensorBoard, Weights & Biases, Trackio and the terminal."""
 
 from __future__ import annotations
 
@@ -107,6 +107,37 @@ class WandBOutput:
         named = {"name": config.run_name, "group": config.group, "tags": config.tags}
         named = {key: value for key, value in named.items() if value}  # W&B's variables set the others
         self.session = wandb.init(project=project, dir=str(run.folder), config=run.settings, **named)
+
+    def write(self, report: Report) -> None:
+        self.session.log(report.scalars, step=report.step)
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+@register_output("trackio")
+class TrackioOutput:
+    """Logs to Trackio, under the tags of TensorBoard; a run that resumes continues the Trackio run of its name."""
+
+    name = "trackio"
+
+    def __init__(self, run: RunInfo, config: MetricsConfig, step: int) -> None:
+        try:
+            import trackio  # an optional package
+        except ImportError:
+            raise ConfigError(
+                "the metrics output 'trackio' needs the package trackio: pip install 'torchladder[trackio]', or remove "
+                "it from metrics.outputs."
+            ) from None
+        settings = json.loads(json.dumps(run.settings, default=str))  # Trackio keeps JSON
+        self.session = trackio.init(
+            project=config.project or "torchladder",
+            name=config.run_name or run.folder.resolve().name,
+            group=config.group or None,
+            config=settings | ({"tags": config.tags} if config.tags else {}),  # it has no tags
+            resume="allow" if step else "never",
+            embed=False,
+        )
 
     def write(self, report: Report) -> None:
         self.session.log(report.scalars, step=report.step)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torchladder.checkpoint import CheckpointConfig
 from torchladder.config import Config, SamplesConfig
-from torchladder.config.metrics_section import MetricsSection
 from torchladder.distributed.ranks import destroy_distributed, init_distributed
 from torchladder.profiling import ProfilingConfig
 from torchladder.registry import require
@@ -101,7 +100,14 @@ def _without_outputs(config: Config, folder: str) -> Config:
         config,
         job=replace(config.job, dump_folder=folder, description="", print_config=False),
         checkpoint=CheckpointConfig(),  # neither resumes nor reads weights, whose values do not matter here
-        metrics=MetricsSection(enable_tensorboard=False, disable_progress_bar=True),
+        metrics=replace(
+            config.metrics,
+            enable_tensorboard=False,
+            enable_wandb=False,
+            energy_country="",
+            outputs=[],
+            disable_progress_bar=True,
+        ),
         profiling=ProfilingConfig(),
         samples=SamplesConfig(),
         validation=replace(config.validation, enable=False),

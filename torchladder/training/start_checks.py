@@ -18,6 +18,12 @@ def check_start(config: Config) -> None:
     """Raises ``ConfigError`` if the run would end, or overwrite another one, when its data has been read."""
     wandb = not config.metrics.enable_wandb or importlib.util.find_spec("wandb") is not None
     require(wandb, "metrics.enable_wandb needs the package wandb: pip install wandb, or --metrics.no_enable_wandb.")
+    wants_trackio = any(output.name == "trackio" for output in config.metrics.outputs)
+    require(
+        not wants_trackio or importlib.util.find_spec("trackio") is not None,
+        "the metrics output 'trackio' needs the package trackio: pip install 'torchladder[trackio]', or remove it from "
+        "metrics.outputs.",
+    )
     if config.metrics.energy_country:
         metrics.check_energy_country(config.metrics.energy_country)
     _check_folder(config)
