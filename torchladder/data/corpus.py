@@ -138,7 +138,7 @@ class SourceLoader:
     max_unknown_fraction: float = MAX_UNKNOWN_FRACTION
 
     def open(self, source: SourceConfig, split: Literal["train", "validation"]) -> Corpus:
-        """Returns the documents of one split of a source; all documents of a source of tokens are for training.
+        """Returns the documents of one split of a source; one of tokens needs ``split`` for others than training.
 
         Raises:
             ConfigError: it cannot be read, has tokens outside the vocabulary, or does not fit the tokenizer.
@@ -146,7 +146,8 @@ class SourceLoader:
         if source.is_tokens:
             eos = self.tokenizer.eos if self.tokenizer else None
             section = replace(source, name=source.kind)
-            shards = sources.registry.build(section, files=source.files(self.exclude), eos=eos, cache=self.cache)
+            files = source.files(self.exclude)
+            shards = sources.registry.build(section, files=files, eos=eos, cache=self.cache, part=split)
             reader = ReaderVocabulary(self.tokenizer, self.vocab_size, self.tokenizer_fingerprint)
             known = check_source_tokenizer(shards, reader, accept=not self.check_tokenizer)
             vocab_size, vocab_of = MAX_VOCAB_SIZE, ""

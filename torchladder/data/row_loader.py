@@ -26,6 +26,7 @@ from torchladder.data.corpus import Corpus, SourceLoader
 from torchladder.data.dataloader import Batch, SourceUsage, register
 from torchladder.data.disk_cache import DEFAULT_FOLDER, cache_path
 from torchladder.data.file_patterns import warn_once
+from torchladder.data.formats.document_split import holds_out
 from torchladder.data.loader_workers import ignore_run_signals, is_worker_death, start_workers
 from torchladder.data.mixing.interleave import PhasedInterleave
 from torchladder.data.mixing.mixture_weights import DomainMultipliers, MixtureWeights
@@ -265,10 +266,12 @@ class RowLoader:
         require(bool(self._sources), "data.exclude leaves no source.")
         check_validation_fraction(self.validation_fraction)
         held_out = self.validation_fraction > 0 and not all(source.is_tokens for source in self._sources)
+        held_out |= any([holds_out(source) for source in self._sources])  # checks each
         require(
             self.split == "train" or bool(self.validation_sources) or held_out,
             "no documents are held out for validation: set data.validation_sources, use raw text sources with a "
-            "data.validation_fraction above 0, or set validation.enable = false.",
+            "data.validation_fraction above 0, set split in a source of .bin/.idx pairs, or set "
+            "validation.enable = false.",
         )
         self._mixture_weights = MixtureWeights(self.domains, self.languages, self.temperature)
         self._mixture_weights.validate(self._sources)
@@ -280,7 +283,8 @@ class RowLoader:
             if pattern not in named:
                 raise unknown_name("entry", pattern, named, "data.exclude")
         if self.split == "train":
-            warn_of_shared_files(self._sources, self.validation_sources, self.exclude)
+            whole = [source for source in self.validation_sources if not holds_out(source)]
+            warn_of_shared_files(self._sources, whole, self.exclude)
 
     def _open_sources(self) -> list[Corpus]:
         """Returns the documents of this split for each source."""
@@ -297,10 +301,11 @@ class RowLoader:
         )
         if self.split == "train" or self.validation_sources:
             chosen = self._sources if self.split == "train" else self.validation_sources
-            corpora = [loader.open(source, "train") for source in chosen]
+            opened = self.validation_sources and self.split == "validation"
+            corpora = [loader.open(one, "validation" if opened and holds_out(one) else "train") for one in chosen]
         else:
-            raw = [source for source in self._sources if not source.is_tokens]
-            corpora = [loader.open(source, "validation") for source in raw]
+            held_out = [source for source in self._sources if not source.is_tokens or holds_out(source)]
+            corpora = [loader.open(source, "validation") for source in held_out]
             # A small source may have no documents held out; the others still do.
             corpora = [corpus for corpus in corpora if corpus.num_tokens > 1]
         require(

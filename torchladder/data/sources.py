@@ -104,6 +104,7 @@ registry: Registry[Any] = Registry(
         "files": "the files that the key path names, without excluded ones",
         "eos": "the token that ends a document, None without a tokenizer",
         "cache": "folder for files that are built once",
+        "part": "train or validation, for a source that holds out documents",
     },
 )
 register_text = registry.register
@@ -120,7 +121,8 @@ def register_tokens(
 ) -> Callable[[Component], Component]:
     """Returns a decorator for what returns a sequence of ``TokenShard``.
 
-    The parameters ``files``, ``eos`` and ``cache`` are runtime arguments; a source with ``files`` has the key ``path``.
+    The parameters ``files``, ``eos``, ``cache`` and ``part`` are runtime arguments; a source with ``files`` has the key
+    ``path``.
 
     Args:
         name: of the source.

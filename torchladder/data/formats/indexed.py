@@ -18,10 +18,11 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from torchladder.data.formats.document_split import split_bounds
 from torchladder.data.formats.eos_documents import divide_at_eos
 from torchladder.data.sources import TokenShard, register_tokens
 from torchladder.disk_errors import naming_path
@@ -157,6 +158,7 @@ class IndexedTokens:
 
     Args:
         path: the pair's prefix, or either of its files.
+        bounds: which of its documents: from ``round(begin * n)`` to before ``round(end * n)`` of n.
 
     Attributes:
         lengths: (documents,) int64, tokens in each document.
@@ -167,8 +169,8 @@ class IndexedTokens:
         ConfigError: a file is missing, truncated or of another format, or the index points past the end.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.prefix = prefix_of(path)
+    def __init__(self, path: str | Path, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
+        self.prefix, self.bounds = prefix_of(path), bounds
         for file in (f"{self.prefix}.bin", f"{self.prefix}.idx"):
             require(os.path.isfile(file), f"{file} is missing: tokens are a pair of .bin and .idx.")
         self.dtype, self.lengths, self.offsets = self._read_index()
@@ -179,6 +181,8 @@ class IndexedTokens:
             f"{self.prefix}.idx points past the end of {self.prefix}.bin: it needs {end * self.dtype.itemsize} bytes, "
             f"the file has {os.path.getsize(f'{self.prefix}.bin')}. The .bin is truncated, or not its pair.",
         )
+        self._first, until = (round(bound * len(self.lengths)) for bound in bounds)
+        self.lengths, self.offsets = self.lengths[self._first : until], self.offsets[self._first : until]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -188,11 +192,11 @@ class IndexedTokens:
         return self.flat[start : start + int(self.lengths[document])]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return IndexedTokens, (self.prefix,)  # workers map the files instead of receiving the tokens
+        return IndexedTokens, (self.prefix, self.bounds)  # workers map the files instead of receiving the tokens
 
     def locate(self, document: int) -> str:
         """Returns where a document is, for errors."""
-        return f"{self.prefix}.bin, document {document}"
+        return f"{self.prefix}.bin, document {self._first + document}"
 
     @property
     def num_tokens(self) -> int:
@@ -208,6 +212,8 @@ class IndexedTokens:
         bytes; a change between samples is not detected.
         """
         digest = hashlib.sha256(Path(f"{self.prefix}.idx").read_bytes())
+        if self.bounds != (0.0, 1.0):
+            digest.update(f"documents {self._first} to {self._first + len(self)}".encode())
         size = os.path.getsize(f"{self.prefix}.bin")
         digest.update(str(size).encode())
         with open(f"{self.prefix}.bin", "rb") as file:
@@ -281,13 +287,21 @@ def map_tokens(path: str | Path, dtype: np.dtype, offset: int = 0) -> np.ndarray
 
 
 @register_tokens("indexed", suffixes=(".bin", ".idx"))
-def indexed(files: list[Path], eos: int | None, cache: Path, documents_by_eos: bool = False) -> Sequence[TokenShard]:
+def indexed(
+    files: list[Path],
+    eos: int | None,
+    cache: Path,
+    part: Literal["train", "validation"],
+    documents_by_eos: bool = False,
+    split: str = "",
+) -> Sequence[TokenShard]:
     """Megatron ``.bin``/``.idx`` pairs, each named by either of its files.
 
     Args:
         documents_by_eos: End documents at the tokenizer's eos, too: for rows that were packed elsewhere.
+        split: As Megatron's: "9998,1,1" trains on the first 9998 of 10000 documents and validates on the next one.
     """
-    shards = [IndexedTokens(prefix) for prefix in dict.fromkeys(map(prefix_of, files))]
+    shards = [IndexedTokens(prefix, split_bounds(split, part)) for prefix in dict.fromkeys(map(prefix_of, files))]
     return divide_at_eos(shards, eos, cache) if documents_by_eos else shards
 
 
