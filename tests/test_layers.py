@@ -38,6 +38,7 @@ LAYERS = [
 OPTIONAL = {
     "flash_attn",
     "cutlass",  # comes with flash-attn-4
+    "codecarbon",
     "wandb",
     "trackio",
     "lm_eval",
