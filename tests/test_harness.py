@@ -187,7 +187,7 @@ def test_the_task_of_the_docs_works(tmp_path, monkeypatch):
         ("--tasks ROOT/choice.yaml --bos", "--bos: the tokenizer has no bos token."),
         ("--tasks ,", "--tasks: name at least one task."),
         ("--files ROOT/test.jsonl --limit 2", "--limit applies only to --tasks."),
-        ("--tasks ROOT/beams.yaml", "generation_kwargs has num_beams. Known: until"),
+        ("--tasks ROOT/beams.yaml", "generation_kwargs has num_beams. Known: do_sample"),
     ],
 )
 def test_one_error(root, argv, message, capsys):
