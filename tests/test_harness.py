@@ -162,6 +162,17 @@ def test_a_context_may_be_longer_than_the_rows_of_the_run(root, tmp_path):
     assert rows[2]["value"] != rows[3]["value"]
 
 
+def test_the_task_of_the_docs_works(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    for name, kind in ("my_task.yaml", "yaml"), ("questions.jsonl", "json"):
+        (tmp_path / name).write_text(re.search(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (task,) = load_tasks(["my_task.yaml"], None, None)
+    assert (task.num_requests, task.metrics) == (2, [("my_task", "acc", "none"), ("my_task", "acc_norm", "none")])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -176,7 +187,7 @@ def test_a_context_may_be_longer_than_the_rows_of_the_run(root, tmp_path):
         ("--tasks ROOT/choice.yaml --bos", "--bos: the tokenizer has no bos token."),
         ("--tasks ,", "--tasks: name at least one task."),
         ("--files ROOT/test.jsonl --limit 2", "--limit applies only to --tasks."),
-        ("--tasks ROOT/beams.yaml", "generation_kwargs has num_beams. Known: until"),
+        ("--tasks ROOT/beams.yaml", "generation_kwargs has num_beams. Known: do_sample"),
     ],
 )
 def test_one_error(root, argv, message, capsys):

@@ -13,12 +13,12 @@ from torchladder import models
 from torchladder.config import SamplesConfig
 from torchladder.data import Tokenizer
 from torchladder.inference.decoding import IncrementalDecoder, generate
-from torchladder.inference.evaluation.harness_tasks import DEFAULT_MAX_NEW_TOKENS
+from torchladder.inference.evaluation.harness_tasks import generation_settings
 from torchladder.inference.evaluation.probe_jobs import MAX_LOGITS
 from torchladder.inference.trained_model import LoadedModel, TrainedModel
 from torchladder.models import attention
 from torchladder.models.layer_types import collapse
-from torchladder.registry import ConfigError, require
+from torchladder.registry import require
 
 Continuation = tuple[list[int], list[int]]
 """Token ids of a context, at least one, and of the text after it."""
@@ -101,18 +101,13 @@ class HarnessModel:
         return results
 
     def _generate(self, contexts: Sequence[str], settings: dict[str, Any], seed: int) -> list[str]:
-        from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text  # an optional package
+        from lm_eval.models.utils import postprocess_generated_text  # an optional package
 
-        settings = dict(normalize_gen_kwargs(settings, DEFAULT_MAX_NEW_TOKENS))
+        settings = generation_settings(settings)
         until, most = settings.pop("until", []), settings.pop("max_gen_toks")
         until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         samples = settings.pop("do_sample", False)
         temperature, top_p = settings.pop("temperature", None), settings.pop("top_p", 1.0)
-        if settings:
-            raise ConfigError(
-                f"--tasks: generation_kwargs has {', '.join(settings)}. Known: until, max_gen_toks, do_sample, "
-                "temperature, top_p."
-            )
         temperature = (1.0 if temperature is None else temperature) if samples else 0.0
         config = SamplesConfig(max_new_tokens=most, temperature=temperature, top_p=top_p)
         prompts = [(self._prefix + self._tokenizer.encode(text))[most - self._context :] for text in contexts]

@@ -20,6 +20,9 @@ FEWSHOT_SEED = 1234
 DEFAULT_MAX_NEW_TOKENS = 256
 """Tokens to generate for a task that does not say how many, as in the harness."""
 
+GENERATION_SETTINGS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_p"})
+"""Keys of ``generation_kwargs`` that decoding knows."""
+
 
 @dataclass(frozen=True, eq=False)
 class HarnessTask:
@@ -83,11 +86,15 @@ def load_tasks(names: Sequence[str], num_fewshot: int | None, limit: float | Non
     return [_load(name, manager, num_fewshot, limit) for name in dict.fromkeys(known)]
 
 
-def max_new_tokens(settings: dict[str, Any]) -> int:
-    """Returns the tokens that a request with these ``generation_kwargs`` may generate."""
+def generation_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the ``generation_kwargs`` of a request with the harness's defaults; raises ``ConfigError`` for others."""
     from lm_eval.models.utils import normalize_gen_kwargs  # an optional package
 
-    return int(normalize_gen_kwargs(settings, DEFAULT_MAX_NEW_TOKENS)["max_gen_toks"])
+    settings = dict(normalize_gen_kwargs(given, DEFAULT_MAX_NEW_TOKENS))
+    unknown = sorted(settings.keys() - GENERATION_SETTINGS)
+    known = ", ".join(sorted(GENERATION_SETTINGS))
+    require(not unknown, f"--tasks: generation_kwargs has {', '.join(unknown)}. Known: {known}.")
+    return settings
 
 
 def _is_single_task(name: str) -> bool:
@@ -131,7 +138,8 @@ def _load(name: str, manager: Any, num_fewshot: int | None, limit: float | None)
         definition = [task_name, task.dump_config().get("metric_list"), task.config.filter_list, requests]
         digest.update(json.dumps(definition, default=str).encode())
         count += sum(one.repeats for one in task.instances)
-        lengths += [max_new_tokens(one.args[1]) for one in task.instances if one.request_type == "generate_until"]
+        generations = [one.args[1] for one in task.instances if one.request_type == "generate_until"]
+        lengths += [int(generation_settings(given)["max_gen_toks"]) for given in generations]
     return HarnessTask(name, limit, loaded, digest.hexdigest(), count, max(lengths))
 
 
