@@ -31,6 +31,7 @@ def run(argv: list[str]) -> int:
     add("--data-ratio", type=Path, metavar="JSON", help="multipliers: {domain: m} or {language: {domain: m}}")
     add("--lang-prob", type=Path, metavar="JSON", help="probabilities: {language: p} (default: by size)")
     add("--exclude", type=Path, metavar="JSON", help='names to leave out: {"exclude_iterator_name": [...]}')
+    add("--split", default="", metavar="A,B,C", help="training, validation and test parts of each shard, as Megatron's")
     add("--total-tokens", type=int, metavar="N", help="also show what a run of N tokens reads of each shard")
     add("--output", type=Path, metavar="FILE", help="config to write (default: standard output)")
     add("--overwrite", action="store_true", help="replace the output if it exists")
@@ -50,6 +51,7 @@ def run(argv: list[str]) -> int:
         mixture_import.read_table(arguments.data_ratio) if arguments.data_ratio else {},
         mixture_import.read_table(arguments.lang_prob) if arguments.lang_prob else {},
         mixture_import.read_excluded(arguments.exclude) if arguments.exclude else [],
+        arguments.split,
         notices,
     )
     table = mixture.table(arguments.total_tokens)

@@ -21,6 +21,7 @@ from typing import Any
 import tomli_w
 
 from torchladder.data.file_patterns import match_files
+from torchladder.data.formats.document_split import split_bounds
 from torchladder.data.formats.indexed import IndexedTokens, prefix_of
 from torchladder.data.mixing.mixture_weights import MixtureWeights
 from torchladder.data.source_config import SourceConfig
@@ -73,6 +74,7 @@ class MixtureImport:
         ratios: domain -> multiplier, or language -> domain -> multiplier, or language -> multiplier of all its domains.
         probabilities: language -> probability; empty: languages are read by size.
         excluded: names of shards to leave out, with or without a suffix or folder.
+        split: of each source, as Megatron's; empty: all of it is for training.
         notices: a sentence on each entry that has not been imported.
 
     Raises:
@@ -83,9 +85,11 @@ class MixtureImport:
     ratios: Mapping[str, Any] = field(default_factory=dict)
     probabilities: Mapping[str, float] = field(default_factory=dict)
     excluded: Sequence[str] = ()
+    split: str = ""
     notices: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        split_bounds(self.split, "train")  # raises
         _check_numbers("the data ratios", self.ratios)
         _check_numbers("the language probabilities", self.probabilities, nested=False)
         names = Counter(shard.name for shard in self.shards)
@@ -153,7 +157,8 @@ class MixtureImport:
 
     def _source(self, shard: Shard) -> dict[str, str]:
         path = f"{shard.prefix}.bin"
-        return {"path": path, "label": self._labels[shard], "language": shard.language, "domain": shard.domain}
+        source = {"path": path, "label": self._labels[shard], "language": shard.language, "domain": shard.domain}
+        return source | ({"split": self.split} if self.split else {})
 
     def _reason_to_leave_out(self, shard: Shard) -> str:
         """Returns why a shard is not read, or nothing; notes the multiplier of one that is."""
