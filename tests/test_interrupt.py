@@ -14,7 +14,7 @@ from torchladder import checkpoint, metrics, train
 from torchladder.checkpoint import step_folders
 from torchladder.data.row_loader import RowLoader
 from torchladder.resilience.interrupt import SIGNALS, Interrupt, Interrupted
-from torchladder.training import samples, trainer
+from torchladder.training import model_passes, samples, trainer
 
 STEPS = 6
 RUN = [
@@ -109,7 +109,7 @@ def test_a_wait_for_data_is_broken_off(whole, tmp_path, monkeypatch):
 
 
 def test_a_signal_while_the_run_is_being_built(tmp_path, monkeypatch):
-    kill_in(monkeypatch, trainer.Trainer, "_build_model", 1)
+    kill_in(monkeypatch, model_passes.ModelPasses, "build_model", 1)
     assert train.main(["--job.dump_folder", str(tmp_path), "--job.config_file", str(tmp_path / "none")]) == 2
     with pytest.raises(FileNotFoundError):
         run(tmp_path, *RUN, code=75)  # nothing to read: no step was taken
