@@ -8,8 +8,8 @@ settings.load_profile("torchladder")
 
 LONG = {
     *("test_checkpoint_moves.py", "test_convert.py", "test_docs.py", "test_interrupt.py", "test_layouts.py"),
-    *("test_nodes.py", "test_optim_muon.py", "test_probe_scores.py", "test_restart.py", "test_torture.py"),
-    "test_train.py",
+    *("test_nodes.py", "test_optim_muon.py", "test_pipeline.py", "test_probe_scores.py", "test_restart.py"),
+    *("test_torture.py", "test_train.py"),
 }
 """Files that start processes of several ranks: they begin first, so that no core waits for the last of them."""
 
