@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from torchladder.inference.trained_model import TrainedModel
 from torchladder.models import attention
-from torchladder.models.hf import hf_config
+from torchladder.models.hf import hf_config, hf_folder
 from torchladder.models.layer_types import collapse
 from torchladder.registry import ConfigError
 
@@ -131,3 +131,10 @@ def test_equal_rope_tables_may_be_present_twice():
     entries = {"model_type": "llama", **SHAPE, "rope_scaling": LLAMA3, "rope_parameters": table}
     section = hf_config.model_section(entries)
     assert (section["rope_scaling_factor"], section["rope_theta"]) == (8.0, 500.0)
+
+
+def test_a_model_type_that_is_not_a_name_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": {"name": "llama"}}')
+    folder = hf_folder.HFFolder(tmp_path)
+    with pytest.raises(ConfigError, match="model_type"):
+        hf_config.model_section(folder.config, folder.config_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -71,6 +72,9 @@ def measure_speed(plan: Plan, ranks: int) -> MeasuredSpeed:
     steps = min(MEASURED_STEPS, plan.steps - 1)
     with tempfile.TemporaryDirectory() as folder:
         config = _without_outputs(plan.config, folder)
+        log = logging.getLogger("torchladder")
+        level = log.level
+        log.setLevel(logging.WARNING)  # what a run says at its start is what the plan prints
         try:
             world = init_distributed(config.comm, Path(folder))
             trainer = Trainer(replace(plan, config=config), world)
@@ -84,6 +88,7 @@ def measure_speed(plan: Plan, ranks: int) -> MeasuredSpeed:
                 trainer.checkpointer.close()
         finally:
             destroy_distributed()
+            log.setLevel(level)
     return MeasuredSpeed(
         steps=steps,
         window=plan.schedule.window(plan.steps - 1),

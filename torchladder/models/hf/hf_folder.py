@@ -75,7 +75,7 @@ class HFFolder:
         self.config_file = self.path / HF_CONFIG_FILE
         self.config = _read_json(self.config_file)
         self.prefix = ""
-        if (model_type := self.config.get("model_type")) in TEXT_MODELS:
+        if (model_type := str(self.config.get("model_type"))) in TEXT_MODELS:
             text_config = self.config.get("text_config", {})
             if not isinstance(text_config, dict):
                 raise ConfigError(f"{self.config_file}: text_config = {json.dumps(text_config)}: must be an object.")
