@@ -1,5 +1,7 @@
 """The moving average of the weights: its value, what leaves it unchanged, runs that stop, and several ranks."""
 
+import itertools
+
 import layouts
 import pytest
 import torch
@@ -12,8 +14,8 @@ from torch import nn
 from torchladder import config, ema, train
 from torchladder.ema import EMAConfig, WeightEMA
 from torchladder.registry import ConfigError
+from torchladder.training import model_passes, trainer
 from torchladder.training import run_plan as plans
-from torchladder.training import trainer
 
 GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
 
@@ -180,16 +182,18 @@ def test_a_skipped_step_does_not_update_the_average(tmp_path, monkeypatch):
             super().update(step, bad)
             kept[-1] += (bits(self),)
 
-    forward_backward = trainer.Trainer.forward_backward
+    forward_backward = model_passes.ModelPasses.forward_backward
+
+    calls = itertools.count()
 
     def broken(self, *arguments):
         found = forward_backward(self, *arguments)
-        if self.step == 3:
+        if next(calls) == 3:
             next(self.model.parameters()).grad.fill_(torch.nan)
         return found
 
     monkeypatch.setattr(trainer, "WeightEMA", Watched)
-    monkeypatch.setattr(trainer.Trainer, "forward_backward", broken)
+    monkeypatch.setattr(model_passes.ModelPasses, "forward_backward", broken)
     argv = ["--training.steps", "5", "--resilience.on_bad_step", "skip", "--validation.no_enable"]
     run(tmp_path, *argv, "--ema.enable", "--ema.decay", "0.5")
     assert [bad for bad, _, _ in kept] == [0, 0, 0, 1, 0]

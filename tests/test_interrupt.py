@@ -48,8 +48,8 @@ def kill_in(monkeypatch, owner, name, call, number=signal.SIGTERM):
 
 MOMENTS = {
     "first rows": (trainer.FaultTolerance, "read", 1, 0),
-    "first step": (trainer.Trainer, "forward_backward", 1, 1),
-    "step": (trainer.Trainer, "forward_backward", 6, 3),
+    "first step": (model_passes.ModelPasses, "forward_backward", 1, 1),
+    "step": (model_passes.ModelPasses, "forward_backward", 6, 3),
     "first validation": (trainer.Trainer, "_validate", 1, 0),
     "validation": (trainer.Trainer, "_validate", 2, 3),
     "last validation": (trainer.Trainer, "_validate", 3, 6),
@@ -81,7 +81,7 @@ def test_a_signal_ends_a_run_at_any_moment_and_nothing_is_lost(whole, tmp_path, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_every_signal_counts_and_handlers_are_given_back(tmp_path, monkeypatch, number):
     before = signal.getsignal(number)
-    kill_in(monkeypatch, trainer.Trainer, "forward_backward", 1, number)
+    kill_in(monkeypatch, model_passes.ModelPasses, "forward_backward", 1, number)
     run(tmp_path, *RUN, code=75)
     assert checkpoint.complete_steps(tmp_path / "checkpoint") == [1]
     assert signal.getsignal(number) == before

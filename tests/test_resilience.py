@@ -22,7 +22,7 @@ from torchladder.resilience.bad_steps import (
     StepOutcome,
     backward_seed,
 )
-from torchladder.training import trainer
+from torchladder.training import model_passes
 
 CPU = torch.device("cpu")
 
@@ -192,7 +192,7 @@ BAD = 18
 
 
 def poison(monkeypatch, row: int = BAD) -> None:
-    forward_backward = trainer.Trainer.forward_backward
+    forward_backward = model_passes.ModelPasses.forward_backward
 
     def poisoned(self, batch, *arguments):
         losses = forward_backward(self, batch, *arguments)
@@ -201,7 +201,7 @@ def poison(monkeypatch, row: int = BAD) -> None:
             losses["loss"] = losses["loss"] * torch.nan
         return losses
 
-    monkeypatch.setattr(trainer.Trainer, "forward_backward", poisoned)
+    monkeypatch.setattr(model_passes.ModelPasses, "forward_backward", poisoned)
 
 
 def saved_losses(folder) -> dict[int, float]:

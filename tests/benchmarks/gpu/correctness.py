@@ -140,14 +140,14 @@ def _losses(shape: Shape, masks: tuple[str, ...], kernel: str, steps: int) -> li
     """Returns the loss of each step over a ladder that begins with a window of 1."""
     losses: list[float] = []
     with trainer(shape, "--compile.no-enable", masks=masks, kernel=kernel) as run:
-        step_of = run.forward_backward
+        step_of = run.passes.forward_backward
 
         def keep(*arguments: Any) -> dict[str, torch.Tensor]:
             found = step_of(*arguments)
             losses.append(found["loss"].item())
             return found
 
-        run.forward_backward = keep  # type: ignore[method-assign]
+        run.passes.forward_backward = keep  # type: ignore[method-assign]
         for step in range(steps):
             at(run, 1 + (shape.seq_len - 1) * step // (steps - 1)).train_step()
     if not all(map(math.isfinite, losses)):

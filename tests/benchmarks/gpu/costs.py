@@ -37,7 +37,7 @@ def masks() -> dict[str, float]:
 
         def build() -> None:
             start = mask.from_names(MASKS, positions, SHAPE.seq_len // 2)
-            run.kernels[FULL_ATTENTION].prepare(start, DEVICE)
+            run.passes.kernels[FULL_ATTENTION].prepare(start, DEVICE)
             mask.pairs(start)
 
         building = seconds({"mask": build})["mask"]
