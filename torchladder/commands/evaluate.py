@@ -58,13 +58,13 @@ def run(argv: list[str]) -> int:
     add("--files", nargs="+", metavar="PATH", help="files, folders or globs to evaluate on; the text of probes")
     text = f"instead of losses on files, measure probes (default: all): {', '.join(probes.registry.names())}"
     add("--probes", nargs="*", metavar="NAME", help=text)
-    add("--probe-rows", type=int, default=16, metavar="N", help="rows per depth or distance (default: %(default)s)")
+    add("--probe-rows", type=int, metavar="N", help="rows of --probes per depth or distance (default: 16)")
     text = "instead of losses on files, tasks of the lm-evaluation-harness: names, globs or .yaml files"
     add("--tasks", nargs="+", metavar="TASK", help=text)
     add("--num-fewshot", type=int, metavar="N", help="examples before each question of --tasks (default: the task's)")
     text = "documents of each task, or a fraction of them below 1 (default: all)"
     add("--limit", type=float, metavar="N", help=text)
-    add("--seed", type=int, default=0, metavar="N", help="of the rows of probes (default: %(default)s)")
+    add("--seed", type=int, metavar="N", help="of the rows of --probes (default: 0)")
     text = "maximum tokens read at once (default: training.seq_len; for probes a quarter, a half and all of it)"
     add("--context", nargs="+", type=int, metavar="N", help=text)
     add("--stride", type=int, metavar="N", help="tokens from one slice of a document to the next (default: --context)")
@@ -75,6 +75,7 @@ def run(argv: list[str]) -> int:
     add_weight_options(parser)
     add("--text-key", metavar="KEY", help="key or column of the text (default: as in the run)")
     add_on_error_option(parser)
+    parser.set_defaults(on_error=None)  # to refuse it where no document is read
     add("--bos", action=argparse.BooleanOptionalAction, help="begin documents with bos (default: as in the run)")
     text = "refuse tokens that another tokenizer has written (default: as in the run)"
     add("--check-tokenizer", action=argparse.BooleanOptionalAction, help=text)
@@ -86,8 +87,10 @@ def run(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     _slices(arguments.context or [], arguments.stride)  # refuses invalid ones before anything is read
     check_positive(arguments, "batch_tokens", "probe_rows")
-    require(arguments.seed >= 0, f"--seed {arguments.seed}: must be 0 or more.")
+    require((arguments.seed or 0) >= 0, f"--seed {arguments.seed}: must be 0 or more.")
     _check_mode(arguments)
+    arguments.on_error = arguments.on_error or "error"
+    arguments.probe_rows, arguments.seed = arguments.probe_rows or 16, arguments.seed or 0
     if arguments.plot:
         plots.check_plot_path(arguments.plot)
     try:
@@ -100,8 +103,10 @@ def run(argv: list[str]) -> int:
 def _check_mode(arguments: argparse.Namespace) -> None:
     """Raises ``ConfigError`` for options that do not fit together."""
     if arguments.tasks is not None:
-        for name in "files", "probes", "stride", "by_position", "by_distance", "plot", "text_key":
-            require(getattr(arguments, name) in (None, False), f"--{name.replace('_', '-')} does not apply to --tasks.")
+        names = ("files", "probes", "probe_rows", "seed", "stride", "by_position", "by_distance", "plot")
+        for name in (*names, "text_key", "on_error", "check_tokenizer", "max_unknown_fraction"):
+            unset = getattr(arguments, name) is None or getattr(arguments, name) is False  # a seed of 0 is set
+            require(unset, f"--{name.replace('_', '-')} does not apply to --tasks.")
         shots, limit = arguments.num_fewshot, arguments.limit
         require(shots is None or shots >= 0, f"--num-fewshot {shots}: must be 0 or more.")
         if limit is not None:
@@ -111,6 +116,8 @@ def _check_mode(arguments: argparse.Namespace) -> None:
     for name in "num_fewshot", "limit":
         require(getattr(arguments, name) is None, f"--{name.replace('_', '-')} applies only to --tasks.")
     if arguments.probes is None:
+        for name in "probe_rows", "seed":
+            require(getattr(arguments, name) is None, f"--{name.replace('_', '-')} applies only to --probes.")
         text = "nothing to evaluate: name text or tokens with --files, or use --probes or --tasks."
         require(bool(arguments.files), text)
         require(

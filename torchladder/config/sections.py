@@ -139,7 +139,7 @@ class ValidationConfig:
     """Windows to validate at in addition to the full context."""
 
     masks: list[str] = field(default_factory=list)
-    """Masks of one more validation at full context, in place of attention.masks and combined as they are; none: only
+    """Masks of a second validation at full context, instead of attention.masks and combined as they are; none: only
     under attention.masks."""
 
     probes: list[str] = field(default_factory=list)

@@ -50,10 +50,10 @@ class ParallelismConfig:
     """Layers of a stage, embedding and head counted by the next two settings; None: one or two stages per rank."""
 
     pipeline_parallel_first_stage_less_layers: Annotated[int, Ge(0)] = 1
-    """Layers that the first stage has less than the others, because it has the embedding."""
+    """By how many layers the first stage is shorter than the others, because it has the embedding."""
 
     pipeline_parallel_last_stage_less_layers: Annotated[int, Ge(0)] = 1
-    """Layers that the last stage has less than the others, because it has the head and the loss."""
+    """By how many layers the last stage is shorter than the others, because it has the head and the loss."""
 
     pipeline_parallel_split_points: list[str] = field(default_factory=list)
     """Layers at which a stage begins, such as layers.4 layers.8; empty: as the settings above say."""

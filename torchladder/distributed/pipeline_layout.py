@@ -220,7 +220,7 @@ def _split(config: ParallelismConfig, layers: list[str]) -> tuple[tuple[str, ...
 
 
 def _sizes(config: ParallelismConfig, layers: int, stages: int) -> list[int]:
-    """Returns the layers of each stage: one, and all others wherever there is least."""
+    """Returns the number of layers of each stage: at least one, the others added to the smallest stage in turn."""
     sizes, extra = [1] * stages, [0] * stages
     extra[0] += config.pipeline_parallel_first_stage_less_layers
     extra[-1] += config.pipeline_parallel_last_stage_less_layers

@@ -55,7 +55,7 @@ class EnergyMeter:
         logging.getLogger("codecarbon").setLevel(logging.ERROR)
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=country,
-            output_methods=[],  # no file of its own
+            output_methods=[],  # and no file
             output_handlers=[Totals()],
             api_call_interval=1,  # each measurement reaches the handler
             allow_multiple_runs=True,

@@ -1,4 +1,4 @@
-"""Prepares each file of an input as a dataset of its own name, for mixtures whose sources are single files."""
+"""Prepares each file of an input as a separate dataset, for mixtures whose sources are single files."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class HarnessJob:
         require(
             most < self.context,
             f"--context {self.context}: the task {self.subject} generates up to {most} tokens after its prompts. Use a "
-            "longer --context, or reduce max_gen_toks in the generation_kwargs of a task of your own.",
+            "longer --context, or reduce max_gen_toks in the generation_kwargs of a custom task.",
         )
         tokenizer = self.trained.build_tokenizer()
         if tokenizer is None:

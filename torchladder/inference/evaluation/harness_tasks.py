@@ -108,7 +108,7 @@ def _find(pattern: str, manager: Any) -> list[str]:
         nearest = difflib.get_close_matches(pattern, manager.all_tasks, n=5)
         hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
         raise ConfigError(
-            f"--tasks: unknown task {pattern!r}.{hint} `lm-eval ls tasks` lists all; one of your own is a .yaml file."
+            f"--tasks: unknown task {pattern!r}.{hint} `lm-eval ls tasks` lists all; a custom one is a .yaml file."
         )
     return list(found)
 
